@@ -1,0 +1,275 @@
+"""The whole configuration: dataclasses are the schema, YAML files the values, dotted overrides the last word.
+
+Imports nothing heavy, so that ``--help``, ``--dry-run`` and the launcher answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mme.errors import UserError
+
+# OmegaConf reads the annotations of the dataclasses and knows Optional[X], not X | None.
+# ruff: noqa: UP045
+
+
+@dataclass
+class DataConfig:
+    """Which sequences are trained on, and how they are cut."""
+
+    path: str = MISSING  # folder written by `mme prepare`
+    protocol: Literal["leave_one_out", "leave_two_out", "global_time"] = "leave_two_out"
+    global_time_test_fraction: float = 0.1  # global_time: the newest share of all events that is test
+    max_seq_len: int = 200  # N: the newest events of a history that the decoder reads
+    batch_size: int = 128  # sequences per rank
+    tokens_per_batch: Optional[int] = None  # tokens per rank; replaces batch_size where given
+    eval_batch_size: int = 256  # histories per rank
+
+
+@dataclass
+class MoEConfig:
+    """The mixture of experts in place of the dense FFN."""
+
+    num_experts: int = 8  # E; 0: dense FFN
+    top_k: int = 2
+    placement: list[int] = field(default_factory=list)  # blocks that have experts, from 0; empty: all
+    renormalize: bool = True  # the k chosen probabilities of a token sum to 1
+    load_balance_coef: float = 0.01
+    z_loss_coef: float = 0.0
+
+
+@dataclass
+class ModelConfig:
+    """Fuxi-MME; num_tables=1 with moe.num_experts=0 is FuXi-α."""
+
+    num_tables: int = 4  # M: item-embedding tables, one view of the sequence each
+    embedding_dim: int = 64  # D: total width; a view has D / M
+    num_blocks: int = 2
+    num_heads: int = 1
+    dqk: Optional[int] = None  # query and key width of a head; default: view width / num_heads
+    dv: Optional[int] = None  # value width of a head; default: view width / num_heads
+    ffn_multiplier: float = 4.0  # hidden width of the FFN or of one expert, in view widths
+    dropout: float = 0.2
+    positions: Literal["per_view", "shared"] = "per_view"
+    score_norm: Literal["concat", "per_view"] = "concat"
+    moe: MoEConfig = field(default_factory=MoEConfig)
+
+    @property
+    def view_dim(self) -> int:
+        return self.embedding_dim // self.num_tables
+
+
+@dataclass
+class LossConfig:
+    """Next-item prediction by softmax over the target and negatives, or over the whole catalogue."""
+
+    kind: Literal["sampled_softmax", "full_softmax"] = "sampled_softmax"
+    negatives: Literal["per_token", "shared"] = "per_token"
+    num_negatives: int = 128
+    negative_group_size: int = 64  # shared: consecutive tokens with one set of negatives; 0: the whole batch
+    temperature: float = 0.05
+
+
+@dataclass
+class TrainConfig:
+    """How long, how fast and how watched."""
+
+    steps: Optional[int] = None  # stop after this many optimizer steps …
+    epochs: Optional[int] = 10  # … or this many passes over the data, whichever comes first
+    lr: float = 1e-3  # decoder, positions and experts (AdamW)
+    table_lr: Optional[float] = None  # item tables; default: lr
+    table_optimizer: Literal["adam", "adagrad", "rowwise_adagrad", "sgd"] = "adam"
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.98
+    warmup_steps: int = 0
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    grad_clip: float = 0.0  # largest global norm of the decoder's gradient; 0: no limit
+    seed: int = 42
+    eval_every: int = 0  # steps between evaluations on the validation split; 0: after each epoch
+    checkpoint_every: int = 0  # steps between checkpoints; 0: with each evaluation
+    keep_checkpoints: int = 2  # newest ones kept, besides the best
+    log_every: int = 10  # steps between lines of metrics
+    resume: bool = True  # go on from the newest complete checkpoint in output_dir, if there is one
+
+
+@dataclass
+class ParallelConfig:
+    """What is split over the ranks."""
+
+    expert_parallel_size: int = 0  # ranks that share one set of experts; 0: as many as divide both experts and ranks
+    table_sharding: Literal["auto", "row_wise", "column_wise", "table_wise", "data_parallel"] = "row_wise"
+    zero_stage: int = 1
+
+
+@dataclass
+class KernelsConfig:
+    backend: Literal["auto", "torch", "triton"] = "auto"  # auto: triton on CUDA, torch elsewhere
+
+
+@dataclass
+class Config:
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    kernels: KernelsConfig = field(default_factory=KernelsConfig)
+    output_dir: str = "runs/default"
+
+
+def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
+    """The configuration of ``path`` (YAML; None: the defaults) with ``key.path=value`` overrides, validated.
+
+    Raises:
+        UserError: the file is missing or no YAML, a key is unknown, a value has the wrong type or two values
+            cannot go together.
+    """
+    schema = OmegaConf.structured(Config)
+    merged = schema if path is None else _merge(schema, _read_yaml(Path(path)), source=str(path))
+    for override in overrides or []:
+        if "=" not in override or override.startswith("-"):
+            raise UserError(f"override {override!r}: expected key.path=value, such as train.steps=100")
+        try:
+            value = OmegaConf.from_dotlist([override])
+        except Exception as error:  # the YAML reader's own errors have no common base
+            raise UserError(f"override {override!r}: {_first_line(error)}") from error
+        merged = _merge(merged, value, source=f"override {override!r}")
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise UserError(f"{path or 'configuration'}: {missing[0]} is required, such as {missing[0]}=…")
+    config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    validate(config)
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the resolved configuration as YAML that `load_config` reads back."""
+    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def validate(config: Config) -> None:
+    """Raises UserError for a value out of range or values that cannot go together."""
+    data, model, moe, loss, train, parallel = (
+        config.data,
+        config.model,
+        config.model.moe,
+        config.loss,
+        config.train,
+        config.parallel,
+    )
+    _require_positive("data", data, ["max_seq_len", "batch_size", "eval_batch_size"])
+    _require_positive("model", model, ["num_tables", "embedding_dim", "num_blocks", "num_heads", "ffn_multiplier"])
+    _require_positive("loss", loss, ["num_negatives", "temperature"])
+    _require_positive("train", train, ["lr", "log_every", "keep_checkpoints"])
+    for section, key, value in [
+        ("data", "tokens_per_batch", data.tokens_per_batch),
+        ("model", "dqk", model.dqk),
+        ("model", "dv", model.dv),
+        ("train", "steps", train.steps),
+        ("train", "epochs", train.epochs),
+        ("train", "table_lr", train.table_lr),
+    ]:
+        if value is not None and value <= 0:
+            raise UserError(f"{section}.{key} ({value}) must be positive")
+    for section, keys in {
+        "train": ["weight_decay", "warmup_steps", "grad_clip", "eval_every", "checkpoint_every"],
+        "loss": ["negative_group_size"],
+        "parallel": ["expert_parallel_size"],
+    }.items():
+        values: Any = {"train": train, "loss": loss, "model.moe": moe, "parallel": parallel}[section]
+        for key in keys:
+            if not getattr(values, key) >= 0:
+                raise UserError(f"{section}.{key} ({getattr(values, key)}) must not be negative")
+    if train.steps is None and train.epochs is None:
+        raise UserError("train.steps and train.epochs are both null: one must say when to stop")
+    if not 0 <= model.dropout < 1:
+        raise UserError(f"model.dropout ({model.dropout}) must be at least 0 and below 1")
+    if not 0 < data.global_time_test_fraction < 1:
+        raise UserError(
+            f"data.global_time_test_fraction ({data.global_time_test_fraction}) must lie between 0 and 1, both excluded"
+        )
+    if model.embedding_dim % model.num_tables:
+        raise UserError(
+            f"model.embedding_dim ({model.embedding_dim}) must be divisible by model.num_tables ({model.num_tables})"
+        )
+    if model.view_dim % model.num_heads and (model.dqk is None or model.dv is None):
+        raise UserError(
+            f"the view width embedding_dim / num_tables ({model.view_dim}) must be divisible by model.num_heads "
+            f"({model.num_heads}) unless model.dqk and model.dv are given"
+        )
+    if data.tokens_per_batch is not None and data.tokens_per_batch < data.max_seq_len:
+        raise UserError(
+            f"data.tokens_per_batch ({data.tokens_per_batch}) must be at least data.max_seq_len ({data.max_seq_len})"
+        )
+    if moe.num_experts and not 1 <= moe.top_k <= moe.num_experts:
+        raise UserError(f"model.moe.top_k ({moe.top_k}) must be between 1 and num_experts ({moe.num_experts})")
+    if moe.num_experts and parallel.expert_parallel_size and moe.num_experts % parallel.expert_parallel_size:
+        raise UserError(
+            f"model.moe.num_experts ({moe.num_experts}) must be divisible by parallel.expert_parallel_size "
+            f"({parallel.expert_parallel_size})"
+        )
+    for block in moe.placement:
+        if not 0 <= block < model.num_blocks:
+            raise UserError(
+                f"model.moe.placement names block {block}: expected 0 to {model.num_blocks - 1} (num_blocks "
+                f"{model.num_blocks})"
+            )
+    if parallel.zero_stage not in (1, 2):
+        raise UserError(f"parallel.zero_stage ({parallel.zero_stage}) must be 1 or 2")
+
+
+def validate_world_size(config: Config, world_size: int) -> None:
+    """Raises UserError where the experts cannot be spread over ``world_size`` processes as asked."""
+    size = config.parallel.expert_parallel_size
+    if config.model.moe.num_experts and size and world_size % size:
+        raise UserError(
+            f"parallel.expert_parallel_size ({size}) must divide the number of processes ({world_size}): choose a "
+            f"divisor of {world_size}, or 0 for the largest that fits"
+        )
+
+
+def _require_positive(section: str, values: Any, keys: list[str]) -> None:
+    for key in keys:
+        if not getattr(values, key) > 0:
+            raise UserError(f"{section}.{key} ({getattr(values, key)}) must be positive")
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such configuration file") from error
+    except Exception as error:  # the YAML reader's own errors have no common base
+        raise UserError(f"{path}: not a YAML configuration: {_first_line(error)}") from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path}: expected a mapping of sections (data, model, …), found a list")
+    return loaded
+
+
+def _merge(base: Any, update: Any, source: str) -> Any:
+    try:
+        return OmegaConf.merge(base, update)
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        hint = _nearest_key(base, key) if type(error).__name__ == "ConfigKeyError" else ""
+        reason = "unknown key" if hint is not None and type(error).__name__ == "ConfigKeyError" else _first_line(error)
+        raise UserError(f"{source}: {key}: {reason}{hint}") from error
+
+
+def _nearest_key(base: Any, key: str) -> str:
+    section, _, _ = key.rpartition(".")
+    known = OmegaConf.select(base, section) if section else base
+    names = [f"{section}.{name}" if section else str(name) for name in known] if known is not None else []
+    near = difflib.get_close_matches(key, names, n=1)
+    return f" (did you mean {near[0]}?)" if near else f" (known: {', '.join(names)})"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,74 @@
+"""SequenceBatch: the jagged tensors that flow from the loader through the model.
+
+Legend: B sequences, T tokens (the sum of their lengths).
+
+Worked example, three histories of lengths [2, 0, 3]:
+
+    seq_offsets [0, 2, 2, 5]          token t of sequence b stands at row seq_offsets[b] + t
+    item_ids    [a0 a1 | | c0 c1 c2]  T = 5
+    target_ids  [a1 a2 | | c1 c2 c3]  the item that follows each token
+    timestamps  [a0 a1 a2 | b0 | c0 c1 c2 c3]  T + B = 8: the times of the tokens, then of the event asked for
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SequenceBatch:
+    """B jagged item sequences.
+
+    Attributes:
+        item_ids: (T,) int64, dense item indices in [0, num_items).
+        seq_offsets: (B + 1,) int64, exclusive prefix sum of the lengths, each length ≤ max_seq_len.
+        timestamps: (T + B,) int64 seconds; sequence b owns the L_b + 1 entries that start at
+            seq_offsets[b] + b: the times of its tokens, then the time of the event to be predicted.
+        target_ids: (T,) int64, the item that follows each token.
+        user_rows: (B,) int64, the row of each sequence's user in the prepared data set.
+    """
+
+    item_ids: Tensor
+    seq_offsets: Tensor
+    timestamps: Tensor
+    target_ids: Tensor
+    user_rows: Tensor
+
+    @property
+    def num_sequences(self) -> int:
+        return self.seq_offsets.numel() - 1
+
+    @property
+    def num_tokens(self) -> int:
+        return self.item_ids.numel()
+
+    def to(self, device: torch.device) -> SequenceBatch:
+        """The same batch on ``device``; copies run beside the computation where memory is pinned."""
+        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()}
+        return replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class EvaluationBatch:
+    """B histories, the item that each must rank first, and the items that it must not rank.
+
+    Attributes:
+        sequences: the newest ``max_seq_len`` events of each history; the last entry of each one's
+            timestamps is the time of the target event, ``target_ids`` the item after each token.
+        targets: (B,) int64, the held-out item of each history.
+        seen_ids: (S,) int64, every item of each user's whole history before the target, jagged.
+        seen_offsets: (B + 1,) int64, offsets into ``seen_ids``.
+    """
+
+    sequences: SequenceBatch
+    targets: Tensor
+    seen_ids: Tensor
+    seen_offsets: Tensor
+
+    def to(self, device: torch.device) -> EvaluationBatch:
+        return EvaluationBatch(
+            self.sequences.to(device), self.targets.to(device), self.seen_ids.to(device), self.seen_offsets.to(device)
+        )
