@@ -1,0 +1,247 @@
+"""Checkpoints: written whole or not at all, checked by sums, loaded at any number of processes.
+
+`checkpoints/step_N/` holds one safetensors file a rank and `index.json`: where each piece of each tensor stands, the
+SHA-256 of every file, and how far training had come. The folder is filled under another name and renamed once all ranks
+have written, so a folder with the right name is complete. Nothing in it is code: numbers, names and sums.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from mme.distributed.engine import set_optimizer_step
+from mme.distributed.groups import World
+from mme.distributed.recommender import Recommender
+from mme.distributed.state import Piece, optimizer_pieces, weight_pieces
+from mme.errors import UserError
+
+INDEX = "index.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training has come.
+
+    ``epoch`` and ``batch`` name the next batch; ``score`` is the validation NDCG@10 at this step, if it was measured.
+    """
+
+    step: int
+    epoch: int
+    batch: int
+    score: float | None = None
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written; training can't go on safely."""
+
+
+def save(run: Path, progress: Progress, recommender: Recommender, keep: int) -> Path:
+    """Writes `checkpoints/step_N`, then removes all but the newest ``keep`` and the best.
+
+    Every rank calls it. Raises CheckpointError on all ranks where any could not write.
+    """
+    world = recommender.world
+    final = folder(run, progress.step)
+    partial = final.with_name(f".{final.name}.partial")
+    if world.rank == 0:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    world.barrier()
+    pieces = [*weight_pieces(recommender), *optimizer_pieces(recommender)]
+    mine = [(piece, value.contiguous().cpu()) for piece in pieces for value in [piece.read()] if piece.writer]
+    file = partial / f"rank_{world.rank:05d}.safetensors"
+    entry: dict[str, Any]
+    try:
+        save_file({_key(piece.name, piece.offsets): value for piece, value in mine}, file)
+        described = [
+            {"name": p.name, "shape": p.shape, "offsets": p.offsets, "local_shape": p.local_shape} for p, _ in mine
+        ]
+        entry = {"file": file.name, "sha256": _sha256(file), "pieces": described}
+    except (OSError, SafetensorError) as error:
+        entry = {"error": f"{file}: {error}"}
+    entries: list[Any] = [None] * world.size
+    dist.all_gather_object(entries, entry)
+    failed = [entry["error"] for entry in entries if "error" in entry]
+    if world.rank == 0 and not failed:
+        try:
+            _write_index(partial, progress, entries)
+            shutil.rmtree(final, ignore_errors=True)
+            partial.rename(final)
+            _prune(run, keep)
+        except OSError as error:
+            failed = [f"{final}: {error}"]
+    if world.rank == 0 and failed:
+        shutil.rmtree(partial, ignore_errors=True)
+    dist.broadcast_object_list(verdict := [failed], src=0)
+    if verdict[0]:
+        raise CheckpointError(f"checkpoint of step {progress.step} not written: {verdict[0][0]}")
+    return final
+
+
+def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -> Progress | None:
+    """Restores weights and optimizer states from the newest sound checkpoint; None where there is none.
+
+    ``note`` is called with one line for each damaged checkpoint that is passed over.
+    """
+    for step in reversed(steps(run)):
+        index = _read_index(run, step)
+        damage = index if isinstance(index, str) else _damage(run, step, index, recommender.world)
+        if damage:
+            note(f"checkpoint passed over: {damage}")
+            continue
+        _restore(run, step, index, [*weight_pieces(recommender), *optimizer_pieces(recommender)])
+        progress = Progress(**index["progress"])  # type: ignore[index]
+        recommender.tables.set_optimizer_step(progress.step)
+        set_optimizer_step(engine, progress.step)
+        return progress
+    return None
+
+
+def load_weights(run: Path, step: int | None, recommender: Recommender) -> int:
+    """Restores the weights of checkpoint ``step`` (None: the best by validation, else the newest) and returns its step.
+
+    Raises:
+        UserError: no such checkpoint, it is damaged, or it belongs to another configuration.
+    """
+    step = best_step(run) if step is None else step
+    index = _read_index(run, step)
+    damage = index if isinstance(index, str) else _damage(run, step, index, recommender.world)
+    if damage:
+        raise UserError(damage)
+    _restore(run, step, index, list(weight_pieces(recommender)))
+    return step
+
+
+def steps(run: Path) -> list[int]:
+    """The steps of all complete checkpoints, rising."""
+    names = [path.name for path in (run / "checkpoints").glob("step_*") if (path / INDEX).is_file()]
+    return sorted(int(name.removeprefix("step_")) for name in names if name.removeprefix("step_").isdigit())
+
+
+def best_step(run: Path) -> int:
+    """The complete checkpoint with the highest validation score, else the newest.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = steps(run)
+    if not found:
+        raise UserError(f"{run / 'checkpoints'}: no complete checkpoint (expected folders step_N with {INDEX})")
+    return max(found, key=lambda step: (_score(run, step), step))
+
+
+def folder(run: Path, step: int) -> Path:
+    return run / "checkpoints" / f"step_{step}"
+
+
+def _score(run: Path, step: int) -> float:
+    index = _read_index(run, step)
+    score = None if isinstance(index, str) else index["progress"]["score"]
+    return -1.0 if score is None else score
+
+
+def _prune(run: Path, keep: int) -> None:
+    found = steps(run)
+    for step in set(found[:-keep]) - {best_step(run)}:
+        shutil.rmtree(folder(run, step))
+
+
+def _key(name: str, offsets: tuple[int, ...]) -> str:
+    return f"{name}@{','.join(map(str, offsets))}"
+
+
+def _write_index(partial: Path, progress: Progress, entries: list[dict[str, Any]]) -> None:
+    index = {"format": 1, "progress": asdict(progress), "files": entries}
+    with open(partial / INDEX, "w") as file:
+        json.dump(index, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_index(run: Path, step: int) -> dict[str, Any] | str:
+    """The index, or one line that says what is wrong with it."""
+    path = folder(run, step) / INDEX
+    try:
+        index = json.loads(path.read_text())
+        for entry in index["files"]:
+            for piece in entry["pieces"]:
+                piece["offsets"], piece["local_shape"] = tuple(piece["offsets"]), tuple(piece["local_shape"])
+        Progress(**index["progress"])
+    except FileNotFoundError:
+        available = ", ".join(map(str, steps(run))) or "none"
+        return f"{path.parent}: no such checkpoint (complete ones: {available})"
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        return f"{path}: damaged index ({error})"
+    return index
+
+
+def _damage(run: Path, step: int, index: dict[str, Any], world: World) -> str | None:
+    """What is wrong with the files, found by their sums; each rank checks its share."""
+    found = None
+    for entry in index["files"][world.rank :: world.size]:
+        path = folder(run, step) / entry["file"]
+        try:
+            if _sha256(path) != entry["sha256"]:
+                found = f"{path}: damaged: its SHA-256 is not the one in {INDEX}"
+        except OSError as error:
+            found = f"{path}: {error.strerror}"
+    reports: list[Any] = [None] * world.size
+    dist.all_gather_object(reports, found)
+    return next((report for report in reports if report), None)
+
+
+def _restore(run: Path, step: int, index: Any, pieces: list[Piece]) -> None:
+    saved: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
+    for entry in index["files"]:
+        for part in entry["pieces"]:
+            saved.setdefault(part["name"], []).append((folder(run, step) / entry["file"], part))
+    for piece in pieces:
+        parts = saved.get(piece.name)
+        if not parts or tuple(parts[0][1]["shape"]) != piece.shape:
+            found = f"has shape {parts[0][1]['shape']}" if parts else "is missing"
+            raise UserError(
+                f"{folder(run, step)}: tensor {piece.name} {found}, expected {list(piece.shape)}: the checkpoint belongs "
+                "to another model configuration or data set (choose another output_dir, or train.resume=false)"
+            )
+        piece.write(_assemble(piece, parts))
+
+
+def _assemble(piece: Piece, parts: list[tuple[Path, dict[str, Any]]]) -> torch.Tensor:
+    value = None
+    for path, part in parts:
+        overlap = list(_overlap(piece, part["offsets"], part["local_shape"]))
+        if any(low >= high for low, high in overlap):
+            continue
+        source = tuple(slice(low - o, high - o) for (low, high), o in zip(overlap, part["offsets"], strict=True))
+        target = tuple(slice(low - o, high - o) for (low, high), o in zip(overlap, piece.offsets, strict=True))
+        with safe_open(path, framework="pt") as file:
+            read = file.get_slice(_key(part["name"], part["offsets"]))[source]
+        if value is None:
+            value = torch.empty(piece.local_shape, dtype=read.dtype)
+        value[target] = read
+    return torch.empty(piece.local_shape) if value is None else value
+
+
+def _overlap(piece: Piece, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    for own, own_size, other, other_size in zip(piece.offsets, piece.local_shape, offsets, shape, strict=True):
+        yield max(own, other), min(own + own_size, other + other_size)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

@@ -1,0 +1,58 @@
+"""The decoder under DeepSpeed: ZeRO partitions the optimizer states, and gradients are averaged over the ranks."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import deepspeed
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from mme.config import Config
+
+
+def initialize_engine(decoder: nn.Module, config: Config) -> Any:
+    """A DeepSpeed engine round ``decoder`` with AdamW, whose states are empty and stand at step 0."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    train = config.train
+    parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
+    groups = split_params_into_different_moe_groups_for_optimizer({"params": parameters, "name": "decoder"})
+    optimizer = torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=train.lr,
+        betas=(train.beta1, train.beta2),
+        weight_decay=train.weight_decay,
+    )
+    num_elements = sum(parameter.numel() for parameter in parameters)
+    engine, *_ = deepspeed.initialize(
+        model=decoder,
+        optimizer=optimizer,
+        config={
+            "train_micro_batch_size_per_gpu": 1,  # the engine needs a number; our batches are jagged
+            "gradient_clipping": train.grad_clip,
+            "zero_allow_untested_optimizer": True,
+            "zero_optimization": {
+                "stage": config.parallel.zero_stage,
+                # The default buffers take gigabytes whatever the size of the model.
+                "reduce_bucket_size": num_elements,
+                "allgather_bucket_size": num_elements,
+            },
+        },
+    )
+    engine.optimizer._lazy_init_hp_params_optimizer_state()  # so that a checkpoint can be loaded before the first step
+    set_optimizer_step(engine, 0)  # DeepSpeed makes the states by a step with zero gradients, which counted
+    return engine
+
+
+def set_optimizer_step(engine: Any, step: int) -> None:
+    """Sets Adam's count of steps, on which its bias correction depends."""
+    for state in engine.optimizer.optimizer.state.values():
+        if isinstance(state.get("step"), Tensor):
+            state["step"].fill_(step)
+
+
+def set_lr(engine: Any, lr: float) -> None:
+    for group in engine.optimizer.param_groups:
+        group["lr"] = lr

@@ -1,0 +1,106 @@
+"""Experts spread over ranks: DeepSpeed-MoE's groups and its all-to-all carry the tokens, dropless.
+
+Rank r of an expert-parallel group of P ranks owns the experts [r·E/P, (r+1)·E/P). Rows leave sorted by expert, so one
+all-to-all with uneven splits brings them to their owners; there they are put in order of the local expert, and after
+the experts the same way back. Nothing is padded to a common capacity.
+
+Legend: R·k rows sent by this rank, E experts, P expert_parallel_size.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed.moe.layer import MoE
+from deepspeed.module_inject.auto_ep_layer import _AllToAllV, compute_split_plan
+from deepspeed.utils import groups
+from mme.model.decoder import Decoder
+from mme.model.moe import MixtureOfExperts, offsets_of
+
+
+class _Route(NamedTuple):
+    input_splits: list[int]
+    output_splits: list[int]
+    to_expert_order: Tensor
+    to_source_order: Tensor
+
+
+class ExpertParallelDispatcher(MoE):
+    """A DeepSpeed MoE layer whose gate and experts are ours: it owns the groups and the exchange.
+
+    The engine knows by this class that the model has experts; it calls `set_deepspeed_parallelism`, which makes the
+    process groups, and reduces the experts' gradients over the ranks that hold the same experts.
+    """
+
+    def __init__(self, num_experts: int, expert_parallel_size: int) -> None:
+        nn.Module.__init__(self)  # DeepSpeed's own constructor would build its gate and experts
+        self.num_experts = num_experts
+        self.ep_size = expert_parallel_size
+        self.num_local_experts = num_experts // expert_parallel_size
+        self.expert_group_name = f"ep_size_{expert_parallel_size}"
+        self.enable_expert_tensor_parallelism = False
+        if self.expert_group_name not in groups._get_expert_parallel_group_dict():
+            groups._create_expert_and_data_parallel(expert_parallel_size)
+        self.group = groups._get_expert_parallel_group(self.expert_group_name)
+        self.first_expert = self.num_local_experts * groups._get_expert_parallel_rank(self.expert_group_name)
+
+    def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
+        """The groups exist since the constructor."""
+
+    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, _Route | None]:
+        if self.ep_size == 1:
+            return rows, offsets_of(counts), None
+        plan = compute_split_plan(
+            counts, self.num_experts, self.ep_size, self.num_local_experts, self.group, num_tokens_per_expert=counts
+        )
+        received = _AllToAllV.apply(self.group, rows, plan.input_splits, plan.output_splits)
+        by_source = plan.local_counts_by_source  # (P, local experts) rows received
+        order = _expert_major(by_source)
+        inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        route = _Route(plan.input_splits, plan.output_splits, order, inverse)
+        return received.index_select(0, order), offsets_of(by_source.sum(0)), route
+
+    def combine(self, rows: Tensor, state: Any) -> Tensor:
+        if state is None:
+            return rows
+        by_source = rows.index_select(0, state.to_source_order)
+        return _AllToAllV.apply(self.group, by_source, state.output_splits, state.input_splits)
+
+
+def spread_experts(decoder: Decoder, expert_parallel_size: int) -> None:
+    """Leaves on this rank only its share of every mixture's experts and connects them by all-to-all.
+
+    Experts that several ranks hold keep equal values, since all ranks initialise the whole decoder alike.
+    """
+    for layer in decoder.moe_layers():
+        dispatcher = ExpertParallelDispatcher(layer.num_experts, expert_parallel_size)
+        layer.dispatcher = dispatcher
+        first, last = dispatcher.first_expert, dispatcher.first_expert + dispatcher.num_local_experts
+        for name, weight in list(layer.experts.named_parameters()):
+            local = nn.Parameter(weight.detach()[first:last].clone())
+            local.allreduce = False  # type: ignore[attr-defined]  # DeepSpeed's mark of an expert's parameter
+            local.group_name = dispatcher.expert_group_name  # type: ignore[attr-defined]
+            setattr(layer.experts, name, local)
+
+
+def choose_expert_parallel_size(requested: int, num_experts: int, world_size: int) -> int:
+    """``requested``, or where that is 0 the largest number of ranks that divides both experts and ranks."""
+    return requested or math.gcd(num_experts, world_size)
+
+
+def _expert_major(by_source: Tensor) -> Tensor:
+    """Where each row of the expert-major order stands in the source-major order.
+
+    by_source [[2, 1], [0, 3]] (2 sources, 2 local experts) → [0, 1, 2, 3, 4, 5]: source 0 sent rows 0-1 for expert 0 and
+    row 2 for expert 1, source 1 rows 3-5 for expert 1.
+    """
+    counts = by_source.flatten()
+    num_rows = int(counts.sum())
+    num_experts = by_source.shape[1]
+    expert = torch.arange(num_experts, device=counts.device).repeat(by_source.shape[0])
+    expert_of_row = torch.repeat_interleave(expert, counts, output_size=num_rows)
+    return torch.argsort(expert_of_row, stable=True)

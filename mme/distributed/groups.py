@@ -1,0 +1,74 @@
+"""The one place that decides device and backend: NCCL on GPUs where there are any, gloo on CPU processes else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+TIMEOUT = timedelta(minutes=10)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among its peers."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum(self, values: Tensor) -> Tensor:
+        """``values`` summed over the ranks, in place, the same bits on each."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, values: Tensor) -> list[Tensor]:
+        """The tensor of each rank, in rank order; the tensors may differ in their first dimension."""
+        if self.size == 1:
+            return [values]
+        lengths = [torch.empty(1, dtype=torch.int64, device=values.device) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([values.shape[0]], device=values.device))
+        longest = int(max(lengths))
+        padded = values.new_zeros(longest, *values.shape[1:])
+        padded[: values.shape[0]] = values
+        received = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(received, padded)
+        return [rows[: int(length)] for rows, length in zip(received, lengths, strict=True)]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            dist.barrier()
+
+
+@contextmanager
+def process_group() -> Iterator[World]:
+    """Joins the group that torchrun described in the environment, or forms a group of one."""
+    rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even where it is alone
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        torch.cuda.set_device(device)
+    else:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # TorchRec builds both kinds of group, so that host tensors travel beside device tensors.
+    backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
+    store = dist.HashStore() if size == 1 else None
+    dist.init_process_group(backend, rank=rank, world_size=size, store=store, timeout=TIMEOUT)
+    import deepspeed  # reads DS_ACCELERATOR when it is imported
+
+    # Else DeepSpeed compiles a collective of its own at the first start: a compiler, seconds, and a lock that a killed
+    # build leaves behind. gloo serves the CPU.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+    try:
+        yield World(rank, size, device)
+    finally:
+        dist.destroy_process_group()

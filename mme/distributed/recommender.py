@@ -1,0 +1,77 @@
+"""The whole model over all ranks: sharded item tables under TorchRec, the decoder with its experts.
+
+Legend: B sequences, T tokens, M views, d view width, D = M·d, U distinct items of a batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from mme.config import Config
+from mme.data.batch import SequenceBatch
+from mme.distributed.experts import choose_expert_parallel_size, spread_experts
+from mme.distributed.groups import World
+from mme.distributed.tables import ItemTables
+from mme.model.decoder import Decoder
+from mme.model.loss import compact
+from mme.model.scoring import normalize_views
+
+LOOKUP_ROWS = 65_536  # items that one lookup brings when the catalogue is read
+
+
+class Recommender:
+    """Item tables and decoder; every rank holds its shard and calls each method together with the others."""
+
+    def __init__(self, config: Config, num_items: int, world: World) -> None:
+        self.config = config
+        self.num_items = num_items
+        self.world = world
+        self.tables = ItemTables(config, num_items, world)
+        torch.manual_seed(config.train.seed)  # the same decoder on every rank
+        self.decoder = Decoder(config)
+        if config.model.moe.num_experts:
+            size = choose_expert_parallel_size(
+                config.parallel.expert_parallel_size, config.model.moe.num_experts, world.size
+            )
+            spread_experts(self.decoder, size)
+        self.decoder.to(world.device)
+
+    def num_parameters(self) -> dict[str, int]:
+        """Parameters of the whole model by part, over all ranks."""
+        tables = self.config.model.num_tables * self.num_items * self.config.model.view_dim
+        experts = sum(p.numel() for layer in self.decoder.moe_layers() for p in layer.experts.parameters())
+        decoder = sum(p.numel() for p in self.decoder.parameters()) - experts
+        spread = {layer.num_experts // layer.dispatcher.num_local_experts for layer in self.decoder.moe_layers()}
+        return {"item tables": tables, "decoder": decoder, "experts": experts * max(spread, default=1)}
+
+    @torch.no_grad()
+    def encode(self, batch: SequenceBatch) -> Tensor:
+        """(B, D) the normalised state of each history after its last token; every history has at least one."""
+        self.decoder.eval()
+        ids, (index,) = compact([batch.item_ids], self.num_items)
+        hidden = self.decoder(self.tables.lookup(ids), index, batch.seq_offsets, batch.timestamps).hidden
+        return normalize_views(hidden[batch.seq_offsets[1:] - 1], self.config.model.score_norm)
+
+    @torch.no_grad()
+    def catalogue(self) -> tuple[int, Tensor]:
+        """This rank's share of the catalogue: its first item, and the normalised vectors (share, D) of it and the next.
+
+        The shares are equal slices in rank order whatever the tables' sharding; no rank ever holds the whole.
+        """
+        share = -(-self.num_items // self.world.size)
+        first = min(self.world.rank * share, self.num_items)
+        last = min(first + share, self.num_items)
+        vectors = [self._vectors(ids) for ids in self._chunks(first, last, share)]
+        return first, torch.cat(vectors)
+
+    def _vectors(self, ids: Tensor) -> Tensor:
+        return normalize_views(self.tables.lookup(ids), self.config.model.score_norm)
+
+    def _chunks(self, first: int, last: int, share: int) -> Iterator[Tensor]:
+        """As many chunks on every rank, since each lookup is a collective; the last ones may be empty."""
+        for start in range(0, share, LOOKUP_ROWS):
+            begin, end = min(first + start, last), min(first + start + LOOKUP_ROWS, last)
+            yield torch.arange(begin, end, device=self.world.device)

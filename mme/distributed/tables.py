@@ -1,0 +1,235 @@
+"""The M item-embedding tables, sharded over the ranks by TorchRec.
+
+A step asks for the distinct items it needs once; one `EmbeddingCollection` with M tables and one shared feature answers
+with the rows of all tables. Where the rows live is the planner's plan.
+
+Optimizers: row-wise Adagrad, Adagrad and SGD run fused in the backward pass of FBGEMM's tables, Adam too on CUDA.
+FBGEMM's CPU tables have no Adam, so there the plan's compute kernel becomes "dense": autograd hands the gradient of each
+shard to torch.optim.AdamW.
+
+Legend: M tables, d view width, U distinct items of a batch.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import torchrec
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+    DenseTableBatchedEmbeddingBagsCodegen,
+    SplitTableBatchedEmbeddingBagsCodegen,
+)
+from mme.config import Config
+from mme.distributed.groups import World
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
+from torchrec.distributed.planner.types import ParameterConstraints
+from torchrec.distributed.types import ShardingType
+from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
+
+FEATURE = "item"
+INIT_STD = 0.02
+INIT_ROWS = 65_536  # rows that one seed initialises, whatever the sharding
+
+FUSED_OPTIMIZERS = {
+    "adam": EmbOptimType.ADAM,
+    "adagrad": EmbOptimType.EXACT_ADAGRAD,
+    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+    "sgd": EmbOptimType.EXACT_SGD,
+}
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A rank's part of one table or of one state of its optimizer: `tensor` stands at `offsets` of a whole of `shape`.
+
+    ``tensor`` is the live memory: what is copied into it changes the table.
+    """
+
+    name: str
+    tensor: Tensor
+    offsets: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class ItemTables:
+    """Lookup and update of M sharded tables of shape (num_items, d)."""
+
+    def __init__(self, config: Config, num_items: int, world: World) -> None:
+        logging.getLogger("torchrec").setLevel(logging.ERROR)
+        model, train = config.model, config.train
+        self.num_items = num_items
+        self.dim = model.view_dim
+        self.device = world.device
+        self.names = [f"item_{table}" for table in range(model.num_tables)]
+        collection = torchrec.EmbeddingCollection(
+            tables=[
+                torchrec.EmbeddingConfig(
+                    name=name, num_embeddings=num_items, embedding_dim=self.dim, feature_names=[FEATURE]
+                )
+                for name in self.names
+            ],
+            device=torch.device("meta"),
+        )
+        sharder = EmbeddingCollectionSharder(
+            fused_params={
+                "optimizer": FUSED_OPTIMIZERS[train.table_optimizer],
+                "learning_rate": train.table_lr or train.lr,
+                "beta1": train.beta1,
+                "beta2": train.beta2,
+                "eps": 1e-8,
+            }
+        )
+        plan = self._plan(collection, sharder, config.parallel.table_sharding, world)
+        if world.device.type == "cpu" and train.table_optimizer == "adam":
+            for table in plan.plan[""].values():  # type: ignore[attr-defined]
+                table.compute_kernel = EmbeddingComputeKernel.DENSE.value
+        self.model = DistributedModelParallel(
+            collection, device=world.device, plan=plan, sharders=[sharder]  # type: ignore[list-item]
+        )
+        self.is_sharded = config.parallel.table_sharding != "data_parallel"
+        if world.device.type == "cpu":
+            _return_sequences_from_dense_cpu_tables(self.model.module)  # type: ignore[arg-type]
+        self._initialise(train.seed)
+        self.optimizer = self._dense_optimizer(config)
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """(U,) int64 distinct item indices → (U, M, d) their rows in the M tables, differentiable."""
+        features = torchrec.KeyedJaggedTensor(
+            keys=[FEATURE], values=ids, lengths=torch.tensor([ids.numel()], device=ids.device)
+        )
+        rows = self.model(features)
+        # With one table TorchRec keeps the feature's own name; a feature shared by tables comes back as feature@table.
+        keys = [f"{FEATURE}@{name}" for name in self.names] if len(self.names) > 1 else [FEATURE]
+        return torch.stack([rows[key].values() for key in keys], dim=1)
+
+    def set_lr(self, lr: float) -> None:
+        """The learning rate of the next backward and step."""
+        groups = [*self.model.fused_optimizer.param_groups, *(self.optimizer.param_groups if self.optimizer else [])]
+        for group in groups:
+            group["lr"] = lr
+        self.model.fused_optimizer.step()  # hands the rate to the fused tables; the update itself is in backward
+
+    def step(self) -> None:
+        """Applies and clears the gradients of tables that are not updated in backward."""
+        if self.optimizer:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+
+    def weights(self) -> Iterator[Shard]:
+        """This rank's parts of the tables, named item_0 … item_{M-1}."""
+        for key, value in self.model.state_dict().items():
+            yield from _local_shards(key.split(".")[-2], value)
+
+    def optimizer_states(self) -> Iterator[Shard]:
+        """This rank's parts of the optimizer's states, named item_0/exp_avg and the like."""
+        for key, states in self.model.fused_optimizer.state_dict()["state"].items():
+            for state, value in states.items():
+                yield from _local_shards(f"{key.split('.')[-2]}/{state.split('.')[-1]}", value)
+        if self.optimizer is None:
+            return
+        shards = {shard.name: shard for shard in self.weights()}
+        for key, parameter in self.model.named_parameters():
+            shard = shards.get(key.split(".")[-2])
+            for state, value in self.optimizer.state.get(parameter, {}).items():
+                if shard is not None and isinstance(value, Tensor) and value.dim():
+                    whole = tuple(
+                        size if part == local else part
+                        for size, part, local in zip(shard.shape, value.shape, shard.tensor.shape, strict=True)
+                    )
+                    yield Shard(f"{shard.name}/{state}", value, shard.offsets, whole)
+
+    def set_optimizer_step(self, step: int) -> None:
+        """Sets the count of steps on which Adam's bias correction depends."""
+        for state in self.optimizer.state.values() if self.optimizer else ():
+            if isinstance(state.get("step"), Tensor):
+                state["step"].fill_(step)
+        for lookup in self.model.module._lookups:  # type: ignore[union-attr]
+            for module in lookup.modules():  # type: ignore[union-attr]
+                if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
+                    module.set_optimizer_step(step)
+
+    def _plan(
+        self, collection: nn.Module, sharder: EmbeddingCollectionSharder, table_sharding: str, world: World
+    ) -> Any:
+        constraint = ParameterConstraints()
+        if table_sharding != "auto":
+            constraint.sharding_types = [ShardingType[table_sharding.upper()].value]
+        topology = Topology(world_size=world.size, compute_device=world.device.type)
+        planner = EmbeddingShardingPlanner(topology=topology, constraints=dict.fromkeys(self.names, constraint))
+        return planner.collective_plan(collection, [sharder], torch.distributed.group.WORLD)  # type: ignore[list-item]
+
+    def _initialise(self, seed: int) -> None:
+        """Truncated normal, the same values for every number of ranks and every sharding."""
+        for shard in self.weights():
+            rows, columns = shard.tensor.shape
+            first, left = shard.offsets
+            table = self.names.index(shard.name)
+            for chunk in range(first // INIT_ROWS, -(-(first + rows) // INIT_ROWS)):
+                generator = torch.Generator().manual_seed((seed * 1_000_003 + table) * 1_000_003 + chunk)
+                start = chunk * INIT_ROWS
+                values = torch.empty(min(INIT_ROWS, self.num_items - start), self.dim)
+                nn.init.trunc_normal_(values, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD, generator=generator)
+                low, high = max(first, start), min(first + rows, start + values.shape[0])
+                shard.tensor[low - first : high - first].copy_(values[low - start : high - start, left : left + columns])
+
+    def _dense_optimizer(self, config: Config) -> torch.optim.Optimizer | None:
+        """The optimizer of the tables that FBGEMM does not update in backward; None where there are none."""
+        train = config.train
+        fused = set(self.model.fused_optimizer.params)
+        parameters = [p for name, p in self.model.named_parameters() if p.numel() and name not in fused]
+        if not parameters:
+            return None
+        lr = train.table_lr or train.lr
+        match train.table_optimizer:
+            case "adam":
+                adam = torch.optim.AdamW(parameters, lr=lr, betas=(train.beta1, train.beta2), weight_decay=0.0)
+                for parameter in parameters:  # made now, so that a checkpoint can be loaded before the first step
+                    moments = {state: torch.zeros_like(parameter.detach()) for state in ("exp_avg", "exp_avg_sq")}
+                    adam.state[parameter] = {"step": torch.zeros(()), **moments}
+                return adam
+            case "adagrad":
+                return torch.optim.Adagrad(parameters, lr=lr)
+            case "rowwise_adagrad":
+                return RowWiseAdagrad(parameters, lr=lr)
+            case _:
+                return torch.optim.SGD(parameters, lr=lr)
+
+
+def _local_shards(name: str, value: Any) -> Iterator[Shard]:
+    if isinstance(value, Tensor) and not hasattr(value, "local_shards"):
+        yield Shard(name, value.detach(), (0,) * value.dim(), tuple(value.shape))
+        return
+    for shard in value.local_shards():
+        yield Shard(name, shard.tensor.detach(), tuple(shard.metadata.shard_offsets), tuple(value.size()))
+
+
+def _return_sequences_from_dense_cpu_tables(collection: nn.Module) -> None:
+    """Makes FBGEMM's dense CPU tables answer one row an id, table after table.
+
+    Their CPU operator pools each bag and interleaves the tables, whatever the pooling mode asks for (fbgemm_gpu 1.6 to
+    1.8). With one id a bag nothing is pooled; then the rows are put in the order that TorchRec expects. All tables
+    share one feature, so all have the same number of ids.
+    """
+
+    def one_id_a_bag(module: nn.Module, args: Any, kwargs: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        ids = kwargs["indices"]
+        return args, {**kwargs, "offsets": torch.arange(ids.numel() + 1, dtype=ids.dtype)}
+
+    def table_after_table(module: Any, args: Any, kwargs: Any, rows: Tensor) -> Tensor:
+        return rows.view(-1, module.D_offsets.numel() - 1, module.max_D).transpose(0, 1).reshape(-1, module.max_D)
+
+    for lookup in collection._lookups:  # type: ignore[union-attr]
+        for module in lookup.modules():  # type: ignore[union-attr]
+            if isinstance(module, DenseTableBatchedEmbeddingBagsCodegen):
+                module.register_forward_pre_hook(one_id_a_bag, with_kwargs=True)
+                module.register_forward_hook(table_after_table, with_kwargs=True)

@@ -1,0 +1,1 @@
+"""Fuxi-MME as single-device code: what is distributed is handed in."""

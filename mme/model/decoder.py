@@ -1,0 +1,80 @@
+"""The decoder that all views share: input views, the stack of FuXi blocks, and what the routers decided.
+
+Legend: B sequences, N max_seq_len, T tokens, M views, d view width, U distinct items of a batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from kernels import plan_attention
+from mme.config import Config
+from mme.model.fuxi_block import FuxiBlock
+from mme.model.moe import DenseFFN, MixtureOfExperts, Routing
+from mme.model.multi_embedding import InputViews
+
+
+@dataclass(frozen=True)
+class DecoderOutput:
+    """hidden (T, M, d), the final views of each token; routing of each block that has experts, in order."""
+
+    hidden: Tensor
+    routing: list[Routing]
+
+
+class Decoder(nn.Module):
+    """All M views of a batch pass through one stack of blocks, in one call."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        model, backend = config.model, config.kernels.backend
+        self.backend = backend
+        self.max_seq_len = config.data.max_seq_len
+        self.inputs = InputViews(
+            model.num_tables, model.view_dim, self.max_seq_len, model.dropout, model.positions
+        )
+        head_dim = model.view_dim // model.num_heads
+        hidden_dim = max(1, round(model.ffn_multiplier * model.view_dim))
+        with_experts = set(model.moe.placement or range(model.num_blocks)) if model.moe.num_experts else set()
+        self.blocks = nn.ModuleList(
+            FuxiBlock(
+                model.view_dim,
+                self.max_seq_len,
+                model.num_heads,
+                model.dqk or head_dim,
+                model.dv or head_dim,
+                MixtureOfExperts(
+                    model.moe.num_experts, model.moe.top_k, model.view_dim, hidden_dim, model.moe.renormalize, backend
+                )
+                if block in with_experts
+                else DenseFFN(model.view_dim, hidden_dim, backend),
+                model.dropout,
+                backend,
+            )
+            for block in range(model.num_blocks)
+        )
+
+    def forward(
+        self, item_rows: Tensor, item_index: Tensor, seq_offsets: Tensor, timestamps: Tensor
+    ) -> DecoderOutput:
+        """
+        Args:
+            item_rows: (U, M, d) rows of the batch's distinct items in the M tables.
+            item_index: (T,) int64, the row of each token's item.
+            seq_offsets: (B + 1,) int64.
+            timestamps: (T + B,) int64 seconds.
+        """
+        x = self.inputs(item_rows, item_index, seq_offsets)
+        plan = plan_attention(seq_offsets, self.max_seq_len, timestamps, backend=self.backend)
+        routing = []
+        for block in self.blocks:
+            x, block_routing = block(x, seq_offsets, timestamps, plan)
+            if block_routing is not None:
+                routing.append(block_routing)
+        return DecoderOutput(x.transpose(0, 1), routing)
+
+    def moe_layers(self) -> list[MixtureOfExperts]:
+        """The mixtures of experts, by block."""
+        return [module for module in self.modules() if isinstance(module, MixtureOfExperts)]

@@ -1,0 +1,93 @@
+"""One FuXi block over all views of a batch (FuXi-α, arXiv 2502.03036; the FFN may be a mixture of experts).
+
+    x̂ = RMSNorm(x);  [u, v, q, k] = SiLU(x̂ W_uvqk)
+    a = concat over heads of (P v, T v, A v): positional, temporal and semantic channel (`kernels.relative_attention`)
+    o = dropout(u ⊙ RMSNorm(a)) W_0 + b_0 + x
+    x' = FFN(dropout(RMSNorm(o))) + o
+
+Legend: B sequences, N max_seq_len, T tokens, M views, d view width, H heads, G = M·H groups, R = M·T rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import gated_rms_norm, relative_attention, rms_norm
+from mme.model.moe import DenseFFN, MixtureOfExperts, Routing
+
+NUM_TIME_BUCKETS = 129
+
+
+class FuxiBlock(nn.Module):
+    """The block as the public FuXi-α code initialises it; ``ffn`` is a DenseFFN or a MixtureOfExperts of width d."""
+
+    def __init__(
+        self,
+        dim: int,
+        max_seq_len: int,
+        num_heads: int,
+        dqk: int,
+        dv: int,
+        ffn: DenseFFN | MixtureOfExperts,
+        dropout: float = 0.0,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.max_seq_len = max_seq_len
+        self.num_heads = num_heads
+        self.dropout = dropout
+        self.backend = backend
+        self.widths = [3 * num_heads * dv, num_heads * dv, num_heads * dqk, num_heads * dqk]
+        self.uvqk = nn.Parameter(torch.empty(dim, sum(self.widths)).normal_(std=0.02))
+        self.ts_weights = nn.Parameter(torch.empty(NUM_TIME_BUCKETS).normal_(std=0.02))
+        self.pos_weights = nn.Parameter(torch.empty(2 * max_seq_len - 1).normal_(std=0.02))
+        self.output = nn.Linear(3 * num_heads * dv, dim)
+        nn.init.xavier_uniform_(self.output.weight)
+        self.ffn = ffn
+
+    def forward(
+        self, x: Tensor, seq_offsets: Tensor, timestamps: Tensor, plan: Any = None
+    ) -> tuple[Tensor, Routing | None]:
+        """
+        Args:
+            x: (M, T, d) the views of T jagged tokens.
+            seq_offsets: (B + 1,) int64.
+            timestamps: (T + B,) int64 seconds, each sequence with one entry more than its length.
+            plan: of `kernels.plan_attention` for these offsets and timestamps; None: made here.
+
+        Returns:
+            (M, T, d) and, where the FFN has experts, the routing of its R = M·T rows.
+        """
+        num_views, num_tokens, dim = x.shape
+        rows = x.reshape(-1, dim)
+        dropout = self.dropout if self.training else 0.0
+        normed = rms_norm(rows, backend=self.backend)
+        projected = F.silu(normed @ self.uvqk.to(rows.dtype))
+        u, v, q, k = projected.split(self.widths, dim=1)
+        attended = relative_attention(
+            self._by_group(q, num_views),
+            self._by_group(k, num_views),
+            self._by_group(v, num_views),
+            seq_offsets,
+            self.max_seq_len,
+            timestamps,
+            self.ts_weights,
+            self.pos_weights,
+            backend=self.backend,
+            plan=plan,
+        )
+        attended = attended.unflatten(0, (num_views, self.num_heads)).transpose(1, 2).flatten(2).flatten(0, 1)
+        gated = gated_rms_norm(u, attended, dropout_p=dropout, backend=self.backend)
+        o = self.output(gated) + rows
+        z = rms_norm(o, dropout_p=dropout, backend=self.backend)
+        y, routing = self.ffn(z, num_views)
+        return (y + o).view(num_views, num_tokens, dim), routing
+
+    def _by_group(self, x: Tensor, num_views: int) -> Tensor:
+        """(R, H·w) → (G, T, w), groups view-major."""
+        by_head = x.unflatten(0, (num_views, -1)).unflatten(2, (self.num_heads, -1))
+        return by_head.transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,115 @@
+"""Next-item prediction: sampled softmax with own or shared negatives, or softmax over the whole catalogue.
+
+Position t of a sequence predicts item t + 1 among that item and negatives drawn uniformly from all items; a negative
+equal to the target is masked. With n shared negatives each negative logit gets + ln(128 / n), so that losses compare
+(the published protocol has 128).
+
+Legend: B sequences, T tokens, M views, d view width, D = M·d, U distinct items of a batch, n negatives of a token.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from kernels import sampled_softmax_loss
+from mme.config import Config
+from mme.data.batch import SequenceBatch
+from mme.model.scoring import normalize_views
+
+REFERENCE_NEGATIVES = 128
+FULL_SOFTMAX_TOKENS = 1024  # tokens whose logits over the catalogue exist at once
+
+
+@dataclass(frozen=True)
+class BatchItems:
+    """The distinct items that a training step needs, and where each use of them points.
+
+    Attributes:
+        ids: (U,) int64, distinct item indices, rising.
+        inputs: (T,) int64, row in ``ids`` of each token's item.
+        targets: (T,) int64, row of each token's next item.
+        negatives: (groups, n) int64, rows of the negatives; None for the full softmax.
+    """
+
+    ids: Tensor
+    inputs: Tensor
+    targets: Tensor
+    negatives: Tensor | None
+
+
+class NextItemLoss:
+    """Draws the negatives of a batch and computes the loss of each token."""
+
+    def __init__(self, config: Config, num_items: int) -> None:
+        self.loss = config.loss
+        self.score_norm = config.model.score_norm
+        self.backend = config.kernels.backend
+        self.num_items = num_items
+        shared = self.loss.negatives == "shared"
+        self.group_size = self.loss.negative_group_size if shared else 1
+        self.logit_offset = math.log(REFERENCE_NEGATIVES / self.loss.num_negatives) if shared else 0.0
+
+    def items_of(self, batch: SequenceBatch, generator: torch.Generator) -> BatchItems:
+        """The items of ``batch`` and of its negatives, drawn by ``generator``."""
+        if self.loss.kind == "full_softmax":
+            ids = torch.arange(self.num_items, device=batch.item_ids.device)
+            return BatchItems(ids, batch.item_ids, batch.target_ids, None)
+        groups = math.ceil(batch.num_tokens / self.group_size) if self.group_size else min(1, batch.num_tokens)
+        negatives = torch.randint(
+            self.num_items, (groups, self.loss.num_negatives), generator=generator, device=batch.item_ids.device
+        )
+        ids, (inputs, targets, negatives) = compact([batch.item_ids, batch.target_ids, negatives], self.num_items)
+        return BatchItems(ids, inputs, targets, negatives)
+
+    def __call__(self, hidden: Tensor, item_rows: Tensor, items: BatchItems) -> Tensor:
+        """
+        Args:
+            hidden: (T, M, d) final views of each token.
+            item_rows: (U, M, d) the rows of ``items.ids`` in the M tables.
+
+        Returns:
+            (T,) float32, −log of the softmax at each token's target.
+        """
+        queries = normalize_views(hidden, self.score_norm)
+        vectors = normalize_views(item_rows, self.score_norm)
+        if items.negatives is None:
+            return self._full_softmax(queries, vectors, items.targets)
+        return sampled_softmax_loss(
+            queries,
+            vectors,
+            items.targets,
+            items.negatives,
+            group_size=self.group_size,
+            temperature=self.loss.temperature,
+            logit_offset=self.logit_offset,
+            backend=self.backend,
+        )
+
+    def _full_softmax(self, queries: Tensor, vectors: Tensor, targets: Tensor) -> Tensor:
+        def of_chunk(chunk: Tensor, chunk_targets: Tensor) -> Tensor:
+            logits = (chunk @ vectors.T).float() / self.loss.temperature
+            return F.cross_entropy(logits, chunk_targets, reduction="none")
+
+        chunks = zip(queries.split(FULL_SOFTMAX_TOKENS), targets.split(FULL_SOFTMAX_TOKENS), strict=True)
+        return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+def compact(groups: list[Tensor], num_items: int) -> tuple[Tensor, list[Tensor]]:
+    """Distinct ids of several index tensors, rising, and the tensors rewritten as rows of them.
+
+    [[7, 3], [3, 9]] → ids [3, 7, 9], [[1, 0], [0, 2]]. Takes time linear in the ids and in ``num_items``: at the
+    millions of ids of per-token negatives a table of presence is far cheaper than a sort.
+    """
+    present = torch.zeros(num_items, dtype=torch.bool, device=groups[0].device)
+    for group in groups:
+        present[group.flatten()] = True
+    ids = present.nonzero().squeeze(1)
+    row_of = torch.empty(num_items, dtype=torch.int64, device=present.device)
+    row_of[ids] = torch.arange(ids.numel(), device=present.device)
+    return ids, [row_of[group] for group in groups]

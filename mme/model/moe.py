@@ -1,0 +1,188 @@
+"""Mixture of gated experts: router, experts, and the seam at which tokens may travel to other ranks.
+
+p = softmax(z W_g) in float32, the k largest kept and (choice) renormalised to sum 1, y = Σ_k p_k · Expert_k(z).
+Load-balance loss of the Switch Transformer (arXiv 2101.03961) and GShard (arXiv 2006.16668); router z-loss of ST-MoE
+(arXiv 2202.08906).
+
+The layer knows no process group: a dispatcher brings the rows to their experts and back. `LocalDispatcher` serves one
+device; `mme.distributed.experts` has the one that crosses ranks.
+
+Legend: R rows (tokens of all views), M views, d view width, E experts, k top_k, f hidden width of an expert.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import expert_ffn
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What a router decided for the rows of one batch.
+
+    Attributes:
+        probabilities: (R, E) float32, softmax of the router's logits.
+        logits: (R, E) float32.
+        experts: (R, k) int64, the chosen experts.
+        weights: (R, k) float32, their weights.
+        counts: (M, E) int64, how many choices each expert received from each view.
+    """
+
+    probabilities: Tensor
+    logits: Tensor
+    experts: Tensor
+    weights: Tensor
+    counts: Tensor
+
+
+class Dispatcher(Protocol):
+    """Brings rows sorted by expert to the ranks that own the experts, and the results back."""
+
+    num_local_experts: int
+
+    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Any]:
+        """rows (R·k, d) sorted by expert, counts (E,) of them → local rows sorted by local expert, their
+        expert_offsets (num_local_experts + 1,) int64, and what `combine` needs."""
+        ...
+
+    def combine(self, rows: Tensor, state: Any) -> Tensor:
+        """Results in the order of `dispatch`'s output → (R·k, d) in the order of its input."""
+        ...
+
+
+class LocalDispatcher:
+    """All experts on this device: nothing travels."""
+
+    def __init__(self, num_experts: int) -> None:
+        self.num_local_experts = num_experts
+
+    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Any]:
+        return rows, offsets_of(counts), None
+
+    def combine(self, rows: Tensor, state: Any) -> Tensor:
+        return rows
+
+
+class GatedExperts(nn.Module):
+    """num_experts gated FFNs of one shape, y = (SiLU(x W_1) ⊙ (x W_3)) W_2; one expert is the dense FFN."""
+
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int, backend: str = "auto") -> None:
+        super().__init__()
+        self.backend = backend
+        self.w1 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.w3 = nn.Parameter(torch.empty(num_experts, dim, hidden_dim))
+        self.w2 = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        for weight in self.parameters():
+            for expert in weight:
+                nn.init.xavier_uniform_(expert)
+
+    def forward(self, rows: Tensor, expert_offsets: Tensor) -> Tensor:
+        """(R, d) sorted by expert → (R, d); row r belongs to expert e where expert_offsets[e] ≤ r < [e + 1]."""
+        w1, w3, w2 = (weight.to(rows.dtype) for weight in (self.w1, self.w3, self.w2))
+        return expert_ffn(rows, expert_offsets, w1, w3, w2, backend=self.backend)
+
+
+class DenseFFN(nn.Module):
+    """The same gated FFN for every row."""
+
+    def __init__(self, dim: int, hidden_dim: int, backend: str = "auto") -> None:
+        super().__init__()
+        self.experts = GatedExperts(1, dim, hidden_dim, backend)
+
+    def forward(self, z: Tensor, num_views: int) -> tuple[Tensor, Routing | None]:
+        return self.experts(z, torch.tensor([0, z.shape[0]], device=z.device)), None
+
+
+class MixtureOfExperts(nn.Module):
+    """Every row goes to its k best experts; no row is dropped."""
+
+    def __init__(
+        self, num_experts: int, top_k: int, dim: int, hidden_dim: int, renormalize: bool, backend: str = "auto"
+    ) -> None:
+        super().__init__()
+        self.num_experts = num_experts
+        self.top_k = top_k
+        self.renormalize = renormalize
+        self.router = nn.Linear(dim, num_experts, bias=False)
+        self.experts = GatedExperts(num_experts, dim, hidden_dim, backend)
+        self.dispatcher: Dispatcher = LocalDispatcher(num_experts)
+
+    def forward(self, z: Tensor, num_views: int) -> tuple[Tensor, Routing]:
+        """z (R, d), view-major → (R, d) and the routing."""
+        routing = self.route(z, num_views)
+        order = torch.argsort(routing.experts.flatten(), stable=True)
+        rows = _SortedCopies.apply(z, order, self.top_k)
+        local_rows, expert_offsets, state = self.dispatcher.dispatch(rows, routing.counts.sum(0))
+        results = self.dispatcher.combine(self.experts(local_rows, expert_offsets), state)
+        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+        results = _Permute.apply(results, place, order).unflatten(0, routing.weights.shape)
+        return torch.einsum("rk,rkd->rd", routing.weights.to(z.dtype), results), routing
+
+    def route(self, z: Tensor, num_views: int) -> Routing:
+        logits = self.router(z).float()
+        probabilities = torch.softmax(logits, dim=-1)
+        weights, experts = probabilities.topk(self.top_k, dim=-1)
+        if self.renormalize:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        view = torch.arange(num_views, device=z.device).repeat_interleave(experts.numel() // num_views)
+        bins = torch.bincount(view * self.num_experts + experts.flatten(), minlength=num_views * self.num_experts)
+        return Routing(probabilities, logits, experts, weights, bins.view(num_views, self.num_experts))
+
+
+def load_balance_loss(routing: Routing, global_counts: Tensor, global_rows: Tensor) -> Tensor:
+    """This rank's share of E · Σ_e f_e P_e, f_e the share of all choices that expert e received and P_e its mean
+    probability over the rows of all ranks; the shares of the ranks add up to the loss of the global batch.
+
+    Args:
+        routing: of this rank's rows.
+        global_counts: (E,) choices that each expert received over all ranks.
+        global_rows: () number of rows over all ranks.
+    """
+    share = global_counts / global_counts.sum().clamp(min=1)
+    mean_probability = routing.probabilities.sum(0) / global_rows.clamp(min=1)
+    return global_counts.numel() * (share * mean_probability).sum()
+
+
+def router_z_loss(routing: Routing, global_rows: Tensor) -> Tensor:
+    """This rank's share of the mean over all rows of log²Σ_e exp(logit_e)."""
+    return torch.logsumexp(routing.logits, dim=-1).square().sum() / global_rows.clamp(min=1)
+
+
+def offsets_of(counts: Tensor) -> Tensor:
+    """counts [2, 0, 3] → offsets [0, 2, 2, 5], int64."""
+    return F.pad(counts.cumsum(0), (1, 0))
+
+
+class _SortedCopies(torch.autograd.Function):
+    """Row order[i] // k of x for each i; the gradient sums a row's k copies without atomic additions."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.top_k = top_k
+        return x.index_select(0, order // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        unsorted = torch.empty_like(grad).index_copy_(0, order, grad)
+        return unsorted.unflatten(0, (-1, ctx.top_k)).sum(1), None, None
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in the order ``place``; ``inverse`` undoes it in backward by a gather instead of a scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
