@@ -1,0 +1,378 @@
+"""The ``mme`` command: parses, calls one function below, and turns errors into one line and an exit status.
+
+0: done. 1: the job failed. 2: the input or the configuration is wrong. 130: interrupted.
+What a command needs is imported inside it, so that ``--help`` and wrong arguments are answered at once.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from mme.errors import UserError
+
+# typer reads the annotations and Python 3.10 shows Optional[X] and X | None to it alike.
+# ruff: noqa: UP045
+
+app = typer.Typer(name="mme", add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
+
+RunOption = Annotated[
+    Path, typer.Option("--run", metavar="DIR", help="Folder of a run: the output_dir of `mme train`.")
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line (default: the process's own) and returns the exit status."""
+    # Libraries warn on standard error before any log file is open; what matters of it is in log.txt.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    command = typer.main.get_command(app)
+    try:
+        status = command.main(
+            args=None if arguments is None else list(arguments), prog_name="mme", standalone_mode=False
+        )
+    except typer.TyperException as error:
+        message = " ".join(error.format_message().split()).rstrip(".")
+        if message:  # without arguments it is the help, which is printed already
+            _print_error(f"{message} (see `{_command_name(arguments)} --help`)")
+        return error.exit_code
+    except typer.Abort:
+        return 1
+    return status if isinstance(status, int) else 0
+
+
+@app.callback()
+def mme() -> None:
+    """Fuxi-MME, a sequential recommender: prepare interactions, train, evaluate, recommend.
+
+    A first run, from nothing:
+
+        mme prepare --synthetic quickstart --output datasets/quickstart
+
+        mme train --config configs/quickstart.yaml
+
+        mme evaluate --run runs/quickstart
+    """
+
+
+@app.command(no_args_is_help=True)
+def prepare(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the training set to.")],
+    inputs: Annotated[
+        Optional[list[Path]],
+        typer.Option(
+            "--input", metavar="FILE", help="File of interactions; may be given several times, or many at once."
+        ),
+    ] = None,
+    more_inputs: Annotated[Optional[list[Path]], typer.Argument(metavar="FILE", hidden=True)] = None,
+    format: Annotated[
+        Optional[str],
+        typer.Option(
+            help="What the files are: parquet, csv, movielens-1m, movielens-20m (also 25m, 32m and latest), kuairand, "
+            "amazon."
+        ),
+    ] = None,
+    user_column: Annotated[Optional[str], typer.Option(help="Name of the column of users.")] = None,
+    item_column: Annotated[Optional[str], typer.Option(help="Name of the column of items.")] = None,
+    timestamp_column: Annotated[Optional[str], typer.Option(help="Name of the column of times, in seconds.")] = None,
+    min_user_events: Annotated[Optional[int], typer.Option(min=1, help="Drop users with fewer events.")] = None,
+    min_item_events: Annotated[Optional[int], typer.Option(min=1, help="Drop items with fewer events.")] = None,
+    memory_limit: Annotated[Optional[str], typer.Option(help="Memory to use at most, such as 4GiB.")] = None,
+    max_malformed: Annotated[
+        Optional[float], typer.Option(min=0, max=1, help="Share of malformed rows from which the input is refused.")
+    ] = None,
+    synthetic: Annotated[
+        Optional[str],
+        typer.Option(metavar="NAME", help="Instead of files: the embedded generator, such as quickstart."),
+    ] = None,
+    users: Annotated[Optional[int], typer.Option(min=1, help="With --synthetic: how many users.")] = None,
+    items: Annotated[Optional[int], typer.Option(min=1, help="With --synthetic: how many items.")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="With --synthetic: seed of the generator.")] = None,
+) -> None:
+    """Turn raw interactions into a training set.
+
+    The output folder gets Parquet files, one row a user (user_id, item_ids, timestamps), and dataset.json with the
+    counts, the rule of the sort and the id maps.
+
+    Examples:
+
+        mme prepare --input ratings.csv --format movielens-20m --output datasets/ml-20m
+
+        mme prepare --input day1.parquet day2.parquet --format parquet --user-column uid --output datasets/mine
+
+        mme prepare --synthetic quickstart --output datasets/quickstart
+    """
+    with _job():
+        generator = {"users": users, "items": items, "seed": seed}
+        reader = {
+            "user_column": user_column,
+            "item_column": item_column,
+            "timestamp_column": timestamp_column,
+            "min_user_events": min_user_events,
+            "min_item_events": min_item_events,
+            "memory_limit": memory_limit,
+            "max_malformed": max_malformed,
+        }
+        files = [*(inputs or []), *(more_inputs or [])]
+        if synthetic is not None:
+            _refuse(_given(reader) | ({"input": files} if files else {}) | _given({"format": format}), "--synthetic")
+            from mme.data.synthetic import prepare_synthetic
+
+            _print_prepared(prepare_synthetic(synthetic, output, **_given(generator)), output)
+            return
+        if not files or format is None:
+            raise UserError("mme prepare needs --input and --format, or --synthetic (see `mme prepare --help`)")
+        _refuse(_given(generator), "--input")
+        from mme.data.prepare import prepare as prepare_files
+
+        _print_prepared(prepare_files(files, format, output, **_given(reader)), output)
+
+
+@app.command(no_args_is_help=True)
+def train(
+    config: Annotated[
+        Path, typer.Option(metavar="FILE", help="YAML configuration; docs/configuration.md lists every key.")
+    ],
+    overrides: Annotated[
+        Optional[list[str]],
+        typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace those of the file, such as train.lr=0.002."),
+    ] = None,
+) -> None:
+    """Train a model, evaluate it and write the report.
+
+    Alone in one process, or as a worker under torchrun. The run's folder (output_dir) gets config.yaml, metrics.jsonl,
+    checkpoints, TensorBoard files, log.txt and report.html. Started again with the same output_dir, the run goes on from
+    its newest complete checkpoint (train.resume=false: from the beginning).
+
+    Examples:
+
+        mme train --config configs/quickstart.yaml
+
+        mme train --config configs/quickstart.yaml train.epochs=3 output_dir=runs/short
+
+        torchrun --nproc-per-node 2 -m mme train --config configs/quickstart.yaml
+    """
+    with _job() as job:
+        from mme.config import load_config, validate_world_size
+
+        settings = load_config(config, overrides)
+        validate_world_size(settings, int(os.environ.get("WORLD_SIZE", "1")))
+        job.folder = Path(settings.output_dir)
+        from mme.train import train as train_model
+
+        train_model(settings)
+        if _rank() == 0:
+            _print_results(job.folder)
+
+
+@app.command(no_args_is_help=True)
+def evaluate(
+    run: RunOption,
+    checkpoint: Annotated[
+        Optional[int], typer.Option(metavar="STEP", min=0, help="Step of the checkpoint; default: the best one.")
+    ] = None,
+) -> None:
+    """Print the test metrics of a run's checkpoint as JSON.
+
+    Standard output has the JSON alone; everything else goes to standard error.
+
+    Examples:
+
+        mme evaluate --run runs/quickstart
+
+        mme evaluate --run runs/quickstart --checkpoint 400 > metrics.json
+    """
+    with _job() as job, _standard_output_to_error() as output:
+        job.folder = _run_folder(run)
+        from mme.evaluate import evaluate_run
+
+        metrics = evaluate_run(run, checkpoint)
+        if _rank() == 0:
+            os.write(output, (json.dumps(metrics, indent=2) + "\n").encode())
+
+
+@app.command(no_args_is_help=True)
+def recommend(
+    run: RunOption,
+    users: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE", help="Parquet file of histories: user_id, item_ids and timestamps, one row a user."
+        ),
+    ],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Parquet file to write: user_id, item_ids, scores.")],
+    top_k: Annotated[int, typer.Option(min=1, help="Items to recommend for each history.")] = 10,
+) -> None:
+    """Recommend the items with the highest scores for each history given.
+
+    Items that the history holds already are not recommended.
+
+    Example:
+
+        mme recommend --run runs/quickstart --users histories.parquet --top-k 20 --output top.parquet
+    """
+    with _job() as job:
+        job.folder = _run_folder(run)
+        from mme.recommend import recommend as recommend_items
+
+        recommend_items(run, users, top_k, output)
+        if _rank() == 0:
+            print(f"wrote {output}")
+
+
+@app.command(no_args_is_help=True)
+def report(run: RunOption) -> None:
+    """Write report.html: results, curves, expert load and configuration in one file.
+
+    `mme train` does this at its end; the command is for a run that is still going or was cut off.
+
+    Example:
+
+        mme report --run runs/quickstart
+    """
+    with _job() as job:
+        job.folder = _run_folder(run)
+        from mme.report import write_report
+
+        print(f"wrote {write_report(run)}")
+
+
+class _Job:
+    """What an error message must know: the folder whose log.txt takes the traceback, if there is one."""
+
+    folder: Path | None = None
+
+
+@contextmanager
+def _job() -> Iterator[_Job]:
+    """Ends the command with one line and the exit status where its body raises."""
+    job = _Job()
+    try:
+        yield job
+    except UserError as error:
+        # The same mistake meets every rank: one line is enough for the reader, each log keeps its own.
+        if _rank() == 0:
+            _print_error(str(error))
+        _append_to_log(job.folder, f"error: {error}")
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        if _rank() == 0:
+            _print_error(_interrupted(job.folder))
+        raise typer.Exit(130) from error
+    except Exception as error:
+        log = _append_to_log(job.folder, traceback.format_exc())
+        if log is None:
+            traceback.print_exc()
+        where = "" if log is None else f" (traceback in {log})"
+        _print_error(f"{_one_line(error)}{where}")
+        raise typer.Exit(1) from error
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _interrupted(folder: Path | None) -> str:
+    if folder is not None and any(folder.glob("checkpoints/step_*")):
+        return "interrupted; the same command goes on from the newest checkpoint"
+    return "interrupted"
+
+
+def _print_error(text: str) -> None:
+    rank = "" if _rank() == 0 else f"rank {_rank()}: "
+    print(f"{rank}error: {text}", file=sys.stderr, flush=True)
+
+
+def _append_to_log(folder: Path | None, text: str) -> Path | None:
+    """Adds to this rank's log; None where there is no folder yet or it can't be written to."""
+    if folder is None or not folder.is_dir():
+        return None
+    path = folder / ("log.txt" if _rank() == 0 else f"log.rank{_rank()}.txt")
+    try:
+        with path.open("a") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
+    except OSError:
+        return None
+    return path
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _command_name(arguments: Sequence[str] | None) -> str:
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    return f"mme {words[0]}" if words and words[0] in {command.callback.__name__ for command in _commands()} else "mme"
+
+
+def _commands() -> list[Any]:
+    return [command for command in app.registered_commands if command.callback is not None]
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse(options: dict[str, Any], beside: str) -> None:
+    if options:
+        name = next(iter(options)).replace("_", "-")
+        raise UserError(f"--{name} does not go with {beside} (see `mme prepare --help`)")
+
+
+def _run_folder(run: Path) -> Path:
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run folder (made by `mme train`, as output_dir)")
+    if not (run / "config.yaml").is_file():
+        raise UserError(f"{run}: no config.yaml in it: expected a run's folder, made by `mme train`")
+    return run
+
+
+@contextmanager
+def _standard_output_to_error() -> Iterator[int]:
+    """Sends all that is printed, by libraries in C too, to standard error; yields a file descriptor of the output."""
+    sys.stdout.flush()
+    output = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield output
+    finally:
+        sys.stdout.flush()
+        os.dup2(output, 1)
+        os.close(output)
+
+
+def _print_results(run: Path) -> None:
+    from rich.console import Console
+
+    from mme.report import read_run, results_table, write_report
+
+    path = write_report(run)
+    table = results_table(read_run(run))
+    console = Console()
+    if table is not None:
+        console.print(table)
+    console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_prepared(info: dict[str, Any], output: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Training set in {output}", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in info.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+    Console().print(table)
