@@ -2,12 +2,6 @@
 
 Each rank makes one Monitor. Rank 0 shows and writes everything; the others only keep a log file of their own
 (``log.rank1.txt``, …). Every line is flushed when it is written, so that a run that dies leaves all of them.
-
-    metrics.jsonl, one JSON object a line, in the order of the steps:
-        {"kind": "run",     "step": 0, "world_size": 2, "device": …, "parameters": {part: count}, "versions": {…}, …}
-        {"kind": "train",   "step": 10, "epoch": 0, "loss": 6.91…, "tokens_per_s": …, "lr": …, "step_ms": …, …}
-        {"kind": "experts", "step": 10, "load": [block][view][expert] shares that sum to 1 over the experts, …}
-        {"kind": "eval",    "step": 100, "model": "fuxi-mme", "split": "valid", "protocol": …, "ndcg@10": …, …}
 """
 
 from __future__ import annotations
@@ -16,7 +10,6 @@ import importlib.metadata
 import json
 import logging
 import math
-import os
 import platform
 import shlex
 import sys
@@ -30,9 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from mme import __version__
-from mme.errors import UserError
+from mme.metrics_file import METRICS_FILE, keep_lines_until
 
-METRICS_FILE = "metrics.jsonl"
 PACKAGES = ["torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "triton", "numpy", "pyarrow"]
 PLAIN_LINE_EVERY_S = 10.0
 REDRAW_EVERY_S = 0.25
@@ -244,7 +236,7 @@ class Monitor:
             return
         if self._metrics is None:
             path = self.output_dir / METRICS_FILE
-            _keep_lines_until(path, self._resume_step)
+            keep_lines_until(path, self._resume_step)
             self._metrics = path.open("a", buffering=1)
         self._metrics.write(json.dumps({name: _finite(value) for name, value in record.items()}) + "\n")
 
@@ -285,29 +277,6 @@ class Monitor:
 _NO_SCALAR = {"kind", "step"}
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl; a last line that was cut off while it was written is left out.
-
-    Raises:
-        UserError: no such file, or a line that is not a JSON object with a kind.
-    """
-    try:
-        text = path.read_text()
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file: expected the metrics of a run (made by `mme train`)") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not text (byte {error.start}): expected one JSON object a line") from error
-    lines = text.split("\n")
-    records = []
-    for number, line in enumerate(lines, start=1):
-        record = _parse(line)
-        if record is not None:
-            records.append(record)
-        elif line.strip() and number < len(lines):
-            raise UserError(f"{path}: line {number}: expected a JSON object with a kind, found {line[:60]!r}")
-    return records
-
-
 def starved_experts(load: list[list[list[float]]]) -> list[tuple[int, int, float]]:
     """(block, expert, share) of the experts that get less than STARVED_SHARE of an even share, views together."""
     found = []
@@ -326,30 +295,6 @@ def duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def _keep_lines_until(path: Path, step: int) -> None:
-    """Rewrites metrics.jsonl, whole or not at all, with the lines up to ``step``; empty for step 0."""
-    kept = []
-    if step and path.exists():
-        for line in path.read_text(errors="replace").split("\n"):
-            record = _parse(line)
-            if record is not None and record.get("step", 0) <= step:
-                kept.append(line + "\n")
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
-
-
-def _parse(line: str) -> dict[str, Any] | None:
-    with suppress(json.JSONDecodeError):
-        record = json.loads(line)
-        if isinstance(record, dict) and "kind" in record:
-            return record
-    return None
 
 
 def _number(value: Any) -> Any:

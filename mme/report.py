@@ -19,7 +19,8 @@ from rich.table import Table
 from mme.charts import Line, heat_map, line_chart, smoothed
 from mme.config import Config, load_config
 from mme.errors import UserError
-from mme.monitor import METRICS_FILE, duration, read_metrics, starved_experts
+from mme.metrics_file import METRICS_FILE, read_metrics
+from mme.monitor import duration, starved_experts
 from mme.report_style import STYLE
 
 METRICS = ["hr@10", "hr@50", "ndcg@10", "ndcg@50", "mrr"]
