@@ -69,8 +69,11 @@ def write_report(run: Path) -> Path:
     page = _page(read_run(run))
     path = run / "report.html"
     partial = run / "report.html.partial"
-    partial.write_text(page)
-    partial.replace(path)
+    try:
+        partial.write_text(page)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
     return path
 
 

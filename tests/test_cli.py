@@ -1,0 +1,272 @@
+"""The mme command: what it prints where, and its exit status."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from mme.cli import main
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SMALL_MODEL = [
+    "data.max_seq_len=16",
+    "data.batch_size=32",
+    "model.embedding_dim=16",
+    "model.num_tables=2",
+    "model.num_blocks=1",
+    "model.moe.num_experts=2",
+    "model.moe.top_k=1",
+    "loss.num_negatives=8",
+    "train.log_every=1",
+]
+
+
+def run_mme(*arguments: str | Path, cwd: Path = REPOSITORY, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mme", *map(str, arguments)],
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def error_line(capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on standard error; nothing else may have been printed."""
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    (line,) = captured.err.splitlines()
+    assert line.startswith("error: ")
+    return line.removeprefix("error: ")
+
+
+@pytest.mark.parametrize("command", ["prepare", "train", "evaluate", "recommend", "report"])
+def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([command, "--help"]) == 0
+    output = capsys.readouterr().out
+    assert "Example" in output and f"mme {command} --" in output
+
+
+def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
+    code = "import sys, mme.cli; mme.cli.main(['--help']); print(sorted({'torch', 'omegaconf', 'pyarrow'} & set(sys.modules)))"
+    output = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert output.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["trian"], "No such command 'trian'"),
+        (["train", "--config"], "Option '--config' requires an argument"),
+        (["evaluate"], None),
+        (["evaluate", "--run", "x", "--checkpoint", "last"], "'--checkpoint'"),
+        (["evaluate", "--chekpoint", "3"], "No such option: --chekpoint"),
+        (["recommend", "--run", "x", "--users", "u", "--output", "o", "--top-k", "0"], "'--top-k'"),
+        (["recommend", "--run", "x", "--users", "u"], "Missing option '--output'"),
+        (["prepare", "--output", "x"], "needs --input and --format, or --synthetic"),
+        (["prepare", "--output", "x", "--input", "a.csv"], "needs --input and --format, or --synthetic"),
+        (["prepare", "--output", "x", "--synthetic", "quickstart", "--format", "csv"], "--format does not go with"),
+        (
+            ["prepare", "--output", "x", "--input", "a", "b", "--format", "csv", "--users", "3"],
+            "--users does not go with",
+        ),
+        (["evaluate", "--run", "nowhere"], "nowhere: no such run folder"),
+        (["report", "--run", "mme"], "mme: no config.yaml in it"),
+        (["train", "--config", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
+    ],
+)
+def test_wrong_arguments_end_with_one_line_and_status_2(
+    arguments: list[str], message: str | None, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    assert main(arguments) == 2
+    if message is None:  # a command without any argument shows its help
+        assert "Usage" in capsys.readouterr().out
+    else:
+        assert message in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("train.stpes=3", "did you mean train.steps?"),
+        ("nonsense=1", "unknown key"),
+        ("train.steps=many", "train.steps"),
+        ("train.lr=-1", "train.lr (-1.0) must be positive"),
+        ("model.num_tables=5", "model.embedding_dim (64) must be divisible by model.num_tables (5)"),
+        ("model.moe.top_k=9", "model.moe.top_k (9) must be between 1 and num_experts (8)"),
+        ("parallel.expert_parallel_size=3", "must be divisible by parallel.expert_parallel_size (3)"),
+        ("parallel.expert_parallel_size=2", "must divide the number of processes (1)"),
+        ("loss.negatives=some", "loss.negatives"),
+        ("train.steps", "expected key.path=value"),
+    ],
+)
+def test_wrong_configuration_ends_with_one_line_and_status_2(
+    override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "--config", str(REPOSITORY / "configs/quickstart.yaml"), override]) == 2
+    assert message in error_line(capsys)
+
+
+@pytest.mark.parametrize("content", ["", "- 1\n", "a: [\n", "\x00\x01"])
+def test_file_that_is_no_configuration(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    assert main(["train", "--config", str(path)]) == 2
+    assert str(path) in error_line(capsys)
+
+
+def test_other_ranks_leave_the_line_to_rank_0(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    assert main(["report", "--run", "nowhere"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device without space")
+def test_failed_job_ends_with_status_1_and_its_traceback_in_the_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text("data: {path: nowhere}\n")
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "run", "step": 0}\n')
+    (tmp_path / "report.html.partial").symlink_to("/dev/full")
+    assert main(["report", "--run", str(tmp_path)]) == 1
+    assert error_line(capsys) == f"No space left on device (traceback in {tmp_path / 'log.txt'})"
+    assert "OSError: [Errno 28]" in (tmp_path / "log.txt").read_text()
+    assert not (tmp_path / "report.html").exists()
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small run made by the commands that a user types."""
+    folder = tmp_path_factory.mktemp("first")
+    prepared = run_mme(
+        "prepare",
+        "--synthetic",
+        "quickstart",
+        "--users",
+        "200",
+        "--items",
+        "60",
+        "--seed",
+        "1",
+        "--output",
+        folder / "data",
+    )
+    assert prepared.returncode == 0, prepared.stderr
+    assert "200" in prepared.stdout
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump({"data": {"path": str(folder / "data")}, "output_dir": str(folder / "run")}))
+    trained = run_mme("train", "--config", config, *SMALL_MODEL, "train.epochs=1")
+    assert trained.returncode == 0, trained.stderr
+    for text in ["step ", " tokens/s", "fuxi-mme", "popularity", "times popularity", f"report: {folder / 'run'}"]:
+        assert text in trained.stdout, text
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_train_leaves_what_the_contract_says(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert names >= {"config.yaml", "metrics.jsonl", "checkpoints", "tensorboard", "report.html", "log.txt"}
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {record["kind"] for record in records} == {"run", "train", "experts", "eval"}
+    tests = {record["model"]: record for record in records if record.get("split") == "test"}
+    assert set(tests) == {"fuxi-mme", "popularity"}
+    for record in tests.values():
+        assert {"step", "protocol", "targets_sha256", "hr@10", "hr@50", "ndcg@10", "ndcg@50", "mrr"} <= set(record)
+
+
+@pytest.mark.slow
+def test_evaluate_prints_json_alone(run: Path) -> None:
+    done = run_mme("evaluate", "--run", run)
+    assert done.returncode == 0, done.stderr
+    metrics = json.loads(done.stdout)
+    (record,) = [
+        record
+        for record in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+        if record.get("split") == "test" and record.get("model") == "fuxi-mme"
+    ]
+    assert metrics["model"]["ndcg@10"] == pytest.approx(record["ndcg@10"], rel=1e-6)
+    missing = run_mme("evaluate", "--run", run, "--checkpoint", "99999")
+    assert missing.returncode == 2 and missing.stdout == ""
+    assert "step_99999" in missing.stderr.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_recommend_writes_top_k_for_each_history(run: Path, tmp_path: Path) -> None:
+    histories = pq.read_table(next((run.parent / "data").glob("*.parquet"))).slice(0, 7)
+    pq.write_table(histories, tmp_path / "histories.parquet")
+    done = run_mme(
+        "recommend",
+        "--run",
+        run,
+        "--users",
+        tmp_path / "histories.parquet",
+        "--top-k",
+        "5",
+        "--output",
+        tmp_path / "top.parquet",
+    )
+    assert done.returncode == 0, done.stderr
+    top = pq.read_table(tmp_path / "top.parquet").to_pylist()
+    assert len(top) == 7
+    for row, history in zip(top, histories.to_pylist(), strict=True):
+        assert row["user_id"] == history["user_id"]
+        assert len(row["item_ids"]) == len(set(row["item_ids"])) == len(row["scores"]) == 5
+        assert row["scores"] == sorted(row["scores"], reverse=True)
+        assert not set(row["item_ids"]) & set(history["item_ids"])
+
+
+@pytest.mark.slow
+def test_recommend_refuses_what_is_no_history(run: Path, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"user": [1]}), tmp_path / "wrong.parquet")
+    for users in [tmp_path / "wrong.parquet", tmp_path / "missing.parquet"]:
+        done = run_mme("recommend", "--run", run, "--users", users, "--output", tmp_path / "top.parquet")
+        assert done.returncode == 2
+        assert str(users) in done.stderr.splitlines()[-1] and "Traceback" not in done.stderr
+        assert not (tmp_path / "top.parquet").exists()
+
+
+@pytest.mark.slow
+def test_interrupt_ends_with_one_line_and_the_same_command_goes_on(run: Path) -> None:
+    output = run.parent / "interrupted"
+    arguments = [
+        "train",
+        "--config",
+        run.parent / "config.yaml",
+        *SMALL_MODEL,
+        "train.epochs=200",
+        f"output_dir={output}",
+    ]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mme", *map(str, arguments)],
+        cwd=REPOSITORY,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for _ in range(600):
+        if any((output / "checkpoints").glob("step_*")) or process.poll() is not None:
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert errors.splitlines()[-1] == "error: interrupted; the same command goes on from the newest checkpoint"
+    assert "Traceback" not in errors
+    done = run_mme("report", "--run", output)
+    assert done.returncode == 0 and (output / "report.html").is_file()
