@@ -1,17 +1,10 @@
-"""The training job.
-
-For each global batch: look up the rows of its distinct items in the sharded tables once, pass all views through the
-shared decoder, score every next item against its negatives, add what keeps the experts in balance, and step tables and
-decoder. All that a step draws at random follows from (seed, step, rank), so a run that goes on from a checkpoint on as
-many processes repeats the bits of one that was never stopped.
-"""
+"""The training job: batches in, checkpoints and metrics out; one step is `mme.step`."""
 
 from __future__ import annotations
 
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +16,12 @@ from mme.data.batch import SequenceBatch
 from mme.data.sequences import PreparedDataset, TrainLoader
 from mme.distributed import checkpoint
 from mme.distributed.checkpoint import Progress
-from mme.distributed.engine import initialize_engine, set_lr
+from mme.distributed.engine import initialize_engine
 from mme.distributed.groups import World, process_group
 from mme.distributed.recommender import Recommender
 from mme.evaluate import evaluate
-from mme.model.loss import NextItemLoss
-from mme.model.moe import Routing, load_balance_loss, router_z_loss
 from mme.monitor import Monitor
+from mme.step import StepResult, TrainStep
 
 
 def train(config: Config) -> list[dict[str, Any]]:
@@ -44,16 +36,6 @@ def train(config: Config) -> list[dict[str, Any]]:
         return Training(config, dataset, world).run()
 
 
-@dataclass(frozen=True)
-class StepResult:
-    """Figures of one step, over all ranks: mean loss of a token, tokens, choices of each expert by block and view."""
-
-    loss: float
-    tokens: int
-    routing: list[Routing]
-    counts: Tensor
-
-
 class Training:
     """One run: model, optimizers, data and what has been done so far."""
 
@@ -62,9 +44,9 @@ class Training:
         self.run_folder = Path(config.output_dir)
         self.recommender = Recommender(config, dataset.num_items, world)
         self.engine = initialize_engine(self.recommender.decoder, config)
-        self.loss = NextItemLoss(config, dataset.num_items)
         self.loader = train_loader(dataset, config, world)
         self.total_steps = self._total_steps()
+        self.step = TrainStep(config, self.recommender, self.engine, self.total_steps)
         self.select_split = "valid" if "valid" in dataset.splits(config.data.protocol) else "test"
 
     def run(self) -> list[dict[str, Any]]:
@@ -77,51 +59,12 @@ class Training:
             log_every=config.train.log_every,
         ) as monitor:
             progress = self._start(monitor)
-            for progress, batch, last_of_epoch in self._batches(progress):
+            for at, batch, last_of_epoch in self._batches(progress):
                 started = time.perf_counter()
-                result = self.step(progress.step, batch)
-                step = progress.step + 1
-                self._record(monitor, step, progress.epoch, result, time.perf_counter() - started)
-                self._evaluate_and_save(monitor, progress, last_of_epoch)
+                result = self.step(at.step, batch)
+                self._record(monitor, at.step + 1, at.epoch, result, time.perf_counter() - started)
+                self._evaluate_and_save(monitor, at, last_of_epoch)
             return self._test(monitor)
-
-    def step(self, step: int, batch: SequenceBatch) -> StepResult:
-        """One optimizer step (the ``step``-th from 0) on this rank's part of the global batch."""
-        world, config = self.world, self.config
-        batch = batch.to(world.device)
-        seed = (config.train.seed * 1_000_003 + step) * 1_000_003 + world.rank
-        torch.manual_seed(seed)
-        generator = torch.Generator(world.device).manual_seed(seed)
-        lr = config.train.lr * lr_factor(config, step, self.total_steps)
-        set_lr(self.engine, lr)
-        self.recommender.tables.set_lr((config.train.table_lr or config.train.lr) / config.train.lr * lr)
-
-        self.engine.train()
-        items = self.loss.items_of(batch, generator)
-        item_rows = self.recommender.tables.lookup(items.ids)
-        output = self.engine(item_rows, items.inputs, batch.seq_offsets, batch.timestamps)
-        losses = self.loss(output.hidden, item_rows, items)
-
-        counts = torch.stack([r.counts for r in output.routing]) if output.routing else batch.seq_offsets.new_zeros(0)
-        totals = world.sum(torch.cat([counts.flatten(), batch.seq_offsets[-1:]]))
-        counts, tokens = totals[:-1].view(counts.shape), totals[-1]
-        total = losses.sum() / tokens.clamp(min=1) + self._balance(output.routing, counts, tokens)
-        self.engine.backward(total * world.size)  # DeepSpeed and TorchRec average gradients over the ranks
-        self.engine.step()
-        self.recommender.tables.step()
-        loss = world.sum(losses.detach().double().sum()) / tokens.clamp(min=1)
-        return StepResult(loss.item(), int(tokens), output.routing, counts)
-
-    def _balance(self, routing: list[Routing], counts: Tensor, tokens: Tensor) -> Tensor:
-        """This rank's share of the routers' losses, summed over the blocks."""
-        moe = self.config.model.moe
-        rows = tokens * self.config.model.num_tables
-        total = torch.zeros((), device=self.world.device)
-        for block, block_counts in zip(routing, counts, strict=True):
-            total = total + moe.load_balance_coef * load_balance_loss(block, block_counts.sum(0), rows)
-            if moe.z_loss_coef:
-                total = total + moe.z_loss_coef * router_z_loss(block, rows)
-        return total
 
     def _start(self, monitor: Monitor) -> Progress:
         progress = None
@@ -155,8 +98,7 @@ class Training:
     def _record(self, monitor: Monitor, step: int, epoch: int, result: StepResult, step_s: float) -> None:
         if not math.isfinite(result.loss):
             raise FloatingPointError(f"the loss at step {step} is {result.loss}")
-        lr = self.engine.optimizer.param_groups[0]["lr"]
-        monitor.train_step(step, epoch, loss=result.loss, tokens=result.tokens, step_s=step_s, lr=lr)
+        monitor.train_step(step, epoch, loss=result.loss, tokens=result.tokens, step_s=step_s, lr=result.lr)
         if result.routing and (step % self.config.train.log_every == 0 or step == self.total_steps):
             shares = result.counts / result.counts.sum(-1, keepdim=True).clamp(min=1)
             monitor.experts(step, shares.tolist(), self._router_entropy(result).tolist())
@@ -174,8 +116,10 @@ class Training:
         train, step = self.config.train, progress.step + 1
         last = step == self.total_steps
         due = step % train.eval_every == 0 if train.eval_every else last_of_epoch
-        following = Progress(step, progress.epoch + 1, 0) if last_of_epoch else Progress(
-            step, progress.epoch, progress.batch + 1
+        following = (
+            Progress(step, progress.epoch + 1, 0)
+            if last_of_epoch
+            else Progress(step, progress.epoch, progress.batch + 1)
         )
         score = None
         if due or last:
@@ -218,14 +162,3 @@ def train_loader(dataset: PreparedDataset, config: Config, world: World) -> Trai
         seed=config.train.seed,
         global_time_test_fraction=data.global_time_test_fraction,
     )
-
-
-def lr_factor(config: Config, step: int, total_steps: int) -> float:
-    """What the learning rates are multiplied by at ``step`` (from 0): linear warm-up, then constant or half a cosine."""
-    train = config.train
-    if step < train.warmup_steps:
-        return (step + 1) / train.warmup_steps
-    if train.lr_schedule == "constant":
-        return 1.0
-    done = (step - train.warmup_steps) / max(1, total_steps - train.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * done))

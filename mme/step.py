@@ -1,0 +1,108 @@
+"""One optimizer step of Fuxi-MME, as the paper's algorithm reads.
+
+Look up the rows of the batch's distinct items in the sharded tables once, pass all views through the shared decoder,
+score every next item against its negatives, add what keeps the experts in balance, and step tables and decoder. All that
+a step draws at random follows from (seed, step, rank), so a run that goes on from a checkpoint on as many processes
+repeats the bits of one that was never stopped.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mme.config import Config
+from mme.data.batch import SequenceBatch
+from mme.distributed.engine import set_lr
+from mme.distributed.recommender import Recommender
+from mme.model.loss import NextItemLoss
+from mme.model.moe import Routing, load_balance_loss, router_z_loss
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one step did, over all ranks.
+
+    Attributes:
+        loss: mean over the tokens of −log softmax at the target, without the routers' losses.
+        tokens: target tokens.
+        lr: the decoder's learning rate.
+        counts: (blocks with experts, M, E) int64, how many choices each expert received from each view.
+        routing: of this rank's rows, by block.
+    """
+
+    loss: float
+    tokens: int
+    lr: float
+    counts: Tensor
+    routing: list[Routing]
+
+
+class TrainStep:
+    """Computes the global loss and its gradients from each rank's part of a global batch, and applies them."""
+
+    def __init__(self, config: Config, recommender: Recommender, engine: Any, total_steps: int) -> None:
+        self.config, self.recommender, self.engine = config, recommender, engine
+        self.total_steps = total_steps
+        self.loss = NextItemLoss(config, recommender.num_items)
+
+    def __call__(self, step: int, batch: SequenceBatch) -> StepResult:
+        """The ``step``-th step, from 0, on this rank's part of the batch; it may be empty."""
+        lr = self._set_lr(step)
+        result = self.backward(step, batch)
+        self.engine.step()
+        self.recommender.tables.step()
+        return StepResult(lr=lr, **result)
+
+    def backward(self, step: int, batch: SequenceBatch) -> dict[str, Any]:
+        """Everything up to the gradients, which are those of the global mean."""
+        world, train = self.recommender.world, self.config.train
+        batch = batch.to(world.device)
+        seed = (train.seed * 1_000_003 + step) * 1_000_003 + world.rank
+        torch.manual_seed(seed)
+        items = self.loss.items_of(batch, torch.Generator(world.device).manual_seed(seed))
+
+        self.engine.train()
+        item_rows = self.recommender.tables.lookup(items.ids)
+        output = self.engine(item_rows, items.inputs, batch.seq_offsets, batch.timestamps)
+        losses = self.loss(output.hidden, item_rows, items)
+
+        counts = torch.stack([r.counts for r in output.routing]) if output.routing else batch.seq_offsets.new_zeros(0)
+        totals = world.sum(torch.cat([counts.flatten(), batch.seq_offsets[-1:]]))
+        counts, tokens = totals[:-1].view(counts.shape), totals[-1].clamp(min=1)
+        total = losses.sum() / tokens + self._balance(output.routing, counts, tokens)
+        self.engine.backward(total * world.size)  # DeepSpeed and TorchRec average gradients over the ranks
+        loss = world.sum(losses.detach().double().sum()) / tokens
+        return {"loss": loss.item(), "tokens": int(tokens), "counts": counts, "routing": output.routing}
+
+    def _balance(self, routing: list[Routing], counts: Tensor, tokens: Tensor) -> Tensor:
+        """This rank's share of the routers' losses, summed over the blocks."""
+        moe = self.config.model.moe
+        rows = tokens * self.config.model.num_tables
+        total = torch.zeros((), device=tokens.device)
+        for block, block_counts in zip(routing, counts, strict=True):
+            total = total + moe.load_balance_coef * load_balance_loss(block, block_counts.sum(0), rows)
+            if moe.z_loss_coef:
+                total = total + moe.z_loss_coef * router_z_loss(block, rows)
+        return total
+
+    def _set_lr(self, step: int) -> float:
+        train = self.config.train
+        factor = lr_factor(train.lr_schedule, train.warmup_steps, step, self.total_steps)
+        set_lr(self.engine, train.lr * factor)
+        self.recommender.tables.set_lr((train.table_lr or train.lr) * factor)
+        return train.lr * factor
+
+
+def lr_factor(schedule: str, warmup_steps: int, step: int, total_steps: int) -> float:
+    """What the learning rates are multiplied by at ``step`` (from 0): linear warm-up, then constant or half a cosine."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    if schedule == "constant":
+        return 1.0
+    done = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * done))

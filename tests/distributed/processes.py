@@ -1,0 +1,57 @@
+"""Runs a function on several real processes that form one gloo group."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import socket
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.multiprocessing as mp
+
+from mme.distributed.groups import process_group
+
+
+def run_on(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+    """``function(world, *args)`` on each of ``world_size`` processes; its results in rank order.
+
+    Raises:
+        AssertionError: with the traceback of the first process that failed.
+    """
+    context = mp.get_context("spawn")
+    results: Any = context.Queue()
+    port = _free_port()
+    workers = [
+        context.Process(target=_work, args=(rank, world_size, port, function, args, results))
+        for rank in range(world_size)
+    ]
+    for worker in workers:
+        worker.start()
+    received = dict(pickle.loads(results.get(timeout=300)) for _ in workers)
+    for worker in workers:
+        worker.join()
+    for rank, (ok, value) in sorted(received.items()):
+        assert ok, f"rank {rank} of {world_size}:\n{value}"
+    return [received[rank][1] for rank in range(world_size)]
+
+
+def _work(rank: int, world_size: int, port: int, function: Callable[..., Any], args: Any, results: Any) -> None:
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    try:
+        with process_group() as world:
+            answer = pickle.dumps((rank, (True, function(world, *args))))  # by value: a tensor outlives its process
+    except BaseException:
+        answer = pickle.dumps((rank, (False, traceback.format_exc())))
+    results.put(answer)
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        return listener.getsockname()[1]

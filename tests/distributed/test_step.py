@@ -1,0 +1,118 @@
+"""The same global batch gives the same loss, gradients and updates on any number of processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.utils import safe_get_full_grad
+from torch import Tensor
+
+from mme.config import Config, load_config
+from mme.data.batch import SequenceBatch
+from mme.distributed.engine import initialize_engine
+from mme.distributed.groups import World
+from mme.distributed.recommender import Recommender
+from mme.distributed.state import weight_pieces
+from mme.step import TrainStep
+from tests.distributed.processes import run_on
+
+NUM_ITEMS = 40
+LENGTHS = [5, 3, 10, 1, 7]
+
+
+def sequences(wanted: list[int]) -> SequenceBatch:
+    """The wanted of five fixed sequences, as one batch."""
+    generator = torch.Generator().manual_seed(7)
+    items = [torch.randint(NUM_ITEMS, (length + 1,), generator=generator) for length in LENGTHS]
+    times = [torch.randint(100_000, (length + 1,), generator=generator).cumsum(0) for length in LENGTHS]
+    none = torch.empty(0, dtype=torch.int64)
+    return SequenceBatch(
+        item_ids=torch.cat([none, *[items[b][:-1] for b in wanted]]),
+        seq_offsets=torch.tensor([0, *[LENGTHS[b] for b in wanted]]).cumsum(0),
+        timestamps=torch.cat([none, *[times[b] for b in wanted]]),
+        target_ids=torch.cat([none, *[items[b][1:] for b in wanted]]),
+        user_rows=torch.tensor(wanted, dtype=torch.int64),
+    )
+
+
+def configuration(*overrides: str) -> Config:
+    fixed = ["data.path=unused", "data.max_seq_len=12", "model.dropout=0", "loss.kind=full_softmax"]
+    model = ["model.num_tables=2", "model.embedding_dim=16", "model.num_heads=2", "model.moe.num_experts=4"]
+    # Plain gradient descent on the tables shows the scale of their gradient, which Adam would hide.
+    return load_config(None, [*fixed, *model, "train.table_optimizer=sgd", "train.table_lr=10", *overrides])
+
+
+Parts = list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]
+
+
+def one_step(world: World, split: list[list[int]], overrides: list[str]) -> tuple[float, Parts, Parts]:
+    """The loss, this rank's parts of the decoder's gradients before the update, and of all weights after it."""
+    config = configuration(*overrides)
+    recommender = Recommender(config, NUM_ITEMS, world)
+    step = TrainStep(config, recommender, initialize_engine(recommender.decoder, config), total_steps=2)
+    step._set_lr(0)
+    result = step.backward(0, sequences(split[world.rank]))
+    parameters = {f"decoder/{name}": p for name, p in recommender.decoder.named_parameters()}
+    gradients = [
+        (piece.name, piece.shape, piece.offsets, safe_get_full_grad(parameters[piece.name]))
+        for piece in weight_pieces(recommender)
+        if piece.name in parameters
+    ]
+    step.engine.step()
+    recommender.tables.step()
+    weights = [(piece.name, piece.shape, piece.offsets, piece.read().clone()) for piece in weight_pieces(recommender)]
+    return result["loss"], gradients, weights
+
+
+def whole(parts_by_rank: list[Parts]) -> dict[str, Tensor]:
+    """The whole tensors from every rank's parts."""
+    tensors: dict[str, Tensor] = {}
+    for name, shape, offsets, part in (entry for parts in parts_by_rank for entry in parts):
+        target = tensors.setdefault(name, torch.full(shape, torch.nan))
+        target[tuple(slice(o, o + size) for o, size in zip(offsets, part.shape, strict=True))] = part
+    return tensors
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
+    ((loss, gradients, weights),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], [])
+    return loss, whole([gradients]), whole([weights])
+
+
+def check(alone: Any, split: list[list[int]], *overrides: str) -> None:
+    loss, gradients, weights = alone
+    results = run_on(len(split), one_step, split, list(overrides))
+    for rank_loss, _, _ in results:
+        assert rank_loss == pytest.approx(loss, rel=1e-6)
+    for name, found in whole([gradients for _, gradients, _ in results]).items():
+        torch.testing.assert_close(found, gradients[name], rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+    for name, found in whole([weights for _, _, weights in results]).items():
+        if name.startswith("tables/"):
+            torch.testing.assert_close(found, weights[name], rtol=1e-4, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("table_sharding", ["row_wise", "table_wise"])
+def test_two_processes(alone: Any, table_sharding: str) -> None:
+    check(alone, [[0, 3], [1, 2, 4]], f"parallel.table_sharding={table_sharding}")
+
+
+def test_experts_on_every_process(alone: Any) -> None:
+    check(alone, [[0, 3], [1, 2, 4]], "parallel.expert_parallel_size=1", "parallel.table_sharding=data_parallel")
+
+
+def test_a_process_without_sequences(alone: Any) -> None:
+    check(alone, [[0, 1, 2, 3, 4], []])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("expert_parallel_size", [1, 2, 4])
+@pytest.mark.parametrize("table_sharding", ["row_wise", "column_wise"])
+def test_four_processes(alone: Any, expert_parallel_size: int, table_sharding: str) -> None:
+    check(
+        alone,
+        [[0], [1, 2], [], [3, 4]],
+        f"parallel.expert_parallel_size={expert_parallel_size}",
+        f"parallel.table_sharding={table_sharding}",
+    )
