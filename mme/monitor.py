@@ -80,7 +80,7 @@ class Monitor:
         if rank == 0 and self._console.is_terminal:
             self._progress = Progress(
                 TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
-                BarColumn(bar_width=16),
+                BarColumn(bar_width=10),
                 TextColumn("{task.description}"),
                 console=self._console,
                 auto_refresh=False,
@@ -235,17 +235,20 @@ class Monitor:
         if self.rank != 0:
             return
         if self._metrics is None:
-            path = self.output_dir / METRICS_FILE
-            keep_lines_until(path, self._resume_step)
-            self._metrics = path.open("a", buffering=1)
+            self._open()
         self._metrics.write(json.dumps({name: _finite(value) for name, value in record.items()}) + "\n")
 
-    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
-        if self._tensorboard is None:
-            from torch.utils.tensorboard import SummaryWriter
+    def _open(self) -> None:
+        """Opens metrics.jsonl and TensorBoard: with the first record, when it is known where the run goes on."""
+        from torch.utils.tensorboard import SummaryWriter
 
-            purge = self._resume_step + 1 if self._resume_step else None
-            self._tensorboard = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=purge)
+        path = self.output_dir / METRICS_FILE
+        keep_lines_until(path, self._resume_step)
+        self._metrics = path.open("a", buffering=1)
+        purge = self._resume_step + 1 if self._resume_step else None
+        self._tensorboard = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=purge)
+
+    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
 
