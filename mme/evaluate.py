@@ -64,9 +64,7 @@ def evaluate(
         "split": split,
         "protocol": config.data.protocol,
         "sort_rule": dataset.info["sort_rule"],
-        "targets_sha256": dataset.targets_sha256(
-            config.data.protocol, split, config.data.global_time_test_fraction
-        ),
+        "targets_sha256": dataset.targets_sha256(config.data.protocol, split, config.data.global_time_test_fraction),
         "users": sum(ranks.numel() for ranks in model_ranks),
     }
     by_model = {model_name(config): model_ranks, "popularity": popular_ranks}

@@ -12,9 +12,11 @@ import deepspeed
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from mme.config import Config
 
+ADAM_STATES = ("exp_avg", "exp_avg_sq")
+
 
 def initialize_engine(decoder: nn.Module, config: Config) -> Any:
-    """A DeepSpeed engine round ``decoder`` with AdamW, whose states are empty and stand at step 0."""
+    """A DeepSpeed engine round ``decoder`` with AdamW."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     train = config.train
     parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
@@ -41,9 +43,18 @@ def initialize_engine(decoder: nn.Module, config: Config) -> Any:
             },
         },
     )
-    engine.optimizer._lazy_init_hp_params_optimizer_state()  # so that a checkpoint can be loaded before the first step
-    set_optimizer_step(engine, 0)  # DeepSpeed makes the states by a step with zero gradients, which counted
+    _make_optimizer_states(engine)
     return engine
+
+
+def _make_optimizer_states(engine: Any) -> None:
+    """Makes Adam's states before the first step, so that a checkpoint can be loaded into them."""
+    optimizer = engine.optimizer.optimizer
+    for group in optimizer.param_groups:
+        for partition in group["params"]:
+            moments = {name: torch.zeros_like(partition) for name in ADAM_STATES}
+            optimizer.state[partition] = {"step": torch.zeros(()), **moments}
+    engine.optimizer._lazy_init_hp_params_optimizer_state()  # links each parameter to its part of them
 
 
 def set_optimizer_step(engine: Any, step: int) -> None:

@@ -21,11 +21,9 @@ from deepspeed.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
+from mme.distributed.engine import ADAM_STATES
 from mme.distributed.recommender import Recommender
 from mme.distributed.tables import Shard
-
-ADAM_STATES = ("exp_avg", "exp_avg_sq")
-
 
 @dataclass(frozen=True)
 class Piece:

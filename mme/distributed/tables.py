@@ -94,7 +94,10 @@ class ItemTables:
             for table in plan.plan[""].values():  # type: ignore[attr-defined]
                 table.compute_kernel = EmbeddingComputeKernel.DENSE.value
         self.model = DistributedModelParallel(
-            collection, device=world.device, plan=plan, sharders=[sharder]  # type: ignore[list-item]
+            collection,
+            device=world.device,
+            plan=plan,
+            sharders=[sharder],  # type: ignore[list-item]
         )
         self.is_sharded = config.parallel.table_sharding != "data_parallel"
         if world.device.type == "cpu":
@@ -180,7 +183,9 @@ class ItemTables:
                 values = torch.empty(min(INIT_ROWS, self.num_items - start), self.dim)
                 nn.init.trunc_normal_(values, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD, generator=generator)
                 low, high = max(first, start), min(first + rows, start + values.shape[0])
-                shard.tensor[low - first : high - first].copy_(values[low - start : high - start, left : left + columns])
+                shard.tensor[low - first : high - first].copy_(
+                    values[low - start : high - start, left : left + columns]
+                )
 
     def _dense_optimizer(self, config: Config) -> torch.optim.Optimizer | None:
         """The optimizer of the tables that FBGEMM does not update in backward; None where there are none."""

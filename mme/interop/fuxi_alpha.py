@@ -20,9 +20,7 @@ from mme.model.fuxi_block import FuxiBlock
 from mme.model.moe import DenseFFN
 
 
-def block_from_public(
-    params: Mapping[str, Any], *, max_seq_len: int, num_heads: int, dqk: int, dv: int
-) -> PublicBlock:
+def block_from_public(params: Mapping[str, Any], *, max_seq_len: int, num_heads: int, dqk: int, dv: int) -> PublicBlock:
     """A FuXi block that computes with public weights, in eval mode without dropout.
 
     Args:

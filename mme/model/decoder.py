@@ -32,9 +32,7 @@ class Decoder(nn.Module):
         model, backend = config.model, config.kernels.backend
         self.backend = backend
         self.max_seq_len = config.data.max_seq_len
-        self.inputs = InputViews(
-            model.num_tables, model.view_dim, self.max_seq_len, model.dropout, model.positions
-        )
+        self.inputs = InputViews(model.num_tables, model.view_dim, self.max_seq_len, model.dropout, model.positions)
         head_dim = model.view_dim // model.num_heads
         hidden_dim = max(1, round(model.ffn_multiplier * model.view_dim))
         with_experts = set(model.moe.placement or range(model.num_blocks)) if model.moe.num_experts else set()
@@ -56,9 +54,7 @@ class Decoder(nn.Module):
             for block in range(model.num_blocks)
         )
 
-    def forward(
-        self, item_rows: Tensor, item_index: Tensor, seq_offsets: Tensor, timestamps: Tensor
-    ) -> DecoderOutput:
+    def forward(self, item_rows: Tensor, item_index: Tensor, seq_offsets: Tensor, timestamps: Tensor) -> DecoderOutput:
         """
         Args:
             item_rows: (U, M, d) rows of the batch's distinct items in the M tables.

@@ -20,9 +20,7 @@ class InputViews(nn.Module):
         super().__init__()
         self.scale = (num_views * view_dim) ** 0.5
         self.dropout = dropout
-        self.positions = nn.Parameter(
-            torch.empty(num_views if positions == "per_view" else 1, max_seq_len, view_dim)
-        )
+        self.positions = nn.Parameter(torch.empty(num_views if positions == "per_view" else 1, max_seq_len, view_dim))
         std = 1.0 / self.scale
         nn.init.trunc_normal_(self.positions, std=std, a=-2 * std, b=2 * std)
 
