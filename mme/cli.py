@@ -166,6 +166,7 @@ def train(
         settings = load_config(config, overrides)
         validate_world_size(settings, int(os.environ.get("WORLD_SIZE", "1")))
         job.folder = Path(settings.output_dir)
+        _name_accelerator()
         from mme.train import train as train_model
 
         train_model(settings)
@@ -192,6 +193,7 @@ def evaluate(
     """
     with _job() as job, _standard_output_to_error() as output:
         job.folder = _run_folder(run)
+        _name_accelerator()
         from mme.evaluate import evaluate_run
 
         metrics = evaluate_run(run, checkpoint)
@@ -205,7 +207,9 @@ def recommend(
     users: Annotated[
         Path,
         typer.Option(
-            metavar="FILE", help="Parquet file of histories: user_id, item_ids and timestamps, one row a user."
+            metavar="FILE",
+            help="Parquet file of histories, one row a user: user_id, item_ids (as in the raw data, oldest first), "
+            "timestamps (seconds); if wanted request_timestamp, the time that the recommendation is for.",
         ),
     ],
     output: Annotated[Path, typer.Option(metavar="FILE", help="Parquet file to write: user_id, item_ids, scores.")],
@@ -213,7 +217,7 @@ def recommend(
 ) -> None:
     """Recommend the items with the highest scores for each history given.
 
-    Items that the history holds already are not recommended.
+    Items that the history holds already are not recommended. An item that the training data did not have is refused.
 
     Example:
 
@@ -221,6 +225,7 @@ def recommend(
     """
     with _job() as job:
         job.folder = _run_folder(run)
+        _name_accelerator()
         from mme.recommend import recommend as recommend_items
 
         recommend_items(run, users, top_k, output)
@@ -336,6 +341,14 @@ def _run_folder(run: Path) -> Path:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: no config.yaml in it: expected a run's folder, made by `mme train`")
     return run
+
+
+def _name_accelerator() -> None:
+    """Tells DeepSpeed, which looks for one as soon as it is imported and complains where it finds none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @contextmanager
