@@ -112,4 +112,4 @@ def compact(groups: list[Tensor], num_items: int) -> tuple[Tensor, list[Tensor]]
     ids = present.nonzero().squeeze(1)
     row_of = torch.empty(num_items, dtype=torch.int64, device=present.device)
     row_of[ids] = torch.arange(ids.numel(), device=present.device)
-    return ids, [row_of[group] for group in groups]
+    return ids, [row_of.index_select(0, group.flatten()).view(group.shape) for group in groups]

@@ -34,8 +34,8 @@ class InputViews(nn.Module):
         Returns:
             (M, T, d)
         """
-        num_items, num_views, view_dim = item_rows.shape
-        tokens = F.embedding(item_index, item_rows.reshape(num_items, -1)).unflatten(1, (num_views, view_dim))
+        _, num_views, view_dim = item_rows.shape
+        tokens = F.embedding(item_index, item_rows.flatten(1)).unflatten(1, (num_views, view_dim))
         position = positions_in_sequence(seq_offsets, item_index.numel())
         shared = self.positions.transpose(0, 1).reshape(self.positions.shape[1], -1)
         added = F.embedding(position, shared).unflatten(1, (self.positions.shape[0], view_dim))

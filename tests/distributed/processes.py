@@ -33,7 +33,7 @@ def run_on(world_size: int, function: Callable[..., Any], *args: Any) -> list[An
     received = dict(pickle.loads(results.get(timeout=300)) for _ in workers)
     for worker in workers:
         worker.join()
-    for rank, (ok, value) in sorted(received.items()):
+    for rank, (ok, value) in received.items():  # in the order of arrival: the first to fail is the cause
         assert ok, f"rank {rank} of {world_size}:\n{value}"
     return [received[rank][1] for rank in range(world_size)]
 
