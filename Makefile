@@ -1,0 +1,42 @@
+# The commands of this project; `make help` lists them.
+PYTHON_IN_VENV := .venv/bin/python
+PYTEST := $(PYTHON_IN_VENV) -m pytest
+
+# make train: DATA=file of interactions, OVERRIDES="train.epochs=3 model.num_tables=2", CONFIG=another configuration
+CONFIG ?= configs/quickstart.yaml
+OVERRIDES ?=
+DATA ?=
+TESTS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-slow lint bench clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+setup: ## the environment alone: .venv with pinned dependencies (CUDA build where an NVIDIA driver answers)
+	@scripts/setup_environment.sh
+
+train: setup ## set up, prepare the data and train; DATA=file: on your interactions; OVERRIDES="train.epochs=3 …"
+	@scripts/train.sh "$(CONFIG)" "$(DATA)" $(OVERRIDES)
+
+test: setup ## set up and run the tests that are not slow; TESTS=tests/launcher: some of them
+	@$(PYTEST) -m "not slow" $(TESTS)
+
+test-slow: setup ## the slow tests: process groups, whole training jobs
+	@$(PYTEST) -m slow $(TESTS)
+
+lint: setup ## ruff check, ruff format --check, mypy
+	@$(PYTHON_IN_VENV) -m ruff check .
+	@$(PYTHON_IN_VENV) -m ruff format --check .
+	@$(PYTHON_IN_VENV) -m mypy
+
+bench: setup ## the benchmarks that this machine can run
+	@for benchmark in benchmarks/[a-z]*.py; do \
+		name=$$(basename $$benchmark .py); echo "== $$name"; \
+		$(PYTHON_IN_VENV) -m benchmarks.$$name || exit $$?; \
+	done
+
+clean: ## remove what the tools left behind (not .venv, datasets/ or runs/)
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find mme kernels launcher benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +

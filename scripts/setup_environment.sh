@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Creates .venv and installs the pinned dependencies, this project and its commands (mme, mme-launch) into it.
+#
+# Settings, all optional, from the environment:
+# MME_STACK: cuda or cpu; default: the CUDA build where an NVIDIA driver answers, the CPU build elsewhere.
+# PYTHON: the interpreter to use (CPython 3.10 to 3.13); default: python3, else the newest of python3.13 … python3.10.
+# TORCH_INDEX_URL: a further package index to take torch from. The ordinary index serves torch for CUDA on Linux; with
+#   PyTorch's own CPU index here, the CPU build comes without gigabytes of CUDA packages.
+# Does nothing where .venv already holds exactly this.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+venv=.venv
+log=$venv/setup.log
+stamp=$venv/installed
+
+fail() {
+    echo "setup: $*" >&2
+    exit 1
+}
+
+suits() { # an interpreter that runs, is CPython 3.10 to 3.13 and can make virtual environments
+    "$1" -c 'import ensurepip, sys, venv
+sys.exit(not (sys.implementation.name == "cpython" and (3, 10) <= sys.version_info[:2] <= (3, 13)))' 2>/dev/null
+}
+
+find_python() {
+    if [ -n "${PYTHON:-}" ]; then
+        suits "$PYTHON" || fail "PYTHON=$PYTHON: expected CPython 3.10 to 3.13 with the venv module"
+        echo "$PYTHON"
+        return
+    fi
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+        if suits "$candidate"; then
+            echo "$candidate"
+            return
+        fi
+    done
+    fail "no CPython 3.10 to 3.13 with the venv module found (Debian, Ubuntu: python3-venv); set PYTHON=/path/to/python3"
+}
+
+step() { # what is done, then the command; its output goes to the log, the end of which is shown on failure
+    echo "setup: $1"
+    shift
+    if ! "$@" >>"$log" 2>&1; then
+        tail -n 25 "$log" >&2
+        fail "failed: $* (all output: $log)"
+    fi
+}
+
+say_foreign_kernels() {
+    "$venv/bin/python" - <<'PYTHON' >&2
+from importlib.metadata import PackageNotFoundError, version
+try:
+    found = version("kernels")
+    print(f"setup: warning: the package kernels {found} in .venv hides this project's own kernels: remove it by "
+          "`.venv/bin/python -m pip uninstall kernels`")
+except PackageNotFoundError:
+    pass
+PYTHON
+}
+
+stack=${MME_STACK:-}
+if [ -z "$stack" ]; then
+    stack=cpu
+    if nvidia-smi -L 2>/dev/null | grep -q '^GPU '; then stack=cuda; fi
+fi
+case $stack in
+cpu | cuda) ;;
+*) fail "MME_STACK=$stack: expected cpu or cuda" ;;
+esac
+
+wanted="$stack $(cat requirements/*.txt setup.py scripts/setup_environment.sh | sha256sum | cut -d' ' -f1)"
+if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && "$venv/bin/python" -c '' 2>/dev/null; then
+    say_foreign_kernels
+    exit 0
+fi
+
+if [ "$(cat "$venv/stack" 2>/dev/null || echo "$stack")" != "$stack" ] || ! suits "$venv/bin/python"; then
+    python=$(find_python)
+    rm -rf "$venv"
+    "$python" -m venv "$venv"
+fi
+rm -f "$stamp"
+echo "$stack" >"$venv/stack"
+: >"$log"
+echo "setup: $("$venv/bin/python" -V), $stack build, into $venv; a few minutes"
+pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
+index=()
+if [ -n "${TORCH_INDEX_URL:-}" ]; then index=(--extra-index-url "$TORCH_INDEX_URL"); fi
+
+step "pip and setuptools" "${pip[@]}" install -r requirements/build.txt
+# Alone and first: later packages would else bring a torch of their own choice.
+step "torch" "${pip[@]}" install "${index[@]}" -c requirements/common.txt "$(grep '^torch==' "requirements/$stack.txt")"
+step "libraries" "${pip[@]}" install --no-build-isolation -r requirements/common.txt -r requirements/dev.txt
+step "torchrec, fbgemm, triton, deepspeed" "${pip[@]}" install --no-deps --no-build-isolation -r "requirements/$stack.txt"
+step "mme" "${pip[@]}" install --no-deps --no-build-isolation -e .
+if [ "$stack" = cpu ]; then export DS_ACCELERATOR=cpu; fi
+step "a check that all of it loads" "$venv/bin/python" -c 'import torch, fbgemm_gpu, torchrec, triton, deepspeed, mme, launcher, kernels'
+say_foreign_kernels
+echo "$wanted" >"$stamp"
+echo "setup: done"

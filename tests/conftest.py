@@ -1,0 +1,10 @@
+"""What holds for every test, set before anything imports torch."""
+
+from __future__ import annotations
+
+import os
+
+# Tests start several processes on few cores: one thread each, or they wait for one another.
+os.environ["OMP_NUM_THREADS"] = "1"
+# Processes started by a test write to a pipe: no colours, whatever terminal pytest has.
+os.environ["NO_COLOR"] = "1"
