@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,7 @@ def process_group() -> Iterator[World]:
         torch.cuda.set_device(device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        _keep_freed_memory()
     # TorchRec builds both kinds of group, so that host tensors travel beside device tensors.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     store = dist.HashStore() if size == 1 else None
@@ -72,3 +74,17 @@ def process_group() -> Iterator[World]:
         yield World(rank, size, device)
     finally:
         dist.destroy_process_group()
+
+
+def _keep_freed_memory() -> None:
+    """Tells glibc to keep the memory that tensors free, instead of returning it to the kernel at once.
+
+    Each step frees and takes again hundreds of megabytes; faulting the same pages in anew takes up to half of a step on
+    CPU. Elsewhere than glibc nothing changes.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4  # malloc.h
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc.mallopt(m_top_pad, 64 * 2**20)
