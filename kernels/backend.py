@@ -1,0 +1,43 @@
+"""Which implementation of an operation runs: the Triton kernels or their PyTorch twin.
+
+`auto` takes Triton on CUDA and PyTorch elsewhere. A backend asked for by name runs or raises: it never falls back.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+BACKENDS = ("auto", "torch", "triton")
+
+
+def resolve_backend(requested: str, device: torch.device) -> str:
+    """``torch`` or ``triton``, for tensors on ``device``.
+
+    Raises:
+        ValueError: ``requested`` is none of auto, torch and triton, or triton cannot run on ``device``: it needs CUDA,
+            or the interpreter (TRITON_INTERPRET=1 in the environment).
+    """
+    if requested not in BACKENDS:
+        raise ValueError(f"backend ({requested!r}) must be one of {', '.join(BACKENDS)}")
+    if requested == "auto":
+        return "triton" if device.type == "cuda" and triton_installed() else "torch"
+    if requested == "triton":
+        if not triton_installed():
+            raise ValueError("backend ('triton') needs the triton package, which is not installed")
+        if device.type != "cuda" and not interpreting():
+            raise ValueError(
+                f"backend ('triton') on device {device.type} needs TRITON_INTERPRET=1; on CUDA it needs nothing"
+            )
+    return requested
+
+
+def triton_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreting() -> bool:
+    """Whether Triton kernels run in Triton's interpreter, on tensors of any device."""
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -1,0 +1,162 @@
+"""The public function of relative attention: checks, choice of the backend, autograd.
+
+Legend: B sequences, N max_seq_len, T tokens, G groups (views × heads).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.backend import resolve_backend
+from kernels.relative_attention import tiled
+from kernels.relative_attention.plan import TilePlan, make_tile_plan
+from kernels.relative_attention.reference import NUM_TIME_BUCKETS
+
+
+def plan_attention(seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor, *, backend: str = "auto") -> TilePlan:
+    """What depends on the offsets and timestamps alone, once for all blocks of a decoder, forward and backward.
+
+    Args:
+        seq_offsets: (B + 1,) int64, exclusive prefix sum of the lengths, each length at most ``max_seq_len``.
+        timestamps: (T + B,) int64 seconds, each sequence with one entry more than its length.
+        backend: ``auto``, ``torch`` or ``triton``, that of the calls that the plan is for.
+
+    Raises:
+        ValueError: an argument is wrong; the message names it.
+    """
+    resolve_backend(backend, timestamps.device)
+    _check_batch(seq_offsets, max_seq_len, timestamps)
+    return make_tile_plan(seq_offsets, timestamps)
+
+
+def relative_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_offsets: Tensor,
+    max_seq_len: int,
+    timestamps: Tensor,
+    ts_weights: Tensor,
+    pos_weights: Tensor,
+    *,
+    backend: str = "auto",
+    plan: TilePlan | None = None,
+) -> Tensor:
+    """Σ_j of P_ij v_j, T_ij v_j and A_ij v_j over the keys j ≤ i of each sequence (FuXi-α, arXiv 2502.03036).
+
+    A_ij = SiLU(q_i·k_j) / N, T_ij = w_ts[bucket(τ_{i+1} − τ_j)], P_ij = w_pos[j − i + N − 1]; see `reference.py`.
+    Worked example: lengths [2, 0, 3] → seq_offsets [0, 2, 2, 5], T = 5, 8 timestamps: 3, 1 and 4 of them.
+
+    Args:
+        q, k: (G, T, dqk), G = views × heads. float64, float32, bfloat16 or float16.
+        v: (G, T, dv), of q's dtype.
+        seq_offsets: (B + 1,) int64, exclusive prefix sum of the lengths.
+        max_seq_len: N, at least every length.
+        timestamps: (T + B,) int64 seconds: of each sequence's tokens, then of the event asked for.
+        ts_weights: (129,), one weight for each time bucket.
+        pos_weights: (2N − 1,), w_pos.
+        backend: ``auto`` (triton on CUDA, torch elsewhere), ``torch`` or ``triton``.
+        plan: of `plan_attention` for these offsets and timestamps; None: made here.
+
+    Returns:
+        (G, T, 3·dv): positional, temporal, semantic. Differentiable in q, k, v, ts_weights and pos_weights.
+
+    Raises:
+        ValueError: an argument is wrong; the message names it.
+    """
+    resolve_backend(backend, q.device)
+    _check_operands(q, k, v, seq_offsets, timestamps, ts_weights, pos_weights, max_seq_len)
+    if plan is None:
+        _check_batch(seq_offsets, max_seq_len, timestamps)
+        plan = make_tile_plan(seq_offsets, timestamps)
+    return _TiledAttention.apply(q, k, v, ts_weights, pos_weights, max_seq_len, plan)
+
+
+class _TiledAttention(torch.autograd.Function):
+    """`tiled.forward` and `tiled.backward`, in float64 for float64 operands and in float32 for all others."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        ts_weights: Tensor,
+        pos_weights: Tensor,
+        max_seq_len: int,
+        plan: TilePlan,
+    ) -> Tensor:
+        ctx.save_for_backward(q, k, v, ts_weights, pos_weights)
+        ctx.max_seq_len, ctx.plan = max_seq_len, plan
+        operands = _in_compute_dtype(q, k, v, ts_weights, pos_weights)
+        return tiled.forward(*operands, max_seq_len, plan).to(q.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+        saved = ctx.saved_tensors
+        operands = _in_compute_dtype(*saved)
+        gradients = tiled.backward(grad.to(operands[0].dtype), *operands, ctx.max_seq_len, ctx.plan)
+        return *(g.to(x.dtype) for g, x in zip(gradients, saved, strict=True)), None, None
+
+
+def _in_compute_dtype(*tensors: Tensor) -> list[Tensor]:
+    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    return [tensor.to(dtype) for tensor in tensors]
+
+
+def _check_batch(seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor) -> None:
+    for name, tensor in (("seq_offsets", seq_offsets), ("timestamps", timestamps)):
+        if tensor.dtype != torch.int64 or tensor.dim() != 1:
+            raise ValueError(
+                f"{name} must be int64 of one dimension, not {tensor.dtype} of shape {tuple(tensor.shape)}"
+            )
+    if seq_offsets.numel() < 1:
+        raise ValueError("seq_offsets is empty; B sequences have B + 1 offsets")
+    lengths = seq_offsets.diff()
+    if int(seq_offsets[0]) != 0:
+        raise ValueError(f"seq_offsets must start at 0, not {int(seq_offsets[0])}")
+    if lengths.numel() and int(lengths.min()) < 0:
+        raise ValueError("seq_offsets must not fall")
+    if lengths.numel() and int(lengths.max()) > max_seq_len:
+        raise ValueError(f"seq_offsets has a sequence of {int(lengths.max())} tokens; max_seq_len is {max_seq_len}")
+    expected = int(seq_offsets[-1]) + lengths.numel()
+    if timestamps.numel() != expected:
+        raise ValueError(f"timestamps has {timestamps.numel()} entries; T + B is {expected}")
+
+
+def _check_operands(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_offsets: Tensor,
+    timestamps: Tensor,
+    ts_weights: Tensor,
+    pos_weights: Tensor,
+    max_seq_len: int,
+) -> None:
+    if q.dim() != 3 or not q.is_floating_point():
+        raise ValueError(f"q must be floating and (G, T, dqk), not {q.dtype} of shape {tuple(q.shape)}")
+    if k.shape != q.shape:
+        raise ValueError(f"k has shape {tuple(k.shape)}; q has {tuple(q.shape)}")
+    if v.dim() != 3 or v.shape[:2] != q.shape[:2]:
+        raise ValueError(f"v has shape {tuple(v.shape)}; expected ({q.shape[0]}, {q.shape[1]}, dv) as q's")
+    if timestamps.numel() != q.shape[1] + seq_offsets.numel() - 1:
+        raise ValueError(
+            f"timestamps has {timestamps.numel()} entries; T + B is {q.shape[1] + seq_offsets.numel() - 1}"
+        )
+    if ts_weights.shape != (NUM_TIME_BUCKETS,):
+        raise ValueError(f"ts_weights has shape {tuple(ts_weights.shape)}; expected ({NUM_TIME_BUCKETS},)")
+    if pos_weights.shape != (2 * max_seq_len - 1,):
+        raise ValueError(
+            f"pos_weights has shape {tuple(pos_weights.shape)}; expected ({2 * max_seq_len - 1},), 2·max_seq_len − 1"
+        )
+    for name, tensor in (("k", k), ("v", v)):
+        if tensor.dtype != q.dtype:
+            raise ValueError(f"{name} has dtype {tensor.dtype}; q has {q.dtype}")
+    others = {"k": k, "v": v, "seq_offsets": seq_offsets, "timestamps": timestamps}
+    for name, tensor in (others | {"ts_weights": ts_weights, "pos_weights": pos_weights}).items():
+        if tensor.device != q.device:
+            raise ValueError(f"{name} is on {tensor.device}; q is on {q.device}")

@@ -1,0 +1,54 @@
+"""The definition of relative attention, written for reading: one sequence at a time, dense, differentiable.
+
+For position i of a sequence of length L, and j ≤ i:
+
+    A_ij = SiLU(q_i·k_j) / N            semantic, per group
+    T_ij = w_ts[bucket(τ_{i+1} − τ_j)]  temporal, shared by the groups
+    P_ij = w_pos[j − i + N − 1]         positional, shared by the groups
+    output_i = concat(Σ_j P_ij v_j, Σ_j T_ij v_j, Σ_j A_ij v_j)
+
+Sources: FuXi-α, arXiv 2502.03036, and its public implementation. Every other implementation is tested against this.
+
+Legend: B sequences, L length of one, N max_seq_len, T tokens, G groups (views × heads).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NUM_TIME_BUCKETS = 129
+
+
+def time_bucket(seconds: Tensor) -> Tensor:
+    """min(floor(ln(max(|Δ|, 1)) / 0.301), 128) of int64 seconds, in float32 as the public FuXi-α code computes it."""
+    logarithm = torch.log(torch.abs(seconds).clamp(min=1))
+    return (logarithm / 0.301).long().clamp(max=NUM_TIME_BUCKETS - 1)
+
+
+def relative_attention_reference(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_offsets: Tensor,
+    max_seq_len: int,
+    timestamps: Tensor,
+    ts_weights: Tensor,
+    pos_weights: Tensor,
+) -> Tensor:
+    """Arguments and result as `kernels.relative_attention`; computes in the inputs' own dtype."""
+    outputs = []
+    bounds = seq_offsets.tolist()
+    for b, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+        length = end - start
+        times = timestamps[start + b : end + b + 1]
+        position = torch.arange(length, device=q.device)
+        causal = position[:, None] >= position[None, :]
+        keys, values = k[:, start:end], v[:, start:end]
+        semantic = F.silu(q[:, start:end] @ keys.transpose(1, 2)) / max_seq_len
+        temporal = ts_weights[time_bucket(times[1:, None] - times[None, :-1])]
+        positional = pos_weights[position[None, :] - position[:, None] + max_seq_len - 1]
+        channels = [(weight * causal).to(v.dtype) @ values for weight in (positional, temporal, semantic)]
+        outputs.append(torch.cat(channels, dim=2))
+    return torch.cat(outputs, dim=1) if outputs else v.new_empty(v.shape[0], 0, 3 * v.shape[2])
