@@ -13,6 +13,7 @@ Legend: B sequences, T tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -133,7 +134,7 @@ def _cut_tiles(bounds: list[int]) -> tuple[list[Tile], int, int]:
         masked += (row_end - row) ** 2 if shared else 0
 
     pack_start, packed = 0, 0
-    for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for start, end in pairwise(bounds):
         if end - pack_start > TILE_ROWS:
             if packed:
                 add(pack_start, start, pack_start, packed > 1)

@@ -14,6 +14,8 @@ Legend: B sequences, L length of one, N max_seq_len, T tokens, G groups (views Ã
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,7 +42,7 @@ def relative_attention_reference(
     """Arguments and result as `kernels.relative_attention`; computes in the inputs' own dtype."""
     outputs = []
     bounds = seq_offsets.tolist()
-    for b, (start, end) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)):
+    for b, (start, end) in enumerate(itertools.pairwise(bounds)):
         length = end - start
         times = timestamps[start + b : end + b + 1]
         position = torch.arange(length, device=q.device)

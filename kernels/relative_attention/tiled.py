@@ -159,7 +159,7 @@ def _keep_causal(x: Tensor, tile: Tile, mask: Tensor | None) -> None:
 
 def _flat(x: Tensor) -> Tensor:
     """(G, T, w) → (T, G·w), contiguous."""
-    return x.transpose(0, 1).reshape(x.shape[1], -1).contiguous()
+    return x.transpose(0, 1).flatten(1).contiguous()
 
 
 def _sum_diagonals(d_positions: Tensor, max_seq_len: int, size: int) -> Tensor:
