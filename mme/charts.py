@@ -1,4 +1,4 @@
-"""Line charts and heat maps as inline SVG, coloured by the page's CSS variables (--c0 … --c5, --grid, --text, --heat)."""
+"""Line charts and heat maps as inline SVG, coloured by the page's CSS variables (--c0 … --c5, --heat, …)."""
 
 from __future__ import annotations
 

@@ -149,8 +149,8 @@ def train(
     """Train a model, evaluate it and write the report.
 
     Alone in one process, or as a worker under torchrun. The run's folder (output_dir) gets config.yaml, metrics.jsonl,
-    checkpoints, TensorBoard files, log.txt and report.html. Started again with the same output_dir, the run goes on from
-    its newest complete checkpoint (train.resume=false: from the beginning).
+    checkpoints, TensorBoard files, log.txt and report.html. Started again with the same output_dir, the run goes on
+    from its newest complete checkpoint (train.resume=false: from the beginning).
 
     Examples:
 

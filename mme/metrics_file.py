@@ -1,9 +1,9 @@
 """metrics.jsonl: one JSON object a line, in the order of the steps.
 
-    {"kind": "run",     "step": 0, "world_size": 2, "device": …, "parameters": {part: count}, "versions": {…}, …}
-    {"kind": "train",   "step": 10, "epoch": 0, "loss": 6.91…, "tokens_per_s": …, "lr": …, "step_ms": …, …}
-    {"kind": "experts", "step": 10, "load": [block][view][expert] shares that sum to 1 over the experts, …}
-    {"kind": "eval",    "step": 100, "model": "fuxi-mme", "split": "valid", "protocol": …, "ndcg@10": …, …}
+{"kind": "run",     "step": 0, "world_size": 2, "device": …, "parameters": {part: count}, "versions": {…}, …}
+{"kind": "train",   "step": 10, "epoch": 0, "loss": 6.91…, "tokens_per_s": …, "lr": …, "step_ms": …, …}
+{"kind": "experts", "step": 10, "load": [block][view][expert] shares that sum to 1 over the experts, …}
+{"kind": "eval",    "step": 100, "model": "fuxi-mme", "split": "valid", "protocol": …, "ndcg@10": …, …}
 """
 
 from __future__ import annotations

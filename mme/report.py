@@ -235,9 +235,10 @@ def _results_section(run: Run) -> str:
         "The oracle knows the process that generated the data: no model can do better on average." if run.oracle else ""
     )
     return (
-        f"<section><h2>Results</h2><div class='scroll'><table class='results'><tr><th></th>{head}</tr>{body}</table></div>"
-        f"<p class='note'>{'; '.join(fact for fact in facts if fact)}. Every item is ranked but those the user has seen. "
-        f"{note}</p></section>"
+        "<section><h2>Results</h2><div class='scroll'>"
+        f"<table class='results'><tr><th></th>{head}</tr>{body}</table></div>"
+        f"<p class='note'>{'; '.join(fact for fact in facts if fact)}. "
+        f"Every item is ranked but those the user has seen. {note}</p></section>"
     )
 
 

@@ -15,9 +15,10 @@ h1 { margin: 0; font-size: 28px; letter-spacing: -.01em; }
 h2 { margin: 0 0 12px; font-size: 18px; }
 h3 { margin: 0 0 6px; font-size: 14px; color: var(--soft); }
 header p { margin: 4px 0 18px; color: var(--soft); }
-section { background: var(--card); border: 1px solid var(--grid); border-radius: 10px; padding: 18px 20px; margin-top: 18px; }
+section, .tile { background: var(--card); border: 1px solid var(--grid); border-radius: 10px; }
+section { padding: 18px 20px; margin-top: 18px; }
 .tiles { display: flex; flex-wrap: wrap; gap: 12px; }
-.tile { flex: 1 1 130px; background: var(--card); border: 1px solid var(--grid); border-radius: 10px; padding: 12px 16px; }
+.tile { flex: 1 1 130px; padding: 12px 16px; }
 .tile span { display: block; color: var(--soft); font-size: 13px; }
 .tile b { font-size: 22px; font-variant-numeric: tabular-nums; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
