@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+from kernels.expert_ffn import expert_ffn
+from kernels.gated_rms_norm import gated_rms_norm, rms_norm
 from kernels.relative_attention import plan_attention, relative_attention
+from kernels.sampled_softmax import sampled_softmax_loss
 
-__all__ = ["plan_attention", "relative_attention"]
+__all__ = [
+    "expert_ffn",
+    "gated_rms_norm",
+    "plan_attention",
+    "relative_attention",
+    "rms_norm",
+    "sampled_softmax_loss",
+]
