@@ -7,6 +7,7 @@ What a command needs is imported inside it, so that ``--help`` and wrong argumen
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 import time
@@ -32,8 +33,7 @@ RunOption = Annotated[
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line (default: the process's own) and returns the exit status."""
-    # Libraries warn on standard error before any log file is open; what matters of it is in log.txt.
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    _quiet_libraries()
     command = typer.main.get_command(app)
     try:
         status = command.main(
@@ -341,6 +341,15 @@ def _run_folder(run: Path) -> Path:
     if not (run / "config.yaml").is_file():
         raise UserError(f"{run}: no config.yaml in it: expected a run's folder, made by `mme train`")
     return run
+
+
+def _quiet_libraries() -> None:
+    """Keeps what libraries warn of out of the terminal; once a run has its log.txt, it goes there (see Monitor)."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    logging.captureWarnings(True)
+    # Without any handler, the first warning of a library would make one that writes to the terminal.
+    logging.getLogger().addHandler(logging.NullHandler())
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
 def _name_accelerator() -> None:

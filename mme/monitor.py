@@ -66,6 +66,7 @@ class Monitor:
         self._metrics: Any = None
         self._tensorboard: Any = None
         self._starved: set[tuple[int, int]] = set()
+        self._constant: set[tuple[Any, Any]] = set()
         self._window_tokens: Any = 0
         self._window_s, self._window_steps = 0.0, 0
         self._last_loss = math.nan
@@ -183,6 +184,10 @@ class Monitor:
         metrics = {name: value for name, value in record.items() if name == "mrr" or "@" in name}
         place = f"eval/{record.get('model')}/{record.get('split')}"
         self._scalars(int(record.get("step", 0)), {f"{place}/{name}": value for name, value in metrics.items()})
+        if (seen := (record.get("model"), record.get("split"))) in self._constant:
+            return
+        if record.get("model") == "popularity":  # the same at every step: said once
+            self._constant.add(seen)
         figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.note(f"step {record.get('step', 0):,}  {record.get('split')}  {record.get('model')}  {figures}")
 
@@ -226,7 +231,6 @@ class Monitor:
             self._progress.stop()
             self._progress = None
         logging.getLogger().removeHandler(self._log_handler)
-        logging.captureWarnings(False)
         for stream in (self._metrics, self._tensorboard, self._log):
             if stream is not None:
                 stream.close()
@@ -329,10 +333,9 @@ def _versions() -> dict[str, str]:
 
 
 def _log_handler(stream: Any) -> logging.Handler:
-    """Sends warnings of the libraries to the rank's log as well."""
+    """Sends what libraries warn of through `logging` to the rank's log."""
     handler = logging.StreamHandler(stream)
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.getLogger().addHandler(handler)
-    logging.captureWarnings(True)
     return handler
