@@ -38,9 +38,7 @@ def evaluate(
     model_ranks, popular_ranks = [], []
     for batch in loader.batches():
         batch = batch.to(world.device)
-        model_ranks.append(
-            ranker.target_ranks(batch.sequences, batch.seen_ids, batch.seen_offsets, batch.targets)
-        )
+        model_ranks.append(ranker.target_ranks(batch.sequences, batch.seen_ids, batch.seen_offsets, batch.targets))
         local = popularity_ranks(counts, batch.targets, batch.seen_ids, batch.seen_offsets)
         popular_ranks.append(torch.cat(world.gather(local)))
     common = {

@@ -139,9 +139,7 @@ def _batch(table: pa.Table, max_seq_len: int, world: World) -> tuple[SequenceBat
     rows = [row for _, row in _share(table.num_rows, world)]
     histories = [table["item_ids"][row].as_py() for row in rows]
     items = [history[-max_seq_len:] for history in histories]
-    times = [
-        [*table["timestamps"][row].as_py()[-max_seq_len:], table[REQUEST_TIME][row].as_py()] for row in rows
-    ]
+    times = [[*table["timestamps"][row].as_py()[-max_seq_len:], table[REQUEST_TIME][row].as_py()] for row in rows]
     flat = torch.tensor([item for history in items for item in history], dtype=torch.int64)
     batch = SequenceBatch(
         item_ids=flat,

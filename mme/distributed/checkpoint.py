@@ -102,7 +102,7 @@ def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -
             note(f"checkpoint passed over: {damage}")
             continue
         _restore(run, step, index, [*weight_pieces(recommender), *optimizer_pieces(recommender)])
-        progress = Progress(**index["progress"])  # type: ignore[index]
+        progress = Progress(**index["progress"])  # type: ignore[index, arg-type]
         recommender.tables.set_optimizer_step(progress.step)
         set_optimizer_step(engine, progress.step)
         return progress

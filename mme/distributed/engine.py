@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+import deepspeed
 import torch
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import Tensor, nn
 
-import deepspeed
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from mme.config import Config
 
 ADAM_STATES = ("exp_avg", "exp_avg_sq")

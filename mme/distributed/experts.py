@@ -13,13 +13,13 @@ import math
 from typing import Any, NamedTuple
 
 import torch
+from deepspeed.module_inject.auto_ep_layer import _AllToAllV, compute_split_plan
+from deepspeed.moe.layer import MoE
+from deepspeed.utils import groups
 from torch import Tensor, nn
 
-from deepspeed.moe.layer import MoE
-from deepspeed.module_inject.auto_ep_layer import _AllToAllV, compute_split_plan
-from deepspeed.utils import groups
 from mme.model.decoder import Decoder
-from mme.model.moe import MixtureOfExperts, offsets_of
+from mme.model.moe import offsets_of
 
 
 class _Route(NamedTuple):

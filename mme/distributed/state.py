@@ -13,17 +13,18 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-
 from deepspeed.utils import (
     groups,
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
+from torch import Tensor, nn
+
 from mme.distributed.engine import ADAM_STATES
 from mme.distributed.recommender import Recommender
 from mme.distributed.tables import Shard
+
 
 @dataclass(frozen=True)
 class Piece:

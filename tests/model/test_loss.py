@@ -1,0 +1,80 @@
+"""The losses against their definition, with negatives and items as a training step has them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from mme.config import load_config
+from mme.data.batch import SequenceBatch
+from mme.model.loss import NextItemLoss, compact
+from mme.model.scoring import normalize_views
+
+NUM_ITEMS, VIEWS, DIM = 30, 2, 4
+
+
+def batch_of(num_tokens: int) -> SequenceBatch:
+    generator = torch.Generator().manual_seed(1)
+    return SequenceBatch(
+        item_ids=torch.randint(NUM_ITEMS, (num_tokens,), generator=generator),
+        seq_offsets=torch.tensor([0, num_tokens]),
+        timestamps=torch.arange(num_tokens + 1),
+        target_ids=torch.randint(NUM_ITEMS, (num_tokens,), generator=generator),
+        user_rows=torch.zeros(1, dtype=torch.int64),
+    )
+
+
+@pytest.mark.parametrize("score_norm", ["concat", "per_view"])
+@pytest.mark.parametrize(
+    ("options", "groups"),
+    [
+        (["loss.negatives=per_token"], list(range(7))),
+        (["loss.negatives=shared", "loss.negative_group_size=3"], [0, 0, 0, 1, 1, 1, 2]),
+        (["loss.negatives=shared", "loss.negative_group_size=0"], [0] * 7),
+        (["loss.kind=full_softmax"], None),
+    ],
+)
+def test_loss_is_the_softmax_over_target_and_negatives(
+    options: list[str], groups: list[int] | None, score_norm: str
+) -> None:
+    model = [f"model.num_tables={VIEWS}", f"model.embedding_dim={VIEWS * DIM}", f"model.score_norm={score_norm}"]
+    config = load_config(None, ["data.path=unused", "loss.num_negatives=50", *model, *options])
+    loss, batch = NextItemLoss(config, NUM_ITEMS), batch_of(7)
+    items = loss.items_of(batch, torch.Generator().manual_seed(3))
+    tables = torch.randn(NUM_ITEMS, VIEWS, DIM)
+    hidden = torch.randn(7, VIEWS, DIM)
+    found = loss(hidden, tables[items.ids], items)
+
+    vectors, states = normalize_views(tables, score_norm), normalize_views(hidden, score_norm)
+    assert torch.equal(items.ids[items.inputs], batch.item_ids)
+    for token in range(7):
+        target = int(batch.target_ids[token])
+        if groups is None:
+            candidates = [item for item in range(NUM_ITEMS) if item != target]
+            offset = 0.0
+        else:
+            assert items.negatives is not None
+            drawn = items.ids[items.negatives[groups[token]]].tolist()
+            assert len(drawn) == 50
+            candidates = [item for item in drawn if item != target]
+            offset = math.log(128 / 50) if len(set(groups)) < 7 else 0.0
+        logits = [states[token] @ vectors[target] / 0.05]
+        logits += [states[token] @ vectors[item] / 0.05 + offset for item in candidates]
+        assert found[token].item() == pytest.approx(-torch.log_softmax(torch.stack(logits), 0)[0].item(), abs=1e-4)
+
+
+def test_a_view_counts_alike_in_per_view_scores() -> None:
+    hidden, item = torch.randn(VIEWS, DIM), torch.randn(VIEWS, DIM)
+    cosines = torch.cosine_similarity(hidden, item, dim=-1)
+    assert (normalize_views(hidden, "per_view") @ normalize_views(item, "per_view")).item() == pytest.approx(
+        cosines.mean().item(), abs=1e-6
+    )
+
+
+def test_compact_numbers_the_distinct_ids() -> None:
+    ids, (first, second) = compact([torch.tensor([7, 3]), torch.tensor([[3, 9], [9, 9]])], 12)
+    assert ids.tolist() == [3, 7, 9]
+    assert first.tolist() == [1, 0]
+    assert second.tolist() == [[0, 2], [2, 2]]

@@ -1,0 +1,78 @@
+"""The mixture of experts against a loop over tokens, and its balance losses against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from mme.model.moe import MixtureOfExperts, load_balance_loss, router_z_loss
+
+NUM_EXPERTS, TOP_K, DIM, HIDDEN = 5, 2, 6, 9
+
+
+def mixture(renormalize: bool) -> MixtureOfExperts:
+    torch.manual_seed(0)
+    return MixtureOfExperts(NUM_EXPERTS, TOP_K, DIM, HIDDEN, renormalize).double()
+
+
+def by_token(moe: MixtureOfExperts, z: torch.Tensor) -> torch.Tensor:
+    rows = []
+    for row in z:
+        probabilities = torch.softmax((row @ moe.router.weight.T).float(), dim=0)
+        chosen = probabilities.argsort(descending=True)[:TOP_K]
+        weights = probabilities[chosen]
+        weights = weights / weights.sum() if moe.renormalize else weights
+        w1, w3, w2 = moe.experts.w1[chosen], moe.experts.w3[chosen], moe.experts.w2[chosen]
+        outputs = [(F.silu(row @ w1[i]) * (row @ w3[i])) @ w2[i] for i in range(TOP_K)]
+        rows.append(sum(weight.double() * output for weight, output in zip(weights, outputs, strict=True)))
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_equals_a_loop_over_tokens(renormalize: bool) -> None:
+    moe = mixture(renormalize)
+    z = torch.randn(2 * 7, DIM, dtype=torch.float64, requires_grad=True)
+    inputs = [z, *moe.parameters()]
+    expected = by_token(moe, z)
+    upstream = torch.randn_like(expected)
+    expected_gradients = torch.autograd.grad(expected, inputs, upstream)
+
+    y, routing = moe(z, num_views=2)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-9)
+    for found, wanted in zip(torch.autograd.grad(y, inputs, upstream), expected_gradients, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-8)
+    chosen = routing.experts.view(2, -1)
+    for view in range(2):
+        assert routing.counts[view].tolist() == torch.bincount(chosen[view], minlength=NUM_EXPERTS).tolist()
+
+
+def test_no_rows() -> None:
+    y, routing = mixture(True)(torch.empty(0, DIM, dtype=torch.float64), num_views=3)
+    assert y.shape == (0, DIM)
+    assert routing.counts.tolist() == [[0] * NUM_EXPERTS] * 3
+
+
+def test_balance_losses_of_parts_add_up_to_those_of_the_whole() -> None:
+    moe = mixture(True)
+    z = torch.randn(10, DIM, dtype=torch.float64)
+    rows = torch.tensor(10)
+    whole = moe.route(z, 1)
+    parts = [moe.route(z[:4], 1), moe.route(z[4:], 1)]
+    counts = whole.counts[0]
+
+    share = counts / counts.sum()
+    expected = NUM_EXPERTS * (share * whole.probabilities.mean(0)).sum()
+    assert load_balance_loss(whole, counts, rows).item() == pytest.approx(expected.item())
+    assert sum(load_balance_loss(p, counts, rows) for p in parts).item() == pytest.approx(expected.item())
+    squared = torch.logsumexp(whole.logits, 1).square().mean().item()
+    assert sum(router_z_loss(p, rows) for p in parts).item() == pytest.approx(squared)
+
+
+def test_even_routing_has_the_smallest_balance_loss() -> None:
+    moe = mixture(True)
+    with torch.no_grad():
+        moe.router.weight.zero_()
+    routing = moe.route(torch.randn(10, DIM, dtype=torch.float64), 1)
+    even = torch.full((NUM_EXPERTS,), 4)
+    assert load_balance_loss(routing, even, torch.tensor(10)).item() == pytest.approx(1.0)
