@@ -1,19 +1,21 @@
-"""What relative attention needs to know of a batch beside q, k and v: its tiles, masks and time buckets.
+"""What the PyTorch form needs to know of a batch beside q, k and v: how its sequences are grouped, and time buckets.
 
 They depend on the offsets and the timestamps alone, so one plan serves every block of a decoder, forward and backward.
 
-A tile is a block of query rows with the keys that they may see. Consecutive short sequences share a tile; a long
-sequence is cut into chunks of TILE_ROWS queries, whose keys run from the sequence's start to the end of the chunk.
-Example, TILE_ROWS = 64, lengths [10, 20, 100]: rows 0..29 see keys 0..29 (each its own sequence's, by a mask), rows
-30..93 keys 30..93, rows 94..129 keys 30..129. No row is padded and no chunk sees a key after its end.
+Sequences of about the same length form pieces: a piece is n sequences whose lengths round up to the same P (a multiple
+of 16, from 64 on of 32), worked on together as batched matrix products. Its queries are cut into chunks of CHUNK_ROWS;
+a chunk's keys run from the sequence's start to the end of the chunk, so most of what lies above the diagonal is never
+computed. Rows beyond a sequence's end, 15 or 31 at most, hold zeros and add nothing. Example, lengths [10, 100, 16]:
 
-Legend: B sequences, T tokens.
+    piece 0: P = 16, sequences 0 and 2;  piece 1: P = 128, sequence 1, chunks (rows 0..63, keys 0..63), (64..127, 0..127)
+
+Legend: B sequences, T tokens, n sequences of a piece, P its padded length, S slots (the sum of n·P).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from itertools import pairwise
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -21,32 +23,49 @@ from torch import Tensor
 
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS
 
-# 64 rows: at 50 to 200 keys a matrix product of 64 rows runs at 0.9 of the rate of 128 rows, and half as much is
-# computed above the diagonal.
-TILE_ROWS = 64
-# Time buckets are kept for up to this many (query, key) pairs, 64 MiB; beyond it each tile makes its own anew, so
+# 64 query rows: a batched product of 64 rows runs at the rate of 96 rows, and less is computed above the diagonal.
+CHUNK_ROWS = 64
+# A piece has as many sequences as keep n·64·P below this: its scores, 256 KiB a group, stay in the cache.
+PIECE_PAIRS = 1 << 16
+# Time buckets are kept for up to this many (query, key) pairs, 64 MiB; beyond it each chunk makes its own anew, so
 # that memory stays linear in the sequence length.
-MAX_KEPT_BUCKETS = 1 << 24
-# The bucket of a pair that the mask excludes; its weight is 0 and its gradient is dropped.
+MAX_KEPT_PAIRS = 1 << 24
+# The bucket of a key later than its query; its weight is 0 and its gradient is dropped.
 MASKED_BUCKET = NUM_TIME_BUCKETS
 
 
-class Tile(NamedTuple):
-    """Query rows [row, row_end) and their keys [key, row_end), as token indices."""
+class Piece(NamedTuple):
+    """n sequences of padded length P, at slots [slot, slot + n·P); pairs: where its buckets start, -1: not kept."""
 
+    slot: int
+    count: int
+    length: int
+    pairs: int
+
+    def chunks(self) -> Iterator[Chunk]:
+        pairs = self.pairs
+        for row in range(0, self.length, CHUNK_ROWS):
+            chunk = Chunk(self, row, min(row + CHUNK_ROWS, self.length), pairs)
+            yield chunk
+            if pairs >= 0:
+                pairs += chunk.size
+
+
+class Chunk(NamedTuple):
+    """Query rows [row, end) of each of a piece's sequences, and their keys [0, end)."""
+
+    piece: Piece
     row: int
-    row_end: int
-    key: int
-    bucket_offset: int  # of its buckets among the plan's; -1: not kept
-    mask_offset: int  # of its same-sequence mask among the plan's; -1: one sequence, the mask is the causal triangle
+    end: int
+    pairs: int
 
     @property
     def rows(self) -> int:
-        return self.row_end - self.row
+        return self.end - self.row
 
     @property
-    def keys(self) -> int:
-        return self.row_end - self.key
+    def size(self) -> int:
+        return self.piece.count * self.rows * self.end
 
 
 @dataclass(frozen=True)
@@ -54,97 +73,96 @@ class TilePlan:
     """The plan of the torch backend.
 
     Attributes:
-        tiles: (number of tiles, 5) int64 on the CPU, the fields of `Tile`.
-        max_length: of the longest sequence.
-        key_times, next_times: (T,) int64 seconds, of each token and of the event after it.
-        buckets: (pairs,) int32, the (rows, keys) time buckets of each tile one after another; empty: not kept.
-        masks: float32, the (rows, rows) masks of the tiles that several sequences share, one after another.
+        pieces: in the order in which they are worked on.
+        max_length: the longest padded length.
+        token_slots: (3, T) int64, of each token its slot, and the first slot and number of slots of its piece.
+        slot_times: (2, S) int64 seconds, of each slot's token and of the event after it.
+        buckets: (pairs,) int32, the (n, rows, keys) time buckets of each chunk one after another; empty: not kept.
     """
 
-    tiles: Tensor
+    pieces: list[Piece]
     max_length: int
-    key_times: Tensor
-    next_times: Tensor
+    token_slots: Tensor
+    slot_times: Tensor
     buckets: Tensor
-    masks: Tensor
+    _rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
-    def tile_list(self) -> list[Tile]:
-        return [Tile(*fields) for fields in self.tiles.tolist()]
+    def rows(self, groups: int) -> tuple[Tensor, Tensor]:
+        """How (G·T, w) tokens, and a row of zeros after them, move to padded rows and back, as row indices.
+
+        Padded rows are (G, n, P) piece after piece. Returns the (G·S,) tokens that they take and the (G·T,) padded
+        rows in which the tokens stand.
+        """
+        if groups not in self._rows:
+            slot, first, size = self.token_slots
+            group = torch.arange(groups, device=slot.device)[:, None]
+            back = (groups * first + group * size + slot - first).view(-1)
+            there = torch.full((groups * self.slot_times.shape[1],), back.numel(), device=slot.device)
+            there[back] = torch.arange(back.numel(), device=slot.device)
+            self._rows[groups] = there, back
+        return self._rows[groups]
 
 
 def make_tile_plan(seq_offsets: Tensor, timestamps: Tensor) -> TilePlan:
-    """The tiles, masks and time buckets of B jagged sequences.
+    """Groups B jagged sequences into pieces and finds their time buckets.
 
     Args:
         seq_offsets: (B + 1,) int64.
         timestamps: (T + B,) int64 seconds, each sequence with one entry more than its length.
     """
     device = timestamps.device
-    lengths = seq_offsets.diff()
+    lengths = seq_offsets.diff().to(device)
+    pieces, placed = _group(lengths.tolist())
     sequence = torch.repeat_interleave(lengths)
-    time_index = torch.arange(sequence.numel(), device=device) + sequence
-    key_times, next_times = timestamps[time_index], timestamps[time_index + 1]
+    token = torch.arange(sequence.numel(), device=device)
+    sequence_slot, piece_slot, piece_slots = torch.tensor(placed, device=device).view(-1, 3).T[:, sequence]
+    slot = sequence_slot + token - seq_offsets.to(device)[sequence]
 
-    tiles, pairs, masked = _cut_tiles(seq_offsets.tolist())
-    buckets = torch.empty(pairs if pairs <= MAX_KEPT_BUCKETS else 0, dtype=torch.int32, device=device)
-    masks = torch.empty(masked, device=device)
-    if not buckets.numel():
-        tiles = [tile._replace(bucket_offset=-1) for tile in tiles]
-    for tile in tiles:
-        if tile.mask_offset >= 0:
-            rows = sequence[tile.row : tile.row_end]
-            tile_mask(tile, masks).copy_(rows[:, None] == rows[None, :]).tril_()
-        if tile.bucket_offset >= 0:
-            tile_buckets(tile, key_times, next_times, masks, out=buckets[tile.bucket_offset :])
-    table = torch.tensor(tiles, dtype=torch.int64).view(-1, len(Tile._fields))
-    max_length = max(lengths.tolist(), default=0)
-    return TilePlan(table, max_length, key_times, next_times, buckets, masks)
+    slots = sum(piece.count * piece.length for piece in pieces)
+    slot_times = timestamps.new_zeros(2, slots)
+    slot_times[:, slot] = torch.stack([timestamps[token + sequence], timestamps[token + sequence + 1]])
+    pairs = sum(chunk.size for piece in pieces for chunk in piece.chunks())
+    buckets = torch.empty(pairs if pairs <= MAX_KEPT_PAIRS else 0, dtype=torch.int32, device=device)
+    if pairs > MAX_KEPT_PAIRS:
+        pieces = [piece._replace(pairs=-1) for piece in pieces]
+    else:
+        for piece in pieces:
+            for chunk in piece.chunks():
+                chunk_buckets(chunk, slot_times, out=buckets[chunk.pairs : chunk.pairs + chunk.size])
+    max_length = max((piece.length for piece in pieces), default=0)
+    return TilePlan(pieces, max_length, torch.stack([slot, piece_slot, piece_slots]), slot_times, buckets)
 
 
-def tile_buckets(tile: Tile, key_times: Tensor, next_times: Tensor, masks: Tensor, out: Tensor) -> Tensor:
-    """Writes the (rows, keys) time buckets of ``tile`` to the head of ``out``, int32, MASKED_BUCKET where masked.
+def chunk_buckets(chunk: Chunk, slot_times: Tensor, out: Tensor) -> None:
+    """Writes the (n, rows, keys) time buckets of ``chunk`` to ``out``, flat int32; MASKED_BUCKET above the diagonal.
 
     In float32 and in the order of operations of the public code: `reference.time_bucket` gives the same integers.
     """
-    seconds = next_times[tile.row : tile.row_end, None] - key_times[None, tile.key : tile.row_end]
+    piece = chunk.piece
+    times = slot_times[:, piece.slot : piece.slot + piece.count * piece.length].view(2, piece.count, piece.length)
+    seconds = times[1, :, chunk.row : chunk.end, None] - times[0, :, None, : chunk.end]
     bucket = seconds.to(torch.float32).abs_().clamp_(min=1).log_().div_(0.301).clamp_(max=NUM_TIME_BUCKETS - 1)
-    if tile.mask_offset >= 0:
-        excluded = tile_mask(tile, masks) == 0
-    else:
-        excluded = torch.ones(tile.rows, tile.rows, dtype=torch.bool, device=bucket.device).triu_(1)
-    bucket[:, tile.keys - tile.rows :].masked_fill_(excluded, MASKED_BUCKET)
-    out = out[: tile.rows * tile.keys].view(tile.rows, tile.keys)
-    return out.copy_(bucket)
+    later = torch.ones(chunk.rows, chunk.rows, dtype=torch.bool, device=bucket.device).triu_(1)
+    bucket[:, :, chunk.row :].masked_fill_(later, MASKED_BUCKET)
+    out.view(bucket.shape).copy_(bucket)
 
 
-def tile_mask(tile: Tile, masks: Tensor) -> Tensor:
-    """(rows, rows), 1 where query and key are of one sequence and the key is not later; of a shared tile."""
-    return masks[tile.mask_offset :][: tile.rows**2].view(tile.rows, tile.rows)
-
-
-def _cut_tiles(bounds: list[int]) -> tuple[list[Tile], int, int]:
-    """The tiles of sequences that end at ``bounds``, their number of (query, key) pairs and of mask entries."""
-    tiles: list[Tile] = []
-    pairs = masked = 0
-
-    def add(row: int, row_end: int, key: int, shared: bool) -> None:
-        nonlocal pairs, masked
-        tiles.append(Tile(row, row_end, key, pairs, masked if shared else -1))
-        pairs += (row_end - row) * (row_end - key)
-        masked += (row_end - row) ** 2 if shared else 0
-
-    pack_start, packed = 0, 0
-    for start, end in pairwise(bounds):
-        if end - pack_start > TILE_ROWS:
-            if packed:
-                add(pack_start, start, pack_start, packed > 1)
-            pack_start, packed = start, 0
-        if end - start > TILE_ROWS:
-            for row in range(start, end, TILE_ROWS):
-                add(row, min(row + TILE_ROWS, end), start, False)
-            pack_start = end
-        elif end > start:
-            packed += 1
-    if packed:
-        add(pack_start, bounds[-1], pack_start, packed > 1)
-    return tiles, pairs, masked
+def _group(lengths: list[int]) -> tuple[list[Piece], list[tuple[int, int, int]]]:
+    """The pieces of sequences of these lengths; and of each sequence its first slot, its piece's, its piece's slots."""
+    padded = [16 * -(-length // 16) if length <= 64 else 32 * -(-length // 32) for length in lengths]
+    order = [b for b in sorted(range(len(lengths)), key=padded.__getitem__) if lengths[b]]
+    placed = [(0, 0, 0)] * len(lengths)
+    pieces: list[Piece] = []
+    slot = pairs = first = 0
+    while first < len(order):
+        length = padded[order[first]]
+        most = max(1, PIECE_PAIRS // (min(length, CHUNK_ROWS) * length))
+        members = [b for b in order[first : first + most] if padded[b] == length]
+        piece = Piece(slot, len(members), length, pairs)
+        for position, b in enumerate(members):
+            placed[b] = (slot + position * length, slot, len(members) * length)
+        pieces.append(piece)
+        slot += len(members) * length
+        pairs += sum(chunk.size for chunk in piece.chunks())
+        first += len(members)
+    return pieces, placed

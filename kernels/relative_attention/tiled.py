@@ -1,8 +1,9 @@
-"""Relative attention in PyTorch, tile by tile: the twin of the Triton kernels, fast on one CPU core.
+"""Relative attention in PyTorch, chunk by chunk: the twin of the Triton kernels, fast on one CPU core.
 
-No padded token is computed and nothing of size N×N is held: one tile of (TILE_ROWS, keys) weights a channel at a time.
-The P and T tiles are the same for all G groups, so their products with v are one matrix product each,
-(rows, keys) @ (keys, G·dv). Backward recomputes the weights. With 1/N folded into the semantic channel's gradient g_A:
+Sequences of about the same length are worked on together (`plan.py`), a chunk of their queries at a time; the weights
+of one chunk are all that is held of anything quadratic. The P tile is the same for all sequences, P and T for all G
+groups, so their products with v are taken over (keys, G·dv). Backward recomputes the weights. With 1/N folded into the
+semantic channel's gradient g_A:
 
     dv = Pᵀ g_P + Tᵀ g_T + Aᵀ g_A;  dP = Σ_G g_P vᵀ;  dT = Σ_G g_T vᵀ
     dS = (g_A vᵀ) ⊙ SiLU'(S);  dq = dS k;  dk = dSᵀ q
@@ -10,7 +11,7 @@ The P and T tiles are the same for all G groups, so their products with v are on
 
 The order of every sum is fixed, so results are the same bit for bit from run to run.
 
-Legend: T tokens, G groups (views × heads).
+Legend: T tokens, G groups (views × heads), n sequences of a piece, P its padded length.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.relative_attention.plan import TILE_ROWS, Tile, TilePlan, tile_buckets, tile_mask
+from kernels.relative_attention.plan import CHUNK_ROWS, Chunk, Piece, TilePlan, chunk_buckets
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS
 
 
@@ -29,21 +30,23 @@ def forward(
     """(G, T, 3·dv); all tensors of one floating dtype."""
     groups, num_tokens, dv = v.shape
     tiles = _Tiles(plan, ts_weights, pos_weights, max_seq_len, groups)
-    v_flat, v_scaled = _flat(v), v / max_seq_len
-    out = v.new_empty(groups, num_tokens, 3 * dv)
-    for tile in tiles.tiles:
-        rows, keys = slice(tile.row, tile.row_end), slice(tile.key, tile.row_end)
-        mask = tiles.mask(tile)
-        shared = torch.mm(tiles.positional(tile, mask), v_flat[keys])
-        out[:, rows, :dv] = shared.view(tile.rows, groups, dv).transpose(0, 1)
-        torch.mm(tiles.temporal(tile, tiles.buckets(tile)), v_flat[keys], out=shared)
-        out[:, rows, dv : 2 * dv] = shared.view(tile.rows, groups, dv).transpose(0, 1)
-        scores, weights = tiles.blank(0, groups, tile), tiles.blank(1, groups, tile)
-        torch.bmm(q[:, rows], k[:, keys].transpose(1, 2), out=scores)
-        torch.ops.aten.silu.out(scores, out=weights)
-        _keep_causal(weights, tile, mask)
-        out[:, rows, 2 * dv :] = torch.bmm(weights, v_scaled[:, keys])
-    return out
+    q, k, v = tiles.pad(q), tiles.pad(k), tiles.pad(v)
+    out = v.new_empty(v.shape[0], 3 * dv)
+    for piece in plan.pieces:
+        piece_q, piece_k, piece_v, piece_out = (tiles.by_sequence(x, piece) for x in (q, k, v, out))
+        v_shared, v_scaled = tiles.by_channel(piece_v), piece_v / max_seq_len
+        shared_out = piece_out.view(groups, piece.count, piece.length, 3, dv)
+        for chunk in piece.chunks():
+            rows, keys = slice(chunk.row, chunk.end), slice(0, chunk.end)
+            for channel, weights in enumerate((tiles.positional(chunk), tiles.temporal(chunk, tiles.buckets(chunk)))):
+                product = torch.bmm(weights, v_shared[:, keys]).unflatten(2, (groups, dv))
+                shared_out[:, :, rows, channel] = product.permute(2, 0, 1, 3)
+            scores, weights = tiles.blank(0, chunk, groups), tiles.blank(1, chunk, groups)
+            torch.bmm(piece_q[:, rows], piece_k[:, keys].transpose(1, 2), out=scores)
+            torch.ops.aten.silu.out(scores, out=weights)
+            weights[:, :, chunk.row :].tril_()
+            piece_out[:, rows, 2 * dv :] = torch.bmm(weights, v_scaled[:, keys])
+    return tiles.unpad(out, num_tokens)
 
 
 def backward(
@@ -59,107 +62,115 @@ def backward(
     """Gradients of q, k, v, ts_weights and pos_weights for ``grad`` (G, T, 3·dv)."""
     groups, num_tokens, dv = v.shape
     tiles = _Tiles(plan, ts_weights, pos_weights, max_seq_len, groups)
-    v_flat = _flat(v)
-    grad_p, grad_t = _flat(grad[:, :, :dv]), _flat(grad[:, :, dv : 2 * dv])
-    grad_a = grad[:, :, 2 * dv :] / max_seq_len
-    dq, dk = torch.empty_like(q), torch.zeros_like(k)
-    dv_flat, dv_semantic = torch.zeros_like(v_flat), torch.zeros_like(v)
+    q, k, v, grad = tiles.pad(q), tiles.pad(k), tiles.pad(v), tiles.pad(grad)
+    dq, dk, d_values = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     d_positions = torch.zeros_like(tiles.positions)
     d_buckets = torch.zeros(NUM_TIME_BUCKETS + 1, dtype=torch.float64, device=q.device)
-    for tile in tiles.tiles:
-        rows, keys = slice(tile.row, tile.row_end), slice(tile.key, tile.row_end)
-        mask = tiles.mask(tile)
-        buckets = tiles.buckets(tile)
-        dv_flat[keys].addmm_(tiles.positional(tile, mask).t(), grad_p[rows])
-        dv_flat[keys].addmm_(tiles.temporal(tile, buckets).t(), grad_t[rows])
-        d_position = d_positions[: tile.rows, tiles.columns(tile)]
-        if mask is None:
-            d_position.addmm_(grad_p[rows], v_flat[keys].t())
-        else:
-            d_position.addcmul_(grad_p[rows] @ v_flat[keys].t(), mask)
-        d_temporal = tiles.blank(0, 1, tile)[0]
-        torch.mm(grad_t[rows], v_flat[keys].t(), out=d_temporal)
-        d_buckets += torch.bincount(buckets, d_temporal.view(-1), NUM_TIME_BUCKETS + 1)
-
-        scores, weights, d_scores = (tiles.blank(slot, groups, tile) for slot in range(3))
-        torch.bmm(q[:, rows], k[:, keys].transpose(1, 2), out=scores)
-        torch.ops.aten.silu.out(scores, out=weights)
-        _keep_causal(weights, tile, mask)
-        dv_semantic[:, keys].baddbmm_(weights.transpose(1, 2), grad_a[:, rows])
-        torch.bmm(grad_a[:, rows], v[:, keys].transpose(1, 2), out=weights)
-        torch.ops.aten.silu_backward.grad_input(weights, scores, grad_input=d_scores)
-        _keep_causal(d_scores, tile, mask)
-        dq[:, rows] = torch.bmm(d_scores, k[:, keys])
-        dk[:, keys].baddbmm_(d_scores.transpose(1, 2), q[:, rows])
-    d_values = dv_semantic.add_(dv_flat.view(num_tokens, groups, dv).transpose(0, 1))
+    for piece in plan.pieces:
+        piece_q, piece_k, piece_v, piece_grad = (tiles.by_sequence(x, piece) for x in (q, k, v, grad))
+        piece_dq, piece_dk, piece_dv = (tiles.by_sequence(x, piece) for x in (dq, dk, d_values))
+        v_shared = tiles.by_channel(piece_v)
+        grad_p, grad_t = tiles.by_channel(piece_grad[:, :, :dv]), tiles.by_channel(piece_grad[:, :, dv : 2 * dv])
+        grad_a = piece_grad[:, :, 2 * dv :] / max_seq_len
+        dv_shared = torch.zeros_like(v_shared)
+        for chunk in piece.chunks():
+            rows, keys = slice(chunk.row, chunk.end), slice(0, chunk.end)
+            # The channels whose weights all groups share.
+            buckets, keys_of_v = tiles.buckets(chunk), v_shared[:, keys].transpose(1, 2)
+            contribution = torch.bmm(tiles.positional(chunk).transpose(1, 2), grad_p[:, rows])
+            contribution.baddbmm_(tiles.temporal(chunk, buckets).transpose(1, 2), grad_t[:, rows])
+            dv_shared[:, keys] += contribution
+            d_weights = tiles.blank(0, chunk, 1)
+            torch.bmm(grad_p[:, rows], keys_of_v, out=d_weights)
+            d_positions[: chunk.rows, tiles.columns(chunk)] += d_weights.sum(0)
+            torch.bmm(grad_t[:, rows], keys_of_v, out=d_weights)
+            d_buckets += torch.bincount(buckets, d_weights.view(-1), NUM_TIME_BUCKETS + 1)
+            # The semantic channel.
+            scores, weights, d_scores = (tiles.blank(slot, chunk, groups) for slot in range(3))
+            torch.bmm(piece_q[:, rows], piece_k[:, keys].transpose(1, 2), out=scores)
+            torch.ops.aten.silu.out(scores, out=weights)
+            weights[:, :, chunk.row :].tril_()
+            piece_dv[:, keys] += torch.bmm(weights.transpose(1, 2), grad_a[:, rows])
+            torch.bmm(grad_a[:, rows], piece_v[:, keys].transpose(1, 2), out=weights)
+            torch.ops.aten.silu_backward.grad_input(weights, scores, grad_input=d_scores)
+            d_scores[:, :, chunk.row :].tril_()
+            piece_dq[:, rows] = torch.bmm(d_scores, piece_k[:, keys])
+            piece_dk[:, keys] += torch.bmm(d_scores.transpose(1, 2), piece_q[:, rows])
+        by_group = piece_dv.view(groups, piece.count, piece.length, dv)
+        by_group += dv_shared.unflatten(2, (groups, dv)).permute(2, 0, 1, 3)
     d_ts_weights = d_buckets[:NUM_TIME_BUCKETS].to(ts_weights.dtype)
-    return dq, dk, d_values, d_ts_weights, _sum_diagonals(d_positions, max_seq_len, pos_weights.numel())
+    d_pos_weights = _sum_diagonals(d_positions, max_seq_len, pos_weights.numel())
+    return *(tiles.unpad(x, num_tokens) for x in (dq, dk, d_values)), d_ts_weights, d_pos_weights
 
 
 class _Tiles:
-    """The P and T tiles of one call, and the scratch that its tiles share."""
+    """Operands in padded rows, the P and T tiles, and the scratch that the chunks of one call share."""
 
     def __init__(self, plan: TilePlan, ts_weights: Tensor, pos_weights: Tensor, max_seq_len: int, groups: int) -> None:
-        self.plan, self.max_seq_len = plan, max_seq_len
-        self.tiles = plan.tile_list()
+        self.plan, self.max_seq_len, self.groups = plan, max_seq_len, groups
+        self.gather, self.scatter = plan.rows(groups)
         # Key columns of the widest tile: the last chunk of the longest sequence, made up to whole chunks.
-        self.width = TILE_ROWS * max(1, -(-plan.max_length // TILE_ROWS))
+        self.width = CHUNK_ROWS * max(1, -(-plan.max_length // CHUNK_ROWS))
         self.ts_weights = torch.cat([ts_weights, ts_weights.new_zeros(1)])  # MASKED_BUCKET weighs 0
-        self.positions = self._position_tile(pos_weights)
-        self.time_scratch = pos_weights.new_empty(TILE_ROWS * self.width)
-        self.scratch = pos_weights.new_empty(3, groups * TILE_ROWS * self.width)
-        bucket_scratch = 0 if plan.buckets.numel() else TILE_ROWS * self.width
-        self.bucket_scratch = torch.empty(bucket_scratch, dtype=torch.int32, device=pos_weights.device)
+        self.positions = self._widest_position_tile(pos_weights)
+        largest = max((chunk.size for piece in plan.pieces for chunk in piece.chunks()), default=0)
+        self.time_scratch = pos_weights.new_empty(largest)
+        self.scratch = pos_weights.new_empty(3, groups * largest)
+        self.bucket_scratch = torch.empty(largest, dtype=torch.int32, device=pos_weights.device)
 
-    def _position_tile(self, pos_weights: Tensor) -> Tensor:
-        """P of the widest tile, (TILE_ROWS, width): every other tile's P is the end of its columns."""
-        row = torch.arange(TILE_ROWS, device=pos_weights.device)
-        column = torch.arange(self.width, device=pos_weights.device) - (self.width - TILE_ROWS)
+    def _widest_position_tile(self, pos_weights: Tensor) -> Tensor:
+        """P of the widest tile, (CHUNK_ROWS, width): the P of every other one stands among its columns."""
+        row = torch.arange(CHUNK_ROWS, device=pos_weights.device)
+        column = torch.arange(self.width, device=pos_weights.device) - (self.width - CHUNK_ROWS)
         offset = column[None, :] - row[:, None]
         outside = (offset > 0) | (offset <= -self.max_seq_len)
         index = (offset + self.max_seq_len - 1).clamp_(0, pos_weights.numel() - 1)
         return pos_weights[index].masked_fill_(outside, 0)
 
-    def columns(self, tile: Tile) -> slice:
-        """Where ``tile``'s keys stand among the columns of the widest tile."""
-        first = self.width - TILE_ROWS + tile.rows - tile.keys
-        return slice(first, first + tile.keys)
+    def pad(self, x: Tensor) -> Tensor:
+        """(G, T, w) → (G·S, w), zeros where no token is."""
+        tokens = torch.cat([x.reshape(-1, x.shape[2]), x.new_zeros(1, x.shape[2])])
+        return tokens.index_select(0, self.gather)
 
-    def mask(self, tile: Tile) -> Tensor | None:
-        return None if tile.mask_offset < 0 else tile_mask(tile, self.plan.masks).to(self.positions.dtype)
+    def unpad(self, x: Tensor, num_tokens: int) -> Tensor:
+        """(G·S, w) → (G, T, w)."""
+        return x.index_select(0, self.scatter).view(self.groups, num_tokens, x.shape[1])
 
-    def positional(self, tile: Tile, mask: Tensor | None) -> Tensor:
-        p = self.positions[: tile.rows, self.columns(tile)]
-        return p if mask is None else p * mask
+    def by_sequence(self, x: Tensor, piece: Piece) -> Tensor:
+        """A piece's part of (G·S, w) as (G·n, P, w)."""
+        start, size = self.groups * piece.slot, self.groups * piece.count * piece.length
+        return x[start : start + size].view(self.groups * piece.count, piece.length, x.shape[1])
 
-    def buckets(self, tile: Tile) -> Tensor:
-        """(rows · keys,) int32."""
-        plan = self.plan
-        if tile.bucket_offset >= 0:
-            return plan.buckets[tile.bucket_offset :][: tile.rows * tile.keys]
-        return tile_buckets(tile, plan.key_times, plan.next_times, plan.masks, out=self.bucket_scratch).view(-1)
+    def by_channel(self, x: Tensor) -> Tensor:
+        """(G·n, P, w) → (n, P, G·w), contiguous."""
+        return x.unflatten(0, (self.groups, -1)).permute(1, 2, 0, 3).flatten(2).contiguous()
 
-    def temporal(self, tile: Tile, buckets: Tensor) -> Tensor:
-        t = self.time_scratch[: buckets.numel()]
-        torch.index_select(self.ts_weights, 0, buckets, out=t)
-        return t.view(tile.rows, tile.keys)
+    def columns(self, chunk: Chunk) -> slice:
+        """Where ``chunk``'s keys stand among the columns of the widest tile."""
+        first = self.width - CHUNK_ROWS - chunk.row
+        return slice(first, first + chunk.end)
 
-    def blank(self, slot: int, groups: int, tile: Tile) -> Tensor:
-        """(groups, rows, keys) of uninitialised scratch."""
-        return self.scratch[slot][: groups * tile.rows * tile.keys].view(groups, tile.rows, tile.keys)
+    def positional(self, chunk: Chunk) -> Tensor:
+        """(n, rows, keys), one tile n times."""
+        return self.positions[: chunk.rows, self.columns(chunk)].expand(chunk.piece.count, -1, -1)
 
+    def buckets(self, chunk: Chunk) -> Tensor:
+        """(n · rows · keys,) int32."""
+        if chunk.pairs >= 0:
+            return self.plan.buckets[chunk.pairs : chunk.pairs + chunk.size]
+        buckets = self.bucket_scratch[: chunk.size]
+        chunk_buckets(chunk, self.plan.slot_times, out=buckets)
+        return buckets
 
-def _keep_causal(x: Tensor, tile: Tile, mask: Tensor | None) -> None:
-    """Zeroes (G, rows, keys) weights where the key is later than the query or of another sequence."""
-    if mask is not None:
-        x.mul_(mask)
-    else:
-        x[:, :, tile.keys - tile.rows :].tril_()
+    def temporal(self, chunk: Chunk, buckets: Tensor) -> Tensor:
+        """(n, rows, keys)."""
+        weights = self.time_scratch[: chunk.size]
+        torch.index_select(self.ts_weights, 0, buckets, out=weights)
+        return weights.view(chunk.piece.count, chunk.rows, chunk.end)
 
-
-def _flat(x: Tensor) -> Tensor:
-    """(G, T, w) → (T, G·w), contiguous."""
-    return x.transpose(0, 1).flatten(1).contiguous()
+    def blank(self, slot: int, chunk: Chunk, groups: int) -> Tensor:
+        """(groups · n, rows, keys) of uninitialised scratch."""
+        return self.scratch[slot][: groups * chunk.size].view(-1, chunk.rows, chunk.end)
 
 
 def _sum_diagonals(d_positions: Tensor, max_seq_len: int, size: int) -> Tensor:
