@@ -1,0 +1,311 @@
+"""``python -m launcher`` (console script ``mme-launch``): one training job on one node, many nodes or a cluster.
+
+0: done. 1: the job, or a check of preflight, failed. 2: the input or the configuration is wrong. 128 + n: signal n.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from launcher import kubernetes as kubernetes_job
+from launcher import slurm as slurm_job
+from launcher import torchrun
+from launcher.job import Job, default_processes, require_dataset
+from mme.errors import UserError
+
+# typer reads the annotations and Python 3.10 shows Optional[X] and X | None to it alike.
+# ruff: noqa: UP045
+
+app = typer.Typer(name="launcher", add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
+
+Config = Annotated[
+    Path, typer.Option("--config", metavar="FILE", help="YAML configuration; docs/configuration.md lists every key.")
+]
+Overrides = Annotated[
+    Optional[list[str]],
+    typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace those of the file, such as train.lr=0.002."),
+]
+Nodes = Annotated[int, typer.Option("--nnodes", min=1, help="Number of nodes.")]
+Processes = Annotated[
+    Optional[int],
+    typer.Option("--nproc-per-node", min=1, help="Processes of a node; default: one a GPU, or 2 without GPUs."),
+]
+ClusterProcesses = Annotated[
+    int, typer.Option("--nproc-per-node", min=1, help="Processes of a node, one a GPU (see --gpus-per-node).")
+]
+ClusterGpus = Annotated[
+    Optional[int],
+    typer.Option(min=0, help="GPUs to ask for on each node; default: one a process; 0: a cluster without GPUs."),
+]
+Endpoint = Annotated[
+    Optional[str],
+    typer.Option(metavar="HOST:PORT", help="Where the nodes meet: a free port of one of them, the same on every node."),
+]
+Restarts = Annotated[
+    int, typer.Option(min=0, help="How often the workers start again, from the last checkpoint, after one has died.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print exactly what would be run or written, and end.")]
+Submit = Annotated[bool, typer.Option("--submit", help="Hand it to the cluster at once.")]
+Output = Annotated[
+    Optional[Path], typer.Option(metavar="FILE", help="File to write; default: beside the run's folder.")
+]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line (default: the process's own) and returns the exit status."""
+    try:
+        status = typer.main.get_command(app).main(
+            args=None if arguments is None else list(arguments), prog_name="mme-launch", standalone_mode=False
+        )
+    except typer.TyperException as error:
+        message = " ".join(error.format_message().split()).rstrip(".")
+        if message:  # without arguments it is the help, which is printed already
+            _print_error(f"{message} (see `mme-launch --help`)")
+        return error.exit_code
+    except typer.Abort:
+        return 1
+    return status if isinstance(status, int) else 0
+
+
+@app.callback()
+def launcher() -> None:
+    """Start a training job on this node, on several nodes, through Slurm or on Kubernetes.
+
+    Every command takes `--dry-run`, which prints exactly what it would do.
+
+        mme-launch run --config configs/quickstart.yaml
+
+        mme-launch preflight
+
+        mme-launch plan --config configs/quickstart.yaml --nnodes 2 --gpu h100-80g
+    """
+
+
+@app.command(no_args_is_help=True)
+def run(
+    config: Config,
+    overrides: Overrides = None,
+    nnodes: Nodes = 1,
+    nproc_per_node: Processes = None,
+    rdzv_endpoint: Endpoint = None,
+    max_restarts: Restarts = 3,
+    dry_run: DryRun = False,
+) -> None:
+    """Train on this node, as one of --nnodes, through torchrun.
+
+    When a worker dies, all start again and go on from the last complete checkpoint. A mistake in the input or the
+    configuration ends the job at once, with status 2.
+
+    Examples:
+
+        mme-launch run --config configs/quickstart.yaml train.epochs=3
+
+        mme-launch run --config configs/quickstart.yaml --nnodes 2 --rdzv-endpoint node0:29500   (on both nodes)
+    """
+    with _user_errors():
+        job = Job(
+            config,
+            tuple(overrides or ()),
+            nnodes,
+            nproc_per_node or default_processes(),
+            max_restarts,
+            rdzv_endpoint,
+        )
+        settings = job.load()
+        if dry_run:
+            torchrun.require_endpoint_given(job)
+            print(torchrun.command_line(job))
+            return
+        require_dataset(settings)
+        torchrun.require_endpoint(job)
+        raise typer.Exit(torchrun.run(job, resumes=settings.train.resume))
+
+
+@app.command(no_args_is_help=True)
+def slurm(
+    config: Config,
+    overrides: Overrides = None,
+    nnodes: Nodes = 1,
+    nproc_per_node: ClusterProcesses = 8,
+    gpus_per_node: ClusterGpus = None,
+    max_restarts: Restarts = 3,
+    name: Annotated[str, typer.Option(help="Name of the job.")] = "mme",
+    partition: Annotated[Optional[str], typer.Option(help="Partition to run in.")] = None,
+    account: Annotated[Optional[str], typer.Option(help="Account to charge.")] = None,
+    time_limit: Annotated[Optional[str], typer.Option("--time", help="Time limit, such as 12:00:00.")] = None,
+    output: Output = None,
+    submit: Submit = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write the sbatch script of a job; with --submit, hand it to Slurm.
+
+    The script starts `mme-launch run` once on each node, in the folder it is submitted from, which all nodes must
+    share, as they must share data.path and output_dir.
+
+    Example:
+
+        mme-launch slurm --config configs/ml-20m.yaml --nnodes 4 --nproc-per-node 8 --time 12:00:00 --submit
+    """
+    with _user_errors():
+        job = Job(config, tuple(overrides or ()), nnodes, nproc_per_node, max_restarts)
+        settings = job.load()
+        path = output or Path(f"{settings.output_dir}.sbatch")
+        script = slurm_job.script(
+            job,
+            name=name,
+            gpus_per_node=nproc_per_node if gpus_per_node is None else gpus_per_node,
+            log=f"{path.with_suffix('')}.slurm-%j.out",
+            options={"partition": partition, "account": account, "time": time_limit},
+        )
+        _write_and_submit(script, path, ["sbatch", str(path)], submit, dry_run)
+
+
+@app.command(no_args_is_help=True)
+def kubernetes(
+    config: Config,
+    overrides: Overrides = None,
+    nnodes: Nodes = 1,
+    nproc_per_node: ClusterProcesses = 8,
+    gpus_per_node: ClusterGpus = None,
+    max_restarts: Restarts = 3,
+    name: Annotated[str, typer.Option(help="Name of the job, its service and its configuration.")] = "mme",
+    image: Annotated[str, typer.Option(help="Image to run, built from this project's Dockerfile.")] = "mme:latest",
+    namespace: Annotated[Optional[str], typer.Option(help="Namespace; default: the current one.")] = None,
+    claim: Annotated[
+        str, typer.Option(help="PersistentVolumeClaim (ReadWriteMany) with the folders datasets and runs.")
+    ] = "mme",
+    output: Output = None,
+    submit: Submit = False,
+    dry_run: DryRun = False,
+) -> None:
+    """Write the manifest of a job (Indexed Job and headless Service); with --submit, apply it by kubectl.
+
+    Relative paths (data.path, output_dir) are relative to the image's working folder, where the claim's folders
+    datasets and runs are mounted.
+
+    Example:
+
+        mme-launch kubernetes --config configs/ml-20m.yaml --nnodes 4 --image mme:1 --submit
+    """
+    with _user_errors():
+        job = Job(config, tuple(overrides or ()), nnodes, nproc_per_node, max_restarts)
+        settings = job.load()
+        manifest = kubernetes_job.manifest(
+            job,
+            name=name,
+            image=image,
+            namespace=namespace,
+            claim=claim,
+            gpus_per_node=nproc_per_node if gpus_per_node is None else gpus_per_node,
+        )
+        path = output or Path(f"{settings.output_dir}.kubernetes.yaml")
+        _write_and_submit(manifest, path, ["kubectl", "apply", "-f", str(path)], submit, dry_run)
+
+
+@app.command()
+def preflight(
+    nnodes: Nodes = 1,
+    nproc_per_node: Processes = None,
+    rdzv_endpoint: Endpoint = None,
+    output_dir: Annotated[
+        Path, typer.Option(metavar="DIR", help="Folder that takes the runs; on several nodes, a shared one.")
+    ] = Path("runs"),
+    dry_run: DryRun = False,
+) -> None:
+    """Check this node and, when started on all nodes, the group.
+
+    Versions and whether the libraries load, GPUs, memory, disk, the folder for checkpoints, a matrix product against
+    float64; then between the processes all-reduce and all-to-all, clocks and the shared folder.
+    Each finding that is not in order says what to do. Status 1 when one failed.
+
+    Examples:
+
+        mme-launch preflight
+
+        mme-launch preflight --nnodes 2 --rdzv-endpoint node0:29500 --output-dir /shared/runs   (on both nodes)
+    """
+    with _user_errors():
+        from launcher.preflight import commands
+        from launcher.preflight import preflight as check
+
+        job = Job(Path(), (), nnodes, nproc_per_node or default_processes(), 0, rdzv_endpoint)
+        if dry_run:
+            torchrun.require_endpoint_given(job)
+            print("\n".join(shlex.join(line) for line in commands(job, output_dir)))
+            return
+        torchrun.require_endpoint(job)
+        raise typer.Exit(check(job, output_dir))
+
+
+@app.command(no_args_is_help=True)
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    nnodes: Nodes = 1,
+    nproc_per_node: ClusterProcesses = 8,
+    gpu: Annotated[str, typer.Option(help="a100-80g or h100-80g.")] = "h100-80g",
+    items: Annotated[
+        Optional[int], typer.Option(min=1, help="Items of the catalogue; default: as data.path/dataset.json says.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="The same: plan starts nothing.")] = False,
+) -> None:
+    """Predict memory per rank and time per step, by part; no GPU needed.
+
+    Example:
+
+        mme-launch plan --config configs/ml-20m.yaml --nnodes 2 --gpu a100-80g
+    """
+    with _user_errors():
+        from launcher.plan import show_plan
+
+        job = Job(config, tuple(overrides or ()), nnodes, nproc_per_node, 0)
+        show_plan(job, gpu, items)
+
+
+@contextmanager
+def _user_errors() -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        _print_error(str(error))
+        raise typer.Exit(2) from error
+    except torchrun.LaunchError as error:
+        _print_error(str(error))
+        raise typer.Exit(1) from error
+
+
+def _write_and_submit(text: str, path: Path, submission: list[str], submit: bool, dry_run: bool) -> None:
+    if dry_run:
+        print(text, end="")
+        if submit:
+            print(f"# then: {shlex.join(submission)}")
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        raise UserError(f"{path}: not written: {error.strerror}") from error
+    if not submit:
+        print(f"wrote {path}; to submit it: {shlex.join(submission)}")
+        return
+    import subprocess
+
+    try:
+        raise typer.Exit(1 if subprocess.run(submission, check=False).returncode else 0)
+    except FileNotFoundError as error:
+        raise UserError(f"--submit: no command {submission[0]} on this machine; the job is in {path}") from error
+
+
+def _print_error(text: str) -> None:
+    print(f"error: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,31 @@
+"""What a check found, as a line that one process writes and another reads."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+MARK = "finding: "
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One check: ``found`` says what is, ``advice`` what to do where it is not in order."""
+
+    check: str
+    status: Literal["ok", "warning", "failed"]
+    found: str
+    advice: str = ""
+
+    def print_line(self) -> None:
+        print(MARK + json.dumps(asdict(self)), flush=True)
+
+
+def read_lines(output: str) -> list[Finding]:
+    """The findings among whatever else a process printed."""
+    return [Finding(**json.loads(line.removeprefix(MARK))) for line in output.splitlines() if line.startswith(MARK)]
+
+
+def gib(num_bytes: float) -> str:
+    return f"{num_bytes / 2**30:.1f} GiB"

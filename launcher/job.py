@@ -1,0 +1,88 @@
+"""One training job, whoever starts it: what is asked for, and the checks that need no process group."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from mme.config import Config, load_config, validate_world_size
+from mme.errors import UserError
+
+CPU_PROCESSES = 2  # processes of a node without a GPU, unless asked otherwise
+
+
+@dataclass(frozen=True)
+class Job:
+    """A configuration on ``nnodes`` nodes of ``nproc_per_node`` processes each."""
+
+    config: Path
+    overrides: tuple[str, ...]
+    nnodes: int
+    nproc_per_node: int
+    max_restarts: int
+    rdzv_endpoint: str | None = None  # HOST:PORT where the nodes meet; None: this node alone, on a free port
+
+    @property
+    def train_arguments(self) -> list[str]:
+        """What follows ``python -m`` on each worker."""
+        return ["mme", "train", "--config", str(self.config), *self.overrides]
+
+    def load(self) -> Config:
+        """The configuration, found to fit the number of processes.
+
+        Raises:
+            UserError: it does not, or is wrong in itself.
+        """
+        config = load_config(self.config, list(self.overrides))
+        validate_world_size(config, self.nnodes * self.nproc_per_node)
+        return config
+
+
+def require_dataset(config: Config) -> None:
+    """Raises UserError unless ``data.path`` is a prepared training set."""
+    folder = Path(config.data.path)
+    description = folder / "dataset.json"
+    if not folder.is_dir():
+        raise UserError(f"data.path: {folder}: no such folder, expected one written by `mme prepare`")
+    try:
+        json.loads(description.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"data.path: {folder}: no dataset.json in it, expected a folder of `mme prepare`") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{description}: not readable as JSON ({error}): run `mme prepare` again") from error
+
+
+def split_endpoint(endpoint: str) -> tuple[str, int]:
+    """``host:port`` → (host, port).
+
+    Raises:
+        UserError: it is not of that form.
+    """
+    host, _, port = endpoint.rpartition(":")
+    if not host or not port.isdigit() or not 0 < int(port) < 65536:
+        raise UserError(f"--rdzv-endpoint {endpoint}: expected HOST:PORT with a port from 1 to 65535")
+    return host.strip("[]"), int(port)
+
+
+def default_processes() -> int:
+    """One process a GPU of this node, or 2 where there is none."""
+    return len(gpus()) or CPU_PROCESSES
+
+
+def gpus() -> list[str]:
+    """The GPUs of this node that a process sees, one line each, as the NVIDIA driver names them."""
+    try:
+        answer = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False
+        ).stdout.splitlines()
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    found = [line for line in answer if line.startswith("GPU ")]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None:
+        return found
+    chosen = [device for device in visible.split(",") if device.strip() and device.strip() != "-1"]
+    return found[: len(chosen)]

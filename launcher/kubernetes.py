@@ -1,0 +1,112 @@
+"""The manifest of a job: an Indexed Job of one pod a node, a headless Service for their names, the configuration.
+
+Pod 0 is where the nodes meet: an Indexed Job names its pods' hosts NAME-0, NAME-1, …, and the headless Service makes
+NAME-0.NAME known to all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+from launcher.job import Job
+
+PORT = 29500
+WORKDIR = "/opt/mme"  # as in the Dockerfile
+CONFIG_FOLDER = "/etc/mme"
+USER_ERROR = 2
+
+
+def manifest(job: Job, *, name: str, image: str, namespace: str | None, claim: str, gpus_per_node: int) -> str:
+    """The manifest as YAML: ConfigMap, Service and Job."""
+    metadata = {"name": name, "labels": {"app": name}} | ({"namespace": namespace} if namespace else {})
+    documents = [
+        {
+            "apiVersion": "v1",
+            "kind": "ConfigMap",
+            "metadata": metadata,
+            "data": {"config.yaml": job.config.read_text()},
+        },
+        {
+            "apiVersion": "v1",
+            "kind": "Service",
+            "metadata": metadata,
+            "spec": {
+                "clusterIP": "None",
+                # The nodes meet before any of them is ready.
+                "publishNotReadyAddresses": True,
+                "selector": {"job-name": name},
+                "ports": [{"name": "rendezvous", "port": PORT}],
+            },
+        },
+        {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": metadata,
+            "spec": {
+                "completionMode": "Indexed",
+                "completions": job.nnodes,
+                "parallelism": job.nnodes,
+                "backoffLimit": job.max_restarts * job.nnodes,
+                # A wrong configuration stays wrong: the job fails at once.
+                "podFailurePolicy": {
+                    "rules": [
+                        {
+                            "action": "FailJob",
+                            "onExitCodes": {"containerName": "mme", "operator": "In", "values": [USER_ERROR]},
+                        }
+                    ]
+                },
+                "template": {
+                    "metadata": {"labels": {"app": name}},
+                    "spec": _pod(job, name, image, claim, gpus_per_node),
+                },
+            },
+        },
+    ]
+    return "---\n".join(yaml.dump(document, sort_keys=False, Dumper=_Dumper) for document in documents)
+
+
+def _pod(job: Job, name: str, image: str, claim: str, gpus_per_node: int) -> dict[str, Any]:
+    command = ["python", "-m", "launcher", "run", "--config", f"{CONFIG_FOLDER}/config.yaml"]
+    command += ["--nnodes", str(job.nnodes), "--nproc-per-node", str(job.nproc_per_node)]
+    command += ["--rdzv-endpoint", f"{name}-0.{name}:{PORT}", "--max-restarts", str(job.max_restarts), *job.overrides]
+    container: dict[str, Any] = {
+        "name": "mme",
+        "image": image,
+        "workingDir": WORKDIR,
+        "command": command,
+        "volumeMounts": [
+            {"name": "config", "mountPath": CONFIG_FOLDER},
+            # NCCL and the workers of one node exchange data through shared memory.
+            {"name": "shared-memory", "mountPath": "/dev/shm"},
+            {"name": "shared", "mountPath": f"{WORKDIR}/datasets", "subPath": "datasets"},
+            {"name": "shared", "mountPath": f"{WORKDIR}/runs", "subPath": "runs"},
+        ],
+    }
+    if gpus_per_node:
+        container["resources"] = {"limits": {"nvidia.com/gpu": gpus_per_node}}
+    return {
+        "subdomain": name,
+        "restartPolicy": "Never",
+        "containers": [container],
+        "volumes": [
+            {"name": "config", "configMap": {"name": name}},
+            {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
+            {"name": "shared", "persistentVolumeClaim": {"claimName": claim}},
+        ],
+    }
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes a mapping that occurs twice twice, instead of referring to it, and a text of several lines as it is."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Dumper.add_representer(
+    str,
+    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
+)

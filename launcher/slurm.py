@@ -1,0 +1,47 @@
+"""The sbatch script of a job: `mme-launch run` once on each node, which meet on the first."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+
+from launcher.job import Job
+
+# Ports below 20000 are often services', those from 32768 on the kernel's own choice for outgoing connections.
+FIRST_PORT, NUM_PORTS = 20000, 12000
+
+TEMPLATE = """\
+#!/bin/bash
+{directives}
+set -euo pipefail
+cd "$SLURM_SUBMIT_DIR"
+
+# All nodes meet on the first; a port of the job's own, so that two jobs on one node do not meet.
+head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$(({first_port} + SLURM_JOB_ID % {num_ports}))
+
+srun --kill-on-bad-exit=1 --ntasks-per-node=1 \\
+    {command} \\
+    --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node {nproc} \\
+    --rdzv-endpoint "$head_node:$port" --max-restarts {max_restarts}{overrides}
+"""
+
+
+def script(job: Job, *, name: str, gpus_per_node: int, log: str, options: dict[str, str | None]) -> str:
+    """The text of the sbatch script; ``options``: further ones of sbatch, None: not given."""
+    settings = {"job-name": name, "nodes": job.nnodes, "ntasks-per-node": 1, "output": log, "open-mode": "append"}
+    if gpus_per_node:
+        settings["gpus-per-node"] = gpus_per_node
+    # A job that Slurm takes a node from is queued again, and goes on from its last checkpoint.
+    directives = [f"#SBATCH --{option}={value}" for option, value in settings.items()]
+    directives += [f"#SBATCH --{option}={value}" for option, value in options.items() if value is not None]
+    directives += ["#SBATCH --exclusive", "#SBATCH --requeue"]
+    return TEMPLATE.format(
+        directives="\n".join(directives),
+        first_port=FIRST_PORT,
+        num_ports=NUM_PORTS,
+        command=shlex.join([sys.executable, "-m", "launcher", "run", "--config", str(job.config)]),
+        nproc=job.nproc_per_node,
+        max_restarts=job.max_restarts,
+        overrides="".join(f" \\\n    {shlex.quote(override)}" for override in job.overrides),
+    )

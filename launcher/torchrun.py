@@ -1,0 +1,272 @@
+"""Runs a job on this node through torchrun and says in one line what torchrun says in fifty.
+
+Workers print to the terminal as they would alone. torchrun's own lines on standard error (its log, and the traceback
+with which it ends whenever a worker failed) are read here: they tell which worker failed, and are not shown.
+A worker that ends with status 2 met a mistake that only the user can mend: nothing is started again.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import FrameType
+from typing import IO, Any
+
+import psutil
+
+from launcher.job import Job, split_endpoint
+from mme.errors import UserError
+
+RDZV_ID = "mme"
+NODES_MEET_AFTER_S = 900  # nodes of a cluster start minutes apart
+HOST_KNOWN_AFTER_S = 60
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+USER_ERROR = 2
+INTERRUPTED = 130
+
+LOG_LINE = re.compile(r"^[IWEC]\d{4} [\d:.]+ \d+ \S*torch/distributed/")
+WORKER_FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
+LAST_WORDS = "torch.distributed.elastic."  # the module of the exceptions with which torchrun ends
+
+
+def command(job: Job, module: list[str] | None = None) -> list[str]:
+    """torchrun's command line for this node; ``module``: what the workers run, with its arguments (default: training).
+
+    Where the rendezvous host can be resolved, the workers are told this node's address on the way to it: host names
+    need not be known to the other nodes.
+    """
+    line = [sys.executable, "-m", "torch.distributed.run"]
+    if job.rdzv_endpoint is None:
+        line += ["--standalone"]
+    else:
+        line += ["--nnodes", str(job.nnodes), "--rdzv-backend", "c10d", "--rdzv-id", RDZV_ID]
+        line += ["--rdzv-conf", f"join_timeout={NODES_MEET_AFTER_S},read_timeout={NODES_MEET_AFTER_S}"]
+        line += ["--rdzv-endpoint", job.rdzv_endpoint]
+        address = local_address(job.rdzv_endpoint)
+        if address is not None:
+            line += ["--local-addr", address]
+    line += ["--nproc-per-node", str(job.nproc_per_node), "--max-restarts", str(job.max_restarts)]
+    return [*line, "-m", *(module or job.train_arguments)]
+
+
+def environment(job: Job) -> dict[str, str]:
+    """What the workers' environment has beyond this process's: their share of the cores, unless set already."""
+    if "OMP_NUM_THREADS" in os.environ:
+        return {}
+    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // job.nproc_per_node))}
+
+
+def command_line(job: Job) -> str:
+    """`environment` and `command` as one line for a shell."""
+    settings = [f"{name}={value}" for name, value in environment(job).items()]
+    return " ".join([*settings, shlex.join(command(job))])
+
+
+def require_endpoint_given(job: Job) -> None:
+    """Raises UserError where several nodes are to meet and none says where."""
+    if job.rdzv_endpoint is not None:
+        split_endpoint(job.rdzv_endpoint)
+    elif job.nnodes > 1:
+        raise UserError(f"--nnodes {job.nnodes} needs --rdzv-endpoint HOST:PORT, the same on every node")
+
+
+def require_endpoint(job: Job) -> None:
+    """Checks that the nodes can meet.
+
+    Raises:
+        UserError: no endpoint is given, or its port is taken on this machine.
+        LaunchError: its host stays unknown.
+    """
+    require_endpoint_given(job)
+    if job.rdzv_endpoint is None:
+        return
+    host, port = split_endpoint(job.rdzv_endpoint)
+    address = _wait_for_address(host, port)
+    if _is_free(address) or not _is_here(address):
+        return
+    holder = _holder(port)
+    # A node of the same job may have been started on this machine before.
+    if job.nnodes > 1 and "torch.distributed.run" in holder and job.rdzv_endpoint in holder:
+        return
+    who = f" by `{shlex.join(holder)[:80]}`" if holder else ""
+    raise UserError(
+        f"--rdzv-endpoint {job.rdzv_endpoint}: port {port} is in use on this machine{who}, expected a free port"
+    )
+
+
+def local_address(endpoint: str) -> str | None:
+    """This node's address on the way to the endpoint's host; None where the host cannot be resolved or reached."""
+    host, port = split_endpoint(endpoint)
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_DGRAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.connect(address)  # a datagram socket: chooses the route, sends nothing
+            return probe.getsockname()[0]
+    except OSError:
+        return None
+
+
+def run(job: Job, *, resumes: bool, module: list[str] | None = None) -> int:
+    """Runs torchrun to its end and returns 0, 1 (the job failed), 2 (see `USER_ERROR`) or 128 + the signal received.
+
+    ``resumes`` is only for what is printed: whether workers that start again go on from a checkpoint.
+    """
+    # A session of its own: Ctrl-C reaches torchrun once, from here, and not a second time in its clean-up.
+    process = subprocess.Popen(
+        command(job, module),
+        env={**os.environ, **environment(job)},
+        stderr=subprocess.PIPE,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    received: list[int] = []
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        if not received:
+            process.send_signal(number)
+        received.append(number)
+
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    watch = _Watch(process, job.max_restarts, resumes)
+    try:
+        assert process.stderr is not None
+        watch.follow(process.stderr)
+        status = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        return 128 + received[0]
+    if watch.stopped_for is not None:
+        return watch.stopped_for
+    return 1 if status else 0
+
+
+class LaunchError(RuntimeError):
+    """The job could not be started, for no mistake in what was asked."""
+
+
+@dataclass
+class _Watch:
+    """Reads torchrun's standard error: shows what workers wrote, understands what torchrun wrote."""
+
+    process: subprocess.Popen[str]
+    max_restarts: int
+    resumes: bool
+    failures: int = 0
+    stopped_for: int | None = None  # the status of the worker for which nothing is started again
+    error_shown: bool = False
+
+    def follow(self, stream: IO[str]) -> None:
+        for line in own_lines(stream, self._on_log_line):
+            is_error = line.startswith("error: ")
+            # Once all is being stopped only rank 0's one line is still wanted, if it has not been seen yet.
+            if self.stopped_for is None or (is_error and not self.error_shown):
+                sys.stderr.write(line)
+                sys.stderr.flush()
+            self.error_shown = self.error_shown or is_error
+        if self.stopped_for == USER_ERROR and not self.error_shown:
+            _say("a worker refused its input or configuration: its log in output_dir says why")
+
+    def _on_log_line(self, line: str) -> None:
+        failed = WORKER_FAILED.search(line)
+        if failed is None or self.stopped_for is not None:
+            return
+        status, local_rank = int(failed[1]), int(failed[2])
+        if status in (USER_ERROR, INTERRUPTED):
+            self.stopped_for = status
+            self.process.send_signal(signal.SIGTERM)
+            return
+        self.failures += 1
+        ended = f"ended with status {status}"
+        if status < 0:
+            ended = f"was killed by signal {-status} ({signal.Signals(-status).name})"
+        after = "no restart is left"
+        if self.failures <= self.max_restarts:
+            where = "go on from the last complete checkpoint" if self.resumes else "begin anew"
+            after = f"all workers start again and {where} (restart {self.failures} of {self.max_restarts})"
+        _say(f"worker {local_rank} of this node {ended}; {after}")
+
+
+def own_lines(stream: IO[str], on_log_line: Callable[[str], None]) -> Iterator[str]:
+    """The lines of ``stream`` that torchrun did not write; its log lines go to ``on_log_line``."""
+    held: list[str] = []  # a traceback, until its last line tells whose it is
+    for line in stream:
+        if LOG_LINE.match(line):
+            on_log_line(line)
+        elif held and line.startswith(LAST_WORDS):
+            for _ in stream:  # the summary of the failed workers, the last that torchrun writes
+                pass
+            return
+        elif line.startswith("Traceback (most recent call last):"):
+            yield from held
+            held = [line]
+        elif held and line[:1].isspace():
+            held.append(line)
+        else:
+            yield from held
+            yield line
+            held = []
+    yield from held
+
+
+def _say(text: str) -> None:
+    print(f"launcher: {text}", file=sys.stderr, flush=True)
+
+
+def _wait_for_address(host: str, port: int) -> tuple[Any, ...]:
+    """The address of the rendezvous: a cluster may know a node's name only some time after it has started."""
+    deadline = time.monotonic() + HOST_KNOWN_AFTER_S
+    waiting = False
+    while True:
+        try:
+            return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise LaunchError(f"--rdzv-endpoint: host {host} is still unknown ({error.strerror})") from error
+        if not waiting:
+            _say(f"waiting for host {host} to become known")
+        waiting = True
+        time.sleep(1)
+
+
+def _is_free(address: tuple[Any, ...]) -> bool:
+    """Whether this machine could listen there; False also where the address is another machine's."""
+    family, kind, protocol, _, where = address
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(where)
+        except OSError:
+            return False
+    return True
+
+
+def _is_here(address: tuple[Any, ...]) -> bool:
+    family, kind, protocol, _, where = address
+    with socket.socket(family, kind, protocol) as probe:
+        try:
+            probe.bind((where[0], 0, *where[2:]))
+        except OSError:
+            return False
+    return True
+
+
+def _holder(port: int) -> list[str]:
+    """The command line of the process that listens on the port of this machine; empty where it can't be seen."""
+    for connection in psutil.net_connections("tcp"):
+        if connection.status == psutil.CONN_LISTEN and connection.laddr.port == port and connection.pid:
+            try:
+                return psutil.Process(connection.pid).cmdline()
+            except psutil.Error:
+                continue
+    return []

@@ -1,0 +1,77 @@
+"""The sbatch script and the Kubernetes manifest, as text, as files, and handed on."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import yaml
+
+from tests.launcher.command_line import CONFIG, REPOSITORY, launch, the_error
+
+
+def test_sbatch_script_is_bash_and_starts_the_launcher_once_a_node(tmp_path: Path) -> None:
+    path = tmp_path / "job.sbatch"
+    arguments = ["--nnodes", "4", "--nproc-per-node", "8", "--partition", "gpu", "--output", path]
+    done = launch("slurm", "--config", CONFIG, *arguments, "train.epochs=3", "data.path=a b")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"wrote {path}; to submit it: sbatch {path}\n"
+    subprocess.run(["bash", "-n", path], check=True)
+    # Run with stand-ins for Slurm's own commands, it calls the launcher with the words meant.
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'node7\\nnode8\\n'\n")
+    (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
+    for command in ("scontrol", "srun"):
+        (tmp_path / command).chmod(0o755)
+    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "node[7-8]", "SLURM_JOB_ID": "12003"}
+    environment = {**os.environ, **slurm, "SLURM_JOB_NUM_NODES": "4", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    words = subprocess.run(["bash", path], env=environment, capture_output=True, text=True, check=True).stdout.split(
+        "\n"
+    )
+    assert words[words.index("--rdzv-endpoint") + 1] == "node7:20003"
+    assert words[words.index("--nnodes") + 1] == "4"
+    assert words[words.index("-m") : words.index("-m") + 3] == ["-m", "launcher", "run"]
+    assert words[-3:] == ["train.epochs=3", "data.path=a b", ""]
+    directives = [line for line in path.read_text().splitlines() if line.startswith("#SBATCH")]
+    for directive in ("--nodes=4", "--gpus-per-node=8", "--partition=gpu", "--requeue"):
+        assert f"#SBATCH {directive}" in directives
+
+
+def test_dry_runs_print_what_would_be_written_and_write_nothing(tmp_path: Path) -> None:
+    for command, first in [("slurm", "#!/bin/bash"), ("kubernetes", "apiVersion: v1")]:
+        path = tmp_path / command
+        arguments = ["--config", CONFIG, "--nnodes", "2", "--output", path]
+        shown = launch(command, *arguments, "--dry-run")
+        assert shown.stdout.splitlines()[0] == first
+        assert not path.exists()
+        assert launch(command, *arguments).returncode == 0
+        assert path.read_text() == shown.stdout
+
+
+def test_manifest_describes_an_indexed_job_whose_pods_know_each_other(tmp_path: Path) -> None:
+    arguments = ["--nnodes", "3", "--nproc-per-node", "4", "--name", "fuxi", "--image", "mme:7", "--claim", "shared"]
+    done = launch("kubernetes", "--config", CONFIG, *arguments, "train.epochs=3", "--dry-run")
+    configuration, service, job = yaml.safe_load_all(done.stdout)
+    assert configuration["data"]["config.yaml"] == (REPOSITORY / CONFIG).read_text()
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
+    assert (job["spec"]["completionMode"], job["spec"]["completions"], job["spec"]["parallelism"]) == ("Indexed", 3, 3)
+    pod = job["spec"]["template"]["spec"]
+    assert pod["subdomain"] == service["metadata"]["name"]
+    (container,) = pod["containers"]
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": 4}
+    command = container["command"]
+    assert command[command.index("--rdzv-endpoint") + 1] == "fuxi-0.fuxi:29500"
+    assert command[command.index("--nnodes") + 1] == "3"
+    assert command[-1] == "train.epochs=3"
+    mounts = {mount["name"] for mount in container["volumeMounts"]}
+    assert mounts == {volume["name"] for volume in pod["volumes"]}
+    dockerfile = (REPOSITORY / "Dockerfile").read_text()
+    assert f"WORKDIR {container['workingDir']}\n" in dockerfile
+
+
+def test_submission_without_the_clusters_command_is_refused_and_says_where_the_job_is(tmp_path: Path) -> None:
+    path = tmp_path / "job.sbatch"
+    message = the_error(launch("slurm", "--config", CONFIG, "--output", path, "--submit", PATH=str(tmp_path)))
+    assert message == f"--submit: no command sbatch on this machine; the job is in {path}"
+    assert path.is_file()

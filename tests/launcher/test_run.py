@@ -1,0 +1,199 @@
+"""`launcher run`: what it would start, what it refuses before anything starts, and how it ends when workers do."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launcher import torchrun
+from launcher.job import Job
+from tests.launcher.command_line import CONFIG, REPOSITORY, launch, the_error
+
+
+def test_dry_run_prints_the_torchrun_command_of_two_cpu_processes() -> None:
+    done = launch("run", "--config", CONFIG, "train.epochs=2", "--dry-run", PATH="/usr/bin:/bin")
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout)
+    assert words[:3] == [sys.executable, "-m", "torch.distributed.run"]
+    assert "--standalone" in words
+    assert words[words.index("--nproc-per-node") + 1] == "2"
+    assert words[-6:] == ["-m", "mme", "train", "--config", CONFIG, "train.epochs=2"]
+
+
+def test_dry_run_of_two_nodes_names_the_rendezvous() -> None:
+    arguments = ["--nnodes", "2", "--nproc-per-node", "4", "--rdzv-endpoint", "127.0.0.1:29411", "--max-restarts", "7"]
+    words = shlex.split(launch("run", "--config", CONFIG, *arguments, "--dry-run").stdout)
+    for option, value in [
+        ("--nnodes", "2"),
+        ("--nproc-per-node", "4"),
+        ("--rdzv-endpoint", "127.0.0.1:29411"),
+        ("--rdzv-backend", "c10d"),
+        ("--local-addr", "127.0.0.1"),
+        ("--max-restarts", "7"),
+    ]:
+        assert words[words.index(option) + 1] == value
+
+
+def test_dry_run_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, launcher.__main__ as m; "
+        f"m.main(['run', '--config', '{CONFIG}', '--dry-run']); "
+        "print(sorted({'torch', 'pyarrow', 'deepspeed'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", ["run", "slurm", "kubernetes", "preflight", "plan"])
+def test_help_has_an_example(command: str) -> None:
+    done = launch(command, "--help")
+    assert done.returncode == 0
+    assert f"mme-launch {command}" in done.stdout
+    assert "--dry-run" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--config", "no.yaml"], "no.yaml: no such configuration file"),
+        (["run", "--config", CONFIG, "train.epoch=1"], "train.epoch: unknown key (did you mean train.epochs?)"),
+        (["run", "--config", CONFIG, "--nproc-per-node", "3", "parallel.expert_parallel_size=2"], "processes (3)"),
+        (["run", "--config", CONFIG, "--nnodes", "2"], "--nnodes 2 needs --rdzv-endpoint HOST:PORT"),
+        (["run", "--config", CONFIG, "--rdzv-endpoint", "here"], "--rdzv-endpoint here: expected HOST:PORT"),
+        (["run", "--config", CONFIG, "--nproc-per-node", "0"], "'--nproc-per-node'"),
+        (["run", "--config", CONFIG, "--nnode", "2"], "No such option: --nnode"),
+        (["slurm", "--config", CONFIG, "model.moe.num_experts=6", "parallel.expert_parallel_size=4"], "(6)"),
+        (["plan", "--config", CONFIG, "--gpu", "abacus"], "abacus"),
+        (["walk"], "No such command 'walk'"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(arguments: list[str], message: str) -> None:
+    assert message in the_error(launch(*arguments, "--dry-run"))
+
+
+def test_data_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    run = ["run", "--config", CONFIG]
+    assert "no such folder" in the_error(launch(*run, f"data.path={tmp_path}/none"))
+    assert "no dataset.json" in the_error(launch(*run, f"data.path={tmp_path}"))
+    (tmp_path / "dataset.json").write_text("{")
+    assert "dataset.json: not readable as JSON" in the_error(launch(*run, f"data.path={tmp_path}"))
+
+
+@pytest.mark.parametrize("nnodes", [1, 2])
+def test_a_port_that_another_program_holds_is_named(tmp_path: Path, nnodes: int) -> None:
+    (tmp_path / "dataset.json").write_text("{}")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        endpoint = f"127.0.0.1:{taken.getsockname()[1]}"
+        arguments = ["--nnodes", str(nnodes), "--rdzv-endpoint", endpoint, f"data.path={tmp_path}"]
+        message = the_error(launch("run", "--config", CONFIG, *arguments))
+    assert f"--rdzv-endpoint {endpoint}: port" in message
+    assert "in use on this machine by" in message
+
+
+WORKER = """
+import os, pathlib, sys, time
+folder, behaviour = pathlib.Path(sys.argv[1]), sys.argv[2]
+rank = os.environ["RANK"]
+tries = folder / f"tries-{rank}"
+tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
+print(f"worker {rank} speaks", file=sys.stderr, flush=True)
+if behaviour == "refuses":
+    if rank == "0":
+        print("error: data.path: what was found, what was expected", file=sys.stderr, flush=True)
+    sys.exit(2)
+if behaviour == "dies once" and rank == "1" and len(tries.read_text()) == 1:
+    os.kill(os.getpid(), 9)
+if behaviour == "always fails":
+    raise ValueError("the worker's own traceback")
+if behaviour == "waits":
+    (folder / "waiting").write_text("")
+    time.sleep(60)
+"""
+
+LAUNCH = """
+import sys
+from pathlib import Path
+from launcher import torchrun
+from launcher.job import Job
+job = Job(Path("x"), (), 1, 2, int(sys.argv[1]))
+sys.exit(torchrun.run(job, resumes=True, module=sys.argv[2:]))
+"""
+
+
+def start_workers(folder: Path, behaviour: str, max_restarts: int) -> subprocess.Popen[str]:
+    (folder / "behaving_worker.py").write_text(WORKER)
+    arguments = [str(max_restarts), "behaving_worker", str(folder), behaviour]
+    return subprocess.Popen(
+        [sys.executable, "-c", LAUNCH, *arguments],
+        cwd=folder,
+        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{REPOSITORY}:{folder}", "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_refused_input_ends_the_job_with_status_2_and_its_one_line(tmp_path: Path) -> None:
+    launcher = start_workers(tmp_path, "refuses", max_restarts=3)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 2
+    lines = [line for line in errors.splitlines() if "speaks" not in line]
+    assert lines == ["error: data.path: what was found, what was expected"]
+
+
+def test_workers_start_again_after_one_has_died(tmp_path: Path) -> None:
+    launcher = start_workers(tmp_path, "dies once", max_restarts=2)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 0
+    assert (tmp_path / "tries-1").read_text() == "xx"
+    lines = [line for line in errors.splitlines() if "speaks" not in line]
+    assert lines == [
+        "launcher: worker 1 of this node was killed by signal 9 (SIGKILL); all workers start again and go on from the "
+        "last complete checkpoint (restart 1 of 2)"
+    ]
+
+
+def test_a_job_that_always_fails_shows_the_workers_traceback_and_not_torchruns(tmp_path: Path) -> None:
+    launcher = start_workers(tmp_path, "always fails", max_restarts=1)
+    _, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 1
+    assert "ValueError: the worker's own traceback" in errors
+    assert "no restart is left" in errors
+    assert "torch/distributed" not in errors
+    assert "ChildFailedError" not in errors
+
+
+def test_a_signal_reaches_the_workers(tmp_path: Path) -> None:
+    launcher = start_workers(tmp_path, "waits", max_restarts=3)
+    while not (tmp_path / "waiting").exists():
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    launcher.send_signal(signal.SIGTERM)
+    _, errors = launcher.communicate(timeout=45)
+    assert launcher.returncode == 128 + signal.SIGTERM
+    assert "Traceback" not in errors
+    assert (tmp_path / "tries-0").read_text() == "x"
+
+
+def test_a_workers_traceback_passes_whole_beside_torchruns_lines() -> None:
+    mine = ["Traceback (most recent call last):\n", '  File "a.py", line 1\n', "ValueError: mine\n", "more\n"]
+    logged = "E1123 14:07:23.509000 18036 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1)\n"
+    wall = [mine[0], mine[1], "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n", "=====\n"]
+    logs: list[str] = []
+    assert list(torchrun.own_lines([*mine, logged, *wall], logs.append)) == mine
+    assert logs == [logged]
+
+
+def test_cores_are_shared_among_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(10)))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    job = Job(Path("x.yaml"), (), 1, 4, 0)
+    assert torchrun.environment(job) == {"OMP_NUM_THREADS": "2"}
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert torchrun.environment(job) == {}
