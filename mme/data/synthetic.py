@@ -61,8 +61,8 @@ def prepare_synthetic(
     """
     if name != "quickstart":
         raise UserError(f"--synthetic {name}: no such generator: expected quickstart")
-    if items < MAX_EVENTS * 2:
-        raise UserError(f"--items {items}: expected at least {MAX_EVENTS * 2}, for no user takes an item twice")
+    if items < MIN_EVENTS * 2:
+        raise UserError(f"--items {items}: expected at least {MIN_EVENTS * 2}, for no user takes an item twice")
     if users < 1:
         raise UserError(f"--users {users}: expected at least 1")
     catalogue = _catalogue(items, np.random.default_rng([seed, 0]))
@@ -112,7 +112,8 @@ def _simulate(
     catalogue: _Catalogue, num_users: int, rng: np.random.Generator
 ) -> tuple[Array, Array, Array, dict[str, Array]]:
     """Items, times and offsets of some users' events, and the oracle's rank of each one's last two."""
-    length = np.clip(rng.gamma(2.5, MEAN_EVENTS / 2.5, num_users).round(), MIN_EVENTS, MAX_EVENTS).astype(np.int64)
+    most = min(MAX_EVENTS, catalogue.popularity.size // 2)  # no user takes an item twice
+    length = np.clip(rng.gamma(2.5, MEAN_EVENTS / 2.5, num_users).round(), MIN_EVENTS, most).astype(np.int64)
     # The longest histories first: those that still have events to come are then always the first few rows.
     length = -np.sort(-length)
     steps = int(length[0])

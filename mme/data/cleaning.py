@@ -1,0 +1,159 @@
+"""Raw columns → whole numbers or text, with the malformed rows counted by reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mme.data.formats import ROLES, SourceFile
+from mme.errors import UserError
+
+EXAMPLES = 3
+WHOLE_NUMBER = r"^-?(0|[1-9]\d{0,17})(\.0+)?$"
+
+
+@dataclass
+class Malformed:
+    """How many rows were left out, why, and the places of the first few."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def add(self, reason: str, number: int, places: list[str]) -> None:
+        if number:
+            self.counts[reason] += number
+            kept = self.examples.setdefault(reason, [])
+            kept.extend(places[: EXAMPLES - len(kept)])
+
+    def report(self) -> dict[str, dict[str, object]]:
+        return {reason: {"rows": number, "first": self.examples[reason]} for reason, number in self.counts.items()}
+
+    def __str__(self) -> str:
+        return "; ".join(
+            f"{reason}: {number} (first: {self.examples[reason][0]})" for reason, number in self.counts.items()
+        )
+
+
+class Cleaner:
+    """Cleans batch after batch; the first one with rows says whether ids are numbers or text.
+
+    Ids are numbers where most of the first batch's are whole numbers (a type does not change because of a few bad
+    rows); all else in such a column is malformed. Negative numbers are no ids. Times must be whole numbers of seconds.
+    """
+
+    def __init__(self) -> None:
+        self.malformed = Malformed()
+        self.id_types: dict[str, pa.DataType] = {}
+
+    def clean(self, source: SourceFile, batch: pa.RecordBatch, first_row: int) -> pa.Table:
+        """The sound rows of a batch: user, item, timestamp (seconds) and position, its row from ``first_row`` on.
+
+        Raises:
+            UserError: a column has another type than ids or times can have.
+        """
+        columns: dict[str, pa.Array] = {}
+        sound = pa.array([True] * batch.num_rows)
+        for role in ROLES:
+            column = batch.column(role)
+            if role == "timestamp":
+                values, reasons = self._times(source, column)
+            else:
+                values, reasons = self._ids(source, role, column)
+            for reason, bad in reasons.items():
+                bad = pc.and_(bad, sound)  # a row counts once, under its first fault
+                self._count(source, f"{reason} in {source.columns[role]}", bad)
+                sound = pc.and_not(sound, bad)
+            columns[role] = values
+        position = pa.array(np.arange(first_row, first_row + batch.num_rows))
+        return pa.table({**columns, "position": position}).filter(sound)
+
+    def _count(self, source: SourceFile, reason: str, bad: pa.BooleanArray) -> None:
+        number = pc.sum(bad).as_py() or 0
+        if number:
+            rows = pc.indices_nonzero(bad)[:EXAMPLES].to_pylist()
+            places = [f"{source.path.name} {source.place(source.rows_read + row)}" for row in rows]
+            self.malformed.add(reason, number, places)
+
+    def _ids(self, source: SourceFile, role: str, column: pa.Array) -> tuple[pa.Array, dict[str, pa.Array]]:
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        if not (_is_text(column.type) or pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+            raise UserError(
+                f"{source.path}: column {source.columns[role]!r} holds {column.type}, expected ids (integer or text)"
+            )
+        numbers, faults = (None, None) if source.text_ids else _whole_numbers(column)
+        kind = self.id_types.get(role)
+        if kind is None:
+            kind = pa.int64()
+            if numbers is None or (_is_text(column.type) and 2 * numbers.null_count > len(column) + column.null_count):
+                kind = pa.string()
+            if len(column):
+                self.id_types[role] = kind
+        if kind == pa.string():
+            if not _is_text(column.type):
+                raise UserError(
+                    f"{source.path}: column {source.columns[role]!r} holds {column.type}, the files before it hold text"
+                )
+            text = column.cast(pa.string())
+            return text, {"no id": _is_missing(column)}
+        if numbers is None or faults is None:
+            raise UserError(f"{source.path}: column {source.columns[role]!r} holds text, the files before it numbers")
+        return numbers, {**faults, "negative id": pc.fill_null(pc.less(numbers, 0), False)}
+
+    def _times(self, source: SourceFile, column: pa.Array) -> tuple[pa.Array, dict[str, pa.Array]]:
+        name = source.columns["timestamp"]
+        if pa.types.is_timestamp(column.type):
+            seconds = column.cast(pa.timestamp("s", column.type.tz), safe=False).cast(pa.int64())
+            return seconds, {"no value": pc.is_null(column)}
+        if not (_is_text(column.type) or pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
+            raise UserError(f"{source.path}: column {name!r} holds {column.type}, expected integer seconds")
+        numbers, faults = _whole_numbers(column)
+        if _is_text(column.type) and 2 * numbers.null_count > len(column) + column.null_count:
+            first = pc.and_(pc.is_valid(column), pc.is_null(numbers))
+            row = pc.index(first, True).as_py()
+            raise UserError(
+                f"{source.path}: {source.place(source.rows_read + row)}: column {name!r} holds {column[row].as_py()!r}, "
+                "expected integer seconds"
+            )
+        if source.milliseconds:
+            numbers = pc.floor(pc.divide(numbers.cast(pa.float64()), 1000.0)).cast(pa.int64())
+        return numbers, faults
+
+
+def _whole_numbers(column: pa.Array) -> tuple[pa.Array, dict[str, pa.Array]]:
+    """(int64 with null where there is no whole number, fault → mask of the rows that have it)."""
+    missing = _is_missing(column)
+    if pa.types.is_integer(column.type):
+        fits = (
+            pc.fill_null(pc.less_equal(column, 2**63 - 1), False) if column.type == pa.uint64() else pc.is_valid(column)
+        )
+        numbers = pc.if_else(fits, column, None).cast(pa.int64())
+    elif pa.types.is_floating(column.type):
+        column = column.cast(pa.float64())
+        # Beyond 2^53 a float is no longer exact: two ids could become one.
+        whole = pc.and_(pc.equal(pc.floor(column), column), pc.less(pc.abs(column), 2.0**53))
+        numbers = pc.if_else(pc.fill_null(whole, False), column, None).cast(pa.int64())
+    else:
+        text = pc.utf8_trim_whitespace(column)
+        whole = pc.fill_null(pc.match_substring_regex(text, WHOLE_NUMBER), False)
+        digits = pc.replace_substring_regex(pc.if_else(whole, text, None), r"\.0+$", "")
+        numbers = digits.cast(pa.int64())
+    return numbers, {"no value": missing, "not a whole number": pc.and_not(pc.is_null(numbers), missing)}
+
+
+def _is_missing(column: pa.Array) -> pa.Array:
+    if _is_text(column.type):
+        return pc.or_(pc.is_null(column), pc.fill_null(pc.equal(column, ""), False))
+    return pc.is_null(column, nan_is_null=True)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
