@@ -107,8 +107,8 @@ def _dataset_info(path: Path) -> dict[str, Any]:
 
 
 def _oracle(dataset: dict[str, Any]) -> dict[str, float]:
-    oracle = dataset.get("oracle")
-    return {k: v for k, v in oracle.items() if k in METRICS} if isinstance(oracle, dict) else {}
+    oracle = dataset.get("oracle", {}).get("test", {})
+    return {k: v for k, v in oracle.items() if k in METRICS}
 
 
 def _result_rows(run: Run) -> list[tuple[str, list[str]]]:

@@ -101,7 +101,7 @@ def test_whole_report_is_self_contained_and_has_every_part(tmp_path: Path) -> No
         "model.moe.placement=[1]",
         "train.lr=0.004",
     )
-    (tmp_path / "data" / "dataset.json").write_text(json.dumps({"num_users": 1234, "oracle": {"hr@10": 0.4321}}))
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps({"num_users": 1234, "oracle": {"test": {"hr@10": 0.4321}}}))
     path = write_report(run)
     page = Page(path)
     assert path == run / "report.html"
@@ -144,7 +144,7 @@ def test_line_cut_off_by_a_crash_does_not_stop_the_report(tmp_path: Path) -> Non
 
 def test_table_for_the_terminal_has_lift_and_oracle(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [RUN, *EVALUATIONS])
-    (tmp_path / "data" / "dataset.json").write_text(json.dumps({"oracle": {"hr@10": 0.4321}}))
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps({"oracle": {"test": {"hr@10": 0.4321}}}))
     console = Console(file=io.StringIO(), width=120)
     table = results_table(read_run(run))
     assert table is not None
