@@ -10,8 +10,6 @@ import json
 import logging
 import os
 import sys
-import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,11 +18,25 @@ from typing import Annotated, Any, Optional
 import typer
 
 from mme.errors import UserError
+from mme.exit_status import job_status, print_error, rank
 
 # typer reads the annotations and Python 3.10 shows Optional[X] and X | None to it alike.
 # ruff: noqa: UP045
 
 app = typer.Typer(name="mme", add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
+
+# What dataset.json counts → what `mme prepare` calls it, in the order shown.
+PREPARED_LABELS = {
+    "rows_read": "rows read",
+    "malformed_rows": "malformed rows left out",
+    "duplicate_rows": "duplicate rows left out",
+    "users_dropped": "users dropped, too few events",
+    "items_dropped": "items dropped, too few events",
+    "events_dropped": "events dropped with them",
+    "num_users": "users kept",
+    "num_items": "items kept",
+    "num_events": "events kept",
+}
 
 RunOption = Annotated[
     Path, typer.Option("--run", metavar="DIR", help="Folder of a run: the output_dir of `mme train`.")
@@ -41,8 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except typer.TyperException as error:
         message = " ".join(error.format_message().split()).rstrip(".")
-        if message:  # without arguments it is the help, which is printed already
-            _print_error(f"{message} (see `{_command_name(arguments)} --help`)")
+        if message and rank() == 0:  # without arguments it is the help, which is printed already
+            print_error(f"{message} (see `{_command_name(arguments)} --help`)")
         return error.exit_code
     except typer.Abort:
         return 1
@@ -76,26 +88,33 @@ def prepare(
     format: Annotated[
         Optional[str],
         typer.Option(
-            help="What the files are: parquet, csv, movielens-1m, movielens-20m (also 25m, 32m and latest), kuairand, "
-            "amazon."
+            help="What the files are: parquet, csv, movielens-1m, movielens-20m (also 25m, 32m), kuairand, amazon, or "
+            "auto to find out."
         ),
     ] = None,
     user_column: Annotated[Optional[str], typer.Option(help="Name of the column of users.")] = None,
     item_column: Annotated[Optional[str], typer.Option(help="Name of the column of items.")] = None,
     timestamp_column: Annotated[Optional[str], typer.Option(help="Name of the column of times, in seconds.")] = None,
-    min_user_events: Annotated[Optional[int], typer.Option(min=1, help="Drop users with fewer events.")] = None,
-    min_item_events: Annotated[Optional[int], typer.Option(min=1, help="Drop items with fewer events.")] = None,
-    memory_limit: Annotated[Optional[str], typer.Option(help="Memory to use at most, such as 4GiB.")] = None,
+    min_user_events: Annotated[
+        Optional[int], typer.Option(min=1, help="Drop users with fewer events; default 3.")
+    ] = None,
+    min_item_events: Annotated[
+        Optional[int], typer.Option(min=1, help="Drop items with fewer events; default 1.")
+    ] = None,
+    memory_limit: Annotated[Optional[str], typer.Option(help="Memory to use at most; default 4GiB.")] = None,
     max_malformed: Annotated[
-        Optional[float], typer.Option(min=0, max=1, help="Share of malformed rows from which the input is refused.")
+        Optional[float],
+        typer.Option(
+            min=0, max=1, help="Largest share of malformed rows; default 0.01. With more, the input is refused."
+        ),
     ] = None,
     synthetic: Annotated[
         Optional[str],
         typer.Option(metavar="NAME", help="Instead of files: the embedded generator, such as quickstart."),
     ] = None,
-    users: Annotated[Optional[int], typer.Option(min=1, help="With --synthetic: how many users.")] = None,
-    items: Annotated[Optional[int], typer.Option(min=1, help="With --synthetic: how many items.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="With --synthetic: seed of the generator.")] = None,
+    users: Annotated[Optional[int], typer.Option(min=1, help="With --synthetic: how many users; default 3000.")] = None,
+    items: Annotated[Optional[int], typer.Option(min=1, help="With --synthetic: how many items; default 2000.")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="With --synthetic: seed of the generator; default 0.")] = None,
 ) -> None:
     """Turn raw interactions into a training set.
 
@@ -110,7 +129,7 @@ def prepare(
 
         mme prepare --synthetic quickstart --output datasets/quickstart
     """
-    with _job():
+    with job_status():
         generator = {"users": users, "items": items, "seed": seed}
         reader = {
             "user_column": user_column,
@@ -160,7 +179,7 @@ def train(
 
         torchrun --nproc-per-node 2 -m mme train --config configs/quickstart.yaml
     """
-    with _job() as job:
+    with job_status() as job:
         from mme.config import load_config, validate_world_size
 
         settings = load_config(config, overrides)
@@ -170,7 +189,7 @@ def train(
         from mme.train import train as train_model
 
         train_model(settings)
-        if _rank() == 0:
+        if rank() == 0:
             _print_results(job.folder)
 
 
@@ -191,13 +210,13 @@ def evaluate(
 
         mme evaluate --run runs/quickstart --checkpoint 400 > metrics.json
     """
-    with _job() as job, _standard_output_to_error() as output:
+    with job_status() as job, _standard_output_to_error() as output:
         job.folder = _run_folder(run)
         _name_accelerator()
         from mme.evaluate import evaluate_run
 
         metrics = evaluate_run(run, checkpoint)
-        if _rank() == 0:
+        if rank() == 0:
             os.write(output, (json.dumps(metrics, indent=2) + "\n").encode())
 
 
@@ -223,13 +242,13 @@ def recommend(
 
         mme recommend --run runs/quickstart --users histories.parquet --top-k 20 --output top.parquet
     """
-    with _job() as job:
+    with job_status() as job:
         job.folder = _run_folder(run)
         _name_accelerator()
         from mme.recommend import recommend as recommend_items
 
         recommend_items(run, users, top_k, output)
-        if _rank() == 0:
+        if rank() == 0:
             print(f"wrote {output}")
 
 
@@ -243,77 +262,11 @@ def report(run: RunOption) -> None:
 
         mme report --run runs/quickstart
     """
-    with _job() as job:
+    with job_status() as job:
         job.folder = _run_folder(run)
         from mme.report import write_report
 
         print(f"wrote {write_report(run)}")
-
-
-class _Job:
-    """What an error message must know: the folder whose log.txt takes the traceback, if there is one."""
-
-    folder: Path | None = None
-
-
-@contextmanager
-def _job() -> Iterator[_Job]:
-    """Ends the command with one line and the exit status where its body raises."""
-    job = _Job()
-    try:
-        yield job
-    except UserError as error:
-        # The same mistake meets every rank: one line is enough for the reader, each log keeps its own.
-        if _rank() == 0:
-            _print_error(str(error))
-        _append_to_log(job.folder, f"error: {error}")
-        raise typer.Exit(2) from error
-    except KeyboardInterrupt as error:
-        if _rank() == 0:
-            _print_error(_interrupted(job.folder))
-        raise typer.Exit(130) from error
-    except Exception as error:
-        log = _append_to_log(job.folder, traceback.format_exc())
-        if log is None:
-            traceback.print_exc()
-        where = "" if log is None else f" (traceback in {log})"
-        _print_error(f"{_one_line(error)}{where}")
-        raise typer.Exit(1) from error
-
-
-def _one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
-    text = " ".join(str(error).split())
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _interrupted(folder: Path | None) -> str:
-    if folder is not None and any(folder.glob("checkpoints/step_*")):
-        return "interrupted; the same command goes on from the newest checkpoint"
-    return "interrupted"
-
-
-def _print_error(text: str) -> None:
-    rank = "" if _rank() == 0 else f"rank {_rank()}: "
-    print(f"{rank}error: {text}", file=sys.stderr, flush=True)
-
-
-def _append_to_log(folder: Path | None, text: str) -> Path | None:
-    """Adds to this rank's log; None where there is no folder yet or it can't be written to."""
-    if folder is None or not folder.is_dir():
-        return None
-    path = folder / ("log.txt" if _rank() == 0 else f"log.rank{_rank()}.txt")
-    try:
-        with path.open("a") as log:
-            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
-    except OSError:
-        return None
-    return path
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
 
 
 def _command_name(arguments: Sequence[str] | None) -> str:
@@ -388,13 +341,19 @@ def _print_results(run: Path) -> None:
 
 
 def _print_prepared(info: dict[str, Any], output: Path) -> None:
+    """What was read, left out and kept; ``info`` is what dataset.json holds."""
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"Training set in {output}", title_justify="left", show_header=False)
+    table = Table(title=f"{output}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    for name, value in info.items():
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            table.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else f"{value:.4g}")
+    for name, label in PREPARED_LABELS.items():
+        if name in info:
+            table.add_row(label, f"{info[name]:,}")
+        if name == "malformed_rows":
+            for reason, found in info.get("malformed", {}).items():
+                table.add_row(f"  {reason} (first: {found['first'][0]})", f"{found['rows']:,}")
+    for metric, value in info.get("oracle", {}).get("test", {}).items():
+        table.add_row(f"{metric.upper()} of an oracle that knows the process", f"{value:.4f}")
     Console().print(table)

@@ -57,7 +57,9 @@ def read_run(folder: Path) -> Run:
     config_path = folder / "config.yaml"
     config = load_config(config_path)
     dataset = _dataset_info(Path(config.data.path))
-    return Run(folder, config, config_path.read_text(), records, dataset, _results(records), _oracle(dataset))
+    results = _results(records)
+    oracle = _oracle(dataset, next(iter(results.values()), {}))
+    return Run(folder, config, config_path.read_text(), records, dataset, results, oracle)
 
 
 def write_report(run: Path) -> Path:
@@ -106,9 +108,12 @@ def _dataset_info(path: Path) -> dict[str, Any]:
     return info if isinstance(info, dict) else {}
 
 
-def _oracle(dataset: dict[str, Any]) -> dict[str, float]:
-    oracle = dataset.get("oracle", {}).get("test", {})
-    return {k: v for k, v in oracle.items() if k in METRICS}
+def _oracle(dataset: dict[str, Any], result: dict[str, Any]) -> dict[str, float]:
+    """What the oracle of a generated data set reaches on the events that ``result`` was measured on, if it is known."""
+    if result.get("protocol") != "leave_two_out":
+        return {}
+    known = dataset.get("oracle", {}).get(result.get("split"), {})
+    return {metric: value for metric, value in known.items() if metric in METRICS}
 
 
 def _result_rows(run: Run) -> list[tuple[str, list[str]]]:

@@ -101,7 +101,9 @@ def test_whole_report_is_self_contained_and_has_every_part(tmp_path: Path) -> No
         "model.moe.placement=[1]",
         "train.lr=0.004",
     )
-    (tmp_path / "data" / "dataset.json").write_text(json.dumps({"num_users": 1234, "oracle": {"test": {"hr@10": 0.4321}}}))
+    (tmp_path / "data" / "dataset.json").write_text(
+        json.dumps({"num_users": 1234, "oracle": {"test": {"hr@10": 0.4321}}})
+    )
     path = write_report(run)
     page = Page(path)
     assert path == run / "report.html"

@@ -1,0 +1,84 @@
+"""How a command ends: one line on standard error and an exit status.
+
+0: done. 1: the job failed, and the traceback is in log.txt. 2: the input or the configuration is wrong. 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import typer
+
+from mme.errors import UserError
+
+
+class Job:
+    """What an error message must know: the folder whose log.txt takes the traceback, if there is one."""
+
+    folder: Path | None = None
+
+
+@contextmanager
+def job_status() -> Iterator[Job]:
+    """Ends the command with one line and the exit status where its body raises."""
+    job = Job()
+    try:
+        yield job
+    except UserError as error:
+        # The same mistake meets every rank: one line is enough for the reader, each log keeps its own.
+        if rank() == 0:
+            print_error(str(error))
+        _append_to_log(job.folder, f"error: {error}")
+        raise typer.Exit(2) from error
+    except KeyboardInterrupt as error:
+        if rank() == 0:
+            print_error(_interrupted(job.folder))
+        raise typer.Exit(130) from error
+    except Exception as error:
+        log = _append_to_log(job.folder, traceback.format_exc())
+        if log is None:
+            traceback.print_exc()
+        where = "" if log is None else f" (traceback in {log})"
+        print_error(f"{_one_line(error)}{where}")
+        raise typer.Exit(1) from error
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _interrupted(folder: Path | None) -> str:
+    if folder is not None and any(folder.glob("checkpoints/step_*")):
+        return "interrupted; the same command goes on from the newest checkpoint"
+    return "interrupted"
+
+
+def print_error(text: str) -> None:
+    who = "" if rank() == 0 else f"rank {rank()}: "
+    print(f"{who}error: {text}", file=sys.stderr, flush=True)
+
+
+def _append_to_log(folder: Path | None, text: str) -> Path | None:
+    """Adds to this rank's log; None where there is no folder yet or it can't be written to."""
+    if folder is None or not folder.is_dir():
+        return None
+    path = folder / ("log.txt" if rank() == 0 else f"log.rank{rank()}.txt")
+    try:
+        with path.open("a") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
+    except OSError:
+        return None
+    return path
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
