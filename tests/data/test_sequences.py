@@ -1,0 +1,298 @@
+"""Cuts, batches, dealing over ranks and damaged folders, against loops that read user by user."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mme.data.prefetch import prefetch
+from mme.data.sequences import EvaluationLoader, PreparedDataset, TrainLoader, deal, sequence_cost
+from mme.data.writer import DatasetWriter
+from mme.errors import UserError
+
+NUM_ITEMS = 40
+LENGTHS = [1, 2, 3, 4, 9, 25, 7, 60, 3, 12, 5, 30, 2, 6, 18]
+PROTOCOLS = ["leave_one_out", "leave_two_out", "global_time"]
+FRACTION = 0.3
+Histories = list[tuple[list[int], list[int]]]
+
+
+@pytest.fixture(scope="module")
+def histories() -> Histories:
+    rng = np.random.default_rng(5)
+    return [(rng.integers(NUM_ITEMS, size=n).tolist(), np.sort(rng.integers(1000, size=n)).tolist()) for n in LENGTHS]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, histories: Histories) -> Path:
+    """The histories in several parts."""
+    path = tmp_path / "set"
+    with DatasetWriter(path, events_per_part=40) as writer:
+        for user, (items, times) in enumerate(histories):
+            writer.add(pa.array([user + 100]), np.array([0, len(items)]), np.array(items), np.array(times))
+        counts = np.bincount([item for items, _ in histories for item in items], minlength=NUM_ITEMS)
+        writer.finish({"name": "t", "sort_rule": "stable"}, pa.array([f"i{n}" for n in range(NUM_ITEMS)]), counts)
+    assert len(list(path.glob("part-*.parquet"))) > 2
+    return path
+
+
+def cut(histories: Histories, protocol: str) -> list[tuple[int, dict[str, int]]]:
+    """(number of training events, place of the target of each split) of each user."""
+    times = sorted(time for _, stamps in histories for time in stamps)
+    cut_off = times[int(len(times) * (1 - FRACTION))]
+    cuts: list[tuple[int, dict[str, int]]] = []
+    for items, stamps in histories:
+        n = len(items)
+        if protocol == "leave_one_out":
+            cuts.append((n - 1, {"test": n - 1} if n >= 2 else {}))
+        elif protocol == "leave_two_out":
+            cuts.append((max(0, n - 2), {"valid": n - 2, "test": n - 1} if n >= 3 else {}))
+        else:
+            older = sum(time < cut_off for time in stamps)
+            targets = {"valid": older - 1} if older >= 2 else {}
+            if older >= 1 and older < n:
+                targets["test"] = older
+            cuts.append((older - 1 if older >= 2 else older, targets))
+    return cuts
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("tokens_per_batch", [None, 20])
+def test_every_sequence_is_trained_on_once_an_epoch(
+    folder: Path, histories: Histories, protocol: str, world_size: int, tokens_per_batch: int | None
+) -> None:
+    dataset, max_seq_len = PreparedDataset.open(folder), 10
+    expected = {}
+    for user, ((items, times), (n, _)) in enumerate(zip(histories, cut(histories, protocol), strict=True)):
+        if n >= 2:
+            begin = max(0, n - 1 - max_seq_len)
+            expected[user] = (items[begin : n - 1], items[begin + 1 : n], times[begin:n])
+    found = {}
+    numbers = set()
+    for rank in range(world_size):
+        loader = TrainLoader(
+            dataset,
+            protocol,
+            max_seq_len=max_seq_len,
+            batch_size=3,
+            tokens_per_batch=tokens_per_batch,
+            rank=rank,
+            world_size=world_size,
+            seed=1,
+            global_time_test_fraction=FRACTION,
+        )
+        batches = list(loader.batches(0))
+        assert len(batches) == loader.num_batches(0)
+        numbers.add(len(batches))
+        for batch in batches:
+            assert batch.seq_offsets.dtype == batch.item_ids.dtype == batch.timestamps.dtype == torch.int64
+            offsets = batch.seq_offsets.tolist()
+            for place, user in enumerate(batch.user_rows.tolist()):
+                begin, end = offsets[place], offsets[place + 1]
+                assert user not in found
+                found[user] = (
+                    batch.item_ids[begin:end].tolist(),
+                    batch.target_ids[begin:end].tolist(),
+                    batch.timestamps[begin + place : end + place + 1].tolist(),
+                )
+    assert found == expected
+    assert len(numbers) == 1
+
+
+def test_global_batches_do_not_depend_on_the_number_of_processes(folder: Path) -> None:
+    dataset = PreparedDataset.open(folder)
+
+    def users(world_size: int, batch_size: int, epoch: int, start: int = 0) -> list[set[int]]:
+        ranks = [
+            TrainLoader(
+                dataset, "leave_one_out", max_seq_len=10, batch_size=batch_size, rank=r, world_size=world_size, seed=7
+            )
+            for r in range(world_size)
+        ]
+        batches = zip(*(loader.batches(epoch, start) for loader in ranks), strict=True)
+        return [set(torch.cat([batch.user_rows for batch in row]).tolist()) for row in batches]
+
+    one = users(1, 6, epoch=0)
+    assert users(2, 3, epoch=0) == users(3, 2, epoch=0) == one
+    assert users(1, 6, epoch=1) != one
+    assert users(2, 3, epoch=0, start=1) == one[1:]
+
+
+def test_token_budget_is_kept_and_used(folder: Path) -> None:
+    loader = TrainLoader(
+        PreparedDataset.open(folder), "leave_one_out", max_seq_len=10, batch_size=1, tokens_per_batch=20, seed=3
+    )
+    tokens = [batch.num_tokens for batch in loader.batches(0)]
+    assert max(tokens) <= 20
+    assert all(first + 10 > 20 for first in tokens[:-1])  # another sequence has at most 10 tokens: none fitted
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_evaluation_ranks_each_target_once_after_its_whole_history(
+    folder: Path, histories: Histories, protocol: str, world_size: int
+) -> None:
+    dataset, max_seq_len = PreparedDataset.open(folder), 8
+    for split in dataset.splits(protocol):
+        expected = {
+            user: (items[max(0, place - max_seq_len) : place], items[:place], items[place], times[place])
+            for user, ((items, times), (_, targets)) in enumerate(zip(histories, cut(histories, protocol), strict=True))
+            if (place := targets.get(split)) is not None
+        }
+        assert expected
+        found = {}
+        for rank in range(world_size):
+            loader = EvaluationLoader(
+                dataset,
+                protocol,
+                split,
+                max_seq_len=max_seq_len,
+                batch_size=4,
+                rank=rank,
+                world_size=world_size,
+                global_time_test_fraction=FRACTION,
+            )
+            batches = list(loader.batches())
+            assert len(batches) == -(-len(expected) // (4 * world_size))
+            for batch in batches:
+                offsets, seen = batch.sequences.seq_offsets.tolist(), batch.seen_offsets.tolist()
+                for place, user in enumerate(batch.sequences.user_rows.tolist()):
+                    assert user not in found
+                    found[user] = (
+                        batch.sequences.item_ids[offsets[place] : offsets[place + 1]].tolist(),
+                        batch.seen_ids[seen[place] : seen[place + 1]].tolist(),
+                        batch.targets[place].item(),
+                        batch.sequences.timestamps[offsets[place + 1] + place].item(),
+                    )
+        assert found == expected
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_training_counts_leave_out_what_is_held_out(folder: Path, histories: Histories, protocol: str) -> None:
+    counts = PreparedDataset.open(folder).training_counts(protocol, FRACTION)
+    kept = [item for (items, _), (n, _) in zip(histories, cut(histories, protocol), strict=True) for item in items[:n]]
+    assert counts.tolist() == np.bincount(kept, minlength=NUM_ITEMS).tolist()
+
+
+def test_hash_of_targets_tells_other_targets(folder: Path) -> None:
+    import hashlib
+
+    dataset = PreparedDataset.open(folder)
+    rows, positions = dataset.targets("leave_two_out", "test", FRACTION)
+    text = "".join(f"{row + 100}\ti{dataset.items[at]}\n" for row, at in zip(rows, positions, strict=True))
+    assert dataset.targets_sha256("leave_two_out", "test", FRACTION) == hashlib.sha256(text.encode()).hexdigest()
+    hashes = {dataset.targets_sha256(p, s, FRACTION) for p in PROTOCOLS for s in dataset.splits(p)}
+    assert len(hashes) == 5
+
+
+def test_dealing_is_even_where_one_sequence_is_a_giant() -> None:
+    lengths = np.array([4000] + [100] * 255)
+    ranks = deal(sequence_cost(lengths), 4)
+    assert np.bincount(ranks).tolist() == [64] * 4
+    lengths = np.random.default_rng(0).integers(1, 400, 512)
+    costs = sequence_cost(lengths)
+    load = np.bincount(deal(costs, 8), weights=costs)
+    assert load.max() / load.mean() < 1.01
+
+
+def test_prefetch_passes_errors_on_and_ends_its_thread() -> None:
+    def failing() -> Iterator[int]:
+        yield 1
+        raise UserError("a bad row")
+
+    def endless() -> Iterator[int]:
+        while True:
+            yield 1
+
+    elements = prefetch(failing())
+    assert next(elements) == 1
+    with pytest.raises(UserError, match="a bad row"):
+        next(elements)
+    running = prefetch(endless())
+    assert next(running) == 1
+    assert any(thread.name == "prefetch" for thread in threading.enumerate())
+    running.close()  # type: ignore[attr-defined]
+    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
+
+
+def rewrite(part: Path, **columns: object) -> None:
+    table = pq.read_table(part)
+    for name, value in columns.items():
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, pa.array(value))
+    pq.write_table(table, part)
+
+
+def damage_item(folder: Path) -> None:
+    items = pq.read_table(folder / "part-00000.parquet")["item_ids"].to_pylist()
+    items[3][1] = NUM_ITEMS
+    rewrite(folder / "part-00000.parquet", item_ids=items)
+
+
+def damage_time(folder: Path) -> None:
+    times = pq.read_table(folder / "part-00000.parquet")["timestamps"].to_pylist()
+    times[4][2] = times[4][1] - 1
+    rewrite(folder / "part-00000.parquet", timestamps=times)
+
+
+def damage_null(folder: Path) -> None:
+    times = pq.read_table(folder / "part-00000.parquet")["timestamps"].to_pylist()
+    times[2][0] = None
+    rewrite(folder / "part-00000.parquet", timestamps=times)
+
+
+def damage_type(folder: Path) -> None:
+    items = pq.read_table(folder / "part-00000.parquet")["item_ids"].to_pylist()
+    rewrite(folder / "part-00000.parquet", item_ids=[[str(item) for item in row] for row in items])
+
+
+def damage_length(folder: Path) -> None:
+    items = pq.read_table(folder / "part-00000.parquet")["item_ids"].to_pylist()
+    rewrite(folder / "part-00000.parquet", item_ids=[*items[:1], items[1][:-1], *items[2:]])
+
+
+def truncate(folder: Path) -> None:
+    part = folder / "part-00001.parquet"
+    part.write_bytes(part.read_bytes()[:200])
+
+
+def damage_counts(folder: Path) -> None:
+    info = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(info | {"num_events": 7}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_item, r"part-00000.parquet: row 3: item index 40, expected 0 to 39"),
+        (damage_time, r"part-00000.parquet: row 4: timestamp \d+ follows \d+, expected no fall"),
+        (damage_null, r"part-00000.parquet: row 2: timestamps has a null"),
+        (damage_type, r"part-00000.parquet: column 'item_ids' holds list<.*string>, expected list<int64>"),
+        (damage_length, r"part-00000.parquet: row 1: not as many timestamps as item_ids"),
+        (truncate, r"part-00001.parquet: not a readable Parquet file, perhaps truncated"),
+        (lambda folder: (folder / "part-00001.parquet").unlink(), r"part-00001.parquet: no such file"),
+        (lambda folder: (folder / "dataset.json").unlink(), r"dataset.json: no such file"),
+        (lambda folder: (folder / "dataset.json").write_text("{"), r"dataset.json: not JSON"),
+        (lambda folder: (folder / "dataset.json").write_text("{}"), r"dataset.json: no name"),
+        (lambda folder: (folder / "items.parquet").unlink(), r"items.parquet: no such file"),
+        (damage_counts, r"dataset.json: num_events is 7, its parts hold \d+"),
+    ],
+)
+def test_damage_is_named_by_file_and_row(folder: Path, damage: object, message: str) -> None:
+    damage(folder)  # type: ignore[operator]
+    with pytest.raises(UserError, match=message):
+        PreparedDataset.open(folder)
+
+
+def test_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        PreparedDataset.open(tmp_path / "nowhere")
