@@ -5,7 +5,7 @@ Legend: B sequences, N max_seq_len, T tokens, G groups (views × heads).
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,8 +15,13 @@ from kernels.relative_attention import tiled
 from kernels.relative_attention.plan import TilePlan, make_tile_plan
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS
 
+if TYPE_CHECKING:
+    from kernels.relative_attention.triton_op import WorkPlan
 
-def plan_attention(seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor, *, backend: str = "auto") -> TilePlan:
+
+def plan_attention(
+    seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor, *, backend: str = "auto"
+) -> TilePlan | WorkPlan:
     """What depends on the offsets and timestamps alone, once for all blocks of a decoder, forward and backward.
 
     Args:
@@ -27,9 +32,14 @@ def plan_attention(seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor, *,
     Raises:
         ValueError: an argument is wrong; the message names it.
     """
-    resolve_backend(backend, timestamps.device)
+    chosen = resolve_backend(backend, timestamps.device)
     _check_batch(seq_offsets, max_seq_len, timestamps)
-    return make_tile_plan(seq_offsets, timestamps)
+    if chosen == "torch":
+        return make_tile_plan(seq_offsets, timestamps)
+    # Here, not above: the triton package need not be installed where it does not run.
+    from kernels.relative_attention.triton_op import WorkPlan
+
+    return WorkPlan(seq_offsets, timestamps.numel() - seq_offsets.numel() + 1, max_seq_len)
 
 
 def relative_attention(
@@ -43,7 +53,7 @@ def relative_attention(
     pos_weights: Tensor,
     *,
     backend: str = "auto",
-    plan: TilePlan | None = None,
+    plan: TilePlan | WorkPlan | None = None,
 ) -> Tensor:
     """Σ_j of P_ij v_j, T_ij v_j and A_ij v_j over the keys j ≤ i of each sequence (FuXi-α, arXiv 2502.03036).
 
@@ -67,12 +77,21 @@ def relative_attention(
     Raises:
         ValueError: an argument is wrong; the message names it.
     """
-    resolve_backend(backend, q.device)
+    chosen = resolve_backend(backend, q.device)
     _check_operands(q, k, v, seq_offsets, timestamps, ts_weights, pos_weights, max_seq_len)
     if plan is None:
-        _check_batch(seq_offsets, max_seq_len, timestamps)
-        plan = make_tile_plan(seq_offsets, timestamps)
-    return _TiledAttention.apply(q, k, v, ts_weights, pos_weights, max_seq_len, plan)
+        plan = plan_attention(seq_offsets, max_seq_len, timestamps, backend=chosen)
+    if (chosen == "torch") != isinstance(plan, TilePlan):
+        raise ValueError(f"plan is a {type(plan).__name__}, made for another backend than {chosen}")
+    if isinstance(plan, TilePlan):
+        return _TiledAttention.apply(q, k, v, ts_weights, pos_weights, max_seq_len, plan)
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise ValueError(f"q has dtype {q.dtype}; the triton backend takes float32, bfloat16 and float16")
+    from kernels.relative_attention.triton_op import LaunchConfig, attention_op
+
+    lists = plan.lists(LaunchConfig.choose(q.shape[0], q.shape[2], v.shape[2], q.itemsize).block)
+    work = (lists.query_items, lists.key_items, lists.counts)
+    return attention_op(q, k, v, ts_weights, pos_weights, seq_offsets, timestamps, *work, max_seq_len)
 
 
 class _TiledAttention(torch.autograd.Function):

@@ -99,7 +99,7 @@ def backward(
         by_group = piece_dv.view(groups, piece.count, piece.length, dv)
         by_group += dv_shared.unflatten(2, (groups, dv)).permute(2, 0, 1, 3)
     d_ts_weights = d_buckets[:NUM_TIME_BUCKETS].to(ts_weights.dtype)
-    d_pos_weights = _sum_diagonals(d_positions, max_seq_len, pos_weights.numel())
+    d_pos_weights = sum_diagonals(d_positions, max_seq_len, pos_weights.numel())
     return *(tiles.unpad(x, num_tokens) for x in (dq, dk, d_values)), d_ts_weights, d_pos_weights
 
 
@@ -173,7 +173,7 @@ class _Tiles:
         return self.scratch[slot][: groups * chunk.size].view(-1, chunk.rows, chunk.end)
 
 
-def _sum_diagonals(d_positions: Tensor, max_seq_len: int, size: int) -> Tensor:
+def sum_diagonals(d_positions: Tensor, max_seq_len: int, size: int) -> Tensor:
     """The gradient of w_pos from that of the widest P tile: its sums along the diagonals."""
     rows, width = d_positions.shape
     # Read back with one column more, each row starts one further left than the row before: diagonals become columns.
