@@ -71,9 +71,7 @@ def prepare(
                 counts = _load(database, sources, max_malformed)
                 counts |= _filter(database, paths, min_user_events, min_item_events)
                 _write_users(database, writer)
-                items: pa.Table = database.execute(
-                    "SELECT item, number FROM items ORDER BY item_index"
-                ).to_arrow_table()
+                items: pa.Table = database.sql("SELECT item, number FROM items ORDER BY item_index").to_arrow_table()
         except duckdb.OutOfMemoryException as error:
             raise UserError(f"--memory-limit {memory_limit}: too small for this data: {_first_line(error)}") from error
         except duckdb.IOException as error:
@@ -168,7 +166,7 @@ def _filter(
 
 
 def _write_users(database: duckdb.DuckDBPyConnection, writer: DatasetWriter) -> None:
-    reader = database.execute(
+    reader = database.sql(
         "SELECT user, item_index, timestamp FROM events JOIN items USING (item) ORDER BY user, timestamp, position"
     ).to_arrow_reader(EVENTS_AT_ONCE)
     for table in _whole_users(reader):
