@@ -10,11 +10,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from kernels.backend import resolve_backend
 from mme.config import Config
 from mme.data.batch import SequenceBatch
 from mme.distributed.experts import choose_expert_parallel_size, spread_experts
 from mme.distributed.groups import World
 from mme.distributed.tables import ItemTables
+from mme.errors import UserError
 from mme.model.decoder import Decoder
 from mme.model.loss import compact
 from mme.model.scoring import normalize_views
@@ -23,9 +25,17 @@ LOOKUP_ROWS = 65_536  # items that one lookup brings when the catalogue is read
 
 
 class Recommender:
-    """Item tables and decoder; every rank holds its shard and calls each method together with the others."""
+    """Item tables and decoder; every rank holds its shard and calls each method together with the others.
+
+    Raises:
+        UserError: `kernels.backend` cannot run on this device.
+    """
 
     def __init__(self, config: Config, num_items: int, world: World) -> None:
+        try:
+            resolve_backend(config.kernels.backend, world.device)
+        except ValueError as error:
+            raise UserError(f"kernels.backend: {error}") from error
         self.config = config
         self.num_items = num_items
         self.world = world

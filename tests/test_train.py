@@ -1,0 +1,115 @@
+"""Whole training jobs by the real command: the same seed gives the same bits, a stopped run goes on as if never stopped."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mme.data.synthetic import prepare_synthetic
+
+SMALL = [
+    "data.max_seq_len=16",
+    "data.batch_size=16",
+    "model.num_tables=2",
+    "model.embedding_dim=16",
+    "model.moe.num_experts=4",
+    "train.log_every=1",
+    "train.epochs=2",
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "small"
+    prepare_synthetic("quickstart", folder, users=100, items=120, seed=3)
+    return folder
+
+
+def train(data: Path, run: Path, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m"]
+    if processes > 1:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+    config = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+    command += ["mme", "train", "--config", str(config), f"data.path={data}", f"output_dir={run}", *SMALL, *overrides]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def records(run: Path, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    return [(line["step"], line["loss"]) for line in records(run, "train")]
+
+
+def metrics(run: Path, split: str) -> list[dict[str, Any]]:
+    return [line for line in records(run, "eval") if line["split"] == split]
+
+
+def test_a_stopped_run_goes_on_bit_for_bit(data: Path, tmp_path: Path) -> None:
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    done = train(data, whole)
+    assert done.returncode == 0, done.stderr
+    assert train(data, stopped, "train.steps=5").returncode == 0  # in the middle of an epoch of seven
+    assert train(data, stopped).returncode == 0
+    assert losses(stopped) == losses(whole)
+    assert len(losses(whole)) == 14
+    assert metrics(stopped, "valid")[-2:] == metrics(whole, "valid")[-2:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [
+            "loss.negatives=shared",
+            "loss.num_negatives=64",
+            "loss.negative_group_size=32",
+            "data.protocol=leave_one_out",
+        ],
+        ["loss.kind=full_softmax", "data.protocol=global_time", "parallel.table_sharding=table_wise"],
+        [
+            "model.num_tables=1",
+            "model.moe.num_experts=0",
+            "train.table_optimizer=rowwise_adagrad",
+            "data.tokens_per_batch=200",
+        ],
+        ["model.moe.placement=[1]", "model.score_norm=per_view", "parallel.zero_stage=2", "train.grad_clip=1"],
+    ],
+    ids=["shared", "full softmax", "fuxi-alpha", "placement"],
+)
+def test_two_processes_repeat_their_losses(data: Path, tmp_path: Path, overrides: list[str]) -> None:
+    runs = [tmp_path / "first", tmp_path / "second"]
+    for run in runs:
+        done = train(data, run, *overrides, processes=2)
+        assert done.returncode == 0, done.stderr
+    assert losses(runs[0]) == losses(runs[1])
+    assert losses(runs[0])[-1][1] < losses(runs[0])[0][1]
+    model, popularity = metrics(runs[0], "test")[-2:]
+    assert popularity["model"] == "popularity"
+    assert model["targets_sha256"] == popularity["targets_sha256"]
+    assert {"protocol", "sort_rule", "hr@10", "hr@50", "ndcg@10", "ndcg@50", "mrr"} <= set(model)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs where there is a GPU")
+def test_a_backend_that_cannot_run_here_is_refused(data: Path, tmp_path: Path) -> None:
+    refused = train(data, tmp_path / "run", "kernels.backend=triton")
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: kernels.backend: backend ('triton')")
+
+
+def test_a_checkpoint_of_another_model_is_refused(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(data, run, "train.steps=1").returncode == 0
+    refused = train(data, run, "model.embedding_dim=32")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "belongs to another model configuration" in refused.stderr
