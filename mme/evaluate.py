@@ -54,7 +54,7 @@ def evaluate(
 
 
 def evaluate_run(run: Path, checkpoint: int | None) -> dict[str, Any]:
-    """The test metrics of a run's checkpoint (None: its best) beside popularity's, as one JSON object.
+    """The test metrics of a run's checkpoint (None: its best), with popularity's under `popularity`, as one JSON object.
 
     Raises:
         UserError: the run, its configuration, its data or the checkpoint is missing or damaged.
@@ -65,7 +65,7 @@ def evaluate_run(run: Path, checkpoint: int | None) -> dict[str, Any]:
         recommender = Recommender(config, dataset.num_items, world)
         step = load_weights(run, checkpoint, recommender)
         model, popularity = evaluate(recommender, dataset, config, "test", step)
-    return {"run": str(run), "checkpoint": step, "model": model, "popularity": popularity}
+    return {"run": str(run), "checkpoint": step, **model, "popularity": popularity}
 
 
 def model_name(config: Config) -> str:
