@@ -16,6 +16,8 @@ from mme.metrics import rank_metrics
 from mme.model.baselines import popularity_ranks
 from mme.ranking import Ranker
 
+MODEL = "fuxi-mme"  # in metrics and report, whatever the number of tables and experts
+
 
 def evaluate(
     recommender: Recommender, dataset: PreparedDataset, config: Config, split: str, step: int
@@ -49,7 +51,7 @@ def evaluate(
         "targets_sha256": dataset.targets_sha256(data.protocol, split, fraction),
         "users": sum(ranks.numel() for ranks in model_ranks),
     }
-    by_model = {model_name(config): model_ranks, "popularity": popular_ranks}
+    by_model = {MODEL: model_ranks, "popularity": popular_ranks}
     return [common | {"model": name} | rank_metrics(torch.cat(ranks)) for name, ranks in by_model.items()]
 
 
@@ -66,10 +68,3 @@ def evaluate_run(run: Path, checkpoint: int | None) -> dict[str, Any]:
         step = load_weights(run, checkpoint, recommender)
         model, popularity = evaluate(recommender, dataset, config, "test", step)
     return {"run": str(run), "checkpoint": step, **model, "popularity": popularity}
-
-
-def model_name(config: Config) -> str:
-    """What the model is called in metrics and report."""
-    if config.model.num_tables == 1 and config.model.moe.num_experts == 0:
-        return "fuxi-alpha"
-    return "fuxi-mme"

@@ -19,6 +19,7 @@ from mme.config import Config
 from mme.data.batch import SequenceBatch
 from mme.distributed.engine import set_lr
 from mme.distributed.recommender import Recommender
+from mme.distributed.tables import mix_seed
 from mme.model.loss import NextItemLoss
 from mme.model.moe import Routing, load_balance_loss, router_z_loss
 
@@ -62,7 +63,7 @@ class TrainStep:
         """Everything up to the gradients, which are those of the global mean."""
         world, train = self.recommender.world, self.config.train
         batch = batch.to(world.device)
-        seed = (train.seed * 1_000_003 + step) * 1_000_003 + world.rank
+        seed = mix_seed(train.seed, step, world.rank)
         torch.manual_seed(seed)
         items = self.loss.items_of(batch, torch.Generator(world.device).manual_seed(seed))
 

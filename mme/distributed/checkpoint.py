@@ -57,13 +57,13 @@ def save(run: Path, progress: Progress, recommender: Recommender, keep: int) -> 
     partial = final.with_name(f".{final.name}.partial")
     if world.rank == 0:
         shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
     world.barrier()
     pieces = [*weight_pieces(recommender), *optimizer_pieces(recommender)]
     mine = [(piece, value.contiguous().cpu()) for piece in pieces for value in [piece.read()] if piece.writer]
     file = partial / f"rank_{world.rank:05d}.safetensors"
     entry: dict[str, Any]
     try:
+        partial.mkdir(parents=True, exist_ok=True)
         save_file({_key(piece.name, piece.offsets): value for piece, value in mine}, file)
         described = [
             {"name": p.name, "shape": p.shape, "offsets": p.offsets, "local_shape": p.local_shape} for p, _ in mine

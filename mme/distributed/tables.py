@@ -178,7 +178,7 @@ class ItemTables:
             first, left = shard.offsets
             table = self.names.index(shard.name)
             for chunk in range(first // INIT_ROWS, -(-(first + rows) // INIT_ROWS)):
-                generator = torch.Generator().manual_seed((seed * 1_000_003 + table) * 1_000_003 + chunk)
+                generator = torch.Generator().manual_seed(mix_seed(seed, table, chunk))
                 start = chunk * INIT_ROWS
                 values = torch.empty(min(INIT_ROWS, self.num_items - start), self.dim)
                 nn.init.trunc_normal_(values, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD, generator=generator)
@@ -208,6 +208,14 @@ class ItemTables:
                 return RowWiseAdagrad(parameters, lr=lr)
             case _:
                 return torch.optim.SGD(parameters, lr=lr)
+
+
+def mix_seed(*parts: int) -> int:
+    """One seed for torch from several numbers; different numbers give different seeds, up to 2⁶³ of them."""
+    seed = 0
+    for part in parts:
+        seed = (seed * 1_000_003 + part) % 2**63
+    return seed
 
 
 def _local_shards(name: str, value: Any) -> Iterator[Shard]:
