@@ -27,5 +27,10 @@ def read_lines(output: str) -> list[Finding]:
     return [Finding(**json.loads(line.removeprefix(MARK))) for line in output.splitlines() if line.startswith(MARK)]
 
 
-def gib(num_bytes: float) -> str:
-    return f"{num_bytes / 2**30:.1f} GiB"
+def in_words(num_bytes: float) -> str:
+    """A size in the unit that suits it: 1536 · 2**20 → "1.5 GiB"."""
+    for unit in ("B", "KiB", "MiB"):
+        if num_bytes < 1024:
+            return f"{num_bytes:.0f} {unit}"
+        num_bytes /= 1024
+    return f"{num_bytes:.1f} GiB"

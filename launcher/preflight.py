@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher import torchrun
-from launcher.findings import Finding, gib, read_lines
+from launcher.findings import Finding, in_words, read_lines
 from launcher.job import Job, gpus
 
 PROJECT = Path(__file__).resolve().parents[1]
@@ -131,11 +131,11 @@ def _memory(processes: int) -> Finding:
     available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     scarce = available < MEMORY_PER_PROCESS * processes
     advice = (
-        f"less than {gib(MEMORY_PER_PROCESS)} for each of {processes} processes: end others, or run fewer"
+        f"less than {in_words(MEMORY_PER_PROCESS)} for each of {processes} processes: end others, or run fewer"
         if scarce
         else ""
     )
-    return Finding("memory", "warning" if scarce else "ok", f"{gib(available)} available", advice)
+    return Finding("memory", "warning" if scarce else "ok", f"{in_words(available)} available", advice)
 
 
 def _shared_memory() -> Finding:
@@ -144,13 +144,13 @@ def _shared_memory() -> Finding:
     size = shutil.disk_usage("/dev/shm").total
     scarce = size < SHARED_MEMORY
     advice = "docker run --ipc host (or --shm-size 8g) gives more" if scarce else ""
-    return Finding("shared memory", "warning" if scarce else "ok", f"{gib(size)} in /dev/shm", advice)
+    return Finding("shared memory", "warning" if scarce else "ok", f"{in_words(size)} in /dev/shm", advice)
 
 
 def _disk(output_dir: Path) -> Finding:
     existing = next(path for path in [output_dir.resolve(), *output_dir.resolve().parents] if path.is_dir())
     free = shutil.disk_usage(existing).free
-    found = f"{gib(free)} free at {existing}"
+    found = f"{in_words(free)} free at {existing}"
     if free < DISK_TOO_LITTLE:
         return Finding("disk", "failed", found, "make room, or give another folder by --output-dir and output_dir")
     advice = (

@@ -24,6 +24,11 @@ suits() { # an interpreter that runs, is CPython 3.10 to 3.13 and can make virtu
 sys.exit(not (sys.implementation.name == "cpython" and (3, 10) <= sys.version_info[:2] <= (3, 13)))' 2>/dev/null
 }
 
+is_ours() { # .venv is a virtual environment of its own: pip would else install into the interpreter behind it
+    suits "$venv/bin/python" && "$venv/bin/python" -c 'import os, sys
+sys.exit(os.path.realpath(sys.prefix) != os.path.realpath(sys.argv[1]) or sys.prefix == sys.base_prefix)' "$venv"
+}
+
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
         suits "$PYTHON" || fail "PYTHON=$PYTHON: expected CPython 3.10 to 3.13 with the venv module"
@@ -71,12 +76,12 @@ cpu | cuda) ;;
 esac
 
 wanted="$stack $(cat requirements/*.txt setup.py scripts/setup_environment.sh | sha256sum | cut -d' ' -f1)"
-if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && "$venv/bin/python" -c '' 2>/dev/null; then
+if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && is_ours; then
     say_foreign_kernels
     exit 0
 fi
 
-if [ "$(cat "$venv/stack" 2>/dev/null || echo "$stack")" != "$stack" ] || ! suits "$venv/bin/python"; then
+if [ "$(cat "$venv/stack" 2>/dev/null || echo "$stack")" != "$stack" ] || ! is_ours; then
     python=$(find_python)
     rm -rf "$venv"
     "$python" -m venv "$venv"
@@ -85,7 +90,7 @@ rm -f "$stamp"
 echo "$stack" >"$venv/stack"
 : >"$log"
 echo "setup: $("$venv/bin/python" -V), $stack build, into $venv; a few minutes"
-pip=("$venv/bin/python" -m pip --disable-pip-version-check --no-input)
+pip=("$venv/bin/python" -m pip --require-virtualenv --disable-pip-version-check --no-input)
 index=()
 if [ -n "${TORCH_INDEX_URL:-}" ]; then index=(--extra-index-url "$TORCH_INDEX_URL"); fi
 

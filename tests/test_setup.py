@@ -1,0 +1,108 @@
+"""The environment's script: who calls it, what it refuses, when it has nothing to do; and the pins."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+SCRIPT = "scripts/setup_environment.sh"
+
+
+def run_script(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The script in a folder of its own, where pip can reach no index: nothing can be installed by a test."""
+    (folder / "scripts").mkdir(exist_ok=True)
+    shutil.copy(REPOSITORY / SCRIPT, folder / SCRIPT)
+    shutil.copytree(REPOSITORY / "requirements", folder / "requirements", dirs_exist_ok=True)
+    shutil.copy(REPOSITORY / "setup.py", folder)
+    offline = {"PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "PIP_REQUIRE_VIRTUALENV": "1"}
+    offline |= {"PIP_CONFIG_FILE": os.devnull}
+    return subprocess.run(
+        ["bash", SCRIPT],
+        cwd=folder,
+        env={**os.environ, **offline, **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_make_and_the_image_install_by_the_same_script() -> None:
+    assert f'RUN TORCH_INDEX_URL="${{TORCH_INDEX_URL}}" {SCRIPT}\n' in (REPOSITORY / "Dockerfile").read_text()
+    commands = subprocess.run(
+        ["make", "--dry-run", "test"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    assert commands[0] == SCRIPT
+    assert " -m pytest " in commands[1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"MME_STACK": "tpu"}, "setup: MME_STACK=tpu: expected cpu or cuda"),
+        ({"PYTHON": "/bin/false"}, "setup: PYTHON=/bin/false: expected CPython 3.10 to 3.13 with the venv module"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_in_one_line(
+    tmp_path: Path, settings: dict[str, str], message: str
+) -> None:
+    done = run_script(tmp_path, **settings)
+    assert done.returncode == 1
+    assert done.stderr == message + "\n"
+    assert not (tmp_path / ".venv").exists()
+
+
+def installed_stamp(stack: str) -> str:
+    command = "cat requirements/*.txt setup.py scripts/setup_environment.sh | sha256sum | cut -d' ' -f1"
+    done = subprocess.run(command, shell=True, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    return f"{stack} {done.stdout}"
+
+
+def test_nothing_is_done_where_all_is_installed_until_a_pin_changes(tmp_path: Path) -> None:
+    venv.create(tmp_path / ".venv", with_pip=False)
+    (tmp_path / ".venv" / "installed").write_text(installed_stamp("cpu"))
+    (tmp_path / ".venv" / "stack").write_text("cpu\n")
+    done = run_script(tmp_path, MME_STACK="cpu")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    # Another build is another environment: it would be made anew, which /bin/false can't.
+    done = run_script(tmp_path, MME_STACK="cuda", PYTHON="/bin/false")
+    assert done.stderr.startswith("setup: PYTHON=/bin/false")
+    # Other pins: the environment stays and pip is called, which is not there.
+    (tmp_path / ".venv" / "installed").write_text("cpu 0\n")
+    done = run_script(tmp_path, MME_STACK="cpu")
+    assert done.returncode == 1
+    assert "setup: failed: .venv/bin/python -m pip" in done.stderr
+    assert not (tmp_path / ".venv" / "installed").exists()
+
+
+def test_an_interpreter_that_is_no_virtual_environment_is_never_installed_into(tmp_path: Path) -> None:
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    stand_in = tmp_path / ".venv" / "bin" / "python"
+    stand_in.write_text(f'#!/bin/sh\n[ "$1" = -m ] && touch {tmp_path}/called\nexec {sys.executable} -S "$@"\n')
+    stand_in.chmod(0o755)
+    (tmp_path / ".venv" / "installed").write_text(installed_stamp("cpu"))
+    done = run_script(tmp_path, MME_STACK="cpu", PYTHON="/bin/false")
+    assert done.stderr.startswith("setup: PYTHON=/bin/false")
+    assert not (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize("file", sorted((REPOSITORY / "requirements").glob("*.txt")), ids=lambda file: file.name)
+def test_every_requirement_is_pinned_and_covers_every_python(file: Path) -> None:
+    lines = [line for line in file.read_text().splitlines() if line and not line.startswith("#")]
+    markers: dict[str, list[str]] = {}
+    for line in lines:
+        pinned = re.fullmatch(r"([\w.-]+)==[\w.]+(?: ; python_version (< \"3\.11\"|>= \"3\.11\"))?", line)
+        assert pinned, line
+        markers.setdefault(pinned[1], []).append(pinned[2] or "all")
+    only_old_pythons = {"exceptiongroup", "tomli"}
+    for name, found in markers.items():
+        expected = [['< "3.11"']] if name in only_old_pythons else [["all"], ['< "3.11"', '>= "3.11"']]
+        assert found in expected, name
