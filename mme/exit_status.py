@@ -53,6 +53,8 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = " ".join(str(error).split())
+    if text and type(error).__module__.startswith("mme."):
+        return text
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 

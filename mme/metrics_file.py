@@ -2,7 +2,7 @@
 
 {"kind": "run",     "step": 0, "world_size": 2, "device": …, "parameters": {part: count}, "versions": {…}, …}
 {"kind": "train",   "step": 10, "epoch": 0, "loss": 6.91…, "tokens_per_s": …, "lr": …, "step_ms": …, …}
-{"kind": "experts", "step": 10, "load": [block][view][expert] shares that sum to 1 over the experts, …}
+{"kind": "experts", "step": 10, "blocks": [0, 1], "load": [block][view][expert], sums of 1 over the experts, …}
 {"kind": "eval",    "step": 100, "model": "fuxi-mme", "split": "valid", "protocol": …, "ndcg@10": …, …}
 """
 
@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,11 +56,20 @@ def keep_lines_until(path: Path, step: int) -> None:
             if record is not None and record.get("step", 0) <= step:
                 kept.append(line + "\n")
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
+    with name_in_errors(path), partial.open("w") as file:
         file.writelines(kept)
         file.flush()
         os.fsync(file.fileno())
     partial.replace(path)
+
+
+@contextmanager
+def name_in_errors(path: Path) -> Iterator[None]:
+    """Adds the file's name to what the system says of a failed write, such as a full disk."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _parse(line: str) -> dict[str, Any] | None:
@@ -80,10 +90,12 @@ def _flaw(record: dict[str, Any]) -> str | None:
     load = record.get("load")
     if record["kind"] == "experts" and not (
         isinstance(load, list)
+        and isinstance(record.get("blocks"), list)
+        and len(record["blocks"]) == len(load) > 0
         and all(isinstance(views, list) for views in load)
         and all(isinstance(shares, list) and all(map(_is_number, shares)) for views in load for shares in views)
     ):
-        return f"load: expected lists of shares by block and view, found {str(load)[:60]}"
+        return f"load: expected lists of shares by block and view, and the blocks beside it, found {str(load)[:60]}"
     return None
 
 

@@ -14,7 +14,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from mme import __version__
-from mme.metrics_file import METRICS_FILE, keep_lines_until
+from mme.errors import UserError
+from mme.metrics_file import METRICS_FILE, keep_lines_until, name_in_errors
 
 PACKAGES = ["torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "triton", "numpy", "pyarrow"]
 PLAIN_LINE_EVERY_S = 10.0
@@ -72,7 +73,10 @@ class Monitor:
         self._last_loss = math.nan
         self._started: tuple[float, int] | None = None  # the clock and the step at the end of the first step
         self._shown = -math.inf
-        self.output_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir {output_dir}: {error.strerror}: expected a folder that can be made") from error
         log_name = "log.txt" if rank == 0 else f"log.rank{rank}.txt"
         self._log = (self.output_dir / log_name).open("a", buffering=1)
         self._log_handler = _log_handler(self._log)
@@ -191,37 +195,47 @@ class Monitor:
         figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.note(f"step {record.get('step', 0):,}  {record.get('split')}  {record.get('model')}  {figures}")
 
-    def experts(self, step: int, load: list[list[list[float]]], entropy: list[list[float]] | None = None) -> None:
+    def experts(
+        self,
+        step: int,
+        load: list[list[list[float]]],
+        entropy: list[list[float]] | None = None,
+        blocks: Sequence[int] | None = None,
+    ) -> None:
         """Records how the routers spread the tokens.
 
         Args:
-            load: [block][view][expert], the share of the view's routed tokens that went to the expert; an empty
-                list for a block without experts.
+            load: [block][view][expert], the share of the view's routed tokens that went to the expert.
             entropy: [block][view], the mean entropy of the router's probabilities, in nats.
+            blocks: which blocks of the decoder these are; default: all, in order.
         """
         if self.rank != 0:
             return
-        record: dict[str, Any] = {"kind": "experts", "step": step, "load": load}
+        blocks = range(len(load)) if blocks is None else blocks
+        record: dict[str, Any] = {"kind": "experts", "step": step, "blocks": list(blocks), "load": load}
         if entropy is not None:
             record["entropy"] = entropy
         self._write(record)
         scalars = {}
-        for block, views in enumerate(load):
+        for block, views in zip(blocks, load, strict=True):
             for view, shares in enumerate(views):
                 scalars[f"experts/largest_share/block{block}_view{view}"] = max(shares)
                 scalars[f"experts/smallest_share/block{block}_view{view}"] = min(shares)
-        for block, views_entropy in enumerate(entropy or []):
+        for block, views_entropy in zip(blocks, entropy or [], strict=False):
             for view, value in enumerate(views_entropy):
                 scalars[f"experts/entropy/block{block}_view{view}"] = value
         self._scalars(step, scalars)
         for block, expert, share in starved_experts(load):
             if (block, expert) not in self._starved:
                 self._starved.add((block, expert))
-                self.note(f"warning: expert {expert} of block {block} gets {share:.2%} of the tokens at step {step:,}")
+                self.note(
+                    f"warning: expert {expert} of block {blocks[block]} gets {share:.2%} of the tokens at step {step:,}"
+                )
 
     def note(self, text: str) -> None:
         """One line for the reader: shown by rank 0, kept in each rank's log."""
-        self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        with name_in_errors(Path(self._log.name)):
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         if self.rank == 0:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
@@ -233,14 +247,17 @@ class Monitor:
         logging.getLogger().removeHandler(self._log_handler)
         for stream in (self._metrics, self._tensorboard, self._log):
             if stream is not None:
-                stream.close()
+                with suppress(OSError):  # every line was flushed when it was written: nothing is lost here
+                    stream.close()
 
     def _write(self, record: dict[str, Any]) -> None:
         if self.rank != 0:
             return
         if self._metrics is None:
             self._open()
-        self._metrics.write(json.dumps({name: _finite(value) for name, value in record.items()}) + "\n")
+        line = json.dumps({name: _finite(value) for name, value in record.items()})
+        with name_in_errors(self.output_dir / METRICS_FILE):
+            self._metrics.write(line + "\n")
 
     def _open(self) -> None:
         """Opens metrics.jsonl and TensorBoard: with the first record, when it is known where the run goes on."""
@@ -285,11 +302,9 @@ _NO_SCALAR = {"kind", "step"}
 
 
 def starved_experts(load: list[list[list[float]]]) -> list[tuple[int, int, float]]:
-    """(block, expert, share) of the experts that get less than STARVED_SHARE of an even share, views together."""
+    """(index into ``load``, expert, share) of the experts that get less than STARVED_SHARE of an even share, views together."""
     found = []
     for block, views in enumerate(load):
-        if not views:
-            continue
         for expert in range(len(views[0])):
             share = sum(view[expert] for view in views) / len(views)
             if share < STARVED_SHARE / len(views[0]):

@@ -19,7 +19,7 @@ from rich.table import Table
 from mme.charts import Line, heat_map, line_chart, smoothed
 from mme.config import Config, load_config
 from mme.errors import UserError
-from mme.metrics_file import METRICS_FILE, read_metrics
+from mme.metrics_file import METRICS_FILE, name_in_errors, read_metrics
 from mme.monitor import duration, starved_experts
 from mme.report_style import STYLE
 
@@ -72,8 +72,9 @@ def write_report(run: Path) -> Path:
     path = run / "report.html"
     partial = run / "report.html.partial"
     try:
-        partial.write_text(page)
-        partial.replace(path)
+        with name_in_errors(path):
+            partial.write_text(page)
+            partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
     return path
@@ -201,7 +202,7 @@ def _warnings(run: Run) -> str:
     found = []
     experts = run.of_kind("experts")
     if experts:
-        blocks = _expert_blocks(run.config)
+        blocks = experts[-1]["blocks"]
         for block, expert, share in starved_experts(experts[-1]["load"]):
             found.append(
                 f"Expert {expert} of block {blocks[block]} is starved: it gets {share:.2%} of the tokens. A larger "
@@ -269,10 +270,11 @@ def _curves(run: Run) -> str:
 
 
 def _experts(run: Run) -> str:
-    records = [record for record in run.of_kind("experts") if any(record["load"])]
+    records = run.of_kind("experts")
     if not records:
         return ""
-    blocks, last = _expert_blocks(run.config), records[-1]
+    last = records[-1]
+    blocks = last["blocks"]
     rows, names = [], []
     for block, views in enumerate(last["load"]):
         for view, shares in enumerate(views):
@@ -301,11 +303,6 @@ def _evenness(views: list[list[float]]) -> float:
     load = [sum(view[expert] for view in views) / len(views) for expert in range(len(views[0]))]
     entropy = -sum(share * math.log(share) for share in load if share > 0)
     return entropy / math.log(len(load)) if len(load) > 1 else 1.0
-
-
-def _expert_blocks(config: Config) -> list[int]:
-    """The block that each entry of a recorded load belongs to."""
-    return sorted(set(config.model.moe.placement)) or list(range(config.model.num_blocks))
 
 
 def _parameters(run: Run) -> str:

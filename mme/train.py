@@ -101,7 +101,8 @@ class Training:
         monitor.train_step(step, epoch, loss=result.loss, tokens=result.tokens, step_s=step_s, lr=result.lr)
         if result.routing and (step % self.config.train.log_every == 0 or step == self.total_steps):
             shares = result.counts / result.counts.sum(-1, keepdim=True).clamp(min=1)
-            monitor.experts(step, shares.tolist(), self._router_entropy(result).tolist())
+            blocks = sorted(set(self.config.model.moe.placement)) or None
+            monitor.experts(step, shares.tolist(), self._router_entropy(result).tolist(), blocks)
 
     def _router_entropy(self, result: StepResult) -> Tensor:
         """(blocks, M) mean entropy in nats of the routers' probabilities over the tokens of all ranks."""

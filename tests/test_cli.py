@@ -145,7 +145,10 @@ def test_failed_job_ends_with_status_1_and_its_traceback_in_the_log(
     (tmp_path / "metrics.jsonl").write_text('{"kind": "run", "step": 0}\n')
     (tmp_path / "report.html.partial").symlink_to("/dev/full")
     assert main(["report", "--run", str(tmp_path)]) == 1
-    assert error_line(capsys) == f"No space left on device (traceback in {tmp_path / 'log.txt'})"
+    assert (
+        error_line(capsys)
+        == f"{tmp_path / 'report.html'}: No space left on device (traceback in {tmp_path / 'log.txt'})"
+    )
     assert "OSError: [Errno 28]" in (tmp_path / "log.txt").read_text()
     assert not (tmp_path / "report.html").exists()
 

@@ -169,9 +169,9 @@ def test_starved_expert_is_noted_once(tmp_path: Path) -> None:
     load = [[[0.6, 0.39, 0.01], [0.0, 1.0, 0.0]]]
     assert starved_experts(load) == [(0, 2, 0.005)]
     with Monitor(tmp_path, total_steps=2, console=console) as monitor:
-        monitor.experts(1, load)
-        monitor.experts(2, load)
-    assert shown(console).count("expert 2 of block 0 gets 0.50% of the tokens at step 1") == 1
+        monitor.experts(1, load, blocks=[3])
+        monitor.experts(2, load, blocks=[3])
+    assert shown(console).count("expert 2 of block 3 gets 0.50% of the tokens at step 1") == 1
     assert "step 2" not in shown(console)
 
 
@@ -221,6 +221,23 @@ def test_missing_and_binary_metrics_are_named(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=r"metrics\.jsonl: not text \(byte 0\)"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device without space")
+def test_full_disk_is_named(tmp_path: Path) -> None:
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    with (
+        pytest.raises(OSError, match="No space left on device") as caught,
+        Monitor(tmp_path, total_steps=1, console=plain_console()) as monitor,
+    ):
+        monitor.note("this finds no room")
+    assert caught.value.filename == str(tmp_path / "log.txt")
+
+
+def test_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"output_dir .*file: File exists: expected a folder that can be made"):
+        Monitor(tmp_path / "file", total_steps=1)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3661, "1:01:01")])

@@ -91,7 +91,13 @@ EVALUATIONS = [
     evaluation("fuxi-mme", "test", 200, 0.11),
     evaluation("popularity", "test", 200, 0.022),
 ]
-EXPERTS = {"kind": "experts", "step": 200, "load": [[[0.7, 0.299, 0.001]] * 4], "entropy": [[0.9, 0.8, 0.7, 0.6]]}
+EXPERTS = {
+    "kind": "experts",
+    "step": 200,
+    "blocks": [1],
+    "load": [[[0.7, 0.299, 0.001]] * 4],
+    "entropy": [[0.9, 0.8, 0.7, 0.6]],
+}
 
 
 def test_whole_report_is_self_contained_and_has_every_part(tmp_path: Path) -> None:
