@@ -45,10 +45,9 @@ def _store_rows(
 
 
 @triton.jit
-def _time_bucket(next_times, key_times, p_thresholds):
-    """Buckets of next_times[:, None] − key_times[None, :], both int64; exact: the thresholds decide, not the logarithm."""
-    seconds = tl.abs(next_times[:, None] - key_times[None, :])
-    x = tl.maximum(seconds.to(tl.float32), 1.0)
+def _time_bucket(seconds, p_thresholds):
+    """Buckets of a tile of int64 differences; exact: the thresholds decide, not the logarithm."""
+    x = tl.maximum(tl.abs(seconds).to(tl.float32), 1.0)
     # A thousandth low, so that the estimate is the bucket or the one before it.
     estimate = tl.minimum(tl.log(x) * (1.0 / 0.301) - 1e-3, 127.0).to(tl.int32)
     threshold = tl.load(p_thresholds + estimate + 1)
@@ -56,11 +55,10 @@ def _time_bucket(next_times, key_times, p_thresholds):
 
 
 @triton.jit
-def _bias_tiles(i_query, i_key, next_times, key_times, m_tile, p_ts_weights, p_pos_weights, p_thresholds, max_seq_len):
-    """P and T of a tile, float32, zero where masked."""
-    distance = i_key[None, :] - i_query[:, None] + (max_seq_len - 1)
+def _bias_tiles(distance, seconds, m_tile, p_ts_weights, p_pos_weights, p_thresholds):
+    """P and T of a tile, float32, zero where masked; distance is j − i + N − 1."""
     b_p = tl.load(p_pos_weights + distance, mask=m_tile, other=0.0).to(tl.float32)
-    bucket = _time_bucket(next_times, key_times, p_thresholds)
+    bucket = _time_bucket(seconds, p_thresholds)
     b_t = tl.load(p_ts_weights + bucket, mask=m_tile, other=0.0).to(tl.float32)
     return b_p, b_t
 
@@ -91,7 +89,8 @@ def _item(p_items, i_item, p_offsets):
 def forward_kernel(
     p_q, p_k, p_v, p_out, p_offsets, p_times, p_ts_weights, p_pos_weights, p_thresholds, p_items,
     num_tokens, max_seq_len, num_groups, group_blocks,
-    DQK: tl.constexpr, DV: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    DQK: tl.constexpr, DV: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_sequence, i_block, start, length = _item(p_items, tl.program_id(0) // group_blocks, p_offsets)
     if i_sequence < 0:
@@ -106,13 +105,13 @@ def forward_kernel(
         out_t = out_t + (tl.zeros([BLOCK, triton.next_power_of_2(max(DV, 16))], tl.float32),)
         out_a = out_a + (tl.zeros([BLOCK, triton.next_power_of_2(max(DV, 16))], tl.float32),)
         b_q = b_q + (_load_rows(p_q, i_first + g, num_groups, num_tokens, start, i_query, length, DQK, 0, DQK),)
-    for i_start in range(0, (i_block + 1) * BLOCK, BLOCK):
-        i_key = i_start + tl.arange(0, BLOCK)
+    for i_start in range(0, (i_block + 1) * BLOCK, STEP):
+        i_key = i_start + tl.arange(0, STEP)
         m_tile = (i_key[None, :] <= i_query[:, None]) & (i_query[:, None] < length)
         key_times = tl.load(p_times + i_key, mask=i_key < length, other=0)
-        b_p, b_t = _bias_tiles(
-            i_query, i_key, next_times, key_times, m_tile, p_ts_weights, p_pos_weights, p_thresholds, max_seq_len
-        )
+        distance = i_key[None, :] - i_query[:, None] + (max_seq_len - 1)
+        seconds = next_times[:, None] - key_times[None, :]
+        b_p, b_t = _bias_tiles(distance, seconds, m_tile, p_ts_weights, p_pos_weights, p_thresholds)
         next_p, next_t, next_a = (), (), ()
         for g in tl.static_range(GROUPS):
             b_k = _load_rows(p_k, i_first + g, num_groups, num_tokens, start, i_key, length, DQK, 0, DQK)
@@ -134,7 +133,7 @@ def forward_kernel(
 @triton.jit
 def backward_query_kernel(
     p_q, p_k, p_v, p_grad, p_dq, p_offsets, p_items, num_tokens, max_seq_len, num_groups,
-    DQK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    DQK: tl.constexpr, DV: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_sequence, i_block, start, length = _item(p_items, tl.program_id(0) // num_groups, p_offsets)
     if i_sequence < 0:
@@ -144,8 +143,8 @@ def backward_query_kernel(
     b_q = _load_rows(p_q, i_group, num_groups, num_tokens, start, i_query, length, DQK, 0, DQK)
     b_g = _load_rows(p_grad, i_group, num_groups, num_tokens, start, i_query, length, 3 * DV, 2 * DV, DV)
     b_dq = tl.zeros([BLOCK, triton.next_power_of_2(max(DQK, 16))], tl.float32)
-    for i_start in range(0, (i_block + 1) * BLOCK, BLOCK):
-        i_key = i_start + tl.arange(0, BLOCK)
+    for i_start in range(0, (i_block + 1) * BLOCK, STEP):
+        i_key = i_start + tl.arange(0, STEP)
         b_k = _load_rows(p_k, i_group, num_groups, num_tokens, start, i_key, length, DQK, 0, DQK)
         b_v = _load_rows(p_v, i_group, num_groups, num_tokens, start, i_key, length, DV, 0, DV)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
@@ -159,7 +158,8 @@ def backward_query_kernel(
 def backward_key_kernel(
     p_q, p_k, p_v, p_grad, p_dk, p_dv, p_offsets, p_times, p_ts_weights, p_pos_weights, p_thresholds, p_items,
     num_tokens, max_seq_len, num_groups, group_blocks,
-    DQK: tl.constexpr, DV: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    DQK: tl.constexpr, DV: tl.constexpr, GROUPS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_sequence, i_block, start, length = _item(p_items, tl.program_id(0) // group_blocks, p_offsets)
     if i_sequence < 0:
@@ -174,31 +174,31 @@ def backward_key_kernel(
         b_v = b_v + (_load_rows(p_v, i_first + g, num_groups, num_tokens, start, i_key, length, DV, 0, DV),)
         b_dk = b_dk + (tl.zeros([BLOCK, triton.next_power_of_2(max(DQK, 16))], tl.float32),)
         b_dv = b_dv + (tl.zeros([BLOCK, triton.next_power_of_2(max(DV, 16))], tl.float32),)
-    for i_start in range(i_block * BLOCK, length, BLOCK):
-        i_query = i_start + tl.arange(0, BLOCK)
-        m_tile = (i_key[None, :] <= i_query[:, None]) & (i_query[:, None] < length)
+    # Tiles stand transposed, (keys, queries), so that they are left operands as they come.
+    for i_start in range(i_block * BLOCK, length, STEP):
+        i_query = i_start + tl.arange(0, STEP)
+        m_tile = (i_key[:, None] <= i_query[None, :]) & (i_query[None, :] < length)
         next_times = tl.load(p_times + i_query + 1, mask=i_query < length, other=0)
-        b_p, b_t = _bias_tiles(
-            i_query, i_key, next_times, key_times, m_tile, p_ts_weights, p_pos_weights, p_thresholds, max_seq_len
-        )
+        distance = i_key[:, None] - i_query[None, :] + (max_seq_len - 1)
+        seconds = next_times[None, :] - key_times[:, None]
+        b_p, b_t = _bias_tiles(distance, seconds, m_tile, p_ts_weights, p_pos_weights, p_thresholds)
         next_dk, next_dv = (), ()
         for g in tl.static_range(GROUPS):
             i_group = i_first + g
+            b_g = _load_rows(p_grad, i_group, num_groups, num_tokens, start, i_query, length, 3 * DV, 0, DV)
+            acc = tl.dot(b_p.to(b_g.dtype), b_g, b_dv[g], input_precision=PRECISION)
+            b_g = _load_rows(p_grad, i_group, num_groups, num_tokens, start, i_query, length, 3 * DV, DV, DV)
+            acc = tl.dot(b_t.to(b_g.dtype), b_g, acc, input_precision=PRECISION)
             b_q = _load_rows(p_q, i_group, num_groups, num_tokens, start, i_query, length, DQK, 0, DQK)
-            b_s = tl.dot(b_q, tl.trans(b_k[g]), input_precision=PRECISION)
+            b_s = tl.dot(b_k[g], tl.trans(b_q), input_precision=PRECISION)
             b_sigmoid = _sigmoid(b_s)
             b_g = _load_rows(p_grad, i_group, num_groups, num_tokens, start, i_query, length, 3 * DV, 2 * DV, DV)
-            b_a = tl.where(m_tile, b_s * b_sigmoid / max_seq_len, 0.0).to(b_g.dtype)
-            acc = tl.dot(tl.trans(b_a), b_g, b_dv[g], input_precision=PRECISION)
-            b_da = tl.dot(b_g, tl.trans(b_v[g]), input_precision=PRECISION)
+            b_a = tl.where(m_tile, b_s * b_sigmoid / max_seq_len, 0.0)
+            next_dv = next_dv + (tl.dot(b_a.to(b_g.dtype), b_g, acc, input_precision=PRECISION),)
+            b_da = tl.dot(b_v[g], tl.trans(b_g), input_precision=PRECISION)
             b_slope = b_sigmoid * (1.0 + b_s * (1.0 - b_sigmoid))
-            b_ds = tl.where(m_tile, b_da * b_slope / max_seq_len, 0.0).to(b_q.dtype)
-            next_dk = next_dk + (tl.dot(tl.trans(b_ds), b_q, b_dk[g], input_precision=PRECISION),)
-            b_g = _load_rows(p_grad, i_group, num_groups, num_tokens, start, i_query, length, 3 * DV, 0, DV)
-            acc = tl.dot(tl.trans(b_p.to(b_g.dtype)), b_g, acc, input_precision=PRECISION)
-            b_g = _load_rows(p_grad, i_group, num_groups, num_tokens, start, i_query, length, 3 * DV, DV, DV)
-            acc = tl.dot(tl.trans(b_t.to(b_g.dtype)), b_g, acc, input_precision=PRECISION)
-            next_dv = next_dv + (acc,)
+            b_ds = tl.where(m_tile, b_da * b_slope / max_seq_len, 0.0)
+            next_dk = next_dk + (tl.dot(b_ds.to(b_q.dtype), b_q, b_dk[g], input_precision=PRECISION),)
         b_dk, b_dv = next_dk, next_dv
     for g in tl.static_range(GROUPS):
         _store_rows(p_dk, b_dk[g], i_first + g, num_groups, num_tokens, start, i_key, length, DQK, 0, DQK)
@@ -208,7 +208,7 @@ def backward_key_kernel(
 @triton.jit
 def backward_time_kernel(
     p_v, p_grad, p_partial, p_offsets, p_times, p_thresholds, p_items, num_tokens, num_groups,
-    DV: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    DV: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_item = tl.program_id(0)
     i_sequence, i_block, start, length = _item(p_items, i_item, p_offsets)
@@ -218,16 +218,16 @@ def backward_time_kernel(
         i_query = i_block * BLOCK + tl.arange(0, BLOCK)
         p_times += start + i_sequence
         next_times = tl.load(p_times + i_query + 1, mask=i_query < length, other=0)
-        for i_start in range(0, (i_block + 1) * BLOCK, BLOCK):
-            i_key = i_start + tl.arange(0, BLOCK)
+        for i_start in range(0, (i_block + 1) * BLOCK, STEP):
+            i_key = i_start + tl.arange(0, STEP)
             m_tile = (i_key[None, :] <= i_query[:, None]) & (i_query[:, None] < length)
-            b_dt = tl.zeros([BLOCK, BLOCK], tl.float32)
+            b_dt = tl.zeros([BLOCK, STEP], tl.float32)
             for i_group in range(0, num_groups):
                 b_g = _load_rows(p_grad, i_group, num_groups, num_tokens, start, i_query, length, 3 * DV, DV, DV)
                 b_v = _load_rows(p_v, i_group, num_groups, num_tokens, start, i_key, length, DV, 0, DV)
                 b_dt = tl.dot(b_g, tl.trans(b_v), b_dt, input_precision=PRECISION)
             key_times = tl.load(p_times + i_key, mask=i_key < length, other=0)
-            bucket = _time_bucket(next_times, key_times, p_thresholds)
+            bucket = _time_bucket(next_times[:, None] - key_times[None, :], p_thresholds)
             lowest = tl.min(tl.where(m_tile, bucket, 255))
             highest = tl.max(tl.where(m_tile, bucket, 0))
             for i_present in range(lowest, highest + 1):

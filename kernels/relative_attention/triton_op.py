@@ -23,12 +23,14 @@ class LaunchConfig:
     """How the kernels are launched for one pair of widths.
 
     Attributes:
-        block: queries and keys of a tile.
+        block: queries of a program of the forward and dq kernels, keys of one of the dk/dv kernel.
+        step: keys, or queries, that it takes at a time.
         groups: views × heads that one forward or dk/dv program carries, sharing its masks, buckets, P and T.
         num_warps, num_stages: Triton's, of the forward, dk/dv and dq kernels.
     """
 
     block: int
+    step: int
     groups: int
     num_warps: int
     num_stages: int
@@ -36,13 +38,15 @@ class LaunchConfig:
     @classmethod
     def choose(cls, num_groups: int, dqk: int, dv: int, itemsize: int) -> LaunchConfig:
         width = max(16, triton.next_power_of_2(max(dqk, dv)))
-        # Three accumulators of (block, width) float32 a group: 64 columns are 96 registers a thread of 4 warps.
+        # Three accumulators of (block, width) float32 a group: 64 columns are 96 registers a thread of 4 warps. The
+        # tile of buckets, int64 differences and addresses wants most of the others: hence steps of 32.
         groups = min(triton.next_power_of_2(num_groups), max(1, 64 // width))
+        stages = 2 if itemsize == 2 else 1
         if width <= 64:
-            return cls(block=64, groups=groups, num_warps=4, num_stages=2 if itemsize == 2 else 1)
+            return cls(block=64, step=32, groups=groups, num_warps=4, num_stages=stages)
         if width <= 128:
-            return cls(block=64, groups=1, num_warps=8, num_stages=2 if itemsize == 2 else 1)
-        return cls(block=32, groups=1, num_warps=8, num_stages=1)
+            return cls(block=64, step=32, groups=1, num_warps=8, num_stages=stages)
+        return cls(block=32, step=32, groups=1, num_warps=8, num_stages=1)
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ def attention_op(
         triton_kernels.forward_kernel[(query_items.shape[0] * group_blocks,)](
             q, k, v, out, seq_offsets, timestamps, ts_weights, pos_weights, time_thresholds(q.device), query_items,
             num_tokens, max_seq_len, groups, group_blocks,
-            DQK=dqk, DV=dv, GROUPS=config.groups, BLOCK=config.block, PRECISION=_precision(q.dtype),
+            DQK=dqk, DV=dv, GROUPS=config.groups, BLOCK=config.block, STEP=config.step, PRECISION=_precision(q.dtype),
             num_warps=config.num_warps, num_stages=config.num_stages,
         )  # fmt: skip
     return out
@@ -181,17 +185,17 @@ def attention_backward_op(
     num_items, group_blocks = query_items.shape[0], triton.cdiv(groups, config.groups)
     triton_kernels.backward_query_kernel[(num_items * groups,)](
         q, k, v, grad, dq, seq_offsets, query_items, num_tokens, max_seq_len, groups,
-        DQK=dqk, DV=dv, BLOCK=block, PRECISION=precision, **launch,
+        DQK=dqk, DV=dv, BLOCK=block, STEP=config.step, PRECISION=precision, **launch,
     )  # fmt: skip
     triton_kernels.backward_key_kernel[(num_items * group_blocks,)](
         q, k, v, grad, dk, d_values, seq_offsets, timestamps, ts_weights, pos_weights, thresholds, key_items,
         num_tokens, max_seq_len, groups, group_blocks,
-        DQK=dqk, DV=dv, GROUPS=config.groups, BLOCK=block, PRECISION=precision, **launch,
+        DQK=dqk, DV=dv, GROUPS=config.groups, BLOCK=block, STEP=config.step, PRECISION=precision, **launch,
     )  # fmt: skip
     time_partial = torch.empty(num_items, NUM_TIME_BUCKETS, dtype=torch.float32, device=q.device)
     triton_kernels.backward_time_kernel[(num_items,)](
         v, grad, time_partial, seq_offsets, timestamps, thresholds, query_items, num_tokens, groups,
-        DV=dv, BLOCK=block, PRECISION=precision, **launch,
+        DV=dv, BLOCK=block, STEP=config.step, PRECISION=precision, **launch,
     )  # fmt: skip
     distances = counts.numel()
     # Enough programs to fill a GPU at short lengths, few enough at long ones that the partial sums stay small.

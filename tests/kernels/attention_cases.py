@@ -1,0 +1,99 @@
+"""Jagged batches for the tests of relative attention, and the comparison of a form of it with its definition.
+
+Tolerance, relative to the norm of the reference in float64: TOLERANCES by dtype, about 100 rounding steps of float32;
+for bfloat16 and float16 twice what the definition itself errs in that dtype (see `test_relative_attention_triton.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kernels.relative_attention.reference import relative_attention_reference
+
+NAMES = ("output", "grad q", "grad k", "grad v", "grad ts_weights", "grad pos_weights")
+
+
+@dataclass(frozen=True)
+class Case:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    seq_offsets: Tensor
+    max_seq_len: int
+    timestamps: Tensor
+    ts_weights: Tensor
+    pos_weights: Tensor
+    grad: Tensor
+
+    def to(self, dtype: torch.dtype) -> Case:
+        floats = {
+            name: x.to(dtype) for name, x in vars(self).items() if isinstance(x, Tensor) and x.is_floating_point()
+        }
+        return replace(self, **floats)
+
+
+def make_case(
+    lengths: list[int],
+    *,
+    groups: int = 1,
+    dqk: int = 8,
+    dv: int = 8,
+    max_seq_len: int | None = None,
+    timestamps: Tensor | None = None,
+    seed: int = 0,
+) -> Case:
+    """A float64 case of random values; times rise by random steps of seconds to months unless given."""
+    random = torch.Generator().manual_seed(seed)
+    sizes = torch.tensor(lengths, dtype=torch.int64)
+    seq_offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    num_tokens = int(seq_offsets[-1])
+    max_seq_len = max_seq_len or max([1, *lengths])
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=random, dtype=torch.float64)
+
+    if timestamps is None:
+        steps = torch.exp(15 * torch.rand(num_tokens + len(lengths), generator=random, dtype=torch.float64)).long()
+        timestamps = 1_500_000_000 + steps.cumsum(0)
+    return Case(
+        normal(groups, num_tokens, dqk),
+        normal(groups, num_tokens, dqk),
+        normal(groups, num_tokens, dv),
+        seq_offsets,
+        max_seq_len,
+        timestamps,
+        normal(129),
+        normal(2 * max_seq_len - 1),
+        normal(groups, num_tokens, 3 * dv),
+    )
+
+
+def results(attention: Callable[..., Tensor], case: Case) -> list[Tensor]:
+    """Output and the five gradients, in the order of NAMES."""
+    leaves = [x.detach().clone().requires_grad_() for x in (case.q, case.k, case.v, case.ts_weights, case.pos_weights)]
+    q, k, v, ts_weights, pos_weights = leaves
+    y = attention(q, k, v, case.seq_offsets, case.max_seq_len, case.timestamps, ts_weights, pos_weights)
+    gradients = torch.autograd.grad(y, leaves, case.grad, allow_unused=True)
+    return [y.detach(), *(torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves, strict=True))]
+
+
+def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
+    """‖found − expected‖ / ‖expected‖ of each, in float64; where the reference is zero, ‖found‖."""
+    errors = []
+    for x, reference in zip(found, expected, strict=True):
+        assert x.shape == reference.shape
+        scale = reference.double().norm().item()
+        errors.append((x.double() - reference.double()).norm().item() / (scale or 1.0))
+    return errors
+
+
+def assert_agrees(attention: Callable[..., Tensor], case: Case, dtype: torch.dtype, tolerance: float) -> None:
+    """Output and every gradient of ``case`` in ``dtype`` against the definition in float64."""
+    low = case.to(dtype)
+    errors = relative_errors(results(attention, low), results(relative_attention_reference, low.to(torch.float64)))
+    for name, error in zip(NAMES, errors, strict=True):
+        assert error <= tolerance, f"{name}: relative error {error:.2e} over {tolerance:.0e}"

@@ -1,0 +1,150 @@
+"""The PyTorch form of relative attention and the checks in front of both forms."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import plan_attention, relative_attention
+from kernels.relative_attention import plan as plan_module
+from kernels.relative_attention.plan import MASKED_BUCKET, make_tile_plan
+from kernels.relative_attention.reference import time_bucket
+from tests.kernels.attention_cases import Case, assert_agrees, make_case, relative_errors, results
+
+EDGES = {
+    "empty sequences": [0, 3, 0, 0, 5, 0],
+    "no token": [0, 0],
+    "single tokens": [1, 1, 1],
+    "chunk and chunk ± 1": [63, 64, 65],
+    "padding and padding ± 1": [15, 16, 17, 95, 96, 97],
+    "one giant among dwarfs": [2, 300, 1, 3],
+    "all equal": [40] * 5,
+}
+
+
+@pytest.mark.parametrize("lengths", EDGES.values(), ids=EDGES)
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-13), (torch.float32, 2e-6)], ids=["f64", "f32"])
+def test_edges(lengths: list[int], dtype: torch.dtype, tolerance: float) -> None:
+    assert_agrees(relative_attention, make_case(lengths, groups=3, dqk=5, dv=7), dtype, tolerance)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.integers(0, 140), min_size=1, max_size=8),
+    groups=st.integers(1, 5),
+    dqk=st.integers(1, 20),
+    dv=st.integers(1, 20),
+    spare=st.integers(0, 50),
+    seed=st.integers(0, 1000),
+)
+def test_random_shapes(lengths: list[int], groups: int, dqk: int, dv: int, spare: int, seed: int) -> None:
+    max_seq_len = max([1, *lengths]) + spare
+    case = make_case(lengths, groups=groups, dqk=dqk, dv=dv, max_seq_len=max_seq_len, seed=seed)
+    assert_agrees(relative_attention, case, torch.float64, 1e-12)
+
+
+def test_low_precision_computes_in_float32() -> None:
+    case = make_case([30, 70], groups=2)
+    for dtype, tolerance in ((torch.bfloat16, 5e-3), (torch.float16, 1e-3)):
+        assert_agrees(relative_attention, case, dtype, tolerance)
+
+
+def test_strided_operands() -> None:
+    case = make_case([20, 5], groups=2, dqk=6, dv=6).to(torch.float64)
+    both = torch.cat([case.q, case.k], 2)
+    strided = Case(**{**vars(case), "q": both[:, :, :6], "k": both[:, :, 6:]})
+    assert_agrees(relative_attention, strided, torch.float64, 1e-13)
+
+
+def test_gradients_are_the_derivative() -> None:
+    case = make_case([3, 0, 6], groups=2, dqk=3, dv=2)
+    leaves = [x.requires_grad_() for x in (case.q, case.k, case.v, case.ts_weights, case.pos_weights)]
+
+    def attention(*x: torch.Tensor) -> torch.Tensor:
+        return relative_attention(*x[:3], case.seq_offsets, 6, case.timestamps, *x[3:])
+
+    assert torch.autograd.gradcheck(attention, leaves)
+
+
+def test_one_plan_serves_many_calls_and_group_counts() -> None:
+    for groups in (1, 4):
+        case = make_case([50, 0, 80], groups=groups)
+        plan = plan_attention(case.seq_offsets, case.max_seq_len, case.timestamps)
+        for _ in range(2):
+            found = results(lambda *x, plan=plan: relative_attention(*x, plan=plan), case)
+            assert max(relative_errors(found, results(relative_attention, case))) == 0
+
+
+def test_repeats_bit_for_bit() -> None:
+    case = make_case([90, 12, 33, 200], groups=2, dqk=16, dv=16).to(torch.float32)
+    first, second = results(relative_attention, case), results(relative_attention, case)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_buckets_made_anew_for_each_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plan_module, "MAX_KEPT_PAIRS", 0)
+    case = make_case([20, 150, 64], groups=2)
+    assert make_tile_plan(case.seq_offsets, case.timestamps).buckets.numel() == 0
+    assert_agrees(relative_attention, case, torch.float64, 1e-13)
+
+
+def test_every_time_bucket_equal_and_backward_times() -> None:
+    spread = torch.exp(torch.arange(0.0, 43, 0.6, dtype=torch.float64)).long()
+    for times in (spread, torch.full_like(spread, 7), spread.flip(0), spread[torch.randperm(len(spread))]):
+        case = make_case([len(times) - 1], timestamps=times)
+        assert_agrees(relative_attention, case, torch.float64, 1e-13)
+
+
+def test_buckets_are_the_public_formula_at_every_boundary() -> None:
+    boundary = torch.exp(0.301 * torch.arange(1.0, 146, dtype=torch.float64)).clamp(max=2.0**62).long()
+    near = torch.cat([boundary + step for step in (-300, -2, -1, 0, 1, 2, 300)])
+    times = torch.stack([torch.zeros_like(near), near], 1)
+    plan = make_tile_plan(torch.arange(len(near) + 1), times.view(-1))
+    # One token a sequence, in slots 16 apart: its own bucket stands first in each 16 × 16 tile.
+    assert torch.equal(plan.buckets.view(-1, 256)[:, 0].long(), time_bucket(near))
+    assert time_bucket(near).max() == 128 and (plan.buckets.view(-1, 16, 16)[:, 0, 1:] == MASKED_BUCKET).all()
+
+
+def arguments() -> dict[str, object]:
+    case = make_case([4, 6], groups=2, dqk=3, dv=5, max_seq_len=8)
+    return {name: x for name, x in vars(case).items() if name != "grad"}
+
+
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("q", lambda x: x[0], r"q must be floating and \(G, T, dqk\)"),
+        ("k", lambda x: x[:, :, :2], r"k has shape \(2, 10, 2\); q has \(2, 10, 3\)"),
+        ("v", lambda x: x[:, :9], r"v has shape \(2, 9, 5\)"),
+        ("v", lambda x: x.float(), r"v has dtype torch.float32; q has torch.float64"),
+        ("seq_offsets", lambda x: x.int(), r"seq_offsets must be int64"),
+        ("seq_offsets", lambda x: torch.tensor([0, 11, 10]), r"seq_offsets must not fall"),
+        ("seq_offsets", lambda x: torch.tensor([1, 4, 10]), r"seq_offsets must start at 0, not 1"),
+        ("max_seq_len", lambda x: 5, r"pos_weights has shape \(15,\); expected \(9,\)"),
+        ("timestamps", lambda x: x[:-1], r"timestamps has 11 entries; T \+ B is 12"),
+        ("timestamps", lambda x: x.double(), r"timestamps must be int64"),
+        ("ts_weights", lambda x: x[:-1], r"ts_weights has shape \(128,\); expected \(129,\)"),
+        ("pos_weights", lambda x: x[:-1], r"pos_weights has shape \(14,\); expected \(15,\)"),
+    ],
+)
+def test_bad_arguments_are_named(name: str, change: object, message: str) -> None:
+    bad = arguments()
+    bad[name] = change(bad[name])
+    with pytest.raises(ValueError, match=message):
+        relative_attention(**bad)
+
+
+def test_sequence_longer_than_max_seq_len() -> None:
+    bad = arguments() | {"max_seq_len": 5, "pos_weights": torch.zeros(9, dtype=torch.float64)}
+    with pytest.raises(ValueError, match="seq_offsets has a sequence of 6 tokens; max_seq_len is 5"):
+        relative_attention(**bad)
+
+
+def test_backends_are_never_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="TRITON_INTERPRET=1"):
+        relative_attention(**arguments(), backend="triton")
+    with pytest.raises(ValueError, match=r"backend \('cuda'\) must be one of auto, torch, triton"):
+        relative_attention(**arguments(), backend="cuda")

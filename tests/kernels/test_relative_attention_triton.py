@@ -1,0 +1,110 @@
+"""The Triton form of relative attention, on the GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from kernels import plan_attention, relative_attention
+from kernels.relative_attention.reference import relative_attention_reference, time_bucket
+from kernels.relative_attention.triton_op import LaunchConfig, attention_op, make_work_lists, time_thresholds
+from tests.kernels.attention_cases import Case, assert_agrees, make_case, relative_errors, results
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+attention = functools.partial(relative_attention, backend="triton")
+
+EDGES = {
+    "empty sequences": ([0, 3, 0, 5, 0], 1, 8, 8),
+    "no token": ([0, 0], 2, 4, 4),
+    "block and block ± 1": ([63, 64, 65], 1, 16, 16),
+    "one giant among dwarfs": ([2, 150, 1], 1, 5, 7),
+    "groups that share a program": ([20, 7], 5, 16, 9),
+    "wide values": ([34], 1, 8, 200),
+    "wide keys": ([34], 1, 136, 8),
+}
+
+
+def on_device(case: Case) -> Case:
+    return Case(**{name: x.to(DEVICE) if isinstance(x, torch.Tensor) else x for name, x in vars(case).items()})
+
+
+@pytest.mark.parametrize("lengths, groups, dqk, dv", EDGES.values(), ids=EDGES)
+def test_edges(lengths: list[int], groups: int, dqk: int, dv: int) -> None:
+    case = make_case(lengths, groups=groups, dqk=dqk, dv=dv, max_seq_len=max(*lengths, 1) + 3)
+    assert_agrees(attention, on_device(case), torch.float32, 2e-6)
+
+
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    lengths=st.lists(st.integers(0, 70), min_size=1, max_size=3),
+    groups=st.integers(1, 3),
+    dqk=st.integers(1, 40),
+    dv=st.integers(1, 40),
+    seed=st.integers(0, 1000),
+)
+def test_random_shapes(lengths: list[int], groups: int, dqk: int, dv: int, seed: int) -> None:
+    case = make_case(lengths, groups=groups, dqk=dqk, dv=dv, seed=seed)
+    assert_agrees(attention, on_device(case), torch.float32, 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "f16"])
+def test_low_precision(dtype: torch.dtype) -> None:
+    """Within twice the error of the definition computed in the same dtype, and one rounding of the output."""
+    case = on_device(make_case([40, 9], groups=2, dqk=16, dv=16)).to(dtype)
+    exact = results(relative_attention_reference, case.to(torch.float64))
+    eager = relative_errors(results(relative_attention_reference, case), exact)
+    found = relative_errors(results(attention, case), exact)
+    assert all(error <= 2 * (limit + torch.finfo(dtype).eps) for error, limit in zip(found, eager, strict=True)), found
+
+
+def test_every_time_bucket_equal_and_backward_times() -> None:
+    spread = torch.exp(torch.arange(0.0, 43, 1.1, dtype=torch.float64)).long()
+    for times in (spread, torch.full_like(spread, 7), spread.flip(0)):
+        case = make_case([len(times) - 1], dqk=4, dv=4, timestamps=times)
+        assert_agrees(attention, on_device(case), torch.float32, 2e-6)
+
+
+def test_thresholds_put_every_difference_where_the_formula_does() -> None:
+    thresholds = time_thresholds(torch.device("cpu"))
+    exact = torch.exp(0.301 * torch.arange(146, dtype=torch.float64)).clamp(max=2.0**62).long()
+    near = torch.cat([exact + step for step in range(-300, 301, 7)]).clamp(min=0)
+    found = torch.bucketize(near.float().clamp(min=1), thresholds[1:], right=True)
+    assert torch.equal(found, time_bucket(near))
+
+
+def test_work_lists_hold_every_block_once_heaviest_first() -> None:
+    lists = make_work_lists(torch.tensor([0, 70, 70, 80, 280]), 280, 200, 64)
+    real = [tuple(item) for item in lists.query_items.tolist() if item[0] >= 0]
+    assert real == [(3, 3), (3, 2), (0, 1), (3, 1), (0, 0), (2, 0), (3, 0)]
+    keys = [tuple(item) for item in lists.key_items.tolist() if item[0] >= 0]
+    assert keys == [(3, 0), (3, 1), (0, 0), (3, 2), (0, 1), (2, 0), (3, 3)]
+    assert lists.counts.tolist() == [7, 4, 2, 1]
+    assert lists.query_items.shape == (280 // 64 + 4, 2)
+
+
+def test_one_plan_and_repeats_bit_for_bit() -> None:
+    case = on_device(make_case([70, 12], groups=2)).to(torch.float32)
+    plan = plan_attention(case.seq_offsets, case.max_seq_len, case.timestamps, backend="triton")
+    first, second = results(attention, case), results(functools.partial(attention, plan=plan), case)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    with pytest.raises(ValueError, match="plan is a WorkPlan, made for another backend than torch"):
+        results(functools.partial(relative_attention, backend="torch", plan=plan), case)
+
+
+def test_custom_operator_passes_opcheck() -> None:
+    case = on_device(make_case([5, 0, 9], groups=2, dqk=3, dv=4)).to(torch.float32)
+    block = LaunchConfig.choose(2, 3, 4, 4).block
+    lists = make_work_lists(case.seq_offsets, 14, case.max_seq_len, block)
+    floats = [x.requires_grad_() for x in (case.q, case.k, case.v, case.ts_weights, case.pos_weights)]
+    work = (lists.query_items, lists.key_items, lists.counts)
+    torch.library.opcheck(attention_op, (*floats, case.seq_offsets, case.timestamps, *work, case.max_seq_len))
+
+
+def test_float64_is_refused() -> None:
+    case = on_device(make_case([3]))
+    with pytest.raises(ValueError, match=r"q has dtype torch\.float64; the triton backend takes float32"):
+        results(attention, case)
