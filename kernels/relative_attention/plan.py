@@ -115,7 +115,7 @@ def make_tile_plan(seq_offsets: Tensor, timestamps: Tensor) -> TilePlan:
     pieces, placed = _group(lengths.tolist())
     sequence = torch.repeat_interleave(lengths)
     token = torch.arange(sequence.numel(), device=device)
-    sequence_slot, piece_slot, piece_slots = torch.tensor(placed, device=device).view(-1, 3).T[:, sequence]
+    sequence_slot, piece_slot, piece_slots = torch.tensor(placed, dtype=torch.int64, device=device).view(-1, 3).T[:, sequence]
     slot = sequence_slot + token - seq_offsets.to(device)[sequence]
 
     slots = sum(piece.count * piece.length for piece in pieces)
