@@ -116,6 +116,11 @@ class Monitor:
 
         Added: step, time, host, command, Python and package versions, world_size.
         """
+        if self.rank == 0:
+            parameters = sum(info.get("parameters", {}).values())
+            processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
+            place = f"{processes} on {info.get('device', 'an unknown device')}"
+            self.note(f"{self.output_dir}: {parameters:,} parameters, {place}, {self.total_steps:,} steps")
         self._write(
             {
                 "kind": "run",

@@ -187,8 +187,10 @@ def test_warnings_of_libraries_go_to_the_log_alone(tmp_path: Path, capfd: pytest
 
 
 def test_run_info_names_versions_and_command(tmp_path: Path) -> None:
-    with Monitor(tmp_path, total_steps=1, world_size=2, console=plain_console()) as monitor:
-        monitor.run_info({"device": "cpu", "parameters": {"tables": 10}})
+    console = plain_console()
+    with Monitor(tmp_path, total_steps=1, world_size=2, console=console) as monitor:
+        monitor.run_info({"device": "cpu", "parameters": {"tables": 1000, "decoder": 10}})
+    assert shown(console) == f"{tmp_path}: 1,010 parameters, 2 processes on cpu, 1 steps\n"
     (record,) = read_metrics(tmp_path / "metrics.jsonl")
     assert record["versions"]["torch"] == torch.__version__
     assert record["world_size"] == 2 and record["device"] == "cpu" and record["command"]
