@@ -12,6 +12,7 @@ Legend: R rows, d width, E experts, f hidden width.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -88,5 +89,5 @@ class _ExpertFFN(torch.autograd.Function):
 
 def _segments(bounds: list[int]) -> list[tuple[int, slice]]:
     """The experts that have rows, and which."""
-    pairs = enumerate(zip(bounds, bounds[1:], strict=False))
+    pairs = enumerate(itertools.pairwise(bounds))
     return [(expert, slice(start, end)) for expert, (start, end) in pairs if end > start]
