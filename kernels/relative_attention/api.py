@@ -5,15 +5,15 @@ Legend: B sequences, N max_seq_len, T tokens, G groups (views × heads).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from kernels.backend import resolve_backend
-from kernels.relative_attention import tiled
 from kernels.relative_attention.plan import TilePlan, make_tile_plan
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS
+from kernels.relative_attention.tiled_op import TiledAttention, tiled_op
 
 if TYPE_CHECKING:
     from kernels.relative_attention.triton_op import WorkPlan
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def plan_attention(
     seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor, *, backend: str = "auto"
-) -> TilePlan | WorkPlan:
+) -> TilePlan | WorkPlan | None:
     """What depends on the offsets and timestamps alone, once for all blocks of a decoder, forward and backward.
 
     Args:
@@ -29,13 +29,17 @@ def plan_attention(
         timestamps: (T + B,) int64 seconds, each sequence with one entry more than its length.
         backend: ``auto``, ``torch`` or ``triton``, that of the calls that the plan is for.
 
+    Returns:
+        the ``plan`` of `relative_attention`. Under torch.compile None for the torch backend: its operator plans itself.
+
     Raises:
-        ValueError: an argument is wrong; the message names it.
+        ValueError: an argument is wrong; the message names it. Values are read, in one transfer, to be checked; under
+            torch.compile they are not.
     """
     chosen = resolve_backend(backend, timestamps.device)
     _check_batch(seq_offsets, max_seq_len, timestamps)
     if chosen == "torch":
-        return make_tile_plan(seq_offsets, timestamps)
+        return None if torch.compiler.is_compiling() else make_tile_plan(seq_offsets, timestamps)
     # Here, not above: the triton package need not be installed where it does not run.
     from kernels.relative_attention.triton_op import WorkPlan
 
@@ -81,49 +85,20 @@ def relative_attention(
     _check_operands(q, k, v, seq_offsets, timestamps, ts_weights, pos_weights, max_seq_len)
     if plan is None:
         plan = plan_attention(seq_offsets, max_seq_len, timestamps, backend=chosen)
+    operands = (q, k, v, ts_weights, pos_weights)
+    if plan is None:
+        return tiled_op(*operands, seq_offsets, timestamps, max_seq_len)
     if (chosen == "torch") != isinstance(plan, TilePlan):
         raise ValueError(f"plan is a {type(plan).__name__}, made for another backend than {chosen}")
     if isinstance(plan, TilePlan):
-        return _TiledAttention.apply(q, k, v, ts_weights, pos_weights, max_seq_len, plan)
+        return TiledAttention.apply(*operands, max_seq_len, plan)
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         raise ValueError(f"q has dtype {q.dtype}; the triton backend takes float32, bfloat16 and float16")
     from kernels.relative_attention.triton_op import LaunchConfig, attention_op
 
     lists = plan.lists(LaunchConfig.choose(q.shape[0], q.shape[2], v.shape[2], q.itemsize).block)
     work = (lists.query_items, lists.key_items, lists.counts)
-    return attention_op(q, k, v, ts_weights, pos_weights, seq_offsets, timestamps, *work, max_seq_len)
-
-
-class _TiledAttention(torch.autograd.Function):
-    """`tiled.forward` and `tiled.backward`, in float64 for float64 operands and in float32 for all others."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        ts_weights: Tensor,
-        pos_weights: Tensor,
-        max_seq_len: int,
-        plan: TilePlan,
-    ) -> Tensor:
-        ctx.save_for_backward(q, k, v, ts_weights, pos_weights)
-        ctx.max_seq_len, ctx.plan = max_seq_len, plan
-        operands = _in_compute_dtype(q, k, v, ts_weights, pos_weights)
-        return tiled.forward(*operands, max_seq_len, plan).to(q.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
-        saved = ctx.saved_tensors
-        operands = _in_compute_dtype(*saved)
-        gradients = tiled.backward(grad.to(operands[0].dtype), *operands, ctx.max_seq_len, ctx.plan)
-        return *(g.to(x.dtype) for g, x in zip(gradients, saved, strict=True)), None, None
-
-
-def _in_compute_dtype(*tensors: Tensor) -> list[Tensor]:
-    dtype = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
-    return [tensor.to(dtype) for tensor in tensors]
+    return attention_op(*operands, seq_offsets, timestamps, *work, max_seq_len)
 
 
 def _check_batch(seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor) -> None:
@@ -134,16 +109,19 @@ def _check_batch(seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor) -> N
             )
     if seq_offsets.numel() < 1:
         raise ValueError("seq_offsets is empty; B sequences have B + 1 offsets")
+    if torch.compiler.is_compiling():
+        return
     lengths = seq_offsets.diff()
-    if int(seq_offsets[0]) != 0:
-        raise ValueError(f"seq_offsets must start at 0, not {int(seq_offsets[0])}")
-    if lengths.numel() and int(lengths.min()) < 0:
+    shortest, longest = (lengths.min(), lengths.max()) if lengths.numel() else (seq_offsets[0], seq_offsets[0])
+    first, tokens, least, most = torch.stack([seq_offsets[0], seq_offsets[-1], shortest, longest]).tolist()
+    if first != 0:
+        raise ValueError(f"seq_offsets must start at 0, not {first}")
+    if least < 0:
         raise ValueError("seq_offsets must not fall")
-    if lengths.numel() and int(lengths.max()) > max_seq_len:
-        raise ValueError(f"seq_offsets has a sequence of {int(lengths.max())} tokens; max_seq_len is {max_seq_len}")
-    expected = int(seq_offsets[-1]) + lengths.numel()
-    if timestamps.numel() != expected:
-        raise ValueError(f"timestamps has {timestamps.numel()} entries; T + B is {expected}")
+    if most > max_seq_len:
+        raise ValueError(f"seq_offsets has a sequence of {most} tokens; max_seq_len is {max_seq_len}")
+    if timestamps.numel() != tokens + lengths.numel():
+        raise ValueError(f"timestamps has {timestamps.numel()} entries; T + B is {tokens + lengths.numel()}")
 
 
 def _check_operands(

@@ -38,7 +38,7 @@ class Piece(NamedTuple):
     """n sequences of padded length P, at slots [slot, slot + n·P); pairs: where its buckets start, -1: not kept."""
 
     slot: int
-    count: int
+    members: int
     length: int
     pairs: int
 
@@ -65,7 +65,7 @@ class Chunk(NamedTuple):
 
     @property
     def size(self) -> int:
-        return self.piece.count * self.rows * self.end
+        return self.piece.members * self.rows * self.end
 
 
 @dataclass(frozen=True)
@@ -115,10 +115,12 @@ def make_tile_plan(seq_offsets: Tensor, timestamps: Tensor) -> TilePlan:
     pieces, placed = _group(lengths.tolist())
     sequence = torch.repeat_interleave(lengths)
     token = torch.arange(sequence.numel(), device=device)
-    sequence_slot, piece_slot, piece_slots = torch.tensor(placed, dtype=torch.int64, device=device).view(-1, 3).T[:, sequence]
+    sequence_slot, piece_slot, piece_slots = (
+        torch.tensor(placed, dtype=torch.int64, device=device).view(-1, 3).T[:, sequence]
+    )
     slot = sequence_slot + token - seq_offsets.to(device)[sequence]
 
-    slots = sum(piece.count * piece.length for piece in pieces)
+    slots = sum(piece.members * piece.length for piece in pieces)
     slot_times = timestamps.new_zeros(2, slots)
     slot_times[:, slot] = torch.stack([timestamps[token + sequence], timestamps[token + sequence + 1]])
     pairs = sum(chunk.size for piece in pieces for chunk in piece.chunks())
@@ -139,7 +141,7 @@ def chunk_buckets(chunk: Chunk, slot_times: Tensor, out: Tensor) -> None:
     In float32 and in the order of operations of the public code: `reference.time_bucket` gives the same integers.
     """
     piece = chunk.piece
-    times = slot_times[:, piece.slot : piece.slot + piece.count * piece.length].view(2, piece.count, piece.length)
+    times = slot_times[:, piece.slot : piece.slot + piece.members * piece.length].view(2, piece.members, piece.length)
     seconds = times[1, :, chunk.row : chunk.end, None] - times[0, :, None, : chunk.end]
     bucket = seconds.to(torch.float32).abs_().clamp_(min=1).log_().div_(0.301).clamp_(max=NUM_TIME_BUCKETS - 1)
     later = torch.ones(chunk.rows, chunk.rows, dtype=torch.bool, device=bucket.device).triu_(1)

@@ -35,7 +35,7 @@ def forward(
     for piece in plan.pieces:
         piece_q, piece_k, piece_v, piece_out = (tiles.by_sequence(x, piece) for x in (q, k, v, out))
         v_shared, v_scaled = tiles.by_channel(piece_v), piece_v / max_seq_len
-        shared_out = piece_out.view(groups, piece.count, piece.length, 3, dv)
+        shared_out = piece_out.view(groups, piece.members, piece.length, 3, dv)
         for chunk in piece.chunks():
             rows, keys = slice(chunk.row, chunk.end), slice(0, chunk.end)
             for channel, weights in enumerate((tiles.positional(chunk), tiles.temporal(chunk, tiles.buckets(chunk)))):
@@ -96,11 +96,12 @@ def backward(
             d_scores[:, :, chunk.row :].tril_()
             piece_dq[:, rows] = torch.bmm(d_scores, piece_k[:, keys])
             piece_dk[:, keys] += torch.bmm(d_scores.transpose(1, 2), piece_q[:, rows])
-        by_group = piece_dv.view(groups, piece.count, piece.length, dv)
+        by_group = piece_dv.view(groups, piece.members, piece.length, dv)
         by_group += dv_shared.unflatten(2, (groups, dv)).permute(2, 0, 1, 3)
     d_ts_weights = d_buckets[:NUM_TIME_BUCKETS].to(ts_weights.dtype)
     d_pos_weights = sum_diagonals(d_positions, max_seq_len, pos_weights.numel())
-    return *(tiles.unpad(x, num_tokens) for x in (dq, dk, d_values)), d_ts_weights, d_pos_weights
+    dq, dk, d_values = (tiles.unpad(x, num_tokens) for x in (dq, dk, d_values))
+    return dq, dk, d_values, d_ts_weights, d_pos_weights
 
 
 class _Tiles:
@@ -138,8 +139,8 @@ class _Tiles:
 
     def by_sequence(self, x: Tensor, piece: Piece) -> Tensor:
         """A piece's part of (G·S, w) as (G·n, P, w)."""
-        start, size = self.groups * piece.slot, self.groups * piece.count * piece.length
-        return x[start : start + size].view(self.groups * piece.count, piece.length, x.shape[1])
+        start, size = self.groups * piece.slot, self.groups * piece.members * piece.length
+        return x[start : start + size].view(self.groups * piece.members, piece.length, x.shape[1])
 
     def by_channel(self, x: Tensor) -> Tensor:
         """(G·n, P, w) → (n, P, G·w), contiguous."""
@@ -152,7 +153,7 @@ class _Tiles:
 
     def positional(self, chunk: Chunk) -> Tensor:
         """(n, rows, keys), one tile n times."""
-        return self.positions[: chunk.rows, self.columns(chunk)].expand(chunk.piece.count, -1, -1)
+        return self.positions[: chunk.rows, self.columns(chunk)].expand(chunk.piece.members, -1, -1)
 
     def buckets(self, chunk: Chunk) -> Tensor:
         """(n · rows · keys,) int32."""
@@ -166,7 +167,7 @@ class _Tiles:
         """(n, rows, keys)."""
         weights = self.time_scratch[: chunk.size]
         torch.index_select(self.ts_weights, 0, buckets, out=weights)
-        return weights.view(chunk.piece.count, chunk.rows, chunk.end)
+        return weights.view(chunk.piece.members, chunk.rows, chunk.end)
 
     def blank(self, slot: int, chunk: Chunk, groups: int) -> Tensor:
         """(groups · n, rows, keys) of uninitialised scratch."""

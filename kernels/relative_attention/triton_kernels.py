@@ -17,7 +17,9 @@ Layout: q, k (G, T, dqk), v (G, T, dv), out and grad (G, T, 3·dv), contiguous; 
 Legend: L length of a sequence, N max_seq_len; i_ indices, m_ masks, p_ pointers, b_ blocks of values.
 """
 
-# ruff: noqa: RUF005  (Triton's language has no star in a tuple)
+# Triton's language has no star in a tuple, and mypy no tuples of accumulators that grow in unrolled loops.
+# ruff: noqa: RUF005
+# mypy: ignore-errors
 from __future__ import annotations
 
 import triton

@@ -37,16 +37,23 @@ class LaunchConfig:
 
     @classmethod
     def choose(cls, num_groups: int, dqk: int, dv: int, itemsize: int) -> LaunchConfig:
+        """Each branch is what compiles for sm_80 and sm_90 without a spill (`python -m kernels.aot`)."""
         width = max(16, triton.next_power_of_2(max(dqk, dv)))
-        # Three accumulators of (block, width) float32 a group: 64 columns are 96 registers a thread of 4 warps. The
-        # tile of buckets, int64 differences and addresses wants most of the others: hence steps of 32.
-        groups = min(triton.next_power_of_2(num_groups), max(1, 64 // width))
-        stages = 2 if itemsize == 2 else 1
+        # Three accumulators of (block, width) float32 a group. The tile of buckets, int64 differences and gathers wants
+        # most of the other registers: hence the short steps.
+        groups = min(triton.next_power_of_2(num_groups), max(1, 128 // (itemsize * width)))
+        if width <= 16:
+            return cls(block=64, step=16, groups=groups, num_warps=4, num_stages=2 if itemsize == 2 else 1)
         if width <= 64:
-            return cls(block=64, step=32, groups=groups, num_warps=4, num_stages=stages)
+            return cls(block=64, step=16, groups=1, num_warps=8, num_stages=1)
         if width <= 128:
-            return cls(block=64, step=32, groups=1, num_warps=8, num_stages=stages)
-        return cls(block=32, step=32, groups=1, num_warps=8, num_stages=1)
+            return cls(block=32, step=32, groups=1, num_warps=8, num_stages=1)
+        return cls(block=32, step=16, groups=1, num_warps=8, num_stages=1)
+
+    def launch(self, bias_gradient: bool = False) -> dict[str, int]:
+        """The launch options; the two kernels of bias gradients hold one small tile, and spill on 8 warps for sm_80."""
+        num_warps, num_stages = (4, 1) if bias_gradient else (self.num_warps, self.num_stages)
+        return {"num_warps": num_warps, "num_stages": num_stages}
 
 
 @dataclass(frozen=True)
@@ -147,7 +154,7 @@ def attention_op(
             q, k, v, out, seq_offsets, timestamps, ts_weights, pos_weights, time_thresholds(q.device), query_items,
             num_tokens, max_seq_len, groups, group_blocks,
             DQK=dqk, DV=dv, GROUPS=config.groups, BLOCK=config.block, STEP=config.step, PRECISION=_precision(q.dtype),
-            num_warps=config.num_warps, num_stages=config.num_stages,
+            **config.launch(),
         )  # fmt: skip
     return out
 
@@ -181,7 +188,7 @@ def attention_backward_op(
         return dq, dk, d_values, torch.zeros_like(ts_weights), torch.zeros_like(pos_weights)
     config = LaunchConfig.choose(groups, dqk, dv, q.itemsize)
     block, precision, thresholds = config.block, _precision(q.dtype), time_thresholds(q.device)
-    launch = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    launch, bias_launch = config.launch(), config.launch(bias_gradient=True)
     num_items, group_blocks = query_items.shape[0], triton.cdiv(groups, config.groups)
     triton_kernels.backward_query_kernel[(num_items * groups,)](
         q, k, v, grad, dq, seq_offsets, query_items, num_tokens, max_seq_len, groups,
@@ -195,15 +202,17 @@ def attention_backward_op(
     time_partial = torch.empty(num_items, NUM_TIME_BUCKETS, dtype=torch.float32, device=q.device)
     triton_kernels.backward_time_kernel[(num_items,)](
         v, grad, time_partial, seq_offsets, timestamps, thresholds, query_items, num_tokens, groups,
-        DV=dv, BLOCK=block, STEP=config.step, PRECISION=precision, **launch,
+        DV=dv, BLOCK=block, STEP=config.step, PRECISION=precision,
+        **bias_launch,
     )  # fmt: skip
     distances = counts.numel()
-    # Enough programs to fill a GPU at short lengths, few enough at long ones that the partial sums stay small.
-    splits = min(num_items, max(1, 512 // distances))
+    # Enough programs to fill a GPU at short lengths, and at long ones to share the many tiles next to the diagonal; the
+    # partial sums take distances · splits · 16 KiB.
+    splits = min(num_items, max(16, 512 // distances))
     position_partial = torch.empty(distances, splits, block, block, dtype=torch.float32, device=q.device)
     triton_kernels.backward_position_kernel[(distances * splits,)](
         v, grad, position_partial, seq_offsets, query_items, counts, num_tokens, groups, splits,
-        DV=dv, BLOCK=block, PRECISION=precision, **launch,
+        DV=dv, BLOCK=block, PRECISION=precision, **bias_launch,
     )  # fmt: skip
     d_ts_weights = time_partial.sum(0, dtype=torch.float64).to(ts_weights.dtype)
     # The tile at distance D stands D blocks left of the last columns of the widest position tile.

@@ -11,6 +11,7 @@ from kernels import plan_attention, relative_attention
 from kernels.relative_attention import plan as plan_module
 from kernels.relative_attention.plan import MASKED_BUCKET, make_tile_plan
 from kernels.relative_attention.reference import time_bucket
+from kernels.relative_attention.tiled_op import tiled_op
 from tests.kernels.attention_cases import Case, assert_agrees, make_case, relative_errors, results
 
 EDGES = {
@@ -30,7 +31,7 @@ def test_edges(lengths: list[int], dtype: torch.dtype, tolerance: float) -> None
     assert_agrees(relative_attention, make_case(lengths, groups=3, dqk=5, dv=7), dtype, tolerance)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 @given(
     lengths=st.lists(st.integers(0, 140), min_size=1, max_size=8),
     groups=st.integers(1, 5),
@@ -105,6 +106,14 @@ def test_buckets_are_the_public_formula_at_every_boundary() -> None:
     # One token a sequence, in slots 16 apart: its own bucket stands first in each 16 × 16 tile.
     assert torch.equal(plan.buckets.view(-1, 256)[:, 0].long(), time_bucket(near))
     assert time_bucket(near).max() == 128 and (plan.buckets.view(-1, 16, 16)[:, 0, 1:] == MASKED_BUCKET).all()
+
+
+def test_operator_passes_opcheck_and_compiles_whole() -> None:
+    case = make_case([5, 0, 9], groups=2, dqk=3, dv=4).to(torch.float32)
+    floats = [x.requires_grad_() for x in (case.q, case.k, case.v, case.ts_weights, case.pos_weights)]
+    torch.library.opcheck(tiled_op, (*floats, case.seq_offsets, case.timestamps, case.max_seq_len))
+    compiled = torch.compile(relative_attention, fullgraph=True, backend="aot_eager")
+    assert_agrees(compiled, case, torch.float32, 2e-6)
 
 
 def arguments() -> dict[str, object]:

@@ -1,0 +1,121 @@
+"""Compiles every kernel variant in use for given GPUs, without a GPU, and says what the code needs.
+
+    python -m kernels.aot --arch 80 --arch 90 --json benchmarks/results/aot.json
+
+An operation with Triton kernels lists its compilations as `aot_variants()`, see `kernels.variant`. Registers, spills and
+tensor-core instructions are read from the machine code by the `cuobjdump` that comes with Triton.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kernels.variant import Variant
+
+MODULES = ("kernels.relative_attention.variants",)
+# Shared memory that one program may ask for, in KiB: A100, H100.
+SHARED_LIMIT_KIB = {80: 163, 90: 227}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--arch", type=int, action="append", help="compute capability, such as 80 or 90; may be repeated"
+    )
+    parser.add_argument("--json", type=Path, help="where the list goes; default: standard output")
+    parser.add_argument("--only", default="", help="regular expression on the kernel and variant names")
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 replaces the compiler by the interpreter: unset it")
+    variants = [variant for module in MODULES for variant in importlib.import_module(module).aot_variants()]
+    variants = [variant for variant in variants if re.search(options.only, f"{variant.kernel.__name__} {variant.name}")]
+    rows = []
+    for variant in variants:
+        for arch in options.arch or sorted(SHARED_LIMIT_KIB):
+            rows.append(compile_variant(variant, arch))
+            print(" ".join(f"{name}={value}" for name, value in rows[-1].items()), file=sys.stderr, flush=True)
+    text = json.dumps(rows, indent=1) + "\n"
+    if options.json is None:
+        sys.stdout.write(text)
+    else:
+        options.json.write_text(text)
+    return 0
+
+
+def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
+    """One row of the report.
+
+    Raises:
+        RuntimeError: the kernel asks for more shared memory than a program of that GPU may have.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = variant.kernel.arg_names
+    source = ASTSource(
+        variant.kernel,
+        signature={name: variant.types.get(name, "constexpr") for name in names},
+        constexprs={(names.index(name),): value for name, value in variant.constants.items()},
+        # As a launch finds them: torch's allocations are aligned.
+        attrs={
+            (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if variant.types.get(name, "")[:1] == "*"
+        },
+    )
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    usage, code = _disassemble(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    if shared > SHARED_LIMIT_KIB.get(arch, 99) * 1024:
+        raise RuntimeError(
+            f"{variant.kernel.__name__} {variant.name} asks for {shared} bytes of shared memory on sm_{arch}"
+        )
+    return {
+        "kernel": variant.kernel.__name__,
+        "variant": variant.name,
+        "arch": arch,
+        "registers": int(_found(r"REG:(\d+)", usage)),
+        # Every thread's stack is spilled registers: no kernel here has an array of its own.
+        "spill_bytes": int(_found(r"STACK:(\d+)", usage)) + int(_found(r"LOCAL:(\d+)", usage)),
+        "shared_bytes": shared,
+        "tensor_core": len(re.findall(r"\bHG?MMA\b", code)),
+        "num_warps": variant.num_warps,
+        "num_stages": variant.num_stages,
+        "triton": triton.__version__,
+    }
+
+
+def _found(pattern: str, text: str) -> str:
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"cuobjdump printed no {pattern}: {text[:200]!r}")
+    return match[1]
+
+
+def _disassemble(cubin: bytes) -> tuple[str, str]:
+    """Resource usage and machine code."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+
+        def run(option: str) -> str:
+            done = subprocess.run([tool, option, path], capture_output=True, text=True, check=True)
+            return done.stdout + done.stderr
+
+        return run("-res-usage"), run("-sass")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
