@@ -23,6 +23,7 @@ from mme.metrics_file import METRICS_FILE, name_in_errors, read_metrics
 from mme.monitor import duration, starved_experts
 from mme.report_style import STYLE
 
+TAKES_ALL = 0.9  # of what one expert can get at most, 1 / top_k
 METRICS = ["hr@10", "hr@50", "ndcg@10", "ndcg@50", "mrr"]
 
 
@@ -180,7 +181,7 @@ def _tiles(run: Run, info: dict[str, Any]) -> list[tuple[str, str]]:
             if record.get(metric) is not None:
                 tiles.append((f"{_split_and_step(run)[0]} {metric.upper()}", _figure(record[metric])))
         if record is not baseline and baseline.get("ndcg@10"):
-            tiles.append(("NDCG@10 beside popularity", _ratio(record.get("ndcg@10"), baseline["ndcg@10"])))
+            tiles.append(("times popularity", _ratio(record.get("ndcg@10"), baseline["ndcg@10"])))
     train = run.of_kind("train")
     if train:
         rates = sorted(record["tokens_per_s"] for record in train if record.get("tokens_per_s") is not None)
@@ -199,15 +200,7 @@ def _training_s(train: Sequence[dict[str, Any]]) -> float:
 
 
 def _warnings(run: Run) -> str:
-    found = []
-    experts = run.of_kind("experts")
-    if experts:
-        blocks = experts[-1]["blocks"]
-        for block, expert, share in starved_experts(experts[-1]["load"]):
-            found.append(
-                f"Expert {expert} of block {blocks[block]} is starved: it gets {share:.2%} of the tokens. A larger "
-                "model.moe.load_balance_coef or fewer experts would put it to use."
-            )
+    found = _expert_warnings(run)
     lost = [record["step"] for record in run.of_kind("train") if record.get("loss") is None]
     if lost:
         found.append(f"The loss was not finite at step {lost[0]:,}.")
@@ -215,9 +208,27 @@ def _warnings(run: Run) -> str:
         found.append("No evaluation was recorded: the run ended before its first one.")
     if not found:
         return ""
-    return (
-        f"<section class='warn'><h2>Warnings</h2><ul>{''.join(f'<li>{escape(t)}</li>' for t in found)}</ul></section>"
-    )
+    listed = "".join(f"<li>{escape(text)}</li>" for text in found)
+    return f"<section class='warn'><h2>Warnings</h2><ul>{listed}</ul></section>"
+
+
+def _expert_warnings(run: Run) -> list[str]:
+    """Experts that get next to nothing, or nearly all that one can get, by the last record."""
+    last, top_k, found = _last(run.of_kind("experts")), run.config.model.moe.top_k, []
+    for index, expert, share in starved_experts(last.get("load", [])):
+        found.append(
+            f"Expert {expert} of block {last['blocks'][index]} is starved: it gets {share:.2%} of the tokens. A larger "
+            "model.moe.load_balance_coef or fewer experts would put it to use."
+        )
+    for block, views in zip(last.get("blocks", []), last.get("load", []), strict=True):
+        for expert, shares in enumerate(zip(*views, strict=True)):
+            share = sum(shares) / len(shares)
+            if len(views[0]) > top_k and share > TAKES_ALL / top_k:
+                found.append(
+                    f"Expert {expert} of block {block} takes nearly all: {share:.1%} of the tokens, of {1 / top_k:.0%} "
+                    "possible. A larger model.moe.load_balance_coef would spread them."
+                )
+    return found
 
 
 def _results_section(run: Run) -> str:

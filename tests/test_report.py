@@ -168,6 +168,15 @@ def test_table_for_the_terminal_has_lift_and_oracle(tmp_path: Path) -> None:
     assert "5.0×" in text and "0.4321" in text
 
 
+def test_expert_that_takes_all_is_named(tmp_path: Path) -> None:
+    load = [[[0.02, 0.5, 0.48], [0.04, 0.42, 0.54]], [[0.4, 0.3, 0.3], [0.3, 0.3, 0.4]]]
+    records = [RUN, {"kind": "experts", "step": 1, "blocks": [0, 1], "load": load}]
+    page = Page(write_report(write_run(tmp_path / "run", records, "model.moe.num_experts=3")))
+    assert "Expert 1 of block 0 takes nearly all: 46.0% of the tokens, of 50% possible" in page.text
+    assert "Expert 2 of block 0 takes nearly all: 51.0%" in page.text
+    assert page.text.count("takes nearly all") == 2 and "starved: it gets 3.00%" in page.text
+
+
 def test_no_results_no_table(tmp_path: Path) -> None:
     assert results_table(read_run(write_run(tmp_path / "run", train_records()))) is None
 
