@@ -11,6 +11,7 @@ diagonal and recomputation count as none. The roofline is the matrix rate measur
 
 from __future__ import annotations
 
+import functools
 import json
 import platform
 import statistics
@@ -106,13 +107,9 @@ def measure(
         with torch.no_grad():
             forward = timed(attend, device, seconds)
         y = attend()
-        grad = torch.randn_like(y)
         inputs = [q, k, v, ts_weights, pos_weights]
-        backward = timed(
-            lambda y=y, grad=grad, inputs=inputs: torch.autograd.grad(y, inputs, grad, retain_graph=True),
-            device,
-            seconds,
-        )
+        differentiate = functools.partial(torch.autograd.grad, y, inputs, torch.randn_like(y), retain_graph=True)
+        backward = timed(differentiate, device, seconds)
         for name, figures in (("forward", forward), ("backward", backward)):
             rows.append(shape | {"form": form, "pass": name, "gflop": gflop[name]} | figures)
     return rows
@@ -145,24 +142,27 @@ def padded_attention(
 
 
 def timed(run: Callable[[], Any], device: torch.device, seconds: float) -> dict[str, float]:
-    """Median and spread (half the distance of the quartiles) of one call, after a warm-up, and the memory it takes."""
+    """Median and spread (half the distance of the quartiles) of one call, after a warm-up; on a GPU its memory too."""
+    # On one CPU thread its own time, which leaves out what other processes take of the core.
+    on_gpu = device.type == "cuda"
+    clock = time.process_time if not on_gpu and torch.get_num_threads() == 1 else time.perf_counter
     run()
     times: list[float] = []
-    if device.type == "cuda":
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+    before = torch.cuda.memory_allocated() if on_gpu else 0
     end = time.perf_counter() + seconds
-    while len(times) < 3 or time.perf_counter() < end:
-        if device.type == "cuda":
+    while len(times) < 5 or time.perf_counter() < end:
+        if on_gpu:
             torch.cuda.synchronize()
-        start = time.perf_counter()
+        start = clock()
         run()
-        if device.type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
+        times.append(1e3 * (clock() - start))
     low, median, high = statistics.quantiles(times, n=4)
     figures = {"ms": median, "spread_ms": (high - low) / 2}
-    if device.type == "cuda":
+    if on_gpu:
         figures["peak_mem_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
     return figures
 
@@ -195,7 +195,7 @@ def report(
         counted = (f"{row['gflop']:.2f}", f"{row['roofline_share']:.0%}") if row["gflop"] else ("", "")
         shape = (str(row["longest"]), str(row["sequences"]), f"{row['groups']} × {row['width']}")
         table.add_row(*shape, row["form"], row["pass"], f"{row['ms']:.2f}", f"{row['spread_ms']:.2f}", *counted)
-    Console().print(table)
+    Console(width=110).print(table)
     if path is not None:
         path.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")
 

@@ -9,7 +9,7 @@ semantic channel's gradient g_A:
     dS = (g_A vᵀ) ⊙ SiLU'(S);  dq = dS k;  dk = dSᵀ q
     d w_pos[r] = Σ of dP along the diagonal j − i = r;  d w_ts[b] = Σ of dT where bucket = b
 
-The order of every sum is fixed, so results are the same bit for bit from run to run.
+On a CPU the order of every sum is fixed, so results are the same bit for bit from run to run.
 
 Legend: T tokens, G groups (views × heads), n sequences of a piece, P its padded length.
 """

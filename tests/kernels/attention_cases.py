@@ -44,9 +44,10 @@ def make_case(
     dv: int = 8,
     max_seq_len: int | None = None,
     timestamps: Tensor | None = None,
+    longest_step: float = 15.0,
     seed: int = 0,
 ) -> Case:
-    """A float64 case of random values; times rise by random steps of seconds to months unless given."""
+    """A float64 case of random values; times, unless given, rise by random steps of up to e^longest_step seconds."""
     random = torch.Generator().manual_seed(seed)
     sizes = torch.tensor(lengths, dtype=torch.int64)
     seq_offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
@@ -57,7 +58,9 @@ def make_case(
         return torch.randn(*shape, generator=random, dtype=torch.float64)
 
     if timestamps is None:
-        steps = torch.exp(15 * torch.rand(num_tokens + len(lengths), generator=random, dtype=torch.float64)).long()
+        steps = torch.exp(
+            longest_step * torch.rand(num_tokens + len(lengths), generator=random, dtype=torch.float64)
+        ).long()
         timestamps = 1_500_000_000 + steps.cumsum(0)
     return Case(
         normal(groups, num_tokens, dqk),

@@ -34,7 +34,7 @@ def on_device(case: Case) -> Case:
 
 @pytest.mark.parametrize("lengths, groups, dqk, dv", EDGES.values(), ids=EDGES)
 def test_edges(lengths: list[int], groups: int, dqk: int, dv: int) -> None:
-    case = make_case(lengths, groups=groups, dqk=dqk, dv=dv, max_seq_len=max(*lengths, 1) + 3)
+    case = make_case(lengths, groups=groups, dqk=dqk, dv=dv, max_seq_len=max(*lengths, 1) + 3, longest_step=3.0)
     assert_agrees(attention, on_device(case), torch.float32, 2e-6)
 
 
@@ -47,7 +47,7 @@ def test_edges(lengths: list[int], groups: int, dqk: int, dv: int) -> None:
     seed=st.integers(0, 1000),
 )
 def test_random_shapes(lengths: list[int], groups: int, dqk: int, dv: int, seed: int) -> None:
-    case = make_case(lengths, groups=groups, dqk=dqk, dv=dv, seed=seed)
+    case = make_case(lengths, groups=groups, dqk=dqk, dv=dv, longest_step=3.0, seed=seed)
     assert_agrees(attention, on_device(case), torch.float32, 2e-6)
 
 
@@ -91,7 +91,7 @@ def test_work_lists_hold_every_block_once_heaviest_first() -> None:
 
 
 def test_one_plan_and_repeats_bit_for_bit() -> None:
-    case = on_device(make_case([65, 3], groups=2)).to(torch.float32)
+    case = on_device(make_case([65, 3], groups=2, longest_step=1.0)).to(torch.float32)
     plan = plan_attention(case.seq_offsets, case.max_seq_len, case.timestamps, backend="triton")
     first, second = results(attention, case), results(functools.partial(attention, plan=plan), case)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -100,8 +100,8 @@ def test_one_plan_and_repeats_bit_for_bit() -> None:
 
 
 def test_custom_operator_passes_opcheck() -> None:
-    case = on_device(make_case([3, 0, 2], groups=2, dqk=3, dv=4)).to(torch.float32)
-    block = LaunchConfig.choose(2, 3, 4, 4).block
+    case = on_device(make_case([3, 0, 2], dqk=3, dv=4)).to(torch.float32)
+    block = LaunchConfig.choose(1, 3, 4, 4).block
     lists = make_work_lists(case.seq_offsets, 5, case.max_seq_len, block)
     floats = [x.requires_grad_() for x in (case.q, case.k, case.v, case.ts_weights, case.pos_weights)]
     work = (lists.query_items, lists.key_items, lists.counts)
