@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +135,8 @@ def _item_index(raw: Any, catalogue: pa.Array, users: Path) -> pa.Array:
 
 def _batch(table: pa.Table, max_seq_len: int, world: World) -> tuple[SequenceBatch, tuple[Tensor, Tensor]]:
     """This rank's rows as a batch of newest windows, and the items that each history holds, with their offsets."""
-    rows = [row for _, row in _share(table.num_rows, world)]
+    share = -(-table.num_rows // world.size)
+    rows = range(min(world.rank * share, table.num_rows), min((world.rank + 1) * share, table.num_rows))
     histories = [table["item_ids"][row].as_py() for row in rows]
     items = [history[-max_seq_len:] for history in histories]
     times = [[*table["timestamps"][row].as_py()[-max_seq_len:], table[REQUEST_TIME][row].as_py()] for row in rows]
@@ -146,16 +146,11 @@ def _batch(table: pa.Table, max_seq_len: int, world: World) -> tuple[SequenceBat
         seq_offsets=torch.tensor([0, *map(len, items)]).cumsum(0),
         timestamps=torch.tensor([time for history in times for time in history], dtype=torch.int64),
         target_ids=torch.zeros_like(flat),  # nothing is predicted but the next item
-        user_rows=torch.tensor(rows, dtype=torch.int64),
+        user_rows=torch.tensor(list(rows), dtype=torch.int64),
     )
     seen = torch.tensor([item for history in histories for item in history], dtype=torch.int64)
     seen_offsets = torch.tensor([0, *map(len, histories)]).cumsum(0)
     return batch.to(world.device), (seen.to(world.device), seen_offsets.to(world.device))
-
-
-def _share(num_rows: int, world: World) -> Iterator[tuple[int, int]]:
-    size = -(-num_rows // world.size)
-    yield from enumerate(range(min(world.rank * size, num_rows), min((world.rank + 1) * size, num_rows)))
 
 
 def _result(table: pa.Table, items: Tensor, scores: Tensor, catalogue: pa.Array) -> pa.Table:
