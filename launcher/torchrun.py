@@ -7,6 +7,7 @@ A worker that ends with status 2 met a mistake that only the user can mend: noth
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 import shlex
@@ -48,7 +49,8 @@ def command(job: Job, module: list[str] | None = None) -> list[str]:
         line += ["--standalone"]
     else:
         line += ["--nnodes", str(job.nnodes), "--rdzv-backend", "c10d", "--rdzv-id", RDZV_ID]
-        line += ["--rdzv-conf", f"join_timeout={NODES_MEET_AFTER_S},read_timeout={NODES_MEET_AFTER_S}"]
+        settings = f"join_timeout={NODES_MEET_AFTER_S},read_timeout={NODES_MEET_AFTER_S}"
+        line += ["--rdzv-conf", settings + (",is_host=true" if _hosts_unawares(job.rdzv_endpoint) else "")]
         line += ["--rdzv-endpoint", job.rdzv_endpoint]
         address = local_address(job.rdzv_endpoint)
         if address is not None:
@@ -58,10 +60,17 @@ def command(job: Job, module: list[str] | None = None) -> list[str]:
 
 
 def environment(job: Job) -> dict[str, str]:
-    """What the workers' environment has beyond this process's: their share of the cores, unless set already."""
-    if "OMP_NUM_THREADS" in os.environ:
-        return {}
-    return {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // job.nproc_per_node))}
+    """What the workers' environment has beyond this process's; what is set there already stays.
+
+    Their share of the cores; and on several nodes the network interface towards the rendezvous, because gloo would else
+    take the address of the host's name, often that of the loopback.
+    """
+    settings = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // job.nproc_per_node))}
+    address = local_address(job.rdzv_endpoint) if job.rdzv_endpoint is not None and job.nnodes > 1 else None
+    for interface, addresses in psutil.net_if_addrs().items():
+        if address is not None and address in {known.address for known in addresses}:
+            settings["GLOO_SOCKET_IFNAME"] = interface
+    return {name: value for name, value in settings.items() if name not in os.environ}
 
 
 def command_line(job: Job) -> str:
@@ -114,15 +123,37 @@ def local_address(endpoint: str) -> str | None:
         return None
 
 
+def _hosts_unawares(endpoint: str) -> bool:
+    """Whether the endpoint is this node's without torchrun seeing it, which looks up no more than the node's own name.
+
+    Where torchrun sees it, it also copes with a second node of the job on this machine, so it is not told there.
+    """
+    address = local_address(endpoint)
+    if address is None or ipaddress.ip_address(address).is_loopback:
+        return False
+    host, _ = split_endpoint(endpoint)
+    return address in _addresses(host) - _addresses(socket.gethostname())
+
+
+def _addresses(host: str) -> set[str]:
+    """The addresses that a name stands for; none where it is unknown."""
+    try:
+        return {str(found[4][0]) for found in socket.getaddrinfo(host, None)}
+    except OSError:
+        return set()
+
+
 def run(job: Job, *, resumes: bool, module: list[str] | None = None) -> int:
     """Runs torchrun to its end and returns 0, 1 (the job failed), 2 (see `USER_ERROR`) or 128 + the signal received.
 
     ``resumes`` is only for what is printed: whether workers that start again go on from a checkpoint.
     """
+    if job.nnodes > 1:
+        _say(f"waiting for {job.nnodes} nodes at {job.rdzv_endpoint}, at most {NODES_MEET_AFTER_S // 60} minutes")
     # A session of its own: Ctrl-C reaches torchrun once, from here, and not a second time in its clean-up.
     process = subprocess.Popen(
         command(job, module),
-        env={**os.environ, **environment(job)},
+        env={"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, **environment(job)},
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
