@@ -70,7 +70,6 @@ class Monitor:
         self._constant: set[tuple[Any, Any]] = set()
         self._window_tokens: Any = 0
         self._window_s, self._window_steps = 0.0, 0
-        self._last_loss = math.nan
         self._started: tuple[float, int] | None = None  # the clock and the step at the end of the first step
         self._shown = -math.inf
         try:
@@ -150,7 +149,7 @@ class Monitor:
         Args:
             step: optimizer steps done, this one included.
             epoch: passes over the data begun before this step, from 0.
-            loss: of this step, all ranks together; a tensor is read only when a line is written.
+            loss: of this step, all ranks together; a tensor is read only when a line is written or shown.
             tokens: target tokens of this step, all ranks together.
             step_s: seconds that the step took.
             extra: other figures of this step, such as grad_norm.
@@ -166,20 +165,20 @@ class Monitor:
         if step % self.log_every == 0 or step == self.total_steps:
             # The loss is this step's own, not a mean over the lines' steps: a run that goes on from a checkpoint
             # between two lines then writes the same bits as one that was never stopped.
-            self._last_loss = float(loss)
+            value = float(loss)
             record: dict[str, Any] = {
                 "kind": "train",
                 "step": step,
                 "epoch": epoch,
-                "loss": self._last_loss,
+                "loss": value,
                 "tokens_per_s": round(rate, 1),
                 "lr": lr,
                 "step_ms": round(1000 * self._window_s / self._window_steps, 3),
             }
             record.update({name: _number(value) for name, value in (extra or {}).items()})
             self._write(record)
-            if not math.isfinite(self._last_loss):
-                self.note(f"warning: the loss at step {step:,} is {self._last_loss}")
+            if not math.isfinite(value):
+                self.note(f"warning: the loss at step {step:,} is {value}")
             self._scalars(step, {f"train/{name}": value for name, value in record.items() if name not in _NO_SCALAR})
             self._window_tokens, self._window_s, self._window_steps = 0, 0.0, 0
         self._show(step, epoch, loss, rate)
@@ -284,9 +283,7 @@ class Monitor:
         if now - self._shown < every and step != self.total_steps:
             return
         self._shown = now
-        if self._last_loss != self._last_loss:
-            self._last_loss = float(loss)
-        figures = f"epoch {epoch}  loss {self._last_loss:.4f}  {_short(rate)} tokens/s  {self._time_left(step, now)}"
+        figures = f"epoch {epoch}  loss {float(loss):.4f}  {_short(rate)} tokens/s  {self._time_left(step, now)}"
         if self._progress is not None:
             self._progress.update(self._task, completed=step, description=figures, refresh=True)
         else:

@@ -125,7 +125,7 @@ def test_plain_lines_come_every_few_seconds_and_count_the_time_left(tmp_path: Pa
     lines = shown(console).splitlines()
     assert len(lines) == 1 + 20  # the first step, then one in ten seconds; the last step falls on one of them
     assert lines[1].startswith("step 6/101") and lines[1].endswith("3:10 left")
-    assert "200 tokens/s" in lines[1]
+    assert "loss 0.1667  200 tokens/s" in lines[1]
     assert lines[-1].startswith("step 101/101") and lines[-1].endswith("done in 3:20")
 
 
