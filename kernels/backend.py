@@ -41,3 +41,14 @@ def triton_installed() -> bool:
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on tensors of any device."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def require_torch_form(operation: str, requested: str, device: torch.device) -> None:
+    """For an operation that has the PyTorch form alone, on every device: `auto` and `torch` mean it.
+
+    Raises:
+        ValueError: ``requested`` is triton, or no backend at all.
+    """
+    resolve_backend(requested, device)
+    if requested == "triton":
+        raise ValueError(f"backend ('triton'): {operation} has no Triton form, expected auto or torch")

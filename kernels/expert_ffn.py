@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import resolve_backend
+from kernels.backend import require_torch_form
 
 
 def expert_ffn(
@@ -48,7 +48,7 @@ def expert_ffn(
         raise ValueError(f"w3 has shape {tuple(w3.shape)}, expected that of w1, {tuple(w1.shape)}")
     if w2.shape != (num_experts, w1.shape[2], x.shape[1]):
         raise ValueError(f"w2 has shape {tuple(w2.shape)}, expected {(num_experts, w1.shape[2], x.shape[1])}")
-    resolve_backend(backend, x.device)
+    require_torch_form("expert_ffn", backend, x.device)
     return _ExpertFFN.apply(x, expert_offsets, w1, w3, w2)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.backend import resolve_backend
+from kernels.backend import require_torch_form
 
 EPS = 1e-6
 
@@ -55,7 +55,7 @@ def dropout_mask(shape: torch.Size, dropout_p: float, device: torch.device) -> t
 
 
 def _norm(a: Tensor, u: Tensor | None, eps: float, dropout_p: float, backend: str) -> Tensor:
-    resolve_backend(backend, a.device)
+    require_torch_form("rms_norm and gated_rms_norm", backend, a.device)
     mask, scale = dropout_mask(a.shape, dropout_p, a.device) if dropout_p else (None, 1.0)
     return _GatedRMSNorm.apply(a, u, mask, scale, eps)
 

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import resolve_backend
+from kernels.backend import require_torch_form
 
 MASKED_LOGIT = -5e4
 TOKENS_AT_ONCE = 32  # tokens whose negatives' rows exist at once; 32 · 128 rows of 50 floats stay in the cache
@@ -65,7 +65,7 @@ def sampled_softmax_loss(
             f"negatives has shape {tuple(negatives.shape)}, expected ({-(-num_tokens // size)}, n) for {num_tokens} tokens "
             f"in groups of {size}"
         )
-    resolve_backend(backend, hidden.device)
+    require_torch_form("sampled_softmax_loss", backend, hidden.device)
     if size == 1:
         return _OwnNegatives.apply(hidden, items, targets, negatives, temperature, logit_offset)
     return _SharedNegatives.apply(hidden, items, targets, negatives, size, temperature, logit_offset)
