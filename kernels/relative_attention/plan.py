@@ -3,11 +3,11 @@
 They depend on the offsets and the timestamps alone, so one plan serves every block of a decoder, forward and backward.
 
 Sequences of about the same length form pieces: a piece is n sequences whose lengths round up to the same P (a multiple
-of 16, from 64 on of 32), worked on together as batched matrix products. Its queries are cut into chunks of CHUNK_ROWS;
+of 16), worked on together as batched matrix products. Its queries are cut into chunks of CHUNK_ROWS;
 a chunk's keys run from the sequence's start to the end of the chunk, so most of what lies above the diagonal is never
-computed. Rows beyond a sequence's end, 15 or 31 at most, hold zeros and add nothing. Example, lengths [10, 100, 16]:
+computed. Rows beyond a sequence's end, 15 at most, hold zeros and add nothing. Example, lengths [10, 100, 16]:
 
-    piece 0: P = 16, sequences 0 and 2;  piece 1: P = 128, sequence 1, chunks (rows 0..63, keys 0..63), (64..127, 0..127)
+    piece 0: P = 16, sequences 0 and 2;  piece 1: P = 112, sequence 1, chunks (rows 0..63, keys 0..63), (64..111, 0..111)
 
 Legend: B sequences, T tokens, n sequences of a piece, P its padded length, S slots (the sum of n·P).
 """
@@ -25,8 +25,9 @@ from kernels.relative_attention.reference import NUM_TIME_BUCKETS
 
 # 64 query rows: a batched product of 64 rows runs at the rate of 96 rows, and less is computed above the diagonal.
 CHUNK_ROWS = 64
-# A piece has as many sequences as keep n·64·P below this: its scores, 256 KiB a group, stay in the cache.
-PIECE_PAIRS = 1 << 16
+# A piece has as many sequences as keep n·64·P below this, 1 MiB of scores a group: a quarter of it costs 12 % more time
+# (64 sequences of about 165, d = 50), four times as much gains nothing.
+PIECE_PAIRS = 1 << 18
 # Time buckets are kept for up to this many (query, key) pairs, 64 MiB; beyond it each chunk makes its own anew, so
 # that memory stays linear in the sequence length.
 MAX_KEPT_PAIRS = 1 << 24
@@ -151,7 +152,7 @@ def chunk_buckets(chunk: Chunk, slot_times: Tensor, out: Tensor) -> None:
 
 def _group(lengths: list[int]) -> tuple[list[Piece], list[tuple[int, int, int]]]:
     """The pieces of sequences of these lengths; and of each sequence its first slot, its piece's, its piece's slots."""
-    padded = [16 * -(-length // 16) if length <= 64 else 32 * -(-length // 32) for length in lengths]
+    padded = [16 * -(-length // 16) for length in lengths]
     order = [b for b in sorted(range(len(lengths)), key=padded.__getitem__) if lengths[b]]
     placed = [(0, 0, 0)] * len(lengths)
     pieces: list[Piece] = []
