@@ -1,7 +1,8 @@
-"""FuXi's relative attention: positional, temporal and semantic channel, causal, jagged, in one pass.
+"""FuXi's relative attention: positional, temporal and semantic channel, causal, jagged, in one pass over the keys.
 
-`reference.py` is the definition, `plan.py` what depends on offsets and timestamps alone, `tiled.py` the PyTorch form,
-`api.py` the public function.
+`reference.py` is the definition; `api.py` the public function, its checks and the choice of the backend; `plan.py`,
+`tiled.py` and `tiled_op.py` the PyTorch form; `triton_kernels.py` and `triton_op.py` the Triton form, `variants.py` its
+compilations in use. docs/kernels.md derives its cost and its tiles.
 """
 
 from __future__ import annotations

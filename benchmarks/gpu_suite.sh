@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# What there is to know of the kernels on one GPU: correctness first, then the tables. Results go to the folder given.
+#   benchmarks/gpu_suite.sh [benchmarks/results/h100]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+results=${1:-benchmarks/results/gpu}
+mkdir -p "$results"
+python -m pytest -q tests/kernels
+lengths=128,256,512,1024,2048,4096,8192
+python -m benchmarks.attention --lengths "$lengths" --json "$results/attention_uniform.json"
+python -m benchmarks.attention --lengths "$lengths" --skewed --json "$results/attention_skewed.json"
