@@ -77,8 +77,8 @@ class Ranker:
         items = [torch.empty(0, k, dtype=torch.int64, device=histories.states.device)]
         values = [histories.states.new_empty(0, k)]
         for _, scores in self._scores(histories, keep=None):
-            best, column = scores.topk(min(k, scores.shape[1]))
-            best = torch.cat(self.world.gather(best.T)).T  # candidates of all ranks, (u, ranks · k)
+            best, column = _first_of_the_best(scores, min(k, scores.shape[1]))
+            best = torch.cat(self.world.gather(best.T)).T  # candidates of all ranks, (u, ranks · 2k)
             candidate = torch.cat(self.world.gather((column + self.first_item).T)).T
             order = torch.argsort(candidate, dim=1)  # equal scores in the order of the items
             best, candidate = best.gather(1, order), candidate.gather(1, order)
@@ -109,3 +109,17 @@ class Ranker:
             inside = (row >= part.start) & (row < part.stop)
             scores[row[inside] - part.start, column[inside]] = -torch.inf
             yield part, scores
+
+
+def _first_of_the_best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Scores and columns, (u, 2k), among which are the k largest of each row, of equal ones those that stand first.
+
+    `topk` alone takes any of the equal ones. The other places hold −inf.
+    """
+    width = scores.shape[1]
+    best, column = scores.topk(k)
+    last = best[:, -1:]
+    columns = torch.arange(width, device=scores.device)
+    first_equal = torch.where(scores == last, -columns, -width).topk(k).values
+    values = [best.where(best > last, -torch.inf), last.where(first_equal > -width, -torch.inf)]
+    return torch.cat(values, dim=1), torch.cat([column, -first_equal], dim=1)
