@@ -37,8 +37,15 @@ def run_script(folder: Path, **environment: str) -> subprocess.CompletedProcess[
 
 def test_make_and_the_image_install_by_the_same_script() -> None:
     assert f'RUN TORCH_INDEX_URL="${{TORCH_INDEX_URL}}" {SCRIPT}\n' in (REPOSITORY / "Dockerfile").read_text()
+    # Without the settings of the make that may be running these tests.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     commands = subprocess.run(
-        ["make", "--dry-run", "test"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        ["make", "--dry-run", "--no-print-directory", "test"],
+        cwd=REPOSITORY,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.splitlines()
     assert commands[0] == SCRIPT
     assert " -m pytest " in commands[1]
