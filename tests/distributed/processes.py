@@ -21,7 +21,8 @@ def run_on(world_size: int, function: Callable[..., Any], *args: Any) -> list[An
     Raises:
         AssertionError: with the traceback of the first process that failed.
     """
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["mme.train"])  # the imports, half of a short test, are done once
     results: Any = context.Queue()
     port = _free_port()
     workers = [
