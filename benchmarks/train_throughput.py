@@ -26,8 +26,11 @@ from rich.console import Console
 from rich.table import Table
 
 from mme.config import load_config
+from mme.data.synthetic import prepare_synthetic
 
 RESULT = "MME_THROUGHPUT_RESULT"  # where the worker of rank 0 leaves its figures
+
+EMBEDDED = Path("datasets/quickstart")
 
 # The public FuXi-α code's setting for ML-1M (arXiv 2502.03036): one table, dense FFN, 128 negatives for each token.
 SETTINGS: dict[str, list[str]] = {
@@ -51,7 +54,7 @@ SETTINGS: dict[str, list[str]] = {
 
 def main(
     overrides: Annotated[Optional[list[str]], typer.Argument(help="key.path=value")] = None,  # noqa: UP045
-    data: Annotated[Path, typer.Option(help="Prepared data set.")] = Path("datasets/quickstart"),
+    data: Annotated[Path, typer.Option(help="Prepared data set; the embedded one is made if missing.")] = EMBEDDED,
     setting: Annotated[str, typer.Option(help=f"One of {', '.join(SETTINGS)}.")] = "quickstart",
     config: Annotated[Path, typer.Option(help="Configuration file.")] = Path("configs/quickstart.yaml"),
     processes: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
@@ -62,6 +65,8 @@ def main(
     """Measures and prints training throughput."""
     options = [f"data.path={data}", *SETTINGS[setting], *(overrides or [])]
     load_config(config, options)
+    if data == EMBEDDED and not data.exists():
+        prepare_synthetic("quickstart", data)
     with tempfile.TemporaryDirectory() as folder:
         result_file = Path(folder) / "result.json"
         worker = [str(config), str(steps), str(repetitions), *options, f"output_dir={folder}/run"]
