@@ -72,6 +72,9 @@ def process_group() -> Iterator[World]:
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
     try:
         yield World(rank, size, device)
+        # gloo's threads drop the tensors of the last collective after it has ended, for which they need Python's lock;
+        # a process that left at once would abort ("terminate called without an active exception"). To wait lets them.
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
