@@ -9,12 +9,28 @@ import importlib.util
 import os
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("auto", "torch", "triton")
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def backend_for(requested: str, name: str, tensor: Tensor) -> str:
+    """``torch`` or ``triton``, for an operation on ``tensor``, its argument ``name``; float64 has the PyTorch form alone.
+
+    Raises:
+        ValueError: as `resolve_backend`, or triton is asked for by name and does not take the dtype.
+    """
+    if requested == "auto" and tensor.dtype not in TRITON_DTYPES:
+        return "torch"
+    chosen = resolve_backend(requested, tensor.device)
+    if chosen == "triton" and tensor.dtype not in TRITON_DTYPES:
+        raise ValueError(f"{name} has dtype {tensor.dtype}; the triton backend takes float32, bfloat16 and float16")
+    return chosen
 
 
 def resolve_backend(requested: str, device: torch.device) -> str:
-    """``torch`` or ``triton``, for tensors on ``device``.
+    """``torch`` or ``triton``, on ``device``.
 
     Raises:
         ValueError: ``requested`` is none of auto, torch and triton, or triton cannot run on ``device``: it needs CUDA,
@@ -41,6 +57,11 @@ def triton_installed() -> bool:
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter, on tensors of any device."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`tl.dot`'s. float32 products follow torch.set_float32_matmul_precision: "highest" is exact, the others allow TF32."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
 def require_torch_form(operation: str, requested: str, device: torch.device) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kernels.backend import resolve_backend
+from kernels.backend import backend_for, resolve_backend
 from kernels.relative_attention.plan import TilePlan, make_tile_plan
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS
 from kernels.relative_attention.tiled_op import TiledAttention, tiled_op
@@ -72,7 +72,7 @@ def relative_attention(
         timestamps: (T + B,) int64 seconds: of each sequence's tokens, then of the event asked for.
         ts_weights: (129,), one weight for each time bucket.
         pos_weights: (2N − 1,), w_pos.
-        backend: ``auto`` (triton on CUDA, torch elsewhere), ``torch`` or ``triton``.
+        backend: ``auto`` (triton on CUDA, torch elsewhere and for float64), ``torch`` or ``triton``.
         plan: of `plan_attention` for these offsets and timestamps; None: made here.
 
     Returns:
@@ -81,7 +81,7 @@ def relative_attention(
     Raises:
         ValueError: an argument is wrong; the message names it.
     """
-    chosen = resolve_backend(backend, q.device)
+    chosen = backend_for(backend, "q", q)
     _check_operands(q, k, v, seq_offsets, timestamps, ts_weights, pos_weights, max_seq_len)
     if plan is None:
         plan = plan_attention(seq_offsets, max_seq_len, timestamps, backend=chosen)
@@ -92,8 +92,6 @@ def relative_attention(
         raise ValueError(f"plan is a {type(plan).__name__}, made for another backend than {chosen}")
     if isinstance(plan, TilePlan):
         return TiledAttention.apply(*operands, max_seq_len, plan)
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        raise ValueError(f"q has dtype {q.dtype}; the triton backend takes float32, bfloat16 and float16")
     from kernels.relative_attention.triton_op import LaunchConfig, attention_op
 
     lists = plan.lists(LaunchConfig.choose(q.shape[0], q.shape[2], v.shape[2], q.itemsize).block)

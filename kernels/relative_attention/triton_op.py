@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.backend import dot_precision
 from kernels.relative_attention import triton_kernels
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS
 from kernels.relative_attention.tiled import sum_diagonals
@@ -124,11 +125,6 @@ def time_thresholds(device: torch.device) -> Tensor:
     return high.view(torch.float32).to(device)
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """float32 products follow torch.set_float32_matmul_precision: "highest" is exact, the others allow TF32."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
-
-
 @torch.library.custom_op("kernels::relative_attention", mutates_args=())
 def attention_op(
     q: Tensor,
@@ -153,7 +149,7 @@ def attention_op(
         triton_kernels.forward_kernel[(query_items.shape[0] * group_blocks,)](
             q, k, v, out, seq_offsets, timestamps, ts_weights, pos_weights, time_thresholds(q.device), query_items,
             num_tokens, max_seq_len, groups, group_blocks,
-            DQK=dqk, DV=dv, GROUPS=config.groups, BLOCK=config.block, STEP=config.step, PRECISION=_precision(q.dtype),
+            DQK=dqk, DV=dv, GROUPS=config.groups, BLOCK=config.block, STEP=config.step, PRECISION=dot_precision(q.dtype),
             **config.launch(),
         )  # fmt: skip
     return out
@@ -187,7 +183,7 @@ def attention_backward_op(
     if not grad.numel():
         return dq, dk, d_values, torch.zeros_like(ts_weights), torch.zeros_like(pos_weights)
     config = LaunchConfig.choose(groups, dqk, dv, q.itemsize)
-    block, precision, thresholds = config.block, _precision(q.dtype), time_thresholds(q.device)
+    block, precision, thresholds = config.block, dot_precision(q.dtype), time_thresholds(q.device)
     launch, bias_launch = config.launch(), config.launch(bias_gradient=True)
     num_items, group_blocks = query_items.shape[0], triton.cdiv(groups, config.groups)
     triton_kernels.backward_query_kernel[(num_items * groups,)](
