@@ -21,7 +21,7 @@ from typing import Any
 
 from kernels.variant import Variant
 
-MODULES = ("kernels.relative_attention.variants",)
+MODULES = ("kernels.relative_attention.variants", "kernels.sampled_softmax.variants")
 # Shared memory that one program may ask for, in KiB: A100, H100.
 SHARED_LIMIT_KIB = {80: 163, 90: 227}
 

@@ -1,17 +1,10 @@
-"""Sampled softmax: the loss of each token over its target and its negatives, without the gathered negatives.
+"""Sampled softmax in PyTorch, for the CPU and for what the Triton form does not take.
 
-With unit vectors h_t and e_i, temperature τ and offset o, the logits of token t are
+With a group of one, logits are products of a row with its own gathered rows, a few tokens at a time, and both gradients
+are weighted sums of rows (`embedding_bag`); the sum into the items reads its entries sorted by item, so that it runs in a
+fixed order. In larger groups all are batched products.
 
-    z_t0 = ⟨h_t, e_target⟩ / τ,    z_tj = ⟨h_t, e_neg(t,j)⟩ / τ + o  (−5e4 where the negative is the target)
-    loss_t = ln Σ_j exp z_tj − z_t0
-
-    d h_t = Σ_j g_tj e_j,    d e_i = Σ over the (t, j) that name i of g_tj h_t,    g = (softmax(z) − 1[j = 0]) · grad / τ
-
-Token t uses the negatives of group t // group_size. With a group of one, logits are products of a row with its own
-gathered rows, a few tokens at a time, and both gradients are weighted sums of rows (`embedding_bag`); the sum into the
-items reads its entries sorted by item, so that it runs in a fixed order. In larger groups all are batched products.
-
-Legend: T tokens, D width, U distinct items, n negatives, g group_size.
+Legend: T tokens, D width, U distinct items, n negatives; see `api.py` for the definition.
 """
 
 from __future__ import annotations
@@ -22,56 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import require_torch_form
-
 MASKED_LOGIT = -5e4
 TOKENS_AT_ONCE = 32  # tokens whose negatives' rows exist at once; 32 · 128 rows of 50 floats stay in the cache
 
 
-def sampled_softmax_loss(
-    hidden: Tensor,
-    items: Tensor,
-    targets: Tensor,
-    negatives: Tensor,
-    *,
-    group_size: int = 1,
-    temperature: float = 0.05,
-    logit_offset: float = 0.0,
-    backend: str = "auto",
-) -> Tensor:
-    """The loss of each token.
-
-    Args:
-        hidden: (T, D) and items: (U, D), both normalised by the caller, of one dtype.
-        targets: (T,) int64 rows of ``items``.
-        negatives: (ceil(T / group_size), n) int64 rows of ``items``; token t uses row t // group_size.
-        group_size: consecutive tokens that share their negatives; 0: all tokens share one row.
-        temperature: τ. logit_offset: added to the negatives' logits.
-
-    Returns:
-        (T,) float32 (float64 for float64 input), differentiable in ``hidden`` and ``items``.
-
-    Raises:
-        ValueError: a shape does not fit, or the backend cannot run here.
-    """
-    num_tokens = hidden.shape[0]
-    size = group_size or max(1, num_tokens)
-    if hidden.dim() != 2 or items.dim() != 2 or hidden.shape[1] != items.shape[1]:
-        raise ValueError(f"hidden {tuple(hidden.shape)} and items {tuple(items.shape)} must be (T, D) and (U, D)")
-    if targets.shape != (num_tokens,):
-        raise ValueError(f"targets has shape {tuple(targets.shape)}, expected ({num_tokens},)")
-    if negatives.dim() != 2 or negatives.shape[0] != -(-num_tokens // size):
-        raise ValueError(
-            f"negatives has shape {tuple(negatives.shape)}, expected ({-(-num_tokens // size)}, n) for {num_tokens} tokens "
-            f"in groups of {size}"
-        )
-    require_torch_form("sampled_softmax_loss", backend, hidden.device)
-    if size == 1:
-        return _OwnNegatives.apply(hidden, items, targets, negatives, temperature, logit_offset)
-    return _SharedNegatives.apply(hidden, items, targets, negatives, size, temperature, logit_offset)
-
-
-class _OwnNegatives(torch.autograd.Function):
+class OwnNegatives(torch.autograd.Function):
     """Every token has negatives of its own."""
 
     @staticmethod
@@ -118,7 +66,7 @@ class _OwnNegatives(torch.autograd.Function):
         return grad_hidden, grad_items, None, None, None, None
 
 
-class _SharedNegatives(torch.autograd.Function):
+class SharedNegatives(torch.autograd.Function):
     """Groups of consecutive tokens share their negatives."""
 
     @staticmethod

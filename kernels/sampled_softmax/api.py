@@ -1,0 +1,101 @@
+"""The public function of sampled softmax: checks, choice of the backend.
+
+With unit vectors h_t and e_i, temperature τ and offset o, the logits of token t are
+
+    z_t0 = ⟨h_t, e_target⟩ / τ,    z_tj = ⟨h_t, e_neg(t,j)⟩ / τ + o  (−5e4 where the negative is the target)
+    loss_t = ln Σ_j exp z_tj − z_t0
+
+    d h_t = Σ_j g_tj e_j,    d e_i = Σ over the (t, j) that name i of g_tj h_t,    g = (softmax(z) − 1[j = 0]) · grad / τ
+
+Token t uses the negatives of group t // group_size.
+
+Legend: T tokens, D width, U distinct items, n negatives, g group_size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.backend import resolve_backend
+from kernels.sampled_softmax.torch_form import OwnNegatives, SharedNegatives
+
+TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TRITON_WIDTH = 512  # a program holds a row of accumulators
+
+
+def sampled_softmax_loss(
+    hidden: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    *,
+    group_size: int = 1,
+    temperature: float = 0.05,
+    logit_offset: float = 0.0,
+    backend: str = "auto",
+) -> Tensor:
+    """The loss of each token.
+
+    Args:
+        hidden: (T, D) and items: (U, D), both normalised by the caller, of one dtype: float64, float32, bfloat16 or
+            float16.
+        targets: (T,) int64 rows of ``items``.
+        negatives: (ceil(T / group_size), n) int64 rows of ``items``; token t uses row t // group_size. Rows are not
+            checked on a GPU, where that would wait for it.
+        group_size: consecutive tokens that share their negatives; 0: all tokens share one row.
+        temperature: τ. logit_offset: added to the negatives' logits.
+        backend: ``auto`` (triton on CUDA for what it takes, torch elsewhere), ``torch``, or ``triton``, which takes
+            float32, bfloat16 and float16 and widths to 512.
+
+    Returns:
+        (T,) float32 (float64 for float64 input), differentiable in ``hidden`` and ``items``.
+
+    Raises:
+        ValueError: an argument is wrong, or the backend cannot run here; the message names it.
+    """
+    chosen = resolve_backend(backend, hidden.device)
+    _check_operands(hidden, items, targets, negatives, group_size)
+    fits = hidden.dtype in TRITON_DTYPES and hidden.shape[1] <= TRITON_WIDTH
+    if chosen == "triton" and (fits or backend == "triton"):
+        if not fits:
+            raise ValueError(
+                f"hidden has dtype {hidden.dtype} and width {hidden.shape[1]}; the triton backend takes float32, "
+                f"bfloat16 and float16 and widths to {TRITON_WIDTH}"
+            )
+        # Here, not above: the triton package need not be installed where it does not run.
+        from kernels.sampled_softmax.triton_op import loss_op
+
+        loss, _ = loss_op(hidden, items, targets, negatives, group_size, temperature, logit_offset)
+        return loss
+    size = group_size or max(1, hidden.shape[0])
+    if size == 1:
+        return OwnNegatives.apply(hidden, items, targets, negatives, temperature, logit_offset)
+    return SharedNegatives.apply(hidden, items, targets, negatives, size, temperature, logit_offset)
+
+
+def _check_operands(hidden: Tensor, items: Tensor, targets: Tensor, negatives: Tensor, group_size: int) -> None:
+    if hidden.dim() != 2 or not hidden.is_floating_point():
+        raise ValueError(f"hidden must be floating and (T, D), not {hidden.dtype} of shape {tuple(hidden.shape)}")
+    if items.dim() != 2 or items.shape[1] != hidden.shape[1]:
+        raise ValueError(f"items has shape {tuple(items.shape)}, expected (U, {hidden.shape[1]}) as hidden's")
+    if items.dtype != hidden.dtype:
+        raise ValueError(f"items has dtype {items.dtype}; hidden has {hidden.dtype}")
+    if group_size < 0:
+        raise ValueError(f"group_size ({group_size}) must not be negative; 0 means one group")
+    num_tokens = hidden.shape[0]
+    size = group_size or max(1, num_tokens)
+    if targets.shape != (num_tokens,):
+        raise ValueError(f"targets has shape {tuple(targets.shape)}, expected ({num_tokens},)")
+    groups = -(-num_tokens // size)
+    if negatives.dim() != 2 or negatives.shape[0] != groups:
+        raise ValueError(
+            f"negatives has shape {tuple(negatives.shape)}, expected ({groups}, n) for {num_tokens} tokens in groups "
+            f"of {size}"
+        )
+    for name, tensor in (("targets", targets), ("negatives", negatives)):
+        if tensor.dtype != torch.int64:
+            raise ValueError(f"{name} has dtype {tensor.dtype}, expected torch.int64")
+    for name, tensor in (("items", items), ("targets", targets), ("negatives", negatives)):
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device}; hidden is on {hidden.device}")

@@ -1,0 +1,271 @@
+"""Triton kernels of sampled softmax: forward and backward, without logits or gathered rows in device memory.
+
+forward, d hidden   own negatives: a program per token, products on vector units, STEP gathered rows at a time.
+                    shared: a program per BLOCK tokens of a group, (BLOCK, STEP) tiles of logits on tensor cores.
+d items             sorted by item: a program per piece of an item's entries (token, slot) computes their logits and
+                    slopes again, from one row of items and gathered rows of hidden, and writes one partial row.
+d negatives         shared: a program per (group, split of its tokens, BLOCK negatives) writes BLOCK partial rows.
+sums                a program per item adds up its partial rows in the order given.
+
+Every partial sum has its own place in memory: gradients are the same bit for bit from run to run. Backward has the
+logits' log-sum of each token and computes logits again.
+
+Layout: hidden (T, D), items (U, D), contiguous; addresses in int64. Entry t·slots + j is slot j of token t; slot 0 is its
+target.
+
+Legend: T tokens, D width, U items, n negatives; z logits; i_ indices, m_ masks, p_ pointers, b_ blocks of values.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.sampled_softmax.torch_form import MASKED_LOGIT
+
+_MASKED = tl.constexpr(MASKED_LOGIT)
+_LOWEST = tl.constexpr(-1e38)  # of a running maximum: finite, so that the difference of two is a number
+
+
+@triton.jit
+def _columns(D: tl.constexpr):
+    return tl.arange(0, triton.next_power_of_2(max(D, 16)))
+
+
+@triton.jit
+def _load_row(p, i_row, D: tl.constexpr):
+    """(columns,) float32, zeros beyond D."""
+    i_column = _columns(D)
+    return tl.load(p + tl.cast(i_row, tl.int64) * D + i_column, mask=i_column < D, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _load_rows(p, i_row, m_row, D: tl.constexpr):
+    """(rows, columns), zeros beyond D and where masked."""
+    i_column = _columns(D)
+    m_load = m_row[:, None] & (i_column[None, :] < D)
+    return tl.load(p + tl.cast(i_row, tl.int64)[:, None] * D + i_column[None, :], mask=m_load, other=0.0)
+
+
+@triton.jit
+def _store_rows(p, value, i_row, m_row, D: tl.constexpr):
+    i_column = _columns(D)
+    p_store = p + tl.cast(i_row, tl.int64)[:, None] * D + i_column[None, :]
+    tl.store(p_store, value.to(p.dtype.element_ty), mask=m_row[:, None] & (i_column[None, :] < D))
+
+
+@triton.jit
+def _own_tile(p_items, p_negatives, i_slot, num_negatives, b_h, target, scale, offset, D: tl.constexpr):
+    """The negatives' rows (STEP, columns), logits (STEP,), −∞ beyond n, and which of them have a gradient."""
+    m_slot = i_slot < num_negatives
+    i_row = tl.load(p_negatives + i_slot, mask=m_slot, other=0)
+    b_e = _load_rows(p_items, i_row, m_slot, D).to(tl.float32)
+    z = tl.sum(b_e * b_h[None, :], axis=1) * scale + offset
+    m_same = i_row == target
+    z = tl.where(m_same, _MASKED, z)
+    return b_e, tl.where(m_slot, z, float("-inf")), m_slot & ~m_same
+
+
+@triton.jit
+def forward_own_kernel(
+    p_hidden, p_items, p_targets, p_negatives, p_loss, p_log_sum, num_negatives, group_size, scale, offset,
+    D: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    i_token = tl.cast(tl.program_id(0), tl.int64)
+    b_h = _load_row(p_hidden, i_token, D)
+    target = tl.load(p_targets + i_token)
+    z_target = tl.sum(b_h * _load_row(p_items, target, D), axis=0) * scale
+    p_negatives += (i_token // group_size) * num_negatives
+    # One maximum and sum for each row of the tile: what crosses rows waits for the end.
+    largest = tl.full([STEP], _LOWEST, tl.float32)
+    total = tl.zeros([STEP], tl.float32)
+    for start in range(0, num_negatives, STEP):
+        i_slot = start + tl.arange(0, STEP)
+        _, z, _ = _own_tile(p_items, p_negatives, i_slot, num_negatives, b_h, target, scale, offset, D)
+        next_largest = tl.maximum(largest, z)
+        total = total * tl.exp(largest - next_largest) + tl.exp(z - next_largest)
+        largest = next_largest
+    top = tl.maximum(tl.max(largest, axis=0), z_target)
+    log_total = tl.log(tl.sum(total * tl.exp(largest - top), axis=0) + tl.exp(z_target - top))
+    tl.store(p_loss + i_token, (top - z_target) + log_total)
+    tl.store(p_log_sum + i_token, top + log_total)
+
+
+@triton.jit
+def backward_hidden_own_kernel(
+    p_hidden, p_items, p_targets, p_negatives, p_log_sum, p_grad, p_d_hidden,
+    num_negatives, group_size, scale, offset,
+    D: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    i_token = tl.cast(tl.program_id(0), tl.int64)
+    i_column = _columns(D)
+    b_h = _load_row(p_hidden, i_token, D)
+    target = tl.load(p_targets + i_token)
+    log_sum = tl.load(p_log_sum + i_token)
+    p_negatives += (i_token // group_size) * num_negatives
+    b_sum = tl.zeros([STEP, triton.next_power_of_2(max(D, 16))], tl.float32)
+    for start in range(0, num_negatives, STEP):
+        i_slot = start + tl.arange(0, STEP)
+        b_e, z, m_live = _own_tile(p_items, p_negatives, i_slot, num_negatives, b_h, target, scale, offset, D)
+        b_sum += tl.where(m_live, tl.exp(z - log_sum), 0.0)[:, None] * b_e
+    b_target = _load_row(p_items, target, D)
+    slope = tl.exp(tl.sum(b_h * b_target, axis=0) * scale - log_sum) - 1.0
+    b_d = (tl.sum(b_sum, axis=0) + slope * b_target) * (tl.load(p_grad + i_token) * scale)
+    tl.store(p_d_hidden + i_token * D + i_column, b_d.to(p_d_hidden.dtype.element_ty), mask=i_column < D)
+
+
+@triton.jit
+def backward_items_kernel(
+    p_hidden, p_items, p_targets, p_log_sum, p_grad, p_partial, p_order, p_starts, p_pieces, p_piece_starts,
+    num_items, slots, scale, offset,
+    D: tl.constexpr, PIECE: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    i_piece = tl.program_id(0)
+    i_item = tl.load(p_pieces + i_piece)
+    if i_item >= num_items:  # the list of pieces is as long as it can get
+        return
+    start = tl.load(p_starts + i_item) + (i_piece - tl.load(p_piece_starts + i_item)) * PIECE
+    end = tl.minimum(start + PIECE, tl.load(p_starts + i_item + 1))
+    b_e = _load_row(p_items, i_item, D) * scale
+    b_sum = tl.zeros([STEP, triton.next_power_of_2(max(D, 16))], tl.float32)
+    for first in range(start, end, STEP):
+        i_entry = first + tl.arange(0, STEP)
+        m_entry = i_entry < end
+        order = tl.load(p_order + i_entry, mask=m_entry, other=0)
+        i_token = order // slots
+        m_target = order == i_token * slots
+        b_h = _load_rows(p_hidden, i_token, m_entry, D).to(tl.float32)
+        z = tl.sum(b_h * b_e[None, :], axis=1) + tl.where(m_target, 0.0, offset)
+        slope = tl.exp(z - tl.load(p_log_sum + i_token)) - tl.where(m_target, 1.0, 0.0)
+        m_live = m_entry & (m_target | (tl.load(p_targets + i_token) != i_item))
+        slope = tl.where(m_live, slope * tl.load(p_grad + i_token), 0.0)
+        b_sum += slope[:, None] * b_h
+    i_column = _columns(D)
+    b_d = tl.sum(b_sum, axis=0) * scale
+    tl.store(p_partial + tl.cast(i_piece, tl.int64) * D + i_column, b_d, mask=i_column < D)
+
+
+@triton.jit
+def sum_rows_kernel(p_partial, p_order, p_starts, p_sums, D: tl.constexpr, STEP: tl.constexpr):
+    """Adds to each item's row of sums its partial rows, which stand at [starts, next starts) of the order."""
+    i_item = tl.program_id(0)
+    start, end = tl.load(p_starts + i_item), tl.load(p_starts + i_item + 1)
+    if start == end:
+        return
+    b_sum = tl.zeros([STEP, triton.next_power_of_2(max(D, 16))], tl.float32)
+    for first in range(start, end, STEP):
+        i_entry = first + tl.arange(0, STEP)
+        m_entry = i_entry < end
+        b_sum += _load_rows(p_partial, tl.load(p_order + i_entry, mask=m_entry, other=0), m_entry, D)
+    i_column = _columns(D)
+    p_store = p_sums + tl.cast(i_item, tl.int64) * D + i_column
+    tl.store(p_store, tl.load(p_store, mask=i_column < D, other=0.0) + tl.sum(b_sum, axis=0), mask=i_column < D)
+
+
+@triton.jit
+def _block_of_tokens(token_blocks, group_size, num_tokens, BLOCK: tl.constexpr):
+    """The group of a program, its tokens (BLOCK,) and which of them exist."""
+    i_group = tl.program_id(0) // token_blocks
+    i_local = (tl.program_id(0) % token_blocks) * BLOCK + tl.arange(0, BLOCK)
+    i_token = i_group * group_size + i_local
+    return i_group, i_token, (i_local < group_size) & (i_token < num_tokens)
+
+
+@triton.jit
+def _shared_tile(
+    b_first, b_second, i_row, i_target, m_tile, scale, offset, log_sum, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Softmax's values of a tile whose rows and columns are (tokens, negatives), or the other way round; 0 where masked."""
+    z = tl.dot(b_first, tl.trans(b_second), input_precision=PRECISION) * scale + offset
+    return tl.where(m_tile & (i_row != i_target), tl.exp(z - log_sum), 0.0)
+
+
+@triton.jit
+def forward_shared_kernel(
+    p_hidden, p_items, p_targets, p_negatives, p_loss, p_log_sum,
+    num_tokens, num_negatives, group_size, token_blocks, scale, offset,
+    D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_group, i_token, m_token = _block_of_tokens(token_blocks, group_size, num_tokens, BLOCK)
+    b_h = _load_rows(p_hidden, i_token, m_token, D)
+    target = tl.load(p_targets + i_token, mask=m_token, other=0).to(tl.int32)
+    b_target = _load_rows(p_items, target, m_token, D)
+    z_target = tl.sum(b_h.to(tl.float32) * b_target.to(tl.float32), axis=1) * scale
+    p_negatives += tl.cast(i_group, tl.int64) * num_negatives
+    largest = z_target
+    total = tl.full([BLOCK], 1.0, tl.float32)
+    for start in range(0, num_negatives, STEP):
+        i_slot = start + tl.arange(0, STEP)
+        m_slot = i_slot < num_negatives
+        i_row = tl.load(p_negatives + i_slot, mask=m_slot, other=0).to(tl.int32)
+        b_e = _load_rows(p_items, i_row, m_slot, D)
+        z = tl.dot(b_h, tl.trans(b_e), input_precision=PRECISION) * scale + offset
+        z = tl.where(i_row[None, :] == target[:, None], _MASKED, z)
+        z = tl.where(m_slot[None, :], z, float("-inf"))
+        next_largest = tl.maximum(largest, tl.max(z, axis=1))
+        total = total * tl.exp(largest - next_largest) + tl.sum(tl.exp(z - next_largest[:, None]), axis=1)
+        largest = next_largest
+    log_total = tl.log(total)
+    tl.store(p_loss + i_token, (largest - z_target) + log_total, mask=m_token)
+    tl.store(p_log_sum + i_token, largest + log_total, mask=m_token)
+
+
+@triton.jit
+def backward_hidden_shared_kernel(
+    p_hidden, p_items, p_targets, p_negatives, p_log_sum, p_grad, p_d_hidden,
+    num_tokens, num_negatives, group_size, token_blocks, scale, offset,
+    D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_group, i_token, m_token = _block_of_tokens(token_blocks, group_size, num_tokens, BLOCK)
+    b_h = _load_rows(p_hidden, i_token, m_token, D)
+    target = tl.load(p_targets + i_token, mask=m_token, other=0).to(tl.int32)
+    log_sum = tl.load(p_log_sum + i_token, mask=m_token, other=0.0)
+    p_negatives += tl.cast(i_group, tl.int64) * num_negatives
+    # The target's part comes first: after the loop its rows would spill.
+    b_target = _load_rows(p_items, target, m_token, D).to(tl.float32)
+    slope = tl.exp(tl.sum(b_h.to(tl.float32) * b_target, axis=1) * scale - log_sum) - 1.0
+    b_d = slope[:, None] * b_target
+    for start in range(0, num_negatives, STEP):
+        i_slot = start + tl.arange(0, STEP)
+        m_slot = i_slot < num_negatives
+        i_row = tl.load(p_negatives + i_slot, mask=m_slot, other=0).to(tl.int32)
+        b_e = _load_rows(p_items, i_row, m_slot, D)
+        b_p = _shared_tile(
+            b_h, b_e, i_row[None, :], target[:, None], m_slot[None, :], scale, offset, log_sum[:, None], PRECISION
+        )
+        b_d = tl.dot(b_p.to(b_e.dtype), b_e, b_d, input_precision=PRECISION)
+    weight = tl.load(p_grad + i_token, mask=m_token, other=0.0) * scale
+    _store_rows(p_d_hidden, b_d * weight[:, None], i_token, m_token, D)
+
+
+@triton.jit
+def backward_negatives_kernel(
+    p_hidden, p_items, p_targets, p_negatives, p_log_sum, p_grad, p_partial,
+    num_tokens, num_negatives, group_size, first_group, splits, split_tokens, negative_blocks, scale, offset,
+    D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    i_split = tl.program_id(0) // negative_blocks  # of all groups: group · splits + split
+    i_group = first_group + i_split // splits
+    i_slot = (tl.program_id(0) % negative_blocks) * BLOCK + tl.arange(0, BLOCK)
+    m_slot = i_slot < num_negatives
+    i_row = tl.load(p_negatives + tl.cast(i_group, tl.int64) * num_negatives + i_slot, mask=m_slot, other=0).to(
+        tl.int32
+    )
+    b_e = _load_rows(p_items, i_row, m_slot, D)
+    start = (i_split % splits) * split_tokens
+    end = tl.minimum(tl.minimum(start + split_tokens, group_size), num_tokens - i_group * group_size)
+    b_d = tl.zeros([BLOCK, triton.next_power_of_2(max(D, 16))], tl.float32)
+    for first in range(start, end, STEP):
+        i_local = first + tl.arange(0, STEP)
+        m_token = i_local < end
+        i_token = i_group * group_size + i_local
+        target = tl.load(p_targets + i_token, mask=m_token, other=0).to(tl.int32)
+        log_sum = tl.load(p_log_sum + i_token, mask=m_token, other=0.0)
+        b_h = _load_rows(p_hidden, i_token, m_token, D)
+        b_p = _shared_tile(
+            b_e, b_h, i_row[:, None], target[None, :], m_token[None, :], scale, offset, log_sum[None, :], PRECISION
+        )
+        b_w = b_p * tl.load(p_grad + i_token, mask=m_token, other=0.0)[None, :]
+        b_d = tl.dot(b_w.to(b_h.dtype), b_h, b_d, input_precision=PRECISION)
+    _store_rows(p_partial, b_d * scale, tl.cast(i_split, tl.int64) * num_negatives + i_slot, m_slot, D)

@@ -1,0 +1,243 @@
+"""Sampled softmax on Triton: the launch configurations, the sorting of what the items' gradient sums, the custom
+operators and their autograd.
+
+Legend: T tokens, D width, U distinct items, n negatives.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.sampled_softmax import triton_kernels
+
+# Below this many tokens a group's negatives are gathered for each token: a tile of 16 rows would stand half empty, and
+# its partial rows in float32 would move more bytes than the sort that they save.
+SMALLEST_SHARED_GROUP = 8
+# What one pass of the items' gradient sorts or holds, so that its memory does not grow with T.
+ENTRIES_AT_ONCE = 1 << 22
+PARTIAL_FLOATS_AT_ONCE = 1 << 24
+PIECE = 256  # entries of an item that one program sums
+PROGRAMS = 1024  # enough to fill a GPU
+
+
+@dataclass(frozen=True)
+class LaunchConfig:
+    """How the kernels are launched for one width.
+
+    Attributes:
+        rows: gathered rows that a program of one token or one item takes at a time.
+        block: tokens of a program in the shared forward and d hidden kernels, negatives in the d negatives kernel.
+        step: negatives, or tokens, that it takes at a time.
+        num_warps: of those three kernels.
+    """
+
+    rows: int
+    block: int
+    step: int
+    num_warps: int
+
+    @classmethod
+    def choose(cls, width: int, itemsize: int) -> LaunchConfig:
+        """Each branch is what compiles for sm_80 and sm_90 without a spill (`python -m kernels.aot`)."""
+        columns = max(16, triton.next_power_of_2(width))
+        # A tile of rows and its accumulators are 2048 floats each: 16 registers each for a thread of 4 warps.
+        rows = min(64, 2048 // columns)
+        if columns <= 64:
+            return cls(rows=rows, block=64, step=64 if itemsize == 2 else 32, num_warps=4)
+        if columns <= 128:
+            return cls(rows=rows, block=64, step=32, num_warps=4)
+        if columns <= 256:
+            return cls(rows=rows, block=32, step=32, num_warps=4)
+        return cls(rows=rows, block=16, step=16, num_warps=4)
+
+    def own(self) -> dict[str, int]:
+        """The launch options of the kernels of gathered rows."""
+        return {"STEP": self.rows, "num_warps": 4, "num_stages": 1}
+
+    def shared(self, dtype: torch.dtype) -> dict[str, Any]:
+        """The launch options of the kernels of tiles."""
+        return {
+            "BLOCK": self.block,
+            "STEP": self.step,
+            "PRECISION": _precision(dtype),
+            "num_warps": self.num_warps,
+            "num_stages": 2,
+        }
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """float32 products follow torch.set_float32_matmul_precision: "highest" is exact, the others allow TF32."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+@torch.library.custom_op("kernels::sampled_softmax_loss", mutates_args=())
+def loss_op(
+    hidden: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    group_size: int,
+    temperature: float,
+    logit_offset: float,
+) -> tuple[Tensor, Tensor]:
+    """The losses (T,) and, for backward, the log-sums (T,), both float32."""
+    operands = _contiguous(hidden, items, targets, negatives)
+    num_tokens, width = hidden.shape
+    size, num_negatives = group_size or max(1, num_tokens), negatives.shape[1]
+    config = LaunchConfig.choose(width, hidden.itemsize)
+    loss, log_sum = (torch.empty(num_tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
+    if not num_tokens:
+        return loss, log_sum
+    if size < SMALLEST_SHARED_GROUP:
+        triton_kernels.forward_own_kernel[(num_tokens,)](
+            *operands, loss, log_sum, num_negatives, size, 1 / temperature, logit_offset, D=width, **config.own()
+        )
+    else:
+        token_blocks = triton.cdiv(size, config.block)
+        triton_kernels.forward_shared_kernel[(negatives.shape[0] * token_blocks,)](
+            *operands, loss, log_sum, num_tokens, num_negatives, size, token_blocks, 1 / temperature, logit_offset,
+            D=width, **config.shared(hidden.dtype),
+        )  # fmt: skip
+    return loss, log_sum
+
+
+@loss_op.register_fake
+def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    loss = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
+    return loss, torch.empty_like(loss)
+
+
+@torch.library.custom_op("kernels::sampled_softmax_loss_backward", mutates_args=())
+def loss_backward_op(
+    grad: Tensor,
+    hidden: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    negatives: Tensor,
+    log_sum: Tensor,
+    group_size: int,
+    temperature: float,
+    logit_offset: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of hidden and items."""
+    grad, hidden, items, targets, negatives = _contiguous(grad, hidden, items, targets, negatives)
+    num_tokens, width = hidden.shape
+    size, num_negatives = group_size or max(1, num_tokens), negatives.shape[1]
+    config = LaunchConfig.choose(width, hidden.itemsize)
+    d_hidden = torch.empty_like(hidden)
+    d_items = torch.zeros_like(items, dtype=torch.float32)
+    if not num_tokens:
+        return d_hidden, d_items.to(items.dtype)
+    operands = (hidden, items, targets, negatives, log_sum, grad)
+    scales = (1 / temperature, logit_offset)
+    if size < SMALLEST_SHARED_GROUP:
+        triton_kernels.backward_hidden_own_kernel[(num_tokens,)](
+            *operands, d_hidden, num_negatives, size, *scales, D=width, **config.own()
+        )
+        # Whole groups, and rows that keep the alignment of the first.
+        step = max(1, ENTRIES_AT_ONCE // (num_negatives + 1) // (16 * size)) * 16 * size
+        for start in range(0, num_tokens, step):
+            part = slice(start, min(start + step, num_tokens))
+            drawn = negatives[start // size : -(-part.stop // size)]
+            if size > 1:
+                drawn = drawn.repeat_interleave(size, 0)[: part.stop - start]
+            rows = torch.cat([targets[part, None].int(), drawn.int()], 1)
+            _add_entries(d_items, rows, hidden[part], items, targets[part], log_sum[part], grad[part], scales, config)
+    else:
+        token_blocks = triton.cdiv(size, config.block)
+        triton_kernels.backward_hidden_shared_kernel[(negatives.shape[0] * token_blocks,)](
+            *operands, d_hidden, num_tokens, num_negatives, size, token_blocks, *scales,
+            D=width, **config.shared(hidden.dtype),
+        )  # fmt: skip
+        _add_entries(d_items, targets[:, None], hidden, items, targets, log_sum, grad, scales, config)
+        _add_shared_negatives(d_items, operands, size, scales, config)
+    return d_hidden, d_items.to(items.dtype)
+
+
+def _add_entries(
+    d_items: Tensor,
+    rows: Tensor,
+    hidden: Tensor,
+    items: Tensor,
+    targets: Tensor,
+    log_sum: Tensor,
+    grad: Tensor,
+    scales: tuple[float, float],
+    config: LaunchConfig,
+) -> None:
+    """Adds Σ of slope · hidden over all tokens and slots into the items that ``rows`` (T, slots) names."""
+    num_items, width = items.shape
+    order, starts = _sort_by_item(rows, num_items)
+    # An item's entries in pieces of PIECE: those of item i are [piece_starts[i], piece_starts[i + 1]).
+    piece_starts = torch.zeros_like(starts)
+    torch.cumsum((starts.diff() + PIECE - 1) // PIECE, 0, dtype=torch.int32, out=piece_starts[1:])
+    most_pieces = rows.numel() // PIECE + min(num_items, rows.numel())
+    piece = torch.arange(most_pieces, dtype=torch.int32, device=rows.device)
+    pieces = torch.searchsorted(piece_starts[1:], piece, right=True, out_int32=True)
+    partial = torch.empty(most_pieces, width, dtype=torch.float32, device=rows.device)
+    triton_kernels.backward_items_kernel[(most_pieces,)](
+        hidden, items, targets, log_sum, grad, partial, order, starts, pieces, piece_starts,
+        num_items, rows.shape[1], *scales, D=width, PIECE=PIECE, **config.own(),
+    )  # fmt: skip
+    triton_kernels.sum_rows_kernel[(num_items,)](partial, piece, piece_starts, d_items, D=width, **config.own())
+
+
+def _add_shared_negatives(
+    d_items: Tensor, operands: tuple[Tensor, ...], size: int, scales: tuple[float, float], config: LaunchConfig
+) -> None:
+    """Adds the negatives' part for groups of ``size``: products of tiles into partial rows, these sorted by item."""
+    hidden, _, _, negatives, _, _ = operands
+    num_tokens, width = hidden.shape
+    groups, num_negatives = negatives.shape
+    if not num_negatives:
+        return
+    blocks = triton.cdiv(num_negatives, config.block)
+    splits = min(triton.cdiv(size, config.step), triton.cdiv(PROGRAMS, groups * blocks))
+    split_tokens = triton.cdiv(size, splits)
+    at_once = max(1, PARTIAL_FLOATS_AT_ONCE // (splits * num_negatives * width))
+    for first in range(0, groups, at_once):
+        drawn = negatives[first : first + at_once]
+        partial = torch.empty(len(drawn), splits, num_negatives, width, dtype=torch.float32, device=hidden.device)
+        triton_kernels.backward_negatives_kernel[(len(drawn) * splits * blocks,)](
+            *operands, partial, num_tokens, num_negatives, size, first, splits, split_tokens, blocks, *scales,
+            D=width, **config.shared(hidden.dtype),
+        )  # fmt: skip
+        order, starts = _sort_by_item(drawn, d_items.shape[0])
+        rows = partial.sum(1) if splits > 1 else partial
+        triton_kernels.sum_rows_kernel[(d_items.shape[0],)](rows, order, starts, d_items, D=width, **config.own())
+
+
+def _sort_by_item(rows: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
+    """Positions in ``rows`` by rising item, those of item i at [starts[i], starts[i + 1]); int32, without a transfer."""
+    keys, order = torch.sort(rows.flatten().int(), stable=True)
+    bounds = torch.arange(num_items + 1, dtype=torch.int32, device=rows.device)
+    return order.int(), torch.searchsorted(keys, bounds, out_int32=True)
+
+
+@loss_backward_op.register_fake
+def _(grad: Tensor, hidden: Tensor, items: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    d_hidden, d_items = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (hidden, items))
+    return d_hidden, d_items
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.group_size, ctx.temperature, ctx.logit_offset = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors, output[1])
+
+
+def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    gradients = loss_backward_op(grad, *ctx.saved_tensors, ctx.group_size, ctx.temperature, ctx.logit_offset)
+    return *gradients, None, None, None, None, None
+
+
+loss_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _contiguous(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.contiguous() for tensor in tensors]

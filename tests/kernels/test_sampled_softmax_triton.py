@@ -1,0 +1,195 @@
+"""The Triton form of sampled softmax, on the GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import sampled_softmax_loss
+from kernels.sampled_softmax import triton_op
+from kernels.sampled_softmax.torch_form import MASKED_LOGIT
+
+pytest.importorskip("triton")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TEMPERATURE, OFFSET = 0.3, 0.5
+
+
+@dataclass(frozen=True)
+class Case:
+    hidden: Tensor
+    items: Tensor
+    targets: Tensor
+    negatives: Tensor
+    upstream: Tensor
+    group_size: int
+
+    def to(self, dtype: torch.dtype) -> Case:
+        return replace(self, hidden=self.hidden.to(dtype), items=self.items.to(dtype))
+
+
+def make_case(tokens: int, items: int, negatives: int, group: int, width: int, seed: int = 0) -> Case:
+    random = torch.Generator().manual_seed(seed)
+    size = group or max(1, tokens)
+
+    def unit(rows: int) -> Tensor:
+        vectors = torch.randn(rows, width, generator=random)
+        return torch.nn.functional.normalize(vectors).to(torch.float16).to(DEVICE, torch.float64)
+
+    return Case(
+        unit(tokens),
+        unit(items),
+        torch.randint(items, (tokens,), generator=random).to(DEVICE),
+        torch.randint(items, (-(-tokens // size), negatives), generator=random).to(DEVICE),
+        torch.randn(tokens, generator=random).to(DEVICE),
+        group,
+    )
+
+
+def definition(case: Case, hidden: Tensor, items: Tensor) -> Tensor:
+    tokens = len(hidden)
+    own = case.negatives[torch.arange(tokens, device=DEVICE) // (case.group_size or max(1, tokens))]
+    positive = (hidden * items[case.targets]).sum(1, keepdim=True) / TEMPERATURE
+    negative = torch.einsum("td,tnd->tn", hidden, items[own]) / TEMPERATURE + OFFSET
+    negative = negative.masked_fill(own == case.targets[:, None], MASKED_LOGIT)
+    wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    return -torch.log_softmax(torch.cat([positive, negative], 1).to(wide), 1)[:, 0]
+
+
+def triton_form(case: Case, hidden: Tensor, items: Tensor) -> Tensor:
+    return sampled_softmax_loss(
+        hidden,
+        items,
+        case.targets,
+        case.negatives,
+        group_size=case.group_size,
+        temperature=TEMPERATURE,
+        logit_offset=OFFSET,
+        backend="triton",
+    )
+
+
+def results(form: Callable[[Case, Tensor, Tensor], Tensor], case: Case) -> list[Tensor]:
+    """Losses, d hidden, d items."""
+    leaves = [case.hidden.detach().requires_grad_(), case.items.detach().requires_grad_()]
+    loss = form(case, *leaves)
+    return [loss.detach(), *torch.autograd.grad(loss, leaves, case.upstream.to(loss.dtype))]
+
+
+def assert_agrees(case: Case) -> None:
+    expected = results(definition, case)
+    found = results(triton_form, case.to(torch.float32))
+    for name, value, wanted in zip(("loss", "d hidden", "d items"), found, expected, strict=True):
+        assert value.dtype == torch.float32
+        error = (value.double() - wanted).abs().max().item() if wanted.numel() else 0.0
+        assert error <= 2e-5, name
+
+
+EDGES = {  # tokens, items, negatives, group size, width
+    "no token": (0, 3, 4, 1, 8),
+    "no token, one group": (0, 3, 4, 0, 8),
+    "one item, all negatives are the target": (9, 1, 5, 1, 8),
+    "one item, shared": (17, 1, 5, 0, 8),
+    "one token": (1, 5, 3, 0, 16),
+    "no negatives": (3, 4, 0, 1, 8),
+    "no negatives, shared": (20, 4, 0, 16, 8),
+    "more negatives than a tile": (3, 30, 150, 1, 50),
+    "wide": (3, 7, 9, 1, 300),
+    "groups too small for tiles": (7, 9, 5, 3, 20),
+    "tile and tile + 1": (65, 30, 65, 64, 64),
+    "last group short": (41, 12, 33, 16, 33),
+    "group larger than a tile": (150, 20, 40, 70, 24),
+    "all share": (130, 40, 20, 0, 50),
+    "wide, shared": (33, 12, 35, 17, 260),
+    "wide columns, shared": (34, 12, 70, 0, 130),
+}
+
+
+@pytest.mark.parametrize("shape", EDGES.values(), ids=EDGES)
+def test_edges(shape: tuple[int, int, int, int, int]) -> None:
+    assert_agrees(make_case(*shape))
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    tokens=st.integers(0, 40),
+    items=st.integers(1, 30),
+    negatives=st.integers(1, 40),
+    group=st.sampled_from([0, 1, 3, 8, 16]),
+    width=st.integers(1, 70),
+    seed=st.integers(0, 1000),
+)
+def test_random_shapes(tokens: int, items: int, negatives: int, group: int, width: int, seed: int) -> None:
+    assert_agrees(make_case(tokens, items, negatives, group, width, seed))
+
+
+@pytest.mark.parametrize("group", [1, 16])
+def test_items_gradient_in_parts(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is done in several passes, of several pieces and several splits of the tokens gives the same."""
+    monkeypatch.setattr(triton_op, "ENTRIES_AT_ONCE", 16 * 6)
+    monkeypatch.setattr(triton_op, "PARTIAL_FLOATS_AT_ONCE", 1)
+    monkeypatch.setattr(triton_op, "PIECE", 64)
+    assert_agrees(make_case(40, 2, 5, group, 8))
+    assert_agrees(make_case(150, 3, 5, 0 if group > 1 else 1, 8))
+
+
+# The interpreter of Triton 3.6 and 3.7 multiplies the bit patterns of bfloat16.
+BFLOAT16 = pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU"))
+
+
+@pytest.mark.parametrize("group", [1, 0])
+@pytest.mark.parametrize("dtype", [BFLOAT16, pytest.param(torch.float16, id="f16")])
+def test_low_precision(dtype: torch.dtype, group: int) -> None:
+    """Within twice the error of the definition computed in the same dtype, and one rounding of the output."""
+    case = make_case(40, 30, 20, group, 24)
+    case = case.to(dtype).to(torch.float64)
+    exact = results(definition, case)
+    eager = results(definition, case.to(dtype))
+    for value, limit, wanted in zip(results(triton_form, case.to(dtype)), eager, exact, strict=True):
+        norm = wanted.norm().item()
+        error, allowed = (value.double() - wanted).norm().item(), (limit.double() - wanted).norm().item()
+        assert error <= 2 * (allowed + torch.finfo(dtype).eps * norm)
+
+
+@pytest.mark.parametrize("group", [1, 0])
+def test_repeats_bit_for_bit_and_takes_strides(group: int) -> None:
+    case = make_case(70, 5, 12, group, 20).to(torch.float32)
+    strided = replace(case, hidden=case.hidden.T.contiguous().T, items=case.items.T.contiguous().T)
+    first, second = results(triton_form, case), results(triton_form, strided)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("group", [1, 8])
+def test_custom_operator_passes_opcheck(group: int) -> None:
+    case = make_case(10, 5, 4, group, 6).to(torch.float32)
+    leaves = [case.hidden.requires_grad_(), case.items.requires_grad_()]
+    arguments = (*leaves, case.targets, case.negatives, group, TEMPERATURE, OFFSET)
+    torch.library.opcheck(triton_op.loss_op, arguments)
+
+
+def test_wrong_arguments_are_named() -> None:
+    case = make_case(3, 4, 5, 1, 6)
+    with pytest.raises(ValueError, match=r"hidden has dtype torch\.float64 .*; the triton backend takes float32"):
+        results(triton_form, case)
+    case = case.to(torch.float32)
+    wrong = {
+        r"hidden must be floating and \(T, D\)": replace(case, hidden=case.hidden.long()),
+        r"hidden has .* width 513": replace(case, hidden=torch.zeros(3, 513), items=torch.zeros(4, 513)),
+        r"items has shape \(4, 5\), expected \(U, 6\)": replace(case, items=case.items[:, :5]),
+        r"items has dtype torch\.float16": replace(case, items=case.items.half()),
+        r"targets has shape \(2,\), expected \(3,\)": replace(case, targets=case.targets[:2]),
+        r"targets has dtype torch\.int32": replace(case, targets=case.targets.int()),
+        r"negatives has dtype torch\.int32": replace(case, negatives=case.negatives.int()),
+        r"negatives has shape \(3, 5\), expected \(2, n\)": replace(case, group_size=2),
+        r"group_size \(-1\)": replace(case, group_size=-1),
+        r"targets is on meta": replace(case, targets=case.targets.to("meta")),
+    }
+    for message, bad in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            triton_form(bad, bad.hidden.to(DEVICE), bad.items.to(DEVICE))
