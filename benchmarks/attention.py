@@ -14,8 +14,6 @@ from __future__ import annotations
 import functools
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -27,6 +25,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.roofline import matrix_rate, timed
 from kernels import plan_attention, relative_attention
 from kernels.relative_attention.reference import time_bucket
 
@@ -149,39 +148,6 @@ def padded_attention(
     positional = pos_weights[position[None, :] - position[:, None] + max_seq_len - 1] * causal
     out = torch.cat([weights @ padded_v for weights in (positional, temporal, semantic)], dim=3)
     return out[:, real]
-
-
-def timed(run: Callable[[], Any], device: torch.device, seconds: float) -> dict[str, float]:
-    """Median and spread (half the distance of the quartiles) of one call, after a warm-up; on a GPU its memory too."""
-    # On one CPU thread its own time, which leaves out what other processes take of the core.
-    on_gpu = device.type == "cuda"
-    clock = time.process_time if not on_gpu and torch.get_num_threads() == 1 else time.perf_counter
-    run()
-    times: list[float] = []
-    if on_gpu:
-        torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if on_gpu else 0
-    end = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end:
-        if on_gpu:
-            torch.cuda.synchronize()
-        start = clock()
-        run()
-        if on_gpu:
-            torch.cuda.synchronize()
-        times.append(1e3 * (clock() - start))
-    low, median, high = statistics.quantiles(times, n=4)
-    figures = {"ms": median, "spread_ms": (high - low) / 2}
-    if on_gpu:
-        figures["peak_mem_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
-    return figures
-
-
-def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """TFLOP/s (GFLOP a millisecond) of one large matrix product."""
-    size = 8192 if device.type == "cuda" else 1024
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    return 2e-9 * size**3 / timed(lambda: a @ a, device, seconds)["ms"]
 
 
 def report(

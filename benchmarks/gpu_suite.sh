@@ -9,3 +9,4 @@ python -m pytest -q tests/kernels
 lengths=128,256,512,1024,2048,4096,8192
 python -m benchmarks.attention --lengths "$lengths" --json "$results/attention_uniform.json"
 python -m benchmarks.attention --lengths "$lengths" --skewed --json "$results/attention_skewed.json"
+python -m benchmarks.sampled_softmax --json "$results/sampled_softmax.json"

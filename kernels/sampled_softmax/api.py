@@ -17,11 +17,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.backend import resolve_backend
+from kernels.backend import backend_for
 from kernels.sampled_softmax.torch_form import OwnNegatives, SharedNegatives
 
-TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TRITON_WIDTH = 512  # a program holds a row of accumulators
+TRITON_WIDTH = 512  # a program holds whole rows of accumulators
 
 
 def sampled_softmax_loss(
@@ -54,15 +53,11 @@ def sampled_softmax_loss(
     Raises:
         ValueError: an argument is wrong, or the backend cannot run here; the message names it.
     """
-    chosen = resolve_backend(backend, hidden.device)
+    chosen = backend_for(backend, "hidden", hidden)
     _check_operands(hidden, items, targets, negatives, group_size)
-    fits = hidden.dtype in TRITON_DTYPES and hidden.shape[1] <= TRITON_WIDTH
-    if chosen == "triton" and (fits or backend == "triton"):
-        if not fits:
-            raise ValueError(
-                f"hidden has dtype {hidden.dtype} and width {hidden.shape[1]}; the triton backend takes float32, "
-                f"bfloat16 and float16 and widths to {TRITON_WIDTH}"
-            )
+    if hidden.shape[1] > TRITON_WIDTH and backend == "triton":
+        raise ValueError(f"hidden has width {hidden.shape[1]}; the triton backend takes widths to {TRITON_WIDTH}")
+    if chosen == "triton" and hidden.shape[1] <= TRITON_WIDTH:
         # Here, not above: the triton package need not be installed where it does not run.
         from kernels.sampled_softmax.triton_op import loss_op
 

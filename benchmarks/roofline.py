@@ -1,0 +1,65 @@
+"""What can this device do at most: matrix products and memory traffic; and how long does a call take?
+
+python -m benchmarks.roofline
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def timed(run: Callable[[], Any], device: torch.device, seconds: float) -> dict[str, float]:
+    """Median and spread (half the distance of the quartiles) of one call, after a warm-up; on a GPU its memory too."""
+    # On one CPU thread its own time, which leaves out what other processes take of the core.
+    on_gpu = device.type == "cuda"
+    clock = time.process_time if not on_gpu and torch.get_num_threads() == 1 else time.perf_counter
+    run()
+    times: list[float] = []
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    end = time.perf_counter() + seconds
+    while len(times) < 5 or time.perf_counter() < end:
+        if on_gpu:
+            torch.cuda.synchronize()
+        start = clock()
+        run()
+        if on_gpu:
+            torch.cuda.synchronize()
+        times.append(1e3 * (clock() - start))
+    low, median, high = statistics.quantiles(times, n=4)
+    figures = {"ms": median, "spread_ms": (high - low) / 2}
+    if on_gpu:
+        figures["peak_mem_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
+    return figures
+
+
+def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
+    """TFLOP/s (GFLOP a millisecond) of one large matrix product."""
+    size = 8192 if device.type == "cuda" else 1024
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    return 2e-9 * size**3 / timed(lambda: a @ a, device, seconds)["ms"]
+
+
+def memory_rate(device: torch.device, seconds: float) -> float:
+    """GB/s, read and written, of one large copy."""
+    source = torch.ones((1 << 30) if device.type == "cuda" else (1 << 26), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    return 2e-6 * source.numel() / timed(lambda: target.copy_(source), device, seconds)["ms"]
+
+
+def main() -> None:
+    """Prints both rates; the benchmarks measure them again, each in its own run."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
+        print(f"{dtype} matrix products on {device}: {matrix_rate(device, dtype, 0.5):.3g} TFLOP/s")
+    print(f"memory on {device}: {memory_rate(device, 0.5):.3g} GB/s read and written")
+
+
+if __name__ == "__main__":
+    main()

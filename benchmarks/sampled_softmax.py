@@ -1,0 +1,189 @@
+"""How fast is the sampled-softmax loss, by tokens and kind of negatives, forward and backward, and what memory does it take?
+
+    python -m benchmarks.sampled_softmax                                # the shapes that this device is asked about
+    python -m benchmarks.sampled_softmax --tokens 8192 --negatives 1x128,64x128 --json out.json
+
+The eager form gathers the negatives' rows and keeps their logits, as public training code does; then our PyTorch form,
+and Triton on a GPU. FLOPs are 2·T·(n + 1)·D forward and twice that backward: recomputation counts as none. Bytes are those
+of the rows that each token (own negatives) or each group (shared) reads, twice in backward, and of the gradients. The
+bound is the longer of both at the rates measured in the same run; the share is that bound over the time. Rows that the
+caches serve make a share above 100% possible.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from benchmarks.roofline import matrix_rate, memory_rate, timed
+from kernels import sampled_softmax_loss
+from kernels.backend import triton_installed
+from kernels.sampled_softmax.torch_form import MASKED_LOGIT
+
+TEMPERATURE = 0.05
+MEMORY_LIMIT_BYTES = 24 << 30  # the eager form is left out where its gathered rows and their gradient pass this
+
+
+def main(
+    tokens: Annotated[str, typer.Option(help="tokens of a batch, such as 4096,65536")] = "",
+    negatives: Annotated[
+        str, typer.Option(help="GROUPxCOUNT, such as 1x128,64x128; group 0: all tokens share")
+    ] = "1x128,64x128,0x512",
+    widths: Annotated[str, typer.Option(help="such as 50,64")] = "",
+    items: Annotated[int, typer.Option(help="distinct items of the batch")] = 20000,
+    seconds: Annotated[float, typer.Option(help="time spent on each figure")] = 0.5,
+    json_path: Annotated[Optional[Path], typer.Option("--json")] = None,  # noqa: UP045  (typer on Python 3.10)
+) -> None:
+    """Prints a table of times and, with --json, writes them."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    asked_tokens = [int(x) for x in (tokens or ("8192,32768,131072" if on_gpu else "4096")).split(",")]
+    asked_negatives = [x.split("x") for x in negatives.split(",")]
+    asked_widths = [int(x) for x in (widths or ("64,256" if on_gpu else "50")).split(",")]
+    rates = {"matrix_tflops": matrix_rate(device, dtype, seconds), "memory_gbs": memory_rate(device, seconds)}
+    rows = []
+    for width in asked_widths:
+        for group, count in asked_negatives:
+            for num_tokens in asked_tokens:
+                rows += measure(num_tokens, int(group), int(count), width, items, dtype, device, seconds)
+    for row in rows:
+        bound_ms = max(row["gflop"] / rates["matrix_tflops"], 1e3 * row["gbyte"] / rates["memory_gbs"])
+        row["roofline_share"] = bound_ms / row["ms"]
+    report(rows, device, dtype, rates, json_path)
+
+
+def measure(
+    tokens: int,
+    group_size: int,
+    count: int,
+    width: int,
+    num_items: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    seconds: float,
+) -> list[dict[str, Any]]:
+    """Forward and backward of every form, for one shape."""
+    random = torch.Generator().manual_seed(tokens)
+    size = group_size or tokens
+    groups = -(-tokens // size)
+
+    def unit(rows: int) -> Tensor:
+        return F.normalize(torch.randn(rows, width, generator=random)).to(device, dtype).requires_grad_()
+
+    hidden, items = unit(tokens), unit(num_items)
+    targets = torch.randint(num_items, (tokens,), generator=random).to(device)
+    negatives = torch.randint(num_items, (groups, count), generator=random).to(device)
+    loss = functools.partial(
+        sampled_softmax_loss, hidden, items, targets, negatives, group_size=group_size, temperature=TEMPERATURE
+    )
+    forms: dict[str, Callable[[], Tensor]] = {"torch": functools.partial(loss, backend="torch")}
+    if device.type == "cuda" and triton_installed():
+        forms["triton"] = functools.partial(loss, backend="triton")
+    if 2 * groups * count * width * hidden.element_size() + 12 * tokens * count <= MEMORY_LIMIT_BYTES:
+        eager = functools.partial(eager_loss, hidden, items, targets, negatives, size)
+        for name, form in forms.items():
+            check_agreement(name, form, eager, [hidden, items], 1e-5 if dtype == torch.float32 else 2e-2)
+        forms = {"eager": eager, **forms}
+    rows_read = tokens * (1 + 1 + count) if size == 1 else 2 * tokens + groups * count
+    row_bytes = width * hidden.element_size()
+    gflop = 2e-9 * tokens * (count + 1) * width
+    counted = {
+        "forward": {"gflop": gflop, "gbyte": 1e-9 * rows_read * row_bytes},
+        "backward": {"gflop": 2 * gflop, "gbyte": 1e-9 * (2 * rows_read + tokens + num_items) * row_bytes},
+    }
+    shape: dict[str, Any] = {
+        "tokens": tokens,
+        "group": group_size,
+        "negatives": count,
+        "width": width,
+        "items": num_items,
+    }
+    rows = []
+    for name, form in forms.items():
+        with torch.no_grad():
+            figures = {"forward": timed(form, device, seconds)}
+        value = form().mean()
+        backward = functools.partial(torch.autograd.grad, value, [hidden, items], retain_graph=True)
+        figures["backward"] = timed(backward, device, seconds)
+        for direction, measured in figures.items():
+            rows.append(shape | {"form": name, "pass": direction} | counted[direction] | measured)
+        if device.type == "cuda":
+            rows[-1]["step_mem_gib"] = step_memory(form, [hidden, items])
+    return rows
+
+
+def step_memory(form: Callable[[], Tensor], inputs: list[Tensor]) -> float:
+    """What forward and backward together take at their peak beyond the inputs, in GiB: saved tensors included."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    torch.autograd.grad(form().mean(), inputs)
+    return float(torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def check_agreement(
+    name: str, form: Callable[[], Tensor], eager: Callable[[], Tensor], inputs: list[Tensor], tolerance: float
+) -> None:
+    """No time is told of a form that computes something else."""
+    found, expected = ([y, *torch.autograd.grad(y.mean(), inputs)] for y in (form(), eager()))
+    for what, value, wanted in zip(("loss", "d hidden", "d items"), found, expected, strict=True):
+        error = ((value.double() - wanted.double()).norm() / wanted.double().norm()).item()
+        if not error <= tolerance:
+            raise RuntimeError(f"{what} of the {name} form differs from the eager one's by {error:.2e}")
+
+
+def eager_loss(hidden: Tensor, items: Tensor, targets: Tensor, negatives: Tensor, size: int) -> Tensor:
+    """Gathered rows (groups, n, D), logits (T, 1 + n), cross-entropy."""
+    groups = negatives.shape[0]
+    grouped = F.pad(hidden, (0, 0, 0, groups * size - len(hidden))).unflatten(0, (groups, size))
+    positive = (hidden * items[targets]).sum(1, keepdim=True)
+    negative = torch.bmm(grouped, items[negatives].transpose(1, 2)).flatten(0, 1)[: len(hidden)]
+    same = negatives.repeat_interleave(size, 0)[: len(hidden)] == targets[:, None]
+    logits = torch.cat([positive, negative], 1).float() / TEMPERATURE
+    logits = torch.cat([logits[:, :1], logits[:, 1:].masked_fill(same, MASKED_LOGIT)], 1)
+    return F.cross_entropy(logits, torch.zeros_like(targets), reduction="none")
+
+
+def report(
+    rows: list[dict[str, Any]], device: torch.device, dtype: torch.dtype, rates: dict[str, float], path: Path | None
+) -> None:
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    header: dict[str, Any] = {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        **rates,
+    }
+    title = (
+        f"Sampled softmax on {name}, {header['dtype']}, {header['threads']} threads; matrices at "
+        f"{rates['matrix_tflops']:.3g} TFLOP/s, memory at {rates['memory_gbs']:.3g} GB/s"
+    )
+    table = Table(title=title)
+    columns = ("tokens", "group × n", "width", "form", "pass", "ms", "± ms", "GFLOP", "GB", "of bound", "step GiB")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("form", "pass") else "right")
+    for row in rows:
+        shape = (str(row["tokens"]), f"{row['group']} × {row['negatives']}", str(row["width"]))
+        figures = (f"{row['ms']:.2f}", f"{row['spread_ms']:.2f}", f"{row['gflop']:.2f}", f"{row['gbyte']:.2f}")
+        memory = f"{row['step_mem_gib']:.3f}" if "step_mem_gib" in row else ""
+        table.add_row(*shape, row["form"], row["pass"], *figures, f"{row['roofline_share']:.0%}", memory)
+    Console(width=120).print(table)
+    if path is not None:
+        path.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)
