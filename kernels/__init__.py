@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kernels.expert_ffn import expert_ffn
+from kernels.expert_ffn import expert_ffn, routed_expert_ffn
 from kernels.gated_rms_norm import gated_rms_norm, rms_norm
 from kernels.relative_attention import plan_attention, relative_attention
 from kernels.sampled_softmax import sampled_softmax_loss
@@ -13,5 +13,6 @@ __all__ = [
     "plan_attention",
     "relative_attention",
     "rms_norm",
+    "routed_expert_ffn",
     "sampled_softmax_loss",
 ]

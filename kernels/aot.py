@@ -21,7 +21,11 @@ from typing import Any
 
 from kernels.variant import Variant
 
-MODULES = ("kernels.relative_attention.variants", "kernels.sampled_softmax.variants")
+MODULES = (
+    "kernels.relative_attention.variants",
+    "kernels.expert_ffn.variants",
+    "kernels.sampled_softmax.variants",
+)
 # Shared memory that one program may ask for, in KiB: A100, H100.
 SHARED_LIMIT_KIB = {80: 163, 90: 227}
 

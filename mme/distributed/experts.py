@@ -51,9 +51,7 @@ class ExpertParallelDispatcher(MoE):
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
         """The groups exist since the constructor."""
 
-    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, _Route | None]:
-        if self.ep_size == 1:
-            return rows, offsets_of(counts), None
+    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, _Route]:
         plan = compute_split_plan(
             counts, self.num_experts, self.ep_size, self.num_local_experts, self.group, num_tokens_per_expert=counts
         )
@@ -65,8 +63,6 @@ class ExpertParallelDispatcher(MoE):
         return received.index_select(0, order), offsets_of(by_source.sum(0)), route
 
     def combine(self, rows: Tensor, state: Any) -> Tensor:
-        if state is None:
-            return rows
         by_source = rows.index_select(0, state.to_source_order)
         return _AllToAllV.apply(self.group, by_source, state.output_splits, state.input_splits)
 

@@ -52,10 +52,11 @@ class Recommender:
     def num_parameters(self) -> dict[str, int]:
         """Parameters of the whole model by part, over all ranks."""
         tables = self.config.model.num_tables * self.num_items * self.config.model.view_dim
-        experts = sum(p.numel() for layer in self.decoder.moe_layers() for p in layer.experts.parameters())
-        decoder = sum(p.numel() for p in self.decoder.parameters()) - experts
-        spread = {layer.num_experts // layer.dispatcher.num_local_experts for layer in self.decoder.moe_layers()}
-        return {"item tables": tables, "decoder": decoder, "experts": experts * max(spread, default=1)}
+        layers = self.decoder.moe_layers()
+        here = sum(p.numel() for layer in layers for p in layer.experts.parameters())
+        everywhere = sum(layer.num_experts * p[0].numel() for layer in layers for p in layer.experts.parameters())
+        decoder = sum(p.numel() for p in self.decoder.parameters()) - here
+        return {"item tables": tables, "decoder": decoder, "experts": everywhere}
 
     @torch.no_grad()
     def encode(self, batch: SequenceBatch) -> Tensor:

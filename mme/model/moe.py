@@ -4,8 +4,8 @@ p = softmax(z W_g) in float32, the k largest kept and (choice) renormalised to s
 Load-balance loss of the Switch Transformer (arXiv 2101.03961) and GShard (arXiv 2006.16668); router z-loss of ST-MoE
 (arXiv 2202.08906).
 
-The layer knows no process group: a dispatcher brings the rows to their experts and back. `LocalDispatcher` serves one
-device; `mme.distributed.experts` has the one that crosses ranks.
+The layer knows no process group: a dispatcher brings the rows to their experts and back. Where all experts
+are local none is needed; `mme.distributed.experts` has the one that crosses ranks.
 
 Legend: R rows (tokens of all views), M views, d view width, E experts, k top_k, f hidden width of an expert.
 """
@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import expert_ffn
+from kernels import expert_ffn, routed_expert_ffn
+from kernels.expert_ffn.routing import sorted_copies, weighted_choices
 
 
 @dataclass(frozen=True)
@@ -56,19 +57,6 @@ class Dispatcher(Protocol):
         ...
 
 
-class LocalDispatcher:
-    """All experts on this device: nothing travels."""
-
-    def __init__(self, num_experts: int) -> None:
-        self.num_local_experts = num_experts
-
-    def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Any]:
-        return rows, offsets_of(counts), None
-
-    def combine(self, rows: Tensor, state: Any) -> Tensor:
-        return rows
-
-
 class GatedExperts(nn.Module):
     """num_experts gated FFNs of one shape, y = (SiLU(x W_1) ⊙ (x W_3)) W_2; one expert is the dense FFN."""
 
@@ -84,8 +72,18 @@ class GatedExperts(nn.Module):
 
     def forward(self, rows: Tensor, expert_offsets: Tensor) -> Tensor:
         """(R, d) sorted by expert → (R, d); row r belongs to expert e where expert_offsets[e] ≤ r < [e + 1]."""
-        w1, w3, w2 = (weight.to(rows.dtype) for weight in (self.w1, self.w3, self.w2))
-        return expert_ffn(rows, expert_offsets, w1, w3, w2, backend=self.backend)
+        weights = self._weights(rows.dtype)
+        return expert_ffn(rows, expert_offsets, *weights, backend=self.backend, check_offsets=False)
+
+    def mixture(self, z: Tensor, order: Tensor, choice_weights: Tensor, expert_offsets: Tensor) -> Tensor:
+        """(R, d) → the weighted sums of its rows' choices, see `kernels.routed_expert_ffn`."""
+        weights = self._weights(z.dtype)
+        return routed_expert_ffn(
+            z, order, choice_weights, expert_offsets, *weights, backend=self.backend, check_offsets=False
+        )
+
+    def _weights(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        return self.w1.to(dtype), self.w3.to(dtype), self.w2.to(dtype)
 
 
 class DenseFFN(nn.Module):
@@ -111,18 +109,19 @@ class MixtureOfExperts(nn.Module):
         self.renormalize = renormalize
         self.router = nn.Linear(dim, num_experts, bias=False)
         self.experts = GatedExperts(num_experts, dim, hidden_dim, backend)
-        self.dispatcher: Dispatcher = LocalDispatcher(num_experts)
+        self.dispatcher: Dispatcher | None = None
 
     def forward(self, z: Tensor, num_views: int) -> tuple[Tensor, Routing]:
         """z (R, d), view-major → (R, d) and the routing."""
         routing = self.route(z, num_views)
         order = torch.argsort(routing.experts.flatten(), stable=True)
-        rows = _SortedCopies.apply(z, order, self.top_k)
-        local_rows, expert_offsets, state = self.dispatcher.dispatch(rows, routing.counts.sum(0))
+        counts = routing.counts.sum(0)
+        if self.dispatcher is None or self.dispatcher.num_local_experts == self.num_experts:
+            return self.experts.mixture(z, order, routing.weights, offsets_of(counts)), routing
+        rows = sorted_copies(z, order, self.top_k)
+        local_rows, expert_offsets, state = self.dispatcher.dispatch(rows, counts)
         results = self.dispatcher.combine(self.experts(local_rows, expert_offsets), state)
-        place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-        results = _Permute.apply(results, place, order).unflatten(0, routing.weights.shape)
-        return torch.einsum("rk,rkd->rd", routing.weights.to(z.dtype), results), routing
+        return weighted_choices(results, order, routing.weights), routing
 
     def route(self, z: Tensor, num_views: int) -> Routing:
         logits = self.router(z).float()
@@ -157,32 +156,3 @@ def router_z_loss(routing: Routing, global_rows: Tensor) -> Tensor:
 def offsets_of(counts: Tensor) -> Tensor:
     """counts [2, 0, 3] → offsets [0, 2, 2, 5], int64."""
     return F.pad(counts.cumsum(0), (1, 0))
-
-
-class _SortedCopies(torch.autograd.Function):
-    """Row order[i] // k of x for each i; the gradient sums a row's k copies without atomic additions."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, top_k: int) -> Tensor:
-        ctx.save_for_backward(order)
-        ctx.top_k = top_k
-        return x.index_select(0, order // top_k)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (order,) = ctx.saved_tensors
-        unsorted = torch.empty_like(grad).index_copy_(0, order, grad)
-        return unsorted.unflatten(0, (-1, ctx.top_k)).sum(1), None, None
-
-
-class _Permute(torch.autograd.Function):
-    """Rows in the order ``place``; ``inverse`` undoes it in backward by a gather instead of a scatter."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, place: Tensor, inverse: Tensor) -> Tensor:
-        ctx.save_for_backward(inverse)
-        return x.index_select(0, place)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None

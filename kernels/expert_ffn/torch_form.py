@@ -1,13 +1,6 @@
-"""Gated feed-forward networks of E experts over rows sorted by expert.
+"""The PyTorch form of the expert FFN: the CPU's, and the twin that the Triton kernels are tested against.
 
-    y = (SiLU(x W_1) ⊙ (x W_3)) W_2        with the weights of the row's expert
-
-    with s = SiLU(x W_1), b = x W_3, h = s ⊙ b and d h = dy W_2ᵀ:
-    d W_2 = hᵀ dy,  d b = d h ⊙ s,  d (x W_1) = d h ⊙ b ⊙ SiLU'(x W_1),  d x = d(x W_1) W_1ᵀ + d b W_3ᵀ
-
-Backward computes x W_1 and x W_3 again, so that only x is kept: the hidden rows are f / d times larger.
-
-Legend: R rows, d width, E experts, f hidden width.
+One matrix product an expert and factor; only experts with rows are visited.
 """
 
 from __future__ import annotations
@@ -19,36 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.backend import require_torch_form
 
-
-def expert_ffn(
-    x: Tensor, expert_offsets: Tensor, w1: Tensor, w3: Tensor, w2: Tensor, *, backend: str = "auto"
-) -> Tensor:
-    """The FFN of each row's expert.
-
-    Args:
-        x: (R, d), sorted by expert.
-        expert_offsets: (E + 1,) int64; expert e has the rows [expert_offsets[e], expert_offsets[e + 1]), maybe none.
-            Counts [2, 0, 3] → [0, 2, 2, 5].
-        w1, w3: (E, d, f). w2: (E, f, d).
-
-    Returns:
-        (R, d), differentiable in ``x`` and the weights.
-
-    Raises:
-        ValueError: a shape does not fit, or the backend cannot run here.
-    """
-    num_experts = expert_offsets.numel() - 1
-    if x.dim() != 2 or w1.dim() != 3 or w1.shape[:2] != (num_experts, x.shape[1]):
-        raise ValueError(
-            f"w1 has shape {tuple(w1.shape)}, expected ({num_experts}, {x.shape[-1]}, f) for x and offsets"
-        )
-    if w3.shape != w1.shape:
-        raise ValueError(f"w3 has shape {tuple(w3.shape)}, expected that of w1, {tuple(w1.shape)}")
-    if w2.shape != (num_experts, w1.shape[2], x.shape[1]):
-        raise ValueError(f"w2 has shape {tuple(w2.shape)}, expected {(num_experts, w1.shape[2], x.shape[1])}")
-    require_torch_form("expert_ffn", backend, x.device)
+def torch_expert_ffn(x: Tensor, expert_offsets: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
+    """`kernels.expert_ffn` after its checks."""
     return _ExpertFFN.apply(x, expert_offsets, w1, w3, w2)
 
 

@@ -1,0 +1,7 @@
+"""Gated expert FFN: the definition and its checks (`api`), PyTorch and Triton forms."""
+
+from __future__ import annotations
+
+from kernels.expert_ffn.api import expert_ffn, routed_expert_ffn
+
+__all__ = ["expert_ffn", "routed_expert_ffn"]

@@ -1,0 +1,144 @@
+"""Gated feed-forward networks of E experts over rows sorted by expert.
+
+    y = (SiLU(x W_1) ⊙ (x W_3)) W_2        with the weights of the row's expert
+
+    with s = SiLU(x W_1), b = x W_3, h = s ⊙ b and d h = dy W_2ᵀ:
+    d W_2 = hᵀ dy,  d b = d h ⊙ s,  d a = d h ⊙ b ⊙ SiLU'(x W_1),  d x = d a W_1ᵀ + d b W_3ᵀ,
+    d W_1 = xᵀ d a,  d W_3 = xᵀ d b
+
+Backward computes x W_1 and x W_3 again, so that only x is kept: the hidden rows are f / d times larger.
+
+Legend: R rows, k choices of a row, d width, E experts, f hidden width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.backend import backend_for
+from kernels.expert_ffn.routing import sorted_copies, weighted_choices
+from kernels.expert_ffn.torch_form import torch_expert_ffn
+
+
+def expert_ffn(
+    x: Tensor,
+    expert_offsets: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    *,
+    backend: str = "auto",
+    check_offsets: bool = True,
+) -> Tensor:
+    """The FFN of each row's expert.
+
+    Args:
+        x: (R, d), sorted by expert. float64 (PyTorch form only), float32, bfloat16 or float16.
+        expert_offsets: (E + 1,) int64; expert e has the rows [expert_offsets[e], expert_offsets[e + 1]), maybe none.
+            Counts [2, 0, 3] → [0, 2, 2, 5].
+        w1, w3: (E, d, f). w2: (E, f, d). Of x's dtype.
+        backend: ``auto`` (triton on CUDA, torch elsewhere and for float64), ``torch`` or ``triton``.
+        check_offsets: whether to read the values of ``expert_offsets``, for which the host waits for a GPU; without it,
+            offsets that do not rise from 0 to R give rows without a meaning.
+
+    Returns:
+        (R, d), differentiable in ``x`` and the weights.
+
+    Raises:
+        ValueError: an argument's shape, dtype, device or value is wrong, the message names it; or the backend cannot
+            run here.
+    """
+    _check(x, expert_offsets, w1, w3, w2)
+    chosen = backend_for(backend, "x", x)
+    if check_offsets and not torch.compiler.is_compiling():
+        _check_values(expert_offsets, x.shape[0])
+    if chosen == "torch":
+        return torch_expert_ffn(x, expert_offsets, w1, w3, w2)
+    # Here, not above: the triton package need not be installed where it does not run.
+    from kernels.expert_ffn.triton_op import expert_ffn_op
+
+    return expert_ffn_op(x, expert_offsets, w1, w3, w2)
+
+
+def routed_expert_ffn(
+    x: Tensor,
+    order: Tensor,
+    choice_weights: Tensor,
+    expert_offsets: Tensor,
+    w1: Tensor,
+    w3: Tensor,
+    w2: Tensor,
+    *,
+    backend: str = "auto",
+    check_offsets: bool = True,
+) -> Tensor:
+    """Each row's weighted sum over the FFNs of the experts that it chose: a mixture's experts, all on one device.
+
+    y_r = Σ_j choice_weights[r, j] · FFN_e(r, j)(x_r). The Triton kernels gather the rows and weigh the results as they go;
+    above a width of 256 the copies are made, as in the PyTorch form.
+
+    Args:
+        x: (R, d).
+        order: (R·k,) int64, the choices r·k + j sorted by their expert.
+        choice_weights: (R, k) float32 or wider.
+        expert_offsets: (E + 1,) int64 into ``order``; w1, w3, w2, backend, check_offsets: as of `expert_ffn`.
+
+    Returns:
+        (R, d), differentiable in ``x``, ``choice_weights`` and the weights.
+
+    Raises:
+        ValueError: as `expert_ffn`.
+    """
+    _check(x, expert_offsets, w1, w3, w2)
+    if choice_weights.dim() != 2 or choice_weights.shape[0] != x.shape[0]:
+        raise ValueError(f"choice_weights has shape {tuple(choice_weights.shape)}, expected ({x.shape[0]}, k)")
+    if order.shape != (choice_weights.numel(),) or order.dtype != torch.int64:
+        raise ValueError(
+            f"order must be int64 and ({choice_weights.numel()},), not {order.dtype} of shape {tuple(order.shape)}"
+        )
+    if check_offsets and not torch.compiler.is_compiling():
+        _check_values(expert_offsets, order.numel())
+    if backend_for(backend, "x", x) == "triton":
+        from kernels.expert_ffn.triton_op import WIDEST_ON_CHIP, routed_expert_ffn_op
+
+        if x.shape[1] <= WIDEST_ON_CHIP:
+            return routed_expert_ffn_op(x, order, choice_weights.float(), expert_offsets, w1, w3, w2)
+    rows = sorted_copies(x, order, choice_weights.shape[1])
+    results = expert_ffn(rows, expert_offsets, w1, w3, w2, backend=backend, check_offsets=False)
+    return weighted_choices(results, order, choice_weights)
+
+
+def _check(x: Tensor, expert_offsets: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> None:
+    if x.dim() != 2 or not x.is_floating_point():
+        raise ValueError(f"x must be floating and (R, d), not {x.dtype} of shape {tuple(x.shape)}")
+    if expert_offsets.dim() != 1 or expert_offsets.numel() < 2 or expert_offsets.dtype != torch.int64:
+        raise ValueError(
+            f"expert_offsets must be int64 and (E + 1,), not {expert_offsets.dtype} of shape "
+            f"{tuple(expert_offsets.shape)}"
+        )
+    num_experts = expert_offsets.numel() - 1
+    if w1.dim() != 3 or w1.shape[:2] != (num_experts, x.shape[1]):
+        raise ValueError(
+            f"w1 has shape {tuple(w1.shape)}, expected ({num_experts}, {x.shape[-1]}, f) for x and offsets"
+        )
+    if w3.shape != w1.shape:
+        raise ValueError(f"w3 has shape {tuple(w3.shape)}, expected that of w1, {tuple(w1.shape)}")
+    if w2.shape != (num_experts, w1.shape[2], x.shape[1]):
+        raise ValueError(f"w2 has shape {tuple(w2.shape)}, expected {(num_experts, w1.shape[2], x.shape[1])}")
+    weights = {"w1": w1, "w3": w3, "w2": w2}
+    for name, weight in weights.items():
+        if weight.dtype != x.dtype:
+            raise ValueError(f"{name} has dtype {weight.dtype}; x has {x.dtype}")
+    for name, tensor in ({"expert_offsets": expert_offsets} | weights).items():
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}; x is on {x.device}")
+
+
+def _check_values(expert_offsets: Tensor, num_rows: int) -> None:
+    least = expert_offsets.diff().min()
+    first, last, step = torch.stack([expert_offsets[0], expert_offsets[-1], least]).tolist()
+    if first != 0 or last != num_rows:
+        raise ValueError(f"expert_offsets runs from {first} to {last}; expected from 0 to the {num_rows} rows")
+    if step < 0:
+        raise ValueError("expert_offsets must not fall")

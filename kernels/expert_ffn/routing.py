@@ -1,0 +1,50 @@
+"""From rows to copies sorted by expert and back, by gathers alone: no direction adds atomically.
+
+Legend: R rows, k choices of a row, d width. Choice c = row · k + j; order (R·k,) lists the choices by expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def sorted_copies(x: Tensor, order: Tensor, top_k: int) -> Tensor:
+    """x (R, d) → (R·k, d): row order[i] // k at i."""
+    return _SortedCopies.apply(x, order, top_k)
+
+
+def weighted_choices(results: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+    """results (R·k, d) in ``order``, weights (R, k) → (R, d): of each row's k results the weighted sum."""
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    by_row = _Permute.apply(results, place, order).unflatten(0, weights.shape)
+    return torch.einsum("rk,rkd->rd", weights.to(results.dtype), by_row)
+
+
+class _SortedCopies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(order)
+        ctx.top_k = top_k
+        return x.index_select(0, order // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (order,) = ctx.saved_tensors
+        unsorted = torch.empty_like(grad).index_copy_(0, order, grad)
+        return unsorted.unflatten(0, (-1, ctx.top_k)).sum(1), None, None
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in the order ``place``; ``inverse`` undoes it in backward by a gather instead of a scatter."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None

@@ -1,0 +1,224 @@
+"""Triton kernels of the gated expert FFN for widths whose rows fit on chip: forward, and backward by recomputation.
+
+forward   a program per block of rows of one expert: x stays, the hidden width passes by in steps: x W_1, x W_3, SiLU,
+          product, and its share of the output. No hidden value leaves the chip.
+d x       the same walk: both products again, dy W_2ᵀ, then d a W_1ᵀ + d b W_3ᵀ.
+d W       a program per (chunk of an expert's rows, step of the hidden width): the weights' step stays, the rows pass by;
+          xᵀ d a, xᵀ d b and hᵀ dy add up on chip and go to the chunk's own place in memory.
+sum       a program per (expert, part of its weights): the chunks' sums in rising order. No atomics: the same bits from
+          run to run.
+
+With routing, a slot's row is gathered as it is read, its result goes to the slot's own place weighted, and the weight's
+gradient falls out of dy W_2ᵀ: neither sorted copies nor unweighted results exist.
+
+A program finds its expert by itself, from the offsets: their values never reach the host. Slots of a chunk or
+block belong to one expert; programs past the true number of blocks end at once. Addresses are int64.
+
+Legend: slots: rows, or with routing the R·k choices sorted by expert; d width, E experts, f hidden width; i_ indices, m_ masks, p_ pointers, b_ blocks of values.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def locate(p_offsets, i_item, num_experts, block, EXPERTS: tl.constexpr):
+    """Expert, first row and end of the expert's rows of the i-th block; expert ≥ num_experts: there is no such block."""
+    i_expert = tl.arange(0, EXPERTS)
+    m_expert = i_expert < num_experts
+    start = tl.load(p_offsets + i_expert, mask=m_expert, other=0)
+    end = tl.load(p_offsets + i_expert + 1, mask=m_expert, other=0)
+    blocks = (end - start + block - 1) // block
+    expert = tl.sum((tl.cumsum(blocks, 0) <= i_item).to(tl.int32), 0)
+    before = tl.sum(tl.where(i_expert < expert, blocks, 0), 0)
+    safe = tl.minimum(expert, num_experts - 1)
+    first = tl.load(p_offsets + safe) + (i_item - before) * block
+    return expert, first, tl.load(p_offsets + safe + 1)
+
+
+@triton.jit
+def load_tile(p, row, m_row, column, columns_end, stride):
+    """(rows, columns) of a row-major matrix, zeros where ``m_row`` is false and beyond the last column."""
+    m_load = m_row[:, None] & (column[None, :] < columns_end)
+    return tl.load(p + row[:, None].to(tl.int64) * stride + column[None, :], mask=m_load, other=0.0)
+
+
+@triton.jit
+def store_tile(p, value, row, m_row, column, columns_end, stride):
+    m_store = m_row[:, None] & (column[None, :] < columns_end)
+    p_store = p + row[:, None].to(tl.int64) * stride + column[None, :]
+    tl.store(p_store, value.to(p.dtype.element_ty), mask=m_store)
+
+
+@triton.jit
+def load_weights(p, i_expert, i_column, i_hidden, hidden_dim, D: tl.constexpr):
+    """(d, hidden) of W_1 or W_3."""
+    place = i_expert.to(tl.int64) * D * hidden_dim
+    return load_tile(p + place, i_column, i_column < D, i_hidden, hidden_dim, hidden_dim)
+
+
+@triton.jit
+def load_weights_down(p, i_expert, i_hidden, i_column, hidden_dim, D: tl.constexpr):
+    """(hidden, d) of W_2."""
+    place = i_expert.to(tl.int64) * D * hidden_dim
+    return load_tile(p + place, i_hidden, i_hidden < hidden_dim, i_column, D, D)
+
+
+@triton.jit
+def routed_rows(p_order, p_choice_weights, i_slot, m_slot, TOP_K: tl.constexpr):
+    """Where the rows of the slots are read from, where their results go, and their weights.
+
+    Without routing (TOP_K 0) a slot is a row. With it slot i holds choice order[i] = row · k + j.
+    """
+    if TOP_K:
+        i_choice = tl.load(p_order + i_slot, mask=m_slot, other=0)
+        weight = tl.load(p_choice_weights + i_choice, mask=m_slot, other=0.0)
+        return i_choice // TOP_K, i_choice, weight
+    return i_slot, i_slot, tl.full(i_slot.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def hidden_gradients(a, b, d_hidden):
+    """(d a, d b, h) of h = SiLU(a) ⊙ b, float32."""
+    s = sigmoid(a)
+    silu = a * s
+    return d_hidden * b * (s + silu * (1.0 - s)), d_hidden * silu, silu * b
+
+
+@triton.jit
+def forward_kernel(
+    p_x, p_y, p_order, p_choice_weights, p_offsets, p_w1, p_w3, p_w2, num_experts, hidden_dim,
+    D: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    expert, first, end = locate(p_offsets, tl.program_id(0), num_experts, BLOCK, EXPERTS)
+    if expert >= num_experts:
+        return
+    i_slot = first + tl.arange(0, BLOCK)
+    m_slot = i_slot < end
+    source, target, weight = routed_rows(p_order, p_choice_weights, i_slot, m_slot, TOP_K)
+    i_column = tl.arange(0, triton.next_power_of_2(max(D, 16)))
+    b_x = load_tile(p_x, source, m_slot, i_column, D, D)
+    b_y = tl.zeros([BLOCK, triton.next_power_of_2(max(D, 16))], tl.float32)
+    for i_start in range(0, hidden_dim, STEP):
+        i_hidden = i_start + tl.arange(0, STEP)
+        b_w1 = load_weights(p_w1, expert, i_column, i_hidden, hidden_dim, D)
+        b_w3 = load_weights(p_w3, expert, i_column, i_hidden, hidden_dim, D)
+        b_w2 = load_weights_down(p_w2, expert, i_hidden, i_column, hidden_dim, D)
+        b_a = tl.dot(b_x, b_w1, input_precision=PRECISION)
+        b_b = tl.dot(b_x, b_w3, input_precision=PRECISION)
+        b_h = (b_a * sigmoid(b_a) * b_b).to(b_x.dtype)
+        b_y = tl.dot(b_h, b_w2, b_y, input_precision=PRECISION)
+    if TOP_K:
+        b_y *= weight[:, None]
+    store_tile(p_y, b_y, target, m_slot, i_column, D, D)
+
+
+@triton.jit
+def backward_rows_kernel(
+    p_x, p_grad, p_dx, p_d_choice, p_order, p_choice_weights, p_offsets, p_w1, p_w3, p_w2, num_experts, hidden_dim,
+    D: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    expert, first, end = locate(p_offsets, tl.program_id(0), num_experts, BLOCK, EXPERTS)
+    if expert >= num_experts:
+        return
+    i_slot = first + tl.arange(0, BLOCK)
+    m_slot = i_slot < end
+    source, target, weight = routed_rows(p_order, p_choice_weights, i_slot, m_slot, TOP_K)
+    i_column = tl.arange(0, triton.next_power_of_2(max(D, 16)))
+    b_x = load_tile(p_x, source, m_slot, i_column, D, D)
+    b_g = load_tile(p_grad, source, m_slot, i_column, D, D)
+    b_dx = tl.zeros([BLOCK, triton.next_power_of_2(max(D, 16))], tl.float32)
+    d_choice = tl.zeros([BLOCK], tl.float32)
+    for i_start in range(0, hidden_dim, STEP):
+        i_hidden = i_start + tl.arange(0, STEP)
+        b_w1 = load_weights(p_w1, expert, i_column, i_hidden, hidden_dim, D)
+        b_w3 = load_weights(p_w3, expert, i_column, i_hidden, hidden_dim, D)
+        b_w2 = load_weights_down(p_w2, expert, i_hidden, i_column, hidden_dim, D)
+        b_a = tl.dot(b_x, b_w1, input_precision=PRECISION)
+        b_b = tl.dot(b_x, b_w3, input_precision=PRECISION)
+        b_dh = tl.dot(b_g, tl.trans(b_w2), input_precision=PRECISION)
+        if TOP_K:
+            # ⟨dy, h W_2⟩ = ⟨dy W_2ᵀ, h⟩: the weight's gradient needs no result of forward.
+            d_choice += tl.sum(b_dh * b_a * sigmoid(b_a) * b_b, 1)
+            b_dh *= weight[:, None]
+        b_da, b_db, _ = hidden_gradients(b_a, b_b, b_dh)
+        b_dx = tl.dot(b_da.to(b_x.dtype), tl.trans(b_w1), b_dx, input_precision=PRECISION)
+        b_dx = tl.dot(b_db.to(b_x.dtype), tl.trans(b_w3), b_dx, input_precision=PRECISION)
+    store_tile(p_dx, b_dx, target, m_slot, i_column, D, D)
+    if TOP_K:
+        tl.store(p_d_choice + target, d_choice, mask=m_slot)
+
+
+@triton.jit
+def backward_weights_kernel(
+    p_x, p_grad, p_dw1, p_dw3, p_dw2, p_order, p_choice_weights, p_offsets, p_w1, p_w3, p_w2,
+    num_experts, hidden_dim, chunk, num_steps,
+    D: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    # The steps of one chunk stand side by side: they read the same rows.
+    i_chunk = tl.program_id(0) // num_steps
+    expert, first, end = locate(p_offsets, i_chunk, num_experts, chunk, EXPERTS)
+    if expert >= num_experts:
+        return
+    end = tl.minimum(end, first + chunk)
+    i_column = tl.arange(0, triton.next_power_of_2(max(D, 16)))
+    i_hidden = (tl.program_id(0) % num_steps) * STEP + tl.arange(0, STEP)
+    b_w1 = load_weights(p_w1, expert, i_column, i_hidden, hidden_dim, D)
+    b_w3 = load_weights(p_w3, expert, i_column, i_hidden, hidden_dim, D)
+    b_w2 = load_weights_down(p_w2, expert, i_hidden, i_column, hidden_dim, D)
+    b_dw1 = tl.zeros([triton.next_power_of_2(max(D, 16)), STEP], tl.float32)
+    b_dw3 = tl.zeros([triton.next_power_of_2(max(D, 16)), STEP], tl.float32)
+    b_dw2 = tl.zeros([STEP, triton.next_power_of_2(max(D, 16))], tl.float32)
+    for i_start in range(0, (end - first).to(tl.int32), BLOCK):
+        i_slot = first + i_start + tl.arange(0, BLOCK)
+        m_slot = i_slot < end
+        source, _, weight = routed_rows(p_order, p_choice_weights, i_slot, m_slot, TOP_K)
+        b_x = load_tile(p_x, source, m_slot, i_column, D, D)
+        b_g = load_tile(p_grad, source, m_slot, i_column, D, D)
+        b_a = tl.dot(b_x, b_w1, input_precision=PRECISION)
+        b_b = tl.dot(b_x, b_w3, input_precision=PRECISION)
+        b_dh = tl.dot(b_g, tl.trans(b_w2), input_precision=PRECISION)
+        if TOP_K:
+            b_dh *= weight[:, None]
+        b_da, b_db, b_h = hidden_gradients(b_a, b_b, b_dh)
+        if TOP_K:
+            b_h *= weight[:, None]
+        b_dw1 = tl.dot(tl.trans(b_x), b_da.to(b_x.dtype), b_dw1, input_precision=PRECISION)
+        b_dw3 = tl.dot(tl.trans(b_x), b_db.to(b_x.dtype), b_dw3, input_precision=PRECISION)
+        b_dw2 = tl.dot(tl.trans(b_h.to(b_x.dtype)), b_g, b_dw2, input_precision=PRECISION)
+    place = i_chunk.to(tl.int64) * D * hidden_dim
+    m_column, m_hidden = i_column < D, i_hidden < hidden_dim
+    store_tile(p_dw1 + place, b_dw1, i_column, m_column, i_hidden, hidden_dim, hidden_dim)
+    store_tile(p_dw3 + place, b_dw3, i_column, m_column, i_hidden, hidden_dim, hidden_dim)
+    store_tile(p_dw2 + place, b_dw2, i_hidden, m_hidden, i_column, D, D)
+
+
+@triton.jit
+def sum_chunks_kernel(
+    p_partial, p_sum, p_offsets, num_experts, size, chunk, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """(chunks, size) float32 of each expert's chunks in a row → (E, size); an expert without rows gets zeros."""
+    expert = tl.program_id(0)
+    i_expert = tl.arange(0, EXPERTS)
+    m_expert = i_expert < num_experts
+    start = tl.load(p_offsets + i_expert, mask=m_expert, other=0)
+    blocks = (tl.load(p_offsets + i_expert + 1, mask=m_expert, other=0) - start + chunk - 1) // chunk
+    first = tl.sum(tl.where(i_expert < expert, blocks, 0), 0)
+    last = first + tl.sum(tl.where(i_expert == expert, blocks, 0), 0)
+    i_place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i_chunk in range(first, last):
+        total += tl.load(p_partial + i_chunk * size + i_place, mask=i_place < size, other=0.0)
+    p_store = p_sum + expert.to(tl.int64) * size + i_place
+    tl.store(p_store, total.to(p_sum.dtype.element_ty), mask=i_place < size)

@@ -1,0 +1,213 @@
+"""The Triton form of the expert FFN, on the GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kernels import expert_ffn, routed_expert_ffn
+from kernels.expert_ffn.triton_op import expert_ffn_op, routed_expert_ffn_op
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+# The interpreter of Triton 3.6 and 3.7 multiplies the bit patterns of bfloat16.
+BFLOAT16 = pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU"))
+
+EDGES = {
+    "no row": ([0, 0], 4, 4),
+    "no hidden unit": ([3], 4, 0),
+    "empty first and last, one row": ([0, 1, 0], 8, 20),
+    "block and block ± 1": ([127, 128, 129], 16, 16),
+    "one giant among dwarfs": ([1, 700, 0, 2], 16, 40),
+    "width that is no power of two": ([9, 4], 50, 33),
+    "one column": ([5], 1, 1),
+    "wide rows": ([3, 8], 200, 17),
+    "two passes": ([40, 0, 3], 300, 70),
+}
+
+
+def make_inputs(counts: list[int], dim: int, hidden_dim: int) -> tuple[Tensor, list[Tensor]]:
+    """Offsets, and x, w1, w3, w2 in float64."""
+    random = torch.Generator().manual_seed(sum(counts) + dim)
+    num_experts = len(counts)
+    shapes = [(sum(counts), dim), *[(num_experts, dim, hidden_dim)] * 2, (num_experts, hidden_dim, dim)]
+    scales = (1.0, dim**-0.5, dim**-0.5, max(1, hidden_dim) ** -0.5)
+    operands = [
+        scale * torch.randn(*shape, generator=random, dtype=torch.float64)
+        for shape, scale in zip(shapes, scales, strict=True)
+    ]
+    return torch.tensor([0, *counts]).cumsum(0).to(DEVICE), [operand.to(DEVICE) for operand in operands]
+
+
+def results(offsets: Tensor, operands: list[Tensor], dtype: torch.dtype, backend: str) -> list[Tensor]:
+    """y and the gradients of x, w1, w3 and w2."""
+    leaves = [operand.to(dtype).requires_grad_() for operand in operands]
+    y = expert_ffn(leaves[0], offsets, *leaves[1:], backend=backend)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y))]
+
+
+def relative_errors(found: list[Tensor], exact: list[Tensor]) -> list[float]:
+    return [
+        ((value.double() - right).norm() / right.norm().clamp(min=1e-30)).item()
+        for value, right in zip(found, exact, strict=True)
+    ]
+
+
+def assert_exact(counts: list[int], dim: int, hidden_dim: int) -> None:
+    offsets, operands = make_inputs(counts, dim, hidden_dim)
+    exact = results(offsets, operands, torch.float64, "torch")
+    errors = relative_errors(results(offsets, operands, torch.float32, "triton"), exact)
+    assert max(errors) < 1e-6, errors
+
+
+@pytest.mark.parametrize("counts, dim, hidden_dim", EDGES.values(), ids=EDGES)
+def test_edges(counts: list[int], dim: int, hidden_dim: int) -> None:
+    assert_exact(counts, dim, hidden_dim)
+
+
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    counts=st.lists(st.integers(0, 150), min_size=1, max_size=5), dim=st.integers(1, 70), hidden_dim=st.integers(1, 90)
+)
+def test_random_shapes(counts: list[int], dim: int, hidden_dim: int) -> None:
+    assert_exact(counts, dim, hidden_dim)
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, pytest.param(torch.float16, id="f16")])
+@pytest.mark.parametrize("dim", [16, 300])
+def test_low_precision(dtype: torch.dtype, dim: int) -> None:
+    """Within the error of the definition computed in the same dtype, and one rounding of the output."""
+    offsets, operands = make_inputs([40, 9], dim, 48)
+    operands = [operand.to(dtype).double() for operand in operands]
+    exact = results(offsets, operands, torch.float64, "torch")
+    eager = relative_errors(results(offsets, operands, dtype, "torch"), exact)
+    found = relative_errors(results(offsets, operands, dtype, "triton"), exact)
+    assert all(error <= limit + torch.finfo(dtype).eps for error, limit in zip(found, eager, strict=True)), found
+
+
+@pytest.mark.parametrize("dim", [16, 260])
+def test_repeats_bit_for_bit(dim: int) -> None:
+    offsets, operands = make_inputs([300, 0, 70], dim, 32)
+    first, second = (results(offsets, operands, torch.float32, "triton") for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_every_element_is_written_and_rows_of_other_experts_stay_apart() -> None:
+    """An expert whose weights are not finite touches its own rows and gradients alone."""
+    offsets, operands = make_inputs([5, 6, 7], 8, 12)
+    clean = results(offsets, operands, torch.float32, "triton")
+    operands[1][1] = float("nan")
+    spoilt = results(offsets, operands, torch.float32, "triton")
+    for value, expected, bad in zip(spoilt, clean, [slice(5, 11), slice(5, 11), *[slice(1, 2)] * 3], strict=True):
+        assert value[bad].isnan().any()
+        value[bad] = expected[bad]
+        assert torch.equal(value, expected)
+
+
+def routed_inputs(rows: int, top_k: int, num_experts: int, dim: int) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Order and offsets of random choices, and x, choice weights, w1, w3, w2 in float64."""
+    random = torch.Generator().manual_seed(rows + dim)
+    choices = torch.rand(rows, num_experts, generator=random).topk(top_k).indices.flatten().to(DEVICE)
+    weights = torch.rand(rows, top_k, generator=random, dtype=torch.float64).to(DEVICE)
+    counts = torch.bincount(choices, minlength=num_experts).tolist()
+    offsets, (_, *factors) = make_inputs(counts, dim, 24)
+    x = torch.randn(rows, dim, generator=random, dtype=torch.float64).to(DEVICE)
+    return torch.argsort(choices, stable=True), offsets, [x, weights, *factors]
+
+
+def routed_results(
+    order: Tensor, offsets: Tensor, operands: list[Tensor], dtype: torch.dtype, backend: str
+) -> list[Tensor]:
+    """y and the gradients of x, the choices' weights, w1, w3 and w2."""
+    leaves = [operand.to(dtype).requires_grad_() for operand in operands]
+    x, weights, *factors = leaves
+    y = routed_expert_ffn(x, order, weights, offsets, *factors, backend=backend)
+    upstream = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    return [y.detach(), *torch.autograd.grad(y, leaves, upstream.to(y))]
+
+
+@pytest.mark.parametrize("rows, top_k, dim", [(0, 1, 4), (1, 1, 8), (70, 2, 50), (150, 3, 16), (9, 2, 270)])
+def test_routed_ffn(rows: int, top_k: int, dim: int) -> None:
+    order, offsets, operands = routed_inputs(rows, top_k, 5, dim)
+    exact = routed_results(order, offsets, operands, torch.float64, "torch")
+    found = routed_results(order, offsets, operands, torch.float32, "triton")
+    assert max(relative_errors(found, exact)) < 1e-6
+    again = routed_results(order, offsets, operands, torch.float32, "triton")
+    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+
+
+def test_routed_ffn_is_the_weighted_sum_of_its_experts() -> None:
+    order, offsets, (x, weights, w1, w3, w2) = routed_inputs(6, 2, 3, 4)
+    expert = torch.searchsorted(offsets, torch.arange(12, device=DEVICE), right=True) - 1
+    expected = torch.zeros_like(x)
+    for slot, choice in enumerate(order.tolist()):
+        row, j = divmod(choice, 2)
+        e = int(expert[slot])
+        expected[row] += weights[row, j] * ((F.silu(x[row] @ w1[e]) * (x[row] @ w3[e])) @ w2[e])
+    torch.testing.assert_close(routed_expert_ffn(x, order, weights, offsets, w1, w3, w2, backend="torch"), expected)
+
+
+def test_custom_operator_passes_opcheck() -> None:
+    offsets, operands = make_inputs([3, 0, 2], 4, 5)
+    x, w1, w3, w2 = (operand.float().requires_grad_() for operand in operands)
+    torch.library.opcheck(expert_ffn_op, (x, offsets, w1, w3, w2))
+    order, offsets, operands = routed_inputs(3, 2, 3, 4)
+    x, weights, w1, w3, w2 = (operand.float().requires_grad_() for operand in operands)
+    torch.library.opcheck(routed_expert_ffn_op, (x, order, weights, offsets, w1, w3, w2))
+
+
+def test_compiles_without_a_graph_break() -> None:
+    offsets, operands = make_inputs([3, 4], 4, 5)
+    x, w1, w3, w2 = (operand.float() for operand in operands)
+
+    def ffn(x: Tensor) -> Tensor:
+        return expert_ffn(x, offsets, w1, w3, w2, backend="triton") + F.silu(x)
+
+    torch.testing.assert_close(torch.compile(ffn, fullgraph=True, backend="aot_eager")(x), ffn(x))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"x": torch.zeros(3)}, r"x must be floating and \(R, d\)"),
+        ({"expert_offsets": torch.tensor([0, 1, 3], dtype=torch.int32)}, "expert_offsets must be int64"),
+        ({"expert_offsets": torch.tensor([0, 2, 2])}, "expert_offsets runs from 0 to 2; expected from 0 to the 3 rows"),
+        ({"expert_offsets": torch.tensor([0, 4, 3])}, "expert_offsets must not fall"),
+        ({"w1": torch.zeros(2, 5, 5)}, r"w1 has shape \(2, 5, 5\), expected \(2, 4, f\)"),
+        ({"w3": torch.zeros(2, 4, 6)}, "w3 has shape"),
+        ({"w2": torch.zeros(2, 4, 5)}, r"w2 has shape \(2, 4, 5\), expected \(2, 5, 4\)"),
+        ({"w3": torch.zeros(2, 4, 5, dtype=torch.float16)}, r"w3 has dtype torch\.float16; x has torch\.float32"),
+        ({"w2": torch.zeros(2, 5, 4, device="meta")}, "w2 is on meta"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_wrong_arguments_are_named(backend: str, changes: dict[str, Tensor], message: str) -> None:
+    arguments = {
+        "x": torch.zeros(3, 4),
+        "expert_offsets": torch.tensor([0, 1, 3]),
+        "w1": torch.zeros(2, 4, 5),
+        "w3": torch.zeros(2, 4, 5),
+        "w2": torch.zeros(2, 5, 4),
+    }
+    changed = {name: tensor if tensor.is_meta else tensor.to(DEVICE) for name, tensor in (arguments | changes).items()}
+    with pytest.raises(ValueError, match=message):
+        expert_ffn(**changed, backend=backend)
+
+
+def test_wrong_routing_is_named() -> None:
+    order, offsets, (x, weights, *factors) = routed_inputs(3, 2, 3, 4)
+    with pytest.raises(ValueError, match=r"choice_weights has shape \(2, 2\), expected \(3, k\)"):
+        routed_expert_ffn(x, order, weights[:2], offsets, *factors)
+    with pytest.raises(ValueError, match=r"order must be int64 and \(6,\)"):
+        routed_expert_ffn(x, order[:5], weights, offsets, *factors)
+
+
+def test_float64_runs_in_pytorch_unless_triton_is_named() -> None:
+    offsets, (x, w1, w3, w2) = make_inputs([3, 4], 4, 5)
+    assert expert_ffn(x, offsets, w1, w3, w2).dtype == torch.float64
+    with pytest.raises(ValueError, match=r"x has dtype torch\.float64; the triton backend takes float32"):
+        expert_ffn(x, offsets, w1, w3, w2, backend="triton")
