@@ -72,7 +72,9 @@ def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
         constexprs={(names.index(name),): value for name, value in variant.constants.items()},
         # As a launch finds them: torch's allocations are aligned.
         attrs={
-            (i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if variant.types.get(name, "")[:1] == "*"
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if variant.types.get(name, "")[:1] == "*" or name in variant.multiples_of_16
         },
     )
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}

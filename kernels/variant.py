@@ -16,6 +16,7 @@ class Variant:
         types: of each argument that is no constant, in Triton's words, such as ``*bf16`` or ``i32``.
         constants: of the constexpr arguments.
         num_warps, num_stages: of the launch.
+        multiples_of_16: the integer arguments that are such in use, which lets loads be wide; Triton finds it at a launch.
     """
 
     kernel: Any
@@ -24,3 +25,4 @@ class Variant:
     constants: dict[str, Any]
     num_warps: int
     num_stages: int
+    multiples_of_16: tuple[str, ...] = ()

@@ -76,7 +76,7 @@ def routed_expert_ffn(
     """Each row's weighted sum over the FFNs of the experts that it chose: a mixture's experts, all on one device.
 
     y_r = Σ_j choice_weights[r, j] · FFN_e(r, j)(x_r). The Triton kernels gather the rows and weigh the results as they go;
-    above a width of 256 the copies are made, as in the PyTorch form.
+    above a width of 128 the copies are made, as in the PyTorch form.
 
     Args:
         x: (R, d).
@@ -100,9 +100,9 @@ def routed_expert_ffn(
     if check_offsets and not torch.compiler.is_compiling():
         _check_values(expert_offsets, order.numel())
     if backend_for(backend, "x", x) == "triton":
-        from kernels.expert_ffn.triton_op import WIDEST_ON_CHIP, routed_expert_ffn_op
+        from kernels.expert_ffn.triton_op import WIDEST_BACKWARD, routed_expert_ffn_op
 
-        if x.shape[1] <= WIDEST_ON_CHIP:
+        if x.shape[1] <= WIDEST_BACKWARD:
             return routed_expert_ffn_op(x, order, choice_weights.float(), expert_offsets, w1, w3, w2)
     rows = sorted_copies(x, order, choice_weights.shape[1])
     results = expert_ffn(rows, expert_offsets, w1, w3, w2, backend=backend, check_offsets=False)

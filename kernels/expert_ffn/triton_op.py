@@ -15,7 +15,9 @@ from torch import Tensor
 from kernels.backend import dot_precision
 from kernels.expert_ffn import triton_kernels, wide_kernels
 
-WIDEST_ON_CHIP = 256
+# Beyond these widths the tiles that fit on chip are so small that weights are read again more often than two passes
+# would write and read the hidden rows.
+WIDEST_FORWARD, WIDEST_BACKWARD = 256, 128
 WIDE_INNER = 32  # columns of the inner sum at a time in the wide kernels
 PROGRAMS = 512  # of the weight gradients' kernel: some for each of an H100's 132 processors
 SUM_BLOCK = 1024
@@ -36,7 +38,10 @@ class Tiles:
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How the kernels are launched for one width and dtype: forward, gradient of the rows, gradients of the weights."""
+    """How the kernels are launched for one width and dtype: forward, gradient of the rows, gradients of the weights.
+
+    In two passes: the hidden kernel and the product of forward, those of backward, the outer products.
+    """
 
     forward: Tiles
     rows: Tiles
@@ -46,27 +51,26 @@ class LaunchConfig:
     def choose(cls, dim: int, itemsize: int) -> LaunchConfig:
         """Each entry is the largest that compiles for sm_80 and sm_90 without a spill (`python -m kernels.aot`)."""
         width = max(16, triton.next_power_of_2(dim))
-        tiles = NARROW_TILES[itemsize == 2].get(width, WIDE_TILES)
-        return cls(*(Tiles(*numbers) for numbers in tiles))
+        narrow = TILES_BF16 if itemsize == 2 else TILES_FP32
+        forward, rows, weights = narrow.get(width, TILES_WIDE)
+        return cls(Tiles(*forward), Tiles(*rows), Tiles(*weights))
 
 
 # By width: block, step, warps and stages of the three kernels.
-WIDE_TILES = ((64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2))
-NARROW_TILES: dict[bool, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
-    True: {
-        16: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)),
-        32: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 2)),
-        64: ((128, 64, 8, 2), (64, 16, 8, 2), (32, 32, 4, 2)),
-        128: ((64, 32, 8, 2), (64, 16, 8, 2), (32, 16, 8, 1)),
-        256: ((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
-    },
-    False: {
-        16: ((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
-        32: ((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
-        64: ((64, 32, 8, 1), (32, 16, 8, 1), (32, 32, 8, 1)),
-        128: ((64, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
-        256: ((32, 16, 8, 1), (16, 16, 8, 1), (16, 16, 8, 1)),
-    },
+TILES_WIDE = ((64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2))
+TILES_BF16 = {
+    16: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
+    32: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)),
+    64: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
+    128: ((64, 32, 8, 2), (64, 16, 8, 2), (16, 16, 8, 1)),
+    256: ((32, 32, 8, 1), *TILES_WIDE[1:]),
+}
+TILES_FP32 = {
+    16: ((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
+    32: ((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
+    64: ((64, 32, 8, 1), (64, 16, 8, 2), (32, 32, 8, 1)),
+    128: ((64, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    256: ((64, 16, 8, 2), *TILES_WIDE[1:]),
 }
 
 
@@ -117,14 +121,14 @@ def expert_ffn_op(x: Tensor, expert_offsets: Tensor, w1: Tensor, w3: Tensor, w2:
     """`kernels.expert_ffn` after its checks."""
     x, expert_offsets, w1, w3, w2 = _contiguous(x, expert_offsets, w1, w3, w2)
     shape = _Shape.of(x, w1)
-    if shape.dim <= WIDEST_ON_CHIP:
+    if shape.dim <= WIDEST_FORWARD:
         return _forward(shape, x, None, None, expert_offsets, w1, w3, w2)
     y = torch.empty_like(x)
     if shape.nothing_to_do():
         return y.zero_()
     hidden = x.new_empty(shape.num_slots, shape.hidden_dim)
     _hidden(shape, x, None, expert_offsets, w1, w3, w2, hidden, None, None)
-    _product(shape, (hidden,), expert_offsets, (w2,), y, transposed=False)
+    _product(shape, shape.config.forward, (hidden,), expert_offsets, (w2,), y, transposed=False)
     return y
 
 
@@ -140,7 +144,7 @@ def expert_ffn_backward_op(
     """Gradients of x, w1, w3 and w2."""
     grad, x, expert_offsets, w1, w3, w2 = _contiguous(grad, x, expert_offsets, w1, w3, w2)
     shape = _Shape.of(x, w1)
-    if shape.dim <= WIDEST_ON_CHIP:
+    if shape.dim <= WIDEST_BACKWARD:
         dx, _, (dw1, dw3, dw2) = _backward(shape, grad, x, None, None, expert_offsets, w1, w3, w2)
         return dx, dw1, dw3, dw2
     if shape.nothing_to_do():
@@ -157,7 +161,7 @@ def _(grad: Tensor, x: Tensor, expert_offsets: Tensor, *weights: Tensor) -> tupl
 def routed_expert_ffn_op(
     x: Tensor, order: Tensor, choice_weights: Tensor, expert_offsets: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
 ) -> Tensor:
-    """`kernels.routed_expert_ffn` after its checks, for d up to `WIDEST_ON_CHIP`."""
+    """`kernels.routed_expert_ffn` after its checks, for d up to `WIDEST_BACKWARD`."""
     x, order, choice_weights, expert_offsets = _contiguous(x, order, choice_weights, expert_offsets)
     w1, w3, w2 = _contiguous(w1, w3, w2)
     shape = _Shape.of(x, w1, choice_weights)
@@ -276,7 +280,7 @@ def _wide_backward(
     dx = torch.empty_like(x)
     hidden, da, db = (x.new_empty(shape.num_slots, shape.hidden_dim) for _ in range(3))
     _hidden(shape, x, grad, offsets, w1, w3, w2, hidden, da, db)
-    _product(shape, (da, db), offsets, (w1, w3), dx, transposed=True)
+    _product(shape, shape.config.rows, (da, db), offsets, (w1, w3), dx, transposed=True)
     dw1, dw3 = _outer(shape, x, da, offsets, w1), _outer(shape, x, db, offsets, w3)
     return dx, dw1, dw3, _outer(shape, hidden, grad, offsets, w2)
 
@@ -303,13 +307,13 @@ def _hidden(
 
 def _product(
     shape: _Shape,
+    tiles: Tiles,
     left: tuple[Tensor, ...],
     offsets: Tensor,
     right: tuple[Tensor, ...],
     out: Tensor,
     transposed: bool,
 ) -> None:
-    tiles = shape.config.forward
     inner_stride, out_stride = right[0].stride()[1:]
     if transposed:
         inner_stride, out_stride = out_stride, inner_stride

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from kernels.expert_ffn import triton_kernels, wide_kernels
-from kernels.expert_ffn.triton_op import SUM_BLOCK, WIDE_INNER, WIDEST_ON_CHIP, LaunchConfig, Tiles
+from kernels.expert_ffn.triton_op import SUM_BLOCK, WIDE_INNER, WIDEST_BACKWARD, WIDEST_FORWARD, LaunchConfig, Tiles
 from kernels.variant import Variant
 
 NUM_EXPERTS = 8
@@ -16,6 +16,7 @@ SHAPES = (
     ("fp32", 4, "tf32", (16, 50, 64, 128, 256, 512)),
 )
 FLOAT32 = ("p_partial", "p_choice_weights", "p_d_choice")
+SIZES = ("hidden_dim", "inner_dim", "out_dim", "inner_stride", "out_stride", "left_dim", "right_dim")
 NARROW = (triton_kernels.forward_kernel, triton_kernels.backward_rows_kernel, triton_kernels.backward_weights_kernel)
 
 
@@ -25,29 +26,40 @@ def aot_variants() -> list[Variant]:
     for dtype, itemsize, precision, dims in SHAPES:
         for dim in dims:
             config = LaunchConfig.choose(dim, itemsize)
-            make = _narrow_variants if dim <= WIDEST_ON_CHIP else _wide_variants
-            variants += make(f"{dtype} d={dim}", dtype, {"D": dim, "PRECISION": precision}, config)
+            constants = {"D": dim, "PRECISION": precision}
+            if dim <= WIDEST_FORWARD:
+                variants += _narrow_variants(
+                    f"{dtype} d={dim}", dtype, constants, config, backward=dim <= WIDEST_BACKWARD
+                )
+            if dim > WIDEST_BACKWARD:
+                variants += _wide_variants(f"{dtype} d={dim}", dtype, constants, config, forward=dim > WIDEST_FORWARD)
         variants.append(_variant(triton_kernels.sum_chunks_kernel, dtype, dtype, {}, Tiles(SUM_BLOCK, 0, 4, 1)))
     return variants
 
 
-def _narrow_variants(name: str, dtype: str, constants: dict[str, Any], config: LaunchConfig) -> list[Variant]:
+def _narrow_variants(
+    name: str, dtype: str, constants: dict[str, Any], config: LaunchConfig, backward: bool
+) -> list[Variant]:
+    passes = list(zip(NARROW, (config.forward, config.rows, config.weights), strict=True))
     return [
         _variant(kernel, f"{name} top_k={top_k}", dtype, constants | {"TOP_K": top_k}, tiles)
-        for top_k in (0, 2)
-        for kernel, tiles in zip(NARROW, (config.forward, config.rows, config.weights), strict=True)
+        for top_k in ((0, 2) if backward else (0,))
+        for kernel, tiles in passes[: 3 if backward else 1]
     ]
 
 
-def _wide_variants(name: str, dtype: str, constants: dict[str, Any], config: LaunchConfig) -> list[Variant]:
+def _wide_variants(
+    name: str, dtype: str, constants: dict[str, Any], config: LaunchConfig, forward: bool
+) -> list[Variant]:
     variants = [_variant(wide_kernels.outer_kernel, name, dtype, constants, config.weights)]
     constants = constants | {"INNER": WIDE_INNER}
-    for backward in (False, True):
+    for backward in (False, True) if forward else (True,):
         passes = f"{name} {'backward' if backward else 'forward'}"
-        options = constants | {"BACKWARD": backward, "PAIR": backward}
-        hidden_tiles = config.rows if backward else config.forward
-        variants.append(_variant(wide_kernels.hidden_kernel, passes, dtype, options, hidden_tiles))
-        variants.append(_variant(wide_kernels.product_kernel, passes, dtype, options, config.forward))
+        # A launch makes a stride of 1 a constant.
+        options = constants | {"BACKWARD": backward, "PAIR": backward, "inner_stride" if backward else "out_stride": 1}
+        tiles = config.rows if backward else config.forward
+        variants.append(_variant(wide_kernels.hidden_kernel, passes, dtype, options, tiles))
+        variants.append(_variant(wide_kernels.product_kernel, passes, dtype, options, tiles))
     return variants
 
 
@@ -66,4 +78,5 @@ def _variant(kernel: Any, name: str, dtype: str, constants: dict[str, Any], tile
         else:
             types[argument] = f"*{dtype}" if argument.startswith("p_") else "i32"
     used = {argument: value for argument, value in values.items() if argument in kernel.arg_names}
-    return Variant(kernel, name, types, used, tiles.num_warps, tiles.num_stages)
+    sizes = () if values.get("D", 0) % 16 else SIZES
+    return Variant(kernel, name, types, used, tiles.num_warps, tiles.num_stages, sizes)

@@ -60,4 +60,5 @@ def _variant(kernel: Any, dtype: str, itemsize: int, precision: str, groups: int
         else:
             types[name] = "*fp32" if name.startswith("p_") else "i32"
     launch = config.launch(bias_gradient=kernel in BIAS_GRADIENT_KERNELS)
-    return Variant(kernel, f"{dtype} G={groups} dqk={dqk} dv={dv}", types, constants, **launch)
+    name = f"{dtype} G={groups} dqk={dqk} dv={dv}"
+    return Variant(kernel, name, types, constants, launch["num_warps"], launch["num_stages"])

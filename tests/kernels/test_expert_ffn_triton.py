@@ -24,7 +24,7 @@ EDGES = {
     "one giant among dwarfs": ([1, 700, 0, 2], 16, 40),
     "width that is no power of two": ([9, 4], 50, 33),
     "one column": ([5], 1, 1),
-    "wide rows": ([3, 8], 200, 17),
+    "backward in two passes": ([3, 8], 200, 17),
     "two passes": ([40, 0, 3], 300, 70),
 }
 
