@@ -101,8 +101,14 @@ def prepare(
     min_item_events: Annotated[
         Optional[int], typer.Option(min=1, help="Drop items with fewer events; default 1.")
     ] = None,
+    filter_once: Annotated[
+        Optional[bool],
+        typer.Option(
+            "--filter-once", help="Count users and items once, not again and again until all left have enough."
+        ),
+    ] = None,
     memory_limit: Annotated[Optional[str], typer.Option(help="Memory to use at most; default 4GiB.")] = None,
-    max_malformed: Annotated[
+    max_malformed_share: Annotated[
         Optional[float],
         typer.Option(
             min=0, max=1, help="Largest share of malformed rows; default 0.01. With more, the input is refused."
@@ -137,8 +143,9 @@ def prepare(
             "timestamp_column": timestamp_column,
             "min_user_events": min_user_events,
             "min_item_events": min_item_events,
+            "filter_once": filter_once,
             "memory_limit": memory_limit,
-            "max_malformed": max_malformed,
+            "max_malformed_share": max_malformed_share,
         }
         files = [*(inputs or []), *(more_inputs or [])]
         if synthetic is not None:

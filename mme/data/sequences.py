@@ -29,13 +29,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mme.data.batch import EvaluationBatch, SequenceBatch
+from mme.data.layout import INFO_FILE, ITEMS_FILE
 from mme.data.prefetch import prefetch
 from mme.errors import UserError
 
 IntArray = NDArray[np.int64]
 
-INFO_FILE = "dataset.json"
-ITEMS_FILE = "items.parquet"
 SPLITS = {
     "leave_one_out": ["test"],
     "leave_two_out": ["valid", "test"],

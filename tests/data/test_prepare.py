@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mme.data import prepare as prepare_module
+from mme.data import event_store
 from mme.data import writer as writer_module
 from mme.data.prepare import prepare
 from mme.data.sequences import PreparedDataset
@@ -48,7 +48,7 @@ def write_parquet(path: Path, **columns: Any) -> Path:
 
 
 def test_matches_a_plain_program_on_random_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prepare_module, "EVENTS_AT_ONCE", 100)  # users stand across several batches
+    monkeypatch.setattr(event_store, "EVENTS_AT_ONCE", 100)  # users stand across several batches
     monkeypatch.setattr(writer_module.DatasetWriter.__init__, "__defaults__", (500,))
     rng = np.random.default_rng(0)
     users, items, times = rng.integers(60, size=3000), rng.integers(200, size=3000), rng.integers(40, size=3000)
@@ -89,7 +89,7 @@ def test_malformed_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     good = [f"{user},{item},{user + item}" for user in range(10) for item in range(10)]
     bad = ["nan,1,5", "3,,5", "-4,1,5", "3,-2,5", "3,4,5.5", "3,4,noon", "1,2", "3,x7,5", "3,4,"]
     file = write_csv(tmp_path / "a.csv", good[:50] + bad + good[50:])
-    info = prepare([file], "csv", tmp_path / "out", max_malformed=0.1)
+    info = prepare([file], "csv", tmp_path / "out", max_malformed_share=0.1)
     assert info["rows_read"] == 109 and info["malformed_rows"] == 9 and info["num_events"] == 100
     assert {reason: entry["rows"] for reason, entry in info["malformed"].items()} == {
         "no value in user_id": 1,
@@ -104,7 +104,7 @@ def test_malformed_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     assert info["malformed"]["no value in user_id"]["first"] == ["a.csv line 52"]
     assert info["malformed"]["wrong number of fields"]["first"] == ["a.csv line 58"]
     assert info["malformed"]["not a whole number in item_id"]["first"] == ["a.csv line 59"]
-    with pytest.raises(UserError, match=r"a.csv: 9 of 109 rows are malformed.*--max-malformed.*a.csv line 52"):
+    with pytest.raises(UserError, match=r"a.csv: 9 of 109 rows are malformed.*--max-malformed-share.*a.csv line 52"):
         prepare([file], "csv", tmp_path / "strict")
     assert not (tmp_path / "strict").exists()
 
@@ -117,7 +117,7 @@ def test_parquet_floats_with_nan_and_timestamps(tmp_path: Path) -> None:
         item_id=[4, 5, 6, 7, 8],
         event_time=[start + datetime.timedelta(seconds=s) for s in (3, 1, 2, 2, 9)],
     )
-    info = prepare([file], "parquet", tmp_path / "out", max_malformed=0.5)
+    info = prepare([file], "parquet", tmp_path / "out", max_malformed_share=0.5)
     zero = int(start.timestamp())
     assert read(tmp_path / "out") == {1: [(5, zero + 1), (7, zero + 2), (4, zero + 3)]}
     assert info["malformed"]["no value in uid"] == {"rows": 1, "first": ["a.parquet row 2"]}

@@ -1,0 +1,117 @@
+"""Events on disk, sorted and grouped by DuckDB under a memory limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mme.data.histories import NEW, Histories, IntArray
+
+EVENTS_AT_ONCE = 1 << 20
+
+
+class EventStore:
+    """A table of events (user, item, timestamp, position, place) in ``folder``; see `Histories` for place.
+
+    DuckDB takes ``memory_limit`` bytes at most and spills to the folder.
+    """
+
+    def __init__(self, folder: Path, memory_limit: int) -> None:
+        self._database = duckdb.connect(str(folder / "events.duckdb"), config={"temp_directory": str(folder / "spill")})
+        self._database.execute(f"SET memory_limit = '{memory_limit}B'")
+        # The position is a column, so that order need not be kept in memory as well.
+        self._database.execute("SET preserve_insertion_order = false; SET enable_progress_bar = false")
+        self._has_prior = False
+
+    def __enter__(self) -> EventStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._database.close()
+
+    def load(self, tables: Iterator[pa.Table]) -> None:
+        """Fills the store; ``tables`` have the columns user, item, timestamp, position and the same types throughout.
+
+        An exception of ``tables`` comes out as it is.
+        """
+        failure: list[BaseException] = []
+        first = next(tables, None)
+        if first is None:
+            return
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            try:
+                yield from first.to_batches()
+                for table in tables:
+                    yield from table.to_batches()
+            except BaseException as error:
+                failure.append(error)
+                raise
+
+        stream = pa.RecordBatchReader.from_batches(first.schema, batches())
+        self._database.register("stream", stream)
+        try:
+            self._database.execute("CREATE TABLE events AS FROM stream").fetchall()
+        except Exception as error:
+            raise (failure or [error])[0] from None
+        finally:
+            self._database.unregister("stream")
+
+    def number_items(self) -> pa.Array:
+        """Gives each item its code; the raw ids in the order of the codes."""
+        self._database.execute(
+            "CREATE TABLE codes AS SELECT item, (row_number() OVER (ORDER BY item) - 1)::INTEGER AS code "
+            "FROM (SELECT DISTINCT item FROM events)"
+        )
+        table = self._database.sql("SELECT item FROM codes ORDER BY code").to_arrow_table()
+        return table["item"].combine_chunks()
+
+    def histories(self) -> Iterator[Histories]:
+        """Whole users, by raw id, each with its events by time, then position."""
+        reader = self._database.sql(
+            "SELECT user, code, timestamp FROM events JOIN codes USING (item) ORDER BY user, timestamp, position"
+        ).to_arrow_reader(EVENTS_AT_ONCE)
+        for table in _whole_users(reader):
+            starts = _user_starts(table["user"])
+            num_events = table.num_rows
+            yield Histories(
+                user_ids=table["user"].take(pa.array(starts)).combine_chunks(),
+                rows=np.full(starts.size, -1),
+                offsets=np.append(starts, num_events),
+                codes=table["code"].to_numpy(),
+                times=table["timestamp"].to_numpy(),
+                places=np.full(num_events, NEW, np.int32),
+            )
+
+
+def _whole_users(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
+    """Tables that end where a user ends."""
+    pending: list[pa.Table] = []
+    for batch in reader:
+        if not batch.num_rows:
+            continue
+        table = pa.Table.from_batches([batch])
+        last = int(_user_starts(table["user"])[-1])
+        if last == 0 and pending and pending[-1]["user"][-1].equals(table["user"][0]):
+            pending.append(table)
+            continue
+        if last:
+            pending.append(table.slice(0, last))
+        if pending:
+            yield pa.concat_tables(pending).combine_chunks()
+        pending = [table.slice(last)]
+    if pending:
+        yield pa.concat_tables(pending).combine_chunks()
+
+
+def _user_starts(users: pa.ChunkedArray) -> IntArray:
+    changes = pc.not_equal(users[1:], users[:-1]).to_numpy()
+    return np.append(0, np.flatnonzero(changes) + 1).astype(np.int64)

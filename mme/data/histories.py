@@ -1,0 +1,214 @@
+"""Whole users with their events in order, in arrays, and what is done to them on their way to the training set.
+
+Legend: U users, E their events, user after user; codes: numbers of items, first those of a prior set in its order, then
+the new ones by their raw ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+IntArray = NDArray[np.int64]
+BoolArray = NDArray[np.bool_]
+
+NEW = -1
+
+
+@dataclass(frozen=True)
+class Histories:
+    """
+    Attributes:
+        user_ids: (U,) raw ids.
+        rows: (U,) int64, each user's row in the prior set; -1: none.
+        offsets: (U + 1,) int64, the events of user u are offsets[u] to offsets[u + 1].
+        codes: (E,) int32 items.
+        times: (E,) int64 seconds, never falling within a user.
+        places: (E,) int64, for an event that the prior set left out, how many kept events of its user came before it;
+            `NEW`: an event that the prior set has not met.
+    """
+
+    user_ids: pa.Array
+    rows: IntArray
+    offsets: IntArray
+    codes: NDArray[np.int32]
+    times: IntArray
+    places: IntArray
+
+    @property
+    def lengths(self) -> IntArray:
+        return np.diff(self.offsets)
+
+    def users(self, begin: int, end: int) -> Histories:
+        """Users number ``begin`` to ``end``."""
+        events = slice(self.offsets[begin], self.offsets[end])
+        return Histories(
+            self.user_ids[begin:end],
+            self.rows[begin:end],
+            self.offsets[begin : end + 1] - self.offsets[begin],
+            self.codes[events],
+            self.times[events],
+            self.places[events],
+        )
+
+    def select(self, kept: BoolArray) -> Histories:
+        """The events where ``kept`` (E,), and the users that have any of them."""
+        lengths = _sum_by_user(kept, self.offsets)
+        users = lengths > 0
+        return Histories(
+            self.user_ids.filter(pa.array(users)),
+            self.rows[users],
+            np.append(0, np.cumsum(lengths[users])),
+            self.codes[kept],
+            self.times[kept],
+            self.places[kept],
+        )
+
+    def user_of_event(self) -> IntArray:
+        return np.repeat(np.arange(self.rows.size), self.lengths)
+
+
+def concatenate(pieces: Sequence[Histories]) -> Histories:
+    """Users of several pieces one after another."""
+    ends = np.cumsum([0] + [piece.codes.size for piece in pieces])
+    return Histories(
+        pa.concat_arrays([piece.user_ids for piece in pieces]),
+        np.concatenate([piece.rows for piece in pieces]),
+        np.concatenate([[0], *(piece.offsets[1:] + end for piece, end in zip(pieces, ends[:-1], strict=True))]),
+        np.concatenate([piece.codes for piece in pieces]),
+        np.concatenate([piece.times for piece in pieces]),
+        np.concatenate([piece.places for piece in pieces]),
+    )
+
+
+def first_of_duplicates(histories: Histories) -> BoolArray:
+    """(E,) whether each event is the first of its user, item and time."""
+    user, times = histories.user_of_event(), histories.times
+    kept = np.ones(times.size, bool)
+    ties = (times[1:] == times[:-1]) & (user[1:] == user[:-1])
+    if not ties.any():
+        return kept
+    tied = np.flatnonzero(np.append(ties, False) | np.append(False, ties))
+    group = np.cumsum(~np.append(False, ties))[tied]  # one number for each user and time
+    order = np.lexsort((histories.codes[tied], group))  # stable: of equals the first stays first
+    item, group = histories.codes[tied][order], group[order]
+    again = (item[1:] == item[:-1]) & (group[1:] == group[:-1])
+    kept[tied[order[1:][again]]] = False
+    return kept
+
+
+@dataclass(frozen=True)
+class CountFilter:
+    """Drops users and items with too few events; of a prior set's users and items none, for they had enough before.
+
+    Attributes:
+        iterate: until all that are left have enough; otherwise each is counted once, over all events.
+    """
+
+    min_user_events: int
+    min_item_events: int
+    iterate: bool
+
+    def keeps(self, histories: Histories, item_passes: BoolArray) -> BoolArray:
+        """(E,) whether each event's user and item have enough; ``item_passes`` (items,)."""
+        of_item = item_passes[histories.codes]
+        counts = _sum_by_user(of_item, histories.offsets) if self.iterate else histories.lengths
+        user_passes = (counts >= self.min_user_events) | (histories.rows >= 0)
+        return of_item & np.repeat(user_passes, histories.lengths)
+
+    def choose_items(
+        self, spool: Spool, arriving: Iterable[Histories], num_items: int, num_prior: int
+    ) -> tuple[BoolArray, IntArray]:
+        """Which items pass, and how many kept events each has; ``arriving`` are spooled on the way.
+
+        Each round takes the items that passed the last one and counts the events that users leave of them. Of users it
+        keeps nothing in memory.
+        """
+        passes = np.ones(num_items, bool)
+        users_only = replace(self, min_user_events=self.min_user_events if self.iterate else 0)
+        counts = users_only._count(spool.writing(arriving), passes)
+        while self.min_item_events > 1:
+            still = counts >= self.min_item_events
+            still[:num_prior] = True
+            settled = bool((still == passes).all())
+            passes = still
+            if settled or not self.iterate:
+                break
+            counts = self._count(spool.read(), passes)
+        return passes, counts if self.iterate else self._count(spool.read(), passes)
+
+    def _count(self, pieces: Iterable[Histories], item_passes: BoolArray) -> IntArray:
+        counts = np.zeros(item_passes.size, np.int64)
+        for histories in pieces:
+            np.add.at(counts, histories.codes[self.keeps(histories, item_passes)], 1)
+        return counts
+
+
+def places_among(kept: BoolArray, histories: Histories) -> IntArray:
+    """(E,) how many kept events of its user come before each event."""
+    before = np.cumsum(kept) - kept
+    return before - np.repeat(before[histories.offsets[:-1]], histories.lengths)
+
+
+class Spool:
+    """Histories in a file, to be read several times in the order written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def writing(self, pieces: Iterable[Histories]) -> Iterator[Histories]:
+        """Passes on the pieces, each when it is written."""
+        writer: pa.RecordBatchFileWriter | None = None
+        try:
+            for histories in pieces:
+                batch = _to_batch(histories)
+                writer = writer or pa.ipc.new_file(str(self._path), batch.schema)
+                writer.write_batch(batch)
+                yield histories
+        finally:
+            if writer is not None:
+                writer.close()
+
+    def read(self) -> Iterator[Histories]:
+        """All pieces; none where none was written."""
+        if not self._path.exists():
+            return
+        # Read, not mapped: mapped pages would count as the process's memory.
+        with pa.OSFile(str(self._path)) as file:
+            reader = pa.ipc.open_file(file)
+            for number in range(reader.num_record_batches):
+                yield _from_batch(reader.get_batch(number))
+
+
+def _to_batch(histories: Histories) -> pa.RecordBatch:
+    offsets = pa.array(histories.offsets)
+    return pa.record_batch(
+        {
+            "user_ids": histories.user_ids,
+            "rows": pa.array(histories.rows),
+            "codes": pa.LargeListArray.from_arrays(offsets, pa.array(histories.codes)),
+            "times": pa.LargeListArray.from_arrays(offsets, pa.array(histories.times)),
+            "places": pa.LargeListArray.from_arrays(offsets, pa.array(histories.places)),
+        }
+    )
+
+
+def _from_batch(batch: pa.RecordBatch) -> Histories:
+    return Histories(
+        batch["user_ids"],
+        batch["rows"].to_numpy(),
+        batch["codes"].offsets.to_numpy(),
+        batch["codes"].values.to_numpy(),
+        batch["times"].values.to_numpy(),
+        batch["places"].values.to_numpy(),
+    )
+
+
+def _sum_by_user(values: BoolArray, offsets: IntArray) -> IntArray:
+    """(U,) how many of each user's ``values`` (E,) are true; every user has an event."""
+    return np.add.reduceat(values, offsets[:-1], dtype=np.int64)

@@ -1,0 +1,8 @@
+"""The names of a training set's files and its format's number; what they hold: `mme.data.sequences`."""
+
+from __future__ import annotations
+
+FORMAT_VERSION = 2
+INFO_FILE = "dataset.json"
+ITEMS_FILE = "items.parquet"
+LEFT_OUT_FILE = "left_out.parquet"
