@@ -66,7 +66,7 @@ def write_events(folder: Path, num_events: int) -> list[Path]:
     """Parquet files of ``num_events`` rows: user_id, item_id, timestamp, in the order of time."""
     rng = np.random.default_rng(0)
     num_users, num_items = max(num_events // 100, 10), max(num_events // 1000, 10)
-    paths = []
+    paths: list[Path] = []
     for begin in range(0, num_events, ROWS_PER_FILE):
         path = folder / f"day-{len(paths):04d}.parquet"
         paths.append(path)

@@ -151,7 +151,7 @@ class CountFilter:
 
 def places_among(kept: BoolArray, histories: Histories) -> IntArray:
     """(E,) how many kept events of its user come before each event."""
-    before = np.cumsum(kept) - kept
+    before: IntArray = np.cumsum(kept) - kept
     return before - np.repeat(before[histories.offsets[:-1]], histories.lengths)
 
 

@@ -177,7 +177,7 @@ def _write(
     left_out: LeftOutWriter,
 ) -> None:
     """``chosen`` (items,): those that the training set has, numbered in the order of their codes."""
-    item_index = np.cumsum(chosen, dtype=np.int32) - 1
+    item_index = np.cumsum(chosen) - 1
     for histories in spool.read():
         kept = count_filter.keeps(histories, item_passes)
         left_out.add(histories, kept)
