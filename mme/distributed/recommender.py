@@ -64,7 +64,7 @@ class Recommender:
         self.decoder.eval()
         ids, (index,) = compact([batch.item_ids], self.num_items)
         hidden = self.decoder(self.tables.lookup(ids), index, batch.seq_offsets, batch.timestamps).hidden
-        return normalize_views(hidden[batch.seq_offsets[1:] - 1], self.config.model.score_norm)
+        return normalize_views(hidden[batch.seq_offsets[1:] - 1].float(), self.config.model.score_norm)
 
     @torch.no_grad()
     def catalogue(self) -> tuple[int, Tensor]:

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels import plan_attention
 from mme.config import Config
@@ -18,7 +20,7 @@ from mme.model.multi_embedding import InputViews
 
 @dataclass(frozen=True)
 class DecoderOutput:
-    """hidden (T, M, d), the final views of each token; routing of each block that has experts, in order."""
+    """hidden (T, M, d), of `train.precision`, the final views of each token; routing of each block that has experts, in order."""
 
     hidden: Tensor
     routing: list[Routing]
@@ -31,6 +33,8 @@ class Decoder(nn.Module):
         super().__init__()
         model, backend = config.model, config.kernels.backend
         self.backend = backend
+        self.dtype = getattr(torch, config.train.precision)
+        self.recompute = config.train.recompute == "blocks"
         self.max_seq_len = config.data.max_seq_len
         self.inputs = InputViews(model.num_tables, model.view_dim, self.max_seq_len, model.dropout, model.positions)
         head_dim = model.view_dim // model.num_heads
@@ -61,12 +65,17 @@ class Decoder(nn.Module):
             item_index: (T,) int64, the row of each token's item.
             seq_offsets: (B + 1,) int64.
             timestamps: (T + B,) int64 seconds.
+
+        The blocks compute in `train.precision`, each with its weights cast; what they learn stays float32.
         """
-        x = self.inputs(item_rows, item_index, seq_offsets)
+        x = self.inputs(item_rows, item_index, seq_offsets).to(self.dtype)
         plan = plan_attention(seq_offsets, self.max_seq_len, timestamps, backend=self.backend)
         routing = []
         for block in self.blocks:
-            x, block_routing = block(x, seq_offsets, timestamps, plan)
+            if self.recompute and self.training:
+                x, block_routing = checkpoint(block, x, seq_offsets, timestamps, plan, use_reentrant=False)
+            else:
+                x, block_routing = block(x, seq_offsets, timestamps, plan)
             if block_routing is not None:
                 routing.append(block_routing)
         return DecoderOutput(x.transpose(0, 1), routing)

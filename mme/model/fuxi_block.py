@@ -82,7 +82,7 @@ class FuxiBlock(nn.Module):
         )
         attended = attended.unflatten(0, (num_views, self.num_heads)).transpose(1, 2).flatten(2).flatten(0, 1)
         gated = gated_rms_norm(u, attended, dropout_p=dropout, backend=self.backend)
-        o = self.output(gated) + rows
+        o = F.linear(gated, self.output.weight.to(rows.dtype), self.output.bias.to(rows.dtype)) + rows
         z = rms_norm(o, dropout_p=dropout, backend=self.backend)
         y, routing = self.ffn(z, num_views)
         return (y + o).view(num_views, num_tokens, dim), routing

@@ -70,14 +70,14 @@ class NextItemLoss:
     def __call__(self, hidden: Tensor, item_rows: Tensor, items: BatchItems) -> Tensor:
         """
         Args:
-            hidden: (T, M, d) final views of each token.
+            hidden: (T, M, d) final views of each token; products are of its dtype.
             item_rows: (U, M, d) the rows of ``items.ids`` in the M tables.
 
         Returns:
             (T,) float32, −log of the softmax at each token's target.
         """
-        queries = normalize_views(hidden, self.score_norm)
-        vectors = normalize_views(item_rows, self.score_norm)
+        queries = normalize_views(hidden.float(), self.score_norm).to(hidden.dtype)
+        vectors = normalize_views(item_rows, self.score_norm).to(hidden.dtype)
         if items.negatives is None:
             return self._full_softmax(queries, vectors, items.targets)
         return sampled_softmax_loss(
