@@ -124,7 +124,7 @@ class MixtureOfExperts(nn.Module):
         return weighted_choices(results, order, routing.weights), routing
 
     def route(self, z: Tensor, num_views: int) -> Routing:
-        logits = self.router(z.to(self.router.weight.dtype))
+        logits = self.router(z.to(self.router.weight.dtype)).float()
         probabilities = torch.softmax(logits, dim=-1)
         weights, experts = probabilities.topk(self.top_k, dim=-1)
         if self.renormalize:
