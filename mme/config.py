@@ -40,6 +40,7 @@ class MoEConfig:
     top_k: int = 2
     placement: list[int] = field(default_factory=list)  # blocks that have experts, from 0; empty: all
     renormalize: bool = True  # the k chosen probabilities of a token sum to 1
+    capacity_factor: float = 0.0  # room of an expert, as a multiple of an even share, per rank; 0: nothing is dropped
     load_balance_coef: float = 0.01
     z_loss_coef: float = 0.0
 
@@ -183,6 +184,7 @@ def validate(config: Config) -> None:
     for section, keys in {
         "train": ["weight_decay", "warmup_steps", "grad_clip", "eval_every", "checkpoint_every"],
         "loss": ["negative_group_size"],
+        "model.moe": ["num_experts", "capacity_factor", "load_balance_coef", "z_loss_coef"],
         "parallel": ["expert_parallel_size"],
     }.items():
         values: Any = {"train": train, "loss": loss, "model.moe": moe, "parallel": parallel}[section]

@@ -205,6 +205,7 @@ class Monitor:
         load: list[list[list[float]]],
         entropy: list[list[float]] | None = None,
         blocks: Sequence[int] | None = None,
+        dropped: list[list[float]] | None = None,
     ) -> None:
         """Records how the routers spread the tokens.
 
@@ -212,6 +213,7 @@ class Monitor:
             load: [block][view][expert], the share of the view's routed tokens that went to the expert.
             entropy: [block][view], the mean entropy of the router's probabilities, in nats.
             blocks: which blocks of the decoder these are; default: all, in order.
+            dropped: [block][view], the share of the routed tokens that found their expert full; None: nothing is dropped.
         """
         if self.rank != 0:
             return
@@ -219,15 +221,18 @@ class Monitor:
         record: dict[str, Any] = {"kind": "experts", "step": step, "blocks": list(blocks), "load": load}
         if entropy is not None:
             record["entropy"] = entropy
+        if dropped is not None:
+            record["dropped"] = dropped
         self._write(record)
         scalars = {}
         for block, views in zip(blocks, load, strict=True):
             for view, shares in enumerate(views):
                 scalars[f"experts/largest_share/block{block}_view{view}"] = max(shares)
                 scalars[f"experts/smallest_share/block{block}_view{view}"] = min(shares)
-        for block, views_entropy in zip(blocks, entropy or [], strict=False):
-            for view, value in enumerate(views_entropy):
-                scalars[f"experts/entropy/block{block}_view{view}"] = value
+        for name, values in {"entropy": entropy, "dropped": dropped}.items():
+            for block, by_view in zip(blocks, values or [], strict=False):
+                for view, value in enumerate(by_view):
+                    scalars[f"experts/{name}/block{block}_view{view}"] = value
         self._scalars(step, scalars)
         for block, expert, share in starved_experts(load):
             if (block, expert) not in self._starved:

@@ -297,16 +297,32 @@ def _experts(run: Run) -> str:
         points = [(record["step"], _evenness(record["load"][block])) for record in records]
         lines.append(Line(f"block {blocks[block]}", points, colour=block))
     charts = [line_chart(lines, title="Evenness of the load (1: all experts alike)", from_zero=True)]
-    entropies = []
-    for block in range(len(last.get("entropy", []))):
-        points = [(r["step"], sum(r["entropy"][block]) / len(r["entropy"][block])) for r in records if "entropy" in r]
-        entropies.append(Line(f"block {blocks[block]}", points, colour=block))
-    charts.append(line_chart(entropies, title="Router entropy of a token, nats, mean of the views", from_zero=True))
+    charts += [
+        line_chart(_mean_of_views(records, name), title=title, from_zero=True)
+        for name, title in {
+            "entropy": "Router entropy of a token, nats, mean of the views",
+            "dropped": "Share of the choices that found their expert full, mean of the views",
+        }.items()
+        if name in last
+    ]
     return (
         f"<section><h2>Experts</h2><p class='note'>Share of a view's routed tokens that each expert gets at step "
         f"{last['step']:,}, in percent; an even share is {100 / len(rows[0]):.1f}.</p>{heat_map(rows, names, columns)}"
         f"<div class='charts'>{''.join(chart for chart in charts if chart)}</div></section>"
     )
+
+
+def _mean_of_views(records: list[dict[str, Any]], name: str) -> list[Line]:
+    """A line a block, of a figure recorded by block and view."""
+    recorded = [record for record in records if name in record]
+    return [
+        Line(
+            f"block {label}",
+            [(record["step"], sum(record[name][index]) / len(record[name][index])) for record in recorded],
+            colour=index,
+        )
+        for index, label in enumerate(recorded[-1]["blocks"])
+    ]
 
 
 def _evenness(views: list[list[float]]) -> float:

@@ -102,7 +102,14 @@ class Training:
         if result.routing and (step % self.config.train.log_every == 0 or step == self.total_steps):
             shares = result.counts / result.counts.sum(-1, keepdim=True).clamp(min=1)
             blocks = sorted(set(self.config.model.moe.placement)) or None
-            monitor.experts(step, shares.tolist(), self._router_entropy(result).tolist(), blocks)
+            monitor.experts(step, shares.tolist(), self._router_entropy(result).tolist(), blocks, self._dropped(result))
+
+    def _dropped(self, result: StepResult) -> list[list[float]] | None:
+        """[block][view] share of the choices of all ranks that found their expert full; None where nothing is dropped."""
+        dropped = [routing.dropped.sum(-1) for routing in result.routing if routing.dropped is not None]
+        if not dropped:
+            return None
+        return (self.world.sum(torch.stack(dropped)) / result.counts.sum(-1).clamp(min=1)).tolist()
 
     def _router_entropy(self, result: StepResult) -> Tensor:
         """(blocks, M) mean entropy in nats of the routers' probabilities over the tokens of all ranks."""

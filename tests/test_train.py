@@ -85,8 +85,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(data: Path, tmp_path: Path) -> None:
             "data.tokens_per_batch=200",
         ],
         ["model.moe.placement=[1]", "model.score_norm=per_view", "parallel.zero_stage=2", "train.grad_clip=1"],
+        ["train.precision=bfloat16", "train.recompute=blocks", "model.moe.capacity_factor=1", "train.log_every=1"],
     ],
-    ids=["shared", "full softmax", "fuxi-alpha", "placement"],
+    ids=["shared", "full softmax", "fuxi-alpha", "placement", "bfloat16 within capacity"],
 )
 def test_two_processes_repeat_their_losses(data: Path, tmp_path: Path, overrides: list[str]) -> None:
     runs = [tmp_path / "first", tmp_path / "second"]
@@ -98,6 +99,10 @@ def test_two_processes_repeat_their_losses(data: Path, tmp_path: Path, overrides
     model, popularity = metrics(runs[0], "test")[-2:]
     assert popularity["model"] == "popularity"
     assert model["targets_sha256"] == popularity["targets_sha256"]
+    with_capacity = "model.moe.capacity_factor=1" in overrides
+    for record in records(runs[0], "experts"):
+        assert ("dropped" in record) == with_capacity
+        assert all(0 < share < 1 for views in record.get("dropped", []) for share in views)
     assert {"protocol", "sort_rule", "hr@10", "hr@50", "ndcg@10", "ndcg@50", "mrr"} <= set(model)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def sorted_copies(x: Tensor, order: Tensor, top_k: int) -> Tensor:
-    """x (R, d) → (R·k, d): row order[i] // k at i."""
+    """x (R, d) → (S, d): row order[i] // k at i. ``order`` may lack choices: S ≤ R·k."""
     return _SortedCopies.apply(x, order, top_k)
 
 
@@ -27,14 +27,14 @@ class _SortedCopies(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, order: Tensor, top_k: int) -> Tensor:
         ctx.save_for_backward(order)
-        ctx.top_k = top_k
+        ctx.num_rows, ctx.top_k = x.shape[0], top_k
         return x.index_select(0, order // top_k)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (order,) = ctx.saved_tensors
-        unsorted = torch.empty_like(grad).index_copy_(0, order, grad)
-        return unsorted.unflatten(0, (-1, ctx.top_k)).sum(1), None, None
+        by_choice = grad.new_zeros(ctx.num_rows * ctx.top_k, grad.shape[1]).index_copy_(0, order, grad)
+        return by_choice.unflatten(0, (ctx.num_rows, ctx.top_k)).sum(1), None, None
 
 
 class _Permute(torch.autograd.Function):

@@ -48,7 +48,13 @@ class Decoder(nn.Module):
                 model.dqk or head_dim,
                 model.dv or head_dim,
                 MixtureOfExperts(
-                    model.moe.num_experts, model.moe.top_k, model.view_dim, hidden_dim, model.moe.renormalize, backend
+                    model.moe.num_experts,
+                    model.moe.top_k,
+                    model.view_dim,
+                    hidden_dim,
+                    model.moe.renormalize,
+                    backend,
+                    model.moe.capacity_factor,
                 )
                 if block in with_experts
                 else DenseFFN(model.view_dim, hidden_dim, backend),

@@ -12,7 +12,8 @@ Legend: R rows (tokens of all views), M views, d view width, E experts, k top_k,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,7 @@ class Routing:
         experts: (R, k) int64, the chosen experts.
         weights: (R, k) float32, their weights.
         counts: (M, E) int64, how many choices each expert received from each view.
+        dropped: (M, E) int64, how many of them found the expert full; None where routing drops nothing.
     """
 
     probabilities: Tensor
@@ -40,6 +42,7 @@ class Routing:
     experts: Tensor
     weights: Tensor
     counts: Tensor
+    dropped: Tensor | None = None
 
 
 class Dispatcher(Protocol):
@@ -98,15 +101,28 @@ class DenseFFN(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Every row goes to its k best experts; no row is dropped."""
+    """Every row goes to its k best experts.
+
+    No choice is dropped, unless ``capacity_factor`` c > 0 gives every expert room for ⌈c · R·k / E⌉ of a rank's R·k choices
+    (GShard, arXiv 2006.16668): first choices come before second ones, then rows in their order, and what an expert has no
+    room for adds nothing to its row.
+    """
 
     def __init__(
-        self, num_experts: int, top_k: int, dim: int, hidden_dim: int, renormalize: bool, backend: str = "auto"
+        self,
+        num_experts: int,
+        top_k: int,
+        dim: int,
+        hidden_dim: int,
+        renormalize: bool,
+        backend: str = "auto",
+        capacity_factor: float = 0.0,
     ) -> None:
         super().__init__()
         self.num_experts = num_experts
         self.top_k = top_k
         self.renormalize = renormalize
+        self.capacity_factor = capacity_factor
         self.router = nn.Linear(dim, num_experts, bias=False)
         self.experts = GatedExperts(num_experts, dim, hidden_dim, backend)
         self.dispatcher: Dispatcher | None = None
@@ -114,14 +130,48 @@ class MixtureOfExperts(nn.Module):
     def forward(self, z: Tensor, num_views: int) -> tuple[Tensor, Routing]:
         """z (R, d), view-major → (R, d) and the routing."""
         routing = self.route(z, num_views)
+        if self.capacity_factor:
+            return self._within_capacity(z, routing)
         order = torch.argsort(routing.experts.flatten(), stable=True)
         counts = routing.counts.sum(0)
-        if self.dispatcher is None or self.dispatcher.num_local_experts == self.num_experts:
+        if self._all_local():
             return self.experts.mixture(z, order, routing.weights, offsets_of(counts)), routing
-        rows = sorted_copies(z, order, self.top_k)
-        local_rows, expert_offsets, state = self.dispatcher.dispatch(rows, counts)
-        results = self.dispatcher.combine(self.experts(local_rows, expert_offsets), state)
+        results = self._results(sorted_copies(z, order, self.top_k), counts)
         return weighted_choices(results, order, routing.weights), routing
+
+    def _all_local(self) -> bool:
+        return self.dispatcher is None or self.dispatcher.num_local_experts == self.num_experts
+
+    def _results(self, rows: Tensor, counts: Tensor) -> Tensor:
+        """The experts' results for rows (S, d) sorted by expert, counts (E,) of them."""
+        if self.dispatcher is None or self._all_local():
+            return self.experts(rows, offsets_of(counts))
+        local_rows, expert_offsets, state = self.dispatcher.dispatch(rows, counts)
+        return self.dispatcher.combine(self.experts(local_rows, expert_offsets), state)
+
+    def _within_capacity(self, z: Tensor, routing: Routing) -> tuple[Tensor, Routing]:
+        kept = _first_in_each_bin(
+            routing.experts.T.flatten(), self.num_experts, self._capacity(routing.experts.numel())
+        )
+        kept = kept.view(self.top_k, -1).T
+        expert = torch.where(kept, routing.experts, self.num_experts).flatten()  # what is dropped sorts last
+        order = torch.argsort(expert, stable=True)
+        counts = torch.bincount(expert, minlength=self.num_experts + 1)[: self.num_experts]
+        num_kept = int(counts.sum())
+        results = self._results(sorted_copies(z, order[:num_kept], self.top_k), counts)
+        results = F.pad(results, (0, 0, 0, order.numel() - num_kept))
+        dropped = self._by_view(routing.experts, routing.counts.shape[0], ~kept)
+        return weighted_choices(results, order, routing.weights), replace(routing, dropped=dropped)
+
+    def _capacity(self, num_choices: int) -> int:
+        return math.ceil(self.capacity_factor * num_choices / self.num_experts)
+
+    def _by_view(self, experts: Tensor, num_views: int, chosen: Tensor | None = None) -> Tensor:
+        """(M, E) how many choices, of those ``chosen``, name each expert in each view."""
+        view = torch.arange(num_views, device=experts.device).repeat_interleave(experts.numel() // num_views)
+        bins = view * self.num_experts + experts.flatten()
+        bins = bins if chosen is None else bins[chosen.flatten()]
+        return torch.bincount(bins, minlength=num_views * self.num_experts).view(num_views, self.num_experts)
 
     def route(self, z: Tensor, num_views: int) -> Routing:
         logits = self.router(z.to(self.router.weight.dtype)).float()
@@ -129,9 +179,15 @@ class MixtureOfExperts(nn.Module):
         weights, experts = probabilities.topk(self.top_k, dim=-1)
         if self.renormalize:
             weights = weights / weights.sum(dim=-1, keepdim=True)
-        view = torch.arange(num_views, device=z.device).repeat_interleave(experts.numel() // num_views)
-        bins = torch.bincount(view * self.num_experts + experts.flatten(), minlength=num_views * self.num_experts)
-        return Routing(probabilities, logits, experts, weights, bins.view(num_views, self.num_experts))
+        return Routing(probabilities, logits, experts, weights, self._by_view(experts, num_views))
+
+
+def _first_in_each_bin(bins: Tensor, num_bins: int, limit: int) -> Tensor:
+    """bins (n,) → (n,) bool: whether an entry is among the first ``limit`` of its bin."""
+    order = torch.argsort(bins, stable=True)
+    starts = offsets_of(torch.bincount(bins, minlength=num_bins))
+    place = torch.arange(bins.numel(), device=bins.device) - starts[bins[order]]
+    return torch.empty_like(bins, dtype=torch.bool).scatter_(0, order, place < limit)
 
 
 def load_balance_loss(routing: Routing, global_counts: Tensor, global_rows: Tensor) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -76,3 +78,33 @@ def test_even_routing_has_the_smallest_balance_loss() -> None:
     routing = moe.route(torch.randn(10, DIM, dtype=torch.float64), 1)
     even = torch.full((NUM_EXPERTS,), 4)
     assert load_balance_loss(routing, even, torch.tensor(10)).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("capacity_factor", [0.4, 1.0, 100.0])
+def test_capacity_keeps_first_choices_first(capacity_factor: float) -> None:
+    moe = mixture(True)
+    moe.capacity_factor = capacity_factor
+    z = torch.randn(2 * 8, DIM, dtype=torch.float64, requires_grad=True)
+    routing = moe.route(z, 2)
+    room = dict.fromkeys(range(NUM_EXPERTS), math.ceil(capacity_factor * 16 * TOP_K / NUM_EXPERTS))
+    expected = torch.zeros_like(z)
+    dropped = torch.zeros(2, NUM_EXPERTS, dtype=torch.int64)
+    for j in range(TOP_K):
+        for row in range(16):
+            expert = int(routing.experts[row, j])
+            if room[expert] == 0:
+                dropped[row // 8, expert] += 1
+                continue
+            room[expert] -= 1
+            w1, w3, w2 = moe.experts.w1[expert], moe.experts.w3[expert], moe.experts.w2[expert]
+            result = (F.silu(z[row] @ w1) * (z[row] @ w3)) @ w2
+            expected = expected.index_add(0, torch.tensor([row]), (routing.weights[row, j] * result)[None])
+    inputs = [z, *moe.parameters()]
+    upstream = torch.randn_like(expected)
+    y, found = moe(z, 2)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-9)
+    assert torch.equal(found.dropped, dropped)
+    assert (dropped.sum() > 0) == (capacity_factor < 100)
+    gradients = torch.autograd.grad(expected, inputs, upstream)
+    for gradient, wanted in zip(torch.autograd.grad(y, inputs, upstream), gradients, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-5, atol=1e-8)
