@@ -19,24 +19,12 @@ import typer
 
 from mme.errors import UserError
 from mme.exit_status import job_status, print_error, rank
+from mme.prepare_command import prepare
 
 # typer reads the annotations and Python 3.10 shows Optional[X] and X | None to it alike.
 # ruff: noqa: UP045
 
 app = typer.Typer(name="mme", add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
-
-# What dataset.json counts → what `mme prepare` calls it, in the order shown.
-PREPARED_LABELS = {
-    "rows_read": "rows read",
-    "malformed_rows": "malformed rows left out",
-    "duplicate_rows": "duplicate rows left out",
-    "users_dropped": "users dropped, too few events",
-    "items_dropped": "items dropped, too few events",
-    "events_dropped": "events dropped with them",
-    "num_users": "users kept",
-    "num_items": "items kept",
-    "num_events": "events kept",
-}
 
 RunOption = Annotated[
     Path, typer.Option("--run", metavar="DIR", help="Folder of a run: the output_dir of `mme train`.")
@@ -75,91 +63,7 @@ def mme() -> None:
     """
 
 
-@app.command(no_args_is_help=True)
-def prepare(
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the training set to.")],
-    inputs: Annotated[
-        Optional[list[Path]],
-        typer.Option(
-            "--input", metavar="FILE", help="File of interactions; may be given several times, or many at once."
-        ),
-    ] = None,
-    more_inputs: Annotated[Optional[list[Path]], typer.Argument(metavar="FILE", hidden=True)] = None,
-    format: Annotated[
-        Optional[str],
-        typer.Option(
-            help="What the files are: parquet, csv, movielens-1m, movielens-20m (also 25m, 32m), kuairand, amazon, or "
-            "auto to find out."
-        ),
-    ] = None,
-    user_column: Annotated[Optional[str], typer.Option(help="Name of the column of users.")] = None,
-    item_column: Annotated[Optional[str], typer.Option(help="Name of the column of items.")] = None,
-    timestamp_column: Annotated[Optional[str], typer.Option(help="Name of the column of times, in seconds.")] = None,
-    min_user_events: Annotated[
-        Optional[int], typer.Option(min=1, help="Drop users with fewer events; default 3.")
-    ] = None,
-    min_item_events: Annotated[
-        Optional[int], typer.Option(min=1, help="Drop items with fewer events; default 1.")
-    ] = None,
-    filter_once: Annotated[
-        Optional[bool],
-        typer.Option(
-            "--filter-once", help="Count users and items once, not again and again until all left have enough."
-        ),
-    ] = None,
-    memory_limit: Annotated[Optional[str], typer.Option(help="Memory to use at most; default 4GiB.")] = None,
-    max_malformed_share: Annotated[
-        Optional[float],
-        typer.Option(
-            min=0, max=1, help="Largest share of malformed rows; default 0.01. With more, the input is refused."
-        ),
-    ] = None,
-    synthetic: Annotated[
-        Optional[str],
-        typer.Option(metavar="NAME", help="Instead of files: the embedded generator, such as quickstart."),
-    ] = None,
-    users: Annotated[Optional[int], typer.Option(min=1, help="With --synthetic: how many users; default 3000.")] = None,
-    items: Annotated[Optional[int], typer.Option(min=1, help="With --synthetic: how many items; default 2000.")] = None,
-    seed: Annotated[Optional[int], typer.Option(help="With --synthetic: seed of the generator; default 0.")] = None,
-) -> None:
-    """Turn raw interactions into a training set.
-
-    The output folder gets Parquet files, one row a user (user_id, item_ids, timestamps), and dataset.json with the
-    counts, the rule of the sort and the id maps.
-
-    Examples:
-
-        mme prepare --input ratings.csv --format movielens-20m --output datasets/ml-20m
-
-        mme prepare --input day1.parquet day2.parquet --format parquet --user-column uid --output datasets/mine
-
-        mme prepare --synthetic quickstart --output datasets/quickstart
-    """
-    with job_status():
-        generator = {"users": users, "items": items, "seed": seed}
-        reader = {
-            "user_column": user_column,
-            "item_column": item_column,
-            "timestamp_column": timestamp_column,
-            "min_user_events": min_user_events,
-            "min_item_events": min_item_events,
-            "filter_once": filter_once,
-            "memory_limit": memory_limit,
-            "max_malformed_share": max_malformed_share,
-        }
-        files = [*(inputs or []), *(more_inputs or [])]
-        if synthetic is not None:
-            _refuse(_given(reader) | ({"input": files} if files else {}) | _given({"format": format}), "--synthetic")
-            from mme.data.synthetic import prepare_synthetic
-
-            _print_prepared(prepare_synthetic(synthetic, output, **_given(generator)), output)
-            return
-        if not files or format is None:
-            raise UserError("mme prepare needs --input and --format, or --synthetic (see `mme prepare --help`)")
-        _refuse(_given(generator), "--input")
-        from mme.data.prepare import prepare as prepare_files
-
-        _print_prepared(prepare_files(files, format, output, **_given(reader)), output)
+app.command(no_args_is_help=True)(prepare)
 
 
 @app.command(no_args_is_help=True)
@@ -285,16 +189,6 @@ def _commands() -> list[Any]:
     return [command for command in app.registered_commands if command.callback is not None]
 
 
-def _given(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in options.items() if value is not None}
-
-
-def _refuse(options: dict[str, Any], beside: str) -> None:
-    if options:
-        name = next(iter(options)).replace("_", "-")
-        raise UserError(f"--{name} does not go with {beside} (see `mme prepare --help`)")
-
-
 def _run_folder(run: Path) -> Path:
     if not run.is_dir():
         raise UserError(f"{run}: no such run folder (made by `mme train`, as output_dir)")
@@ -345,22 +239,3 @@ def _print_results(run: Path) -> None:
     if table is not None:
         console.print(table)
     console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
-
-
-def _print_prepared(info: dict[str, Any], output: Path) -> None:
-    """What was read, left out and kept; ``info`` is what dataset.json holds."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title=f"{output}", title_justify="left", show_header=False)
-    table.add_column()
-    table.add_column(justify="right")
-    for name, label in PREPARED_LABELS.items():
-        if name in info:
-            table.add_row(label, f"{info[name]:,}")
-        if name == "malformed_rows":
-            for reason, found in info.get("malformed", {}).items():
-                table.add_row(f"  {reason} (first: {found['first'][0]})", f"{found['rows']:,}")
-    for metric, value in info.get("oracle", {}).get("test", {}).items():
-        table.add_row(f"{metric.upper()} of an oracle that knows the process", f"{value:.4f}")
-    Console().print(table)

@@ -1,4 +1,4 @@
-"""Raw columns → whole numbers or text, with the malformed rows counted by reason."""
+"""Raw columns → whole numbers or text, with the rows that are malformed or lack the feedback wanted counted by reason."""
 
 from __future__ import annotations
 
@@ -8,12 +8,19 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
-from mme.data.formats import ROLES, SourceFile
+from mme.data.feedback import FeedbackFilter, feedback_numbers
+from mme.data.formats import ROLES
+from mme.data.readers import SourceFile
 from mme.errors import UserError
 
 EXAMPLES = 3
 WHOLE_NUMBER = r"^-?(0|[1-9]\d{0,17})(\.0+)?$"
+FRACTION = r"^\d{1,15}(\.\d*)?$"
+# Seconds reach 1e11 in the year 5138, milliseconds did in 1973: the size of a time tells its unit.
+LARGEST_TIME_S = 10**11
+TIME_UNITS = [1, 10**3, 10**6]
 
 
 @dataclass
@@ -46,12 +53,19 @@ class Cleaner:
     """Cleans batch after batch; the first one with rows says whether ids are numbers or text.
 
     Ids are numbers where most of the first batch's are whole numbers (a type does not change because of a few bad
-    rows); all else in such a column is malformed. Negative numbers are no ids. Times must be whole numbers of seconds.
+    rows); all else in such a column is malformed. Negative numbers are no ids. Times must be whole numbers of seconds
+    or of a smaller unit, which the middle one of a file's first batch tells by its size.
+
+    Attributes:
+        malformed: the rows left out because something is wrong with them.
+        unwanted: sound rows left out because of their feedback, by reason.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, feedback: FeedbackFilter | None = None, id_types: dict[str, pa.DataType] | None = None) -> None:
         self.malformed = Malformed()
-        self.id_types: dict[str, pa.DataType] = {}
+        self.unwanted: Counter[str] = Counter()
+        self.id_types = dict(id_types or {})
+        self._feedback = feedback or FeedbackFilter()
 
     def clean(self, source: SourceFile, batch: pa.RecordBatch, first_row: int) -> pa.Table:
         """The sound rows of a batch: user, item, timestamp (seconds) and position, its row from ``first_row`` on.
@@ -65,6 +79,10 @@ class Cleaner:
             column = batch.column(role)
             if role == "timestamp":
                 values, reasons = self._times(source, column)
+                if source.loose_times:  # published without: nothing is wrong with the file
+                    missing = pc.and_(reasons.pop("no value"), sound)
+                    self._leave_out("no time", missing)
+                    sound = pc.and_not(sound, missing)
             else:
                 values, reasons = self._ids(source, role, column)
             for reason, bad in reasons.items():
@@ -72,8 +90,31 @@ class Cleaner:
                 self._count(source, f"{reason} in {source.columns[role]}", bad)
                 sound = pc.and_not(sound, bad)
             columns[role] = values
+        sound = self._wanted(source, batch, sound)
         position = pa.array(np.arange(first_row, first_row + batch.num_rows))
         return pa.table({**columns, "position": position}).filter(sound)
+
+    def _wanted(self, source: SourceFile, batch: pa.RecordBatch, sound: pa.BooleanArray) -> pa.BooleanArray:
+        """Which of the ``sound`` rows have the feedback asked for."""
+        for role in self._feedback.roles():
+            name = source.columns[role]
+            numbers = feedback_numbers(batch.column(role))
+            if numbers is None:
+                raise UserError(f"{source.path}: column {name!r} holds {batch.column(role).type}, expected numbers")
+            missing = pc.and_(pc.is_null(numbers), sound)
+            self._count(source, f"no number in {name}", missing)
+            sound = pc.and_not(sound, missing)
+            milliseconds = name.endswith("_ms") or source.loose_times  # KuaiRec: play_duration in milliseconds
+            reason, fails = self._feedback.fails(role, numbers.fill_null(0.0), milliseconds)
+            fails = pc.and_(fails, sound)
+            self._leave_out(reason, fails)
+            sound = pc.and_not(sound, fails)
+        return sound
+
+    def _leave_out(self, reason: str, rows: pa.BooleanArray) -> None:
+        number = pc.sum(rows).as_py() or 0
+        if number:
+            self.unwanted[reason] += number
 
     def _count(self, source: SourceFile, reason: str, bad: pa.BooleanArray) -> None:
         number = pc.sum(bad).as_py() or 0
@@ -112,10 +153,10 @@ class Cleaner:
         name = source.columns["timestamp"]
         if pa.types.is_timestamp(column.type):
             seconds = column.cast(pa.timestamp("s", column.type.tz), safe=False).cast(pa.int64())
-            return seconds, {"no value": pc.is_null(column)}
+            return seconds, {"no value": pc.is_null(column), **_time_faults(seconds)}
         if not (_is_text(column.type) or pa.types.is_integer(column.type) or pa.types.is_floating(column.type)):
             raise UserError(f"{source.path}: column {name!r} holds {column.type}, expected integer seconds")
-        numbers, faults = _whole_numbers(column)
+        numbers, faults = _whole_numbers(_rounded_down(column) if source.loose_times else column)
         if _is_text(column.type) and 2 * numbers.null_count > len(column) + column.null_count:
             first = pc.and_(pc.is_valid(column), pc.is_null(numbers))
             row = pc.index(first, True).as_py()
@@ -123,9 +164,25 @@ class Cleaner:
                 f"{source.path}: {source.place(source.rows_read + row)}: column {name!r} holds {column[row].as_py()!r}, "
                 "expected integer seconds"
             )
-        if source.milliseconds:
-            numbers = pc.floor(pc.divide(numbers.cast(pa.float64()), 1000.0)).cast(pa.int64())
-        return numbers, faults
+        if source.time_unit is None and len(numbers) > numbers.null_count:
+            source.time_unit = _time_unit(numbers.drop_null().to_numpy())
+        numbers = pc.if_else(
+            pc.is_valid(numbers), pa.array(numbers.fill_null(0).to_numpy() // (source.time_unit or 1)), None
+        )
+        return numbers, faults | _time_faults(numbers)
+
+
+def _time_unit(times: NDArray[np.int64]) -> int:
+    """How many of the unit of ``times`` make a second."""
+    middle = int(np.median(np.abs(times)))
+    return next((unit for unit in TIME_UNITS if middle < LARGEST_TIME_S * unit), TIME_UNITS[-1])
+
+
+def _time_faults(seconds: pa.Array) -> dict[str, pa.Array]:
+    return {
+        "negative time": pc.fill_null(pc.less(seconds, 0), False),
+        "time out of range": pc.fill_null(pc.greater_equal(seconds, LARGEST_TIME_S), False),
+    }
 
 
 def _whole_numbers(column: pa.Array) -> tuple[pa.Array, dict[str, pa.Array]]:
@@ -142,11 +199,37 @@ def _whole_numbers(column: pa.Array) -> tuple[pa.Array, dict[str, pa.Array]]:
         whole = pc.and_(pc.equal(pc.floor(column), column), pc.less(pc.abs(column), 2.0**53))
         numbers = pc.if_else(pc.fill_null(whole, False), column, None).cast(pa.int64())
     else:
+        numbers = _plain_numbers(column)
+        if numbers is not None:
+            return numbers, {"no value": missing}
         text = pc.utf8_trim_whitespace(column)
         whole = pc.fill_null(pc.match_substring_regex(text, WHOLE_NUMBER), False)
         digits = pc.replace_substring_regex(pc.if_else(whole, text, None), r"\.0+$", "")
         numbers = digits.cast(pa.int64())
     return numbers, {"no value": missing, "not a whole number": pc.and_not(pc.is_null(numbers), missing)}
+
+
+def _plain_numbers(text: pa.Array) -> pa.Array | None:
+    """int64 of a column that holds nothing but plain digits, as nearly all do: much faster than the rule's pattern."""
+    length = pc.binary_length(text)
+    odd = pc.or_(pc.and_(pc.starts_with(text, "0"), pc.greater(length, 1)), pc.starts_with(text, "-"))
+    if pc.any(pc.or_(odd, pc.greater(length, 18))).as_py():
+        return None
+    try:
+        return text.cast(pa.int64())
+    except pa.ArrowInvalid:
+        return None
+
+
+def _rounded_down(column: pa.Array) -> pa.Array:
+    """Times with fractions of a second → whole seconds; what is no number stays."""
+    if pa.types.is_floating(column.type):
+        return pc.floor(column)
+    if not _is_text(column.type):
+        return column
+    text = pc.utf8_trim_whitespace(column)
+    is_number = pc.fill_null(pc.match_substring_regex(text, FRACTION), False)
+    return pc.if_else(is_number, pc.replace_substring_regex(text, r"\..*$", ""), text)
 
 
 def _is_missing(column: pa.Array) -> pa.Array:

@@ -1,25 +1,27 @@
-"""Files of interactions → batches of raw columns: one row an event, user, item and time as they stand in the file.
+"""Which files of interactions a path means, what each is, and which of its columns are user, item, time and feedback.
 
 | format | file | user, item, time |
 |---|---|---|
-| parquet, csv | typed columns; text with a header, separated by comma, tab, semicolon or bar | given, or known names |
+| parquet, csv, json | typed columns; text with a header, separated by comma, tab, semicolon or bar; JSON lines | given, or known names |
 | movielens-1m | ratings.dat, `user::item::rating::seconds`, no header | fixed |
 | movielens-20m | ratings.csv of 20M, 25M, 32M and latest | userId, movieId, timestamp |
-| kuairand | log_*.csv | user_id, video_id, time_ms |
-| amazon | ratings CSV of 2014 and 2018 (no header) and of 2023 (header, milliseconds) | see `_amazon` |
+| kuairand | log_*.csv of Pure, 1K and 27K | user_id, video_id, time_ms |
+| kuairec | big_matrix.csv, small_matrix.csv | user_id, video_id, timestamp (with fractions, may be empty) |
+| amazon | 2014, 2018: ratings CSV (no header), JSON lines; 2023: CSV (header) and JSON lines, milliseconds | see `_amazon` |
 | auto | one of these, told by its first bytes and its header | |
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import glob
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
-import pyarrow.csv
 import pyarrow.parquet as pq
 
+from mme.data.readers import SourceFile, first_line, json_fields
 from mme.errors import UserError
 
 ROLES = ("user", "item", "timestamp")
@@ -27,126 +29,175 @@ KNOWN_NAMES = {
     "user": ["user_id", "user", "uid", "customer_id", "reviewer_id", "visitor_id", "account_id", "member_id"],
     "item": ["item_id", "item", "iid", "movie_id", "video_id", "product_id", "parent_asin", "asin", "track_id"],
     "timestamp": ["timestamp", "time", "ts", "unix_time", "unix_review_time", "event_time", "time_ms"],
+    "rating": ["rating", "overall", "score", "stars"],
+    "click": ["is_click", "click", "clicked"],
+    "watch_time": ["watch_time", "watch_time_ms", "play_time", "play_time_ms", "play_duration", "dwell_time"],
+    "watch_ratio": ["watch_ratio", "play_ratio"],
 }
 FIXED_NAMES = {
     "movielens-20m": ["userId", "movieId", "timestamp"],
     "kuairand": ["user_id", "video_id", "time_ms"],
+    "kuairec": ["user_id", "video_id", "timestamp"],
 }
-SAME_FORMAT = {"movielens-25m": "movielens-20m", "movielens-32m": "movielens-20m", "movielens-latest": "movielens-20m"}
-FORMATS = ["parquet", "csv", "movielens-1m", "movielens-20m", "kuairand", "amazon", "auto"]
-
-NULL_TEXTS = ["", "NULL", "null", "NaN", "nan", "None", "none", "NA", "N/A", "\\N"]
-CSV_BLOCK_BYTES = 8 << 20
-PARQUET_ROWS = 1 << 18
-
-
-@dataclass
-class SourceFile:
-    """One file and how to read it.
-
-    Attributes:
-        columns: role (user, item, timestamp) → name of the column.
-        milliseconds: whether times are in milliseconds.
-        separator: of text; None: Parquet.
-        header: the names of all columns in order, for text without a header line; None: it has one.
-        text_ids: ids are text even where they look like numbers.
-        broken_lines: numbers of the lines that do not have as many fields as columns, as they are met.
-        rows_read: rows of the batches before the present one.
-    """
-
-    path: Path
-    columns: dict[str, str]
-    milliseconds: bool
-    separator: str | None = None
-    header: list[str] | None = None
-    text_ids: bool = False
-    broken_lines: list[int] = field(default_factory=list)
-    rows_read: int = 0
-
-    def batches(self) -> Iterator[pa.RecordBatch]:
-        """Record batches with the columns user, item and timestamp, in the order of the file; text columns as text."""
-        names = [self.columns[role] for role in ROLES]
-        try:
-            if self.separator is None:
-                with pq.ParquetFile(self.path) as file:
-                    yield from self._pick(file.iter_batches(PARQUET_ROWS, columns=list(dict.fromkeys(names))))
-            else:
-                with self._open_text(names) as reader:
-                    yield from self._pick(reader)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{self.path}: can't be read to its end: {_first_line(error)}") from error
-
-    def _pick(self, batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-        for batch in batches:
-            yield pa.RecordBatch.from_arrays([batch.column(self.columns[role]) for role in ROLES], list(ROLES))
-            self.rows_read += batch.num_rows
-
-    def place(self, row: int) -> str:
-        """Where row number ``row`` (from 0, broken lines not counted) stands, for a message."""
-        if self.separator is None:
-            return f"row {row}"
-        line = row + (1 if self.header else 2)
-        for broken in self.broken_lines:  # in rising order
-            if broken <= line:
-                line += 1
-        return f"line {line}"
-
-    def _open_text(self, names: list[str]) -> pyarrow.csv.CSVStreamingReader:
-        def skip(row: pyarrow.csv.InvalidRow) -> str:
-            self.broken_lines.append(row.number)
-            return "skip"
-
-        return pyarrow.csv.open_csv(
-            pa.input_stream(str(self.path)),
-            # One thread: the numbers of broken lines are known only then.
-            pyarrow.csv.ReadOptions(use_threads=False, block_size=CSV_BLOCK_BYTES, column_names=self.header),
-            pyarrow.csv.ParseOptions(delimiter=self.separator, invalid_row_handler=skip),
-            pyarrow.csv.ConvertOptions(
-                include_columns=list(dict.fromkeys(names)),
-                column_types={name: pa.string() for name in names},
-                null_values=NULL_TEXTS,
-                strings_can_be_null=True,
-            ),
-        )
+# Of FIXED_NAMES, the column that tells a format from others with the same names.
+TELLING_NAME = {"movielens-20m": "movieId", "kuairand": "time_ms", "kuairec": "watch_ratio"}
+SAME_FORMAT = {
+    "movielens-10m": "movielens-1m",
+    "movielens-25m": "movielens-20m",
+    "movielens-32m": "movielens-20m",
+    "movielens-latest": "movielens-20m",
+    "kuairand-pure": "kuairand",
+    "kuairand-1k": "kuairand",
+    "kuairand-27k": "kuairand",
+    "amazon-2014": "amazon",
+    "amazon-2018": "amazon",
+    "amazon-2023": "amazon",
+}
+FORMATS = ["parquet", "csv", "json", "movielens-1m", "movielens-20m", "kuairand", "kuairec", "amazon", "auto"]
+# The files of a published folder that are the log; KuaiRand's random log and KuaiRec's small matrix are asked for by name.
+FILES_IN_FOLDER = {
+    "movielens-1m": ["ratings.dat"],
+    "movielens-20m": ["ratings.csv"],
+    "kuairand": ["log_standard_*.csv"],
+    "kuairec": ["big_matrix.csv"],
+    "parquet": ["*.parquet", "*.pq"],
+    "json": ["*.json", "*.jsonl", "*.ndjson"],
+    "csv": ["*.csv", "*.tsv", "*.txt"],
+}
+COMPRESSED = ["", ".gz", ".bz2", ".zst", ".lz4"]
 
 
-def open_source(path: Path, format: str, given: dict[str, str | None]) -> SourceFile:
-    """How to read ``path``; ``given`` holds the names of columns that the user gave, by role.
+def same_format(format: str) -> str:
+    """The format that ``format`` is another name of, or itself."""
+    found = SAME_FORMAT.get(format, format)
+    if found not in FORMATS:
+        raise UserError(f"--format {format}: expected one of {', '.join([*FORMATS, *SAME_FORMAT])}")
+    return found
+
+
+def find_files(inputs: Sequence[str | Path], format: str) -> list[Path]:
+    """The files that paths, folders and patterns such as ``logs/2024-*.parquet`` mean, each group in order of names.
+
+    Of a folder, at any depth, those that the format's publisher calls the log, or all files of its kind; hidden files
+    and those beginning with an underscore are none.
 
     Raises:
-        UserError: no such file, an empty one, another format, or no column for a role.
+        UserError: nothing is there.
     """
-    format = SAME_FORMAT.get(format, format)
-    if format not in FORMATS:
-        raise UserError(f"--format {format}: expected one of {', '.join([*FORMATS, *SAME_FORMAT])}")
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder: expected a file of interactions")
+    format = same_format(format)
+    files: list[Path] = []
+    for path in map(Path, inputs):
+        if path.is_dir():
+            files += _files_in(path, format)
+        elif not path.exists() and glob.has_magic(str(path)):
+            found = sorted(map(Path, glob.glob(str(path), recursive=True)))
+            if not found:
+                raise UserError(f"{path}: no file matches")
+            files += found
+        else:
+            files.append(path)
+    return list(dict.fromkeys(files))
+
+
+def _files_in(folder: Path, format: str) -> list[Path]:
+    groups = [FILES_IN_FOLDER["json"] + FILES_IN_FOLDER["csv"]] if format == "amazon" else [FILES_IN_FOLDER.get(format)]
+    if format == "auto":
+        groups = list(FILES_IN_FOLDER.values())
+    for patterns in groups:
+        wanted = [pattern + ending for pattern in patterns or [] for ending in COMPRESSED]
+        found = sorted({path for pattern in wanted for path in folder.rglob(pattern) if _is_visible(path, folder)})
+        if found:
+            return found
+    names = ", ".join(pattern for patterns in groups for pattern in patterns or [])
+    raise UserError(f"{folder}: no file of interactions in this folder, expected {names}")
+
+
+def _is_visible(path: Path, folder: Path) -> bool:
+    return path.is_file() and not any(name.startswith((".", "_")) for name in path.relative_to(folder).parts)
+
+
+def identify(path: Path, format: str) -> str:
+    """The format of a file: ``format`` by its plain name, or what its first bytes tell where that is ``auto``.
+
+    Raises:
+        UserError: no such file, or an empty one.
+    """
     if not path.exists():
         raise UserError(f"{path}: no such file")
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder: expected a file of interactions")
     if path.stat().st_size == 0:
         raise UserError(f"{path}: empty file: expected interactions")
+    format = same_format(format)
+    return _detect(_first_lines(path), path) if format == "auto" else format
+
+
+def open_source(path: Path, format: str, given: dict[str, str | None], feedback: Iterable[str] = ()) -> SourceFile:
+    """How to read ``path``, whose format is ``format``, not ``auto``.
+
+    ``given`` holds the names of columns that the user gave, by role; ``feedback`` the further roles that are wanted.
+
+    Raises:
+        UserError: the file is of another format, or has no column for a role.
+    """
     first_lines = _first_lines(path)
-    if format == "auto":
-        format = _detect(first_lines)
-    is_parquet = first_lines is None
-    if is_parquet and format in ("csv", "movielens-1m", "amazon"):
+    roles = [*ROLES, *feedback]
+    if first_lines is None and format in ("csv", "json", "movielens-1m", "amazon"):
         raise UserError(f"{path}: is a Parquet file, expected {format}")
-    if format == "parquet" or is_parquet:
-        names = _parquet_names(path)
-        columns = _resolve(path, names, format, given)
-        return SourceFile(path, columns, _is_milliseconds(columns))
-    assert first_lines is not None
-    if format == "movielens-1m":
-        if first_lines[0].count("::") != 3:
-            raise UserError(f"{path}: line 1: {first_lines[0][:60]!r}: expected user::item::rating::seconds")
-        header = ["user", "1", "item", "3", "rating", "5", "timestamp"]  # "::" leaves an empty field between two
-        return SourceFile(path, {role: role for role in ROLES}, False, ":", header)
+    if format == "parquet" or first_lines is None:
+        source = SourceFile(path, _resolve(path, _parquet_names(path), format, given, roles), "parquet")
+    elif format == "movielens-1m":
+        source = _movielens_1m(path, first_lines, roles)
+    elif format == "json" or first_lines[0].lstrip().startswith("{"):
+        source = _json(path, first_lines, format, given, roles)
+    else:
+        source = _text(path, first_lines, format, given, roles)
+    if source.time_unit is None and source.columns["timestamp"].lower().endswith("_ms"):
+        source = replace(source, time_unit=1000)
+    return replace(source, loose_times=format == "kuairec", text_ids=format == "amazon")
+
+
+def _movielens_1m(path: Path, first_lines: list[str], roles: list[str]) -> SourceFile:
+    if first_lines[0].count("::") != 3:
+        raise UserError(f"{path}: line 1: {first_lines[0][:60]!r}: expected user::item::rating::seconds")
+    header = ["user", "1", "item", "3", "rating", "5", "timestamp"]  # "::" leaves an empty field between two
+    return SourceFile(path, _fixed(path, roles, header), "text", separator=":", header=header)
+
+
+def _text(
+    path: Path, first_lines: list[str], format: str, given: dict[str, str | None], roles: list[str]
+) -> SourceFile:
     separator = max(",\t;|", key=first_lines[0].count)
     fields = [text.strip().strip('"').lstrip("\ufeff") for text in first_lines[0].split(separator)]
-    if format == "amazon":
-        return _amazon(path, separator, fields, first_lines, given)
-    columns = _resolve(path, fields, format, given)
-    return SourceFile(path, columns, _is_milliseconds(columns), separator)
+    if format == "amazon" and "user_id" not in fields:
+        header = _amazon_header(path, separator, fields, first_lines)
+        return SourceFile(path, _fixed(path, roles, header), "text", separator=separator, header=header)
+    columns = _resolve(path, fields, format, given, roles)
+    return SourceFile(path, columns, "text", 1000 if format == "amazon" else None, separator)
+
+
+def _json(
+    path: Path, first_lines: list[str], format: str, given: dict[str, str | None], roles: list[str]
+) -> SourceFile:
+    # A line may be longer than what was read of the file; its end is then no JSON.
+    names: dict[str, None] = {}
+    for line in first_lines:
+        names.update(dict.fromkeys(json_fields(line) or {}))
+    if not names:
+        raise UserError(f"{path}: line 1: {first_lines[0][:60]!r}: expected one JSON object a line")
+    return SourceFile(path, _resolve(path, list(names), format, given, roles), "json")
+
+
+def _amazon_header(path: Path, separator: str, fields: list[str], first_lines: list[str]) -> list[str]:
+    """Ratings of 2014 are user, item, rating, seconds; those of 2018 item, user, rating, seconds.
+
+    They are told apart by the items' ids (ASIN), which all have ten characters.
+    """
+    if len(fields) != 4:
+        raise UserError(f"{path}: line 1: {first_lines[0][:60]!r}: expected user,item,rating,seconds of Amazon reviews")
+    whole_lines = first_lines[:-1] or first_lines
+    item_first = all(len(line.split(separator)[0]) == 10 for line in whole_lines if line)
+    return ["item", "user", "rating", "timestamp"] if item_first else ["user", "item", "rating", "timestamp"]
 
 
 def _first_lines(path: Path) -> list[str] | None:
@@ -156,9 +207,9 @@ def _first_lines(path: Path) -> list[str] | None:
             if file.read(4) == b"PAR1":
                 return None
         with pa.input_stream(str(path)) as stream:
-            lines = stream.read(1 << 16).decode("utf-8", errors="replace").splitlines()
+            lines = stream.read(1 << 18).decode("utf-8", errors="replace").splitlines()
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: can't be read: {_first_line(error)}") from error
+        raise UserError(f"{path}: can't be read: {first_line(error)}") from error
     if not lines:
         raise UserError(f"{path}: empty file: expected interactions")
     if "\0" in lines[0]:
@@ -166,16 +217,21 @@ def _first_lines(path: Path) -> list[str] | None:
     return lines
 
 
-def _detect(first_lines: list[str] | None) -> str:
+def _detect(first_lines: list[str] | None, path: Path) -> str:
     if first_lines is None:
-        return "parquet"
+        names = set(_parquet_names(path))
+        return "kuairec" if names.issuperset([*FIXED_NAMES["kuairec"], TELLING_NAME["kuairec"]]) else "parquet"
     first = first_lines[0]
-    fields = {text.strip().strip('"') for text in first.split(",")}
+    if first.lstrip().startswith("{"):
+        return "amazon" if "asin" in (json_fields(first) or {}) else "json"
     if first.count("::") == 3:
         return "movielens-1m"
+    fields = {text.strip().strip('"').lstrip("\ufeff") for text in first.split(",")}
     for format, names in FIXED_NAMES.items():
-        if fields.issuperset(names):
+        if fields.issuperset([*names, TELLING_NAME[format]]):
             return format
+    if fields.issuperset(["user_id", "parent_asin", "timestamp"]):
+        return "amazon"
     if first.count(",") == 3 and first.rpartition(",")[2].strip().isdigit():
         return "amazon"  # values in place of a header
     return "csv"
@@ -185,14 +241,25 @@ def _parquet_names(path: Path) -> list[str]:
     try:
         return pq.read_schema(path).names
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: not a readable Parquet file, perhaps truncated ({_first_line(error)})") from error
+        raise UserError(f"{path}: not a readable Parquet file, perhaps truncated ({first_line(error)})") from error
 
 
-def _resolve(path: Path, names: list[str], format: str, given: dict[str, str | None]) -> dict[str, str]:
+def _fixed(path: Path, roles: list[str], header: list[str]) -> dict[str, str]:
+    """Columns of a file without a header, named by their roles."""
+    missing = [role for role in roles if role not in header]
+    if missing:
+        raise UserError(f"{path}: has no {missing[0].replace('_', ' ')}, only user, item, rating and time")
+    return {role: role for role in roles}
+
+
+def _resolve(
+    path: Path, names: list[str], format: str, given: dict[str, str | None], roles: list[str]
+) -> dict[str, str]:
     """The column of each role: as given, as the format says, or the first known name that is there."""
     columns = {}
-    for place, role in enumerate(ROLES):
-        wanted = given.get(role) or (FIXED_NAMES[format][place] if format in FIXED_NAMES else None)
+    fixed = dict(zip(ROLES, FIXED_NAMES.get(format, []), strict=False))
+    for role in roles:
+        wanted = given.get(role) or fixed.get(role)
         if wanted is not None:
             if wanted not in names:
                 raise UserError(f"{path}: no column {wanted!r} (found: {', '.join(names)})")
@@ -201,8 +268,9 @@ def _resolve(path: Path, names: list[str], format: str, given: dict[str, str | N
         plain = {_plain(name): name for name in reversed(names)}
         found = next((plain[_plain(known)] for known in KNOWN_NAMES[role] if _plain(known) in plain), None)
         if found is None:
+            option = role.replace("_", "-")
             raise UserError(
-                f"{path}: no column {KNOWN_NAMES[role][0]!r} (found: {', '.join(names)}); name it by --{role}-column"
+                f"{path}: no column {KNOWN_NAMES[role][0]!r} (found: {', '.join(names)}); name it by --{option}-column"
             )
         columns[role] = found
     return columns
@@ -210,29 +278,3 @@ def _resolve(path: Path, names: list[str], format: str, given: dict[str, str | N
 
 def _plain(name: str) -> str:
     return name.lower().replace("_", "").replace(" ", "").replace("-", "")
-
-
-def _is_milliseconds(columns: dict[str, str]) -> bool:
-    return columns["timestamp"].lower().endswith("_ms")
-
-
-def _amazon(
-    path: Path, separator: str, fields: list[str], first_lines: list[str], given: dict[str, str | None]
-) -> SourceFile:
-    """2023: a header and milliseconds. 2014: user, item, rating, seconds; 2018: item, user, rating, seconds.
-
-    The two older ones are told apart by the items' ids (ASIN), which all have ten characters.
-    """
-    if "user_id" in fields:
-        columns = _resolve(path, fields, "amazon", given)
-        return SourceFile(path, columns, milliseconds=True, separator=separator, text_ids=True)
-    if len(fields) != 4:
-        raise UserError(f"{path}: line 1: {first_lines[0][:60]!r}: expected user,item,rating,seconds of Amazon reviews")
-    whole_lines = first_lines[:-1] or first_lines
-    item_first = all(len(line.split(separator)[0]) == 10 for line in whole_lines if line)
-    header = ["item", "user", "rating", "timestamp"] if item_first else ["user", "item", "rating", "timestamp"]
-    return SourceFile(path, {role: role for role in ROLES}, False, separator, header, text_ids=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

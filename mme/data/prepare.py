@@ -22,9 +22,11 @@ import pyarrow as pa
 
 from mme.data.cleaning import Cleaner
 from mme.data.event_store import EventStore
-from mme.data.formats import SourceFile, open_source
+from mme.data.feedback import FeedbackFilter
+from mme.data.formats import find_files, identify, open_source
 from mme.data.histories import BoolArray, CountFilter, Histories, IntArray, Spool, first_of_duplicates
 from mme.data.left_out import LeftOutWriter
+from mme.data.readers import SourceFile, first_line
 from mme.data.writer import DatasetWriter
 from mme.errors import UserError
 
@@ -40,9 +42,11 @@ def prepare(
     format: str,
     output: str | Path,
     *,
-    user_column: str | None = None,
-    item_column: str | None = None,
-    timestamp_column: str | None = None,
+    columns: dict[str, str | None] | None = None,
+    min_rating: float | None = None,
+    clicks_only: bool | None = None,
+    min_watch_s: float | None = None,
+    min_watch_ratio: float | None = None,
     min_user_events: int = 3,
     min_item_events: int = 1,
     filter_once: bool = False,
@@ -50,6 +54,10 @@ def prepare(
     max_malformed_share: float = 0.01,
 ) -> dict[str, Any]:
     """Writes the training set of ``inputs`` to the folder ``output``; returns what its dataset.json holds.
+
+    ``inputs`` are files, folders and patterns (`find_files`). ``columns`` names the column of a role (user, item,
+    timestamp, rating, click, watch_time, watch_ratio). Events are those with the feedback asked for (`FeedbackFilter`;
+    ``clicks_only`` None: for KuaiRand yes, whose log has all that was shown, else no).
 
     Events are ordered by (timestamp, original row), files in the order given. Of rows with the same user, item and
     timestamp the first is kept. Malformed rows (no id, NaN, a negative id, a time that is no whole number, a wrong
@@ -63,15 +71,20 @@ def prepare(
             size or too small; ``output`` can't be written. Nothing is left behind then.
     """
     limit = _memory_limit(memory_limit)
-    paths = [Path(path) for path in inputs]
-    given = {"user": user_column, "item": item_column, "timestamp": timestamp_column}
-    sources = [open_source(path, format, given) for path in paths]
+    paths = find_files(inputs, format)
+    formats = [identify(path, format) for path in paths]
+    if clicks_only is None:
+        clicks_only = "kuairand" in formats
+    feedback = FeedbackFilter(min_rating, clicks_only, min_watch_s, min_watch_ratio)
+    sources = [
+        open_source(path, found, columns or {}, feedback.roles()) for path, found in zip(paths, formats, strict=True)
+    ]
     count_filter = CountFilter(min_user_events, min_item_events, iterate=not filter_once)
     output = Path(output)
     with DatasetWriter(output) as writer:
         work = writer.partial / "work"
         work.mkdir()
-        reading = _Reading(sources, Cleaner())
+        reading = _Reading(sources, Cleaner(feedback))
         try:
             with EventStore(work, limit - OTHER_MEMORY) as store:
                 store.load(reading.tables())
@@ -81,13 +94,13 @@ def prepare(
                 distinct = _Distinct(store.histories())
                 item_passes, counts = count_filter.choose_items(spool, iter(distinct), len(raw_items), 0)
         except duckdb.OutOfMemoryException as error:
-            raise UserError(f"--memory-limit {memory_limit}: too small for this data: {_first_line(error)}") from error
+            raise UserError(f"--memory-limit {memory_limit}: too small for this data: {first_line(error)}") from error
         except duckdb.IOException as error:
-            raise UserError(f"{output}: can't be written: {_first_line(error)}; nothing was written") from error
+            raise UserError(f"{output}: can't be written: {first_line(error)}; nothing was written") from error
         chosen = counts > 0
         if not chosen.any():
             raise UserError(
-                f"{', '.join(map(str, paths))}: nothing is left of {distinct.users:,} users and {len(raw_items):,} "
+                f"{reading.names()}: nothing is left of {distinct.users:,} users and {len(raw_items):,} "
                 f"items: none has --min-user-events {min_user_events} and --min-item-events {min_item_events}"
             )
         with LeftOutWriter(writer.partial, raw_items) as left_out:
@@ -140,16 +153,29 @@ class _Reading:
     def check(self, max_malformed_share: float) -> None:
         """Refuses files of which too much is malformed."""
         bad = self.cleaner.malformed
+        if not self.sound and self.cleaner.unwanted:
+            reasons = "; ".join(f"{reason}: {number:,}" for reason, number in self.cleaner.unwanted.items())
+            raise UserError(f"{self.names()}: no row of {self.rows:,} has the feedback asked for ({reasons})")
         if bad.total > max_malformed_share * self.rows or not self.sound:
-            names = ", ".join(str(source.path) for source in self.sources)
             raise UserError(
-                f"{names}: {bad.total:,} of {self.rows:,} rows are malformed, more than the share "
+                f"{self.names()}: {bad.total:,} of {self.rows:,} rows are malformed, more than the share "
                 f"{max_malformed_share:g} allowed by --max-malformed-share: {bad}"
             )
 
+    def names(self) -> str:
+        """The files; of many the first few."""
+        paths = [str(source.path) for source in self.sources]
+        return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more files" if len(paths) > 3 else "")
+
     def report(self) -> dict[str, Any]:
         bad = self.cleaner.malformed
-        return {"rows_read": self.rows, "malformed_rows": bad.total, "malformed": bad.report()}
+        return {
+            "rows_read": self.rows,
+            "malformed_rows": bad.total,
+            "malformed": bad.report(),
+            "unwanted_rows": sum(self.cleaner.unwanted.values()),
+            "unwanted": dict(self.cleaner.unwanted),
+        }
 
 
 @dataclass
@@ -208,7 +234,3 @@ def _sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -124,52 +124,9 @@ def test_parquet_floats_with_nan_and_timestamps(tmp_path: Path) -> None:
     assert info["malformed"]["not a whole number in uid"] == {"rows": 1, "first": ["a.parquet row 4"]}
 
 
-FORMATS = {
-    "movielens-1m": (None, ["1::20::5::100", "1::10::4::90", "1::30::3::95"], 1, [(10, 90), (30, 95), (20, 100)]),
-    "movielens-20m": (
-        "userId,movieId,rating,timestamp",
-        ["1,20,3.5,100", "1,10,4.0,90", "1,30,3,95"],
-        1,
-        [(10, 90), (30, 95), (20, 100)],
-    ),
-    "kuairand": (
-        "user_id,video_id,date,hourmin,time_ms,is_click",
-        ["1,20,20220508,1,100999,0", "1,10,20220508,1,90000,1", "1,30,20220508,1,95001,1"],
-        1,
-        [(10, 90), (30, 95), (20, 100)],
-    ),
-    "amazon": (
-        None,
-        ["A39HTATAQ9V7YF,0205616461,5.0,100", "A39HTATAQ9V7YF,B000000001,4.0,90", "A39HTATAQ9V7YF,B000000002,1.0,95"],
-        "A39HTATAQ9V7YF",
-        [("B000000001", 90), ("B000000002", 95), ("0205616461", 100)],
-    ),
-}
-
-
-@pytest.mark.parametrize("auto", [False, True])
-@pytest.mark.parametrize("format", FORMATS)
-def test_formats(tmp_path: Path, format: str, auto: bool) -> None:
-    header, rows, user, events = FORMATS[format]
-    file = write_csv(tmp_path / "a.csv", rows, header)  # type: ignore[arg-type]
-    prepare([file], "auto" if auto else format, tmp_path / "out")
-    assert read(tmp_path / "out") == {user: events}
-
-
-def test_amazon_of_2018_and_2023(tmp_path: Path) -> None:
-    old = write_csv(tmp_path / "2018.csv", [f"000171335{n},A1C6M8LCIX4M6M,5.0,{9 - n}" for n in range(3)], None)
-    prepare([old], "amazon", tmp_path / "a")
-    assert read(tmp_path / "a") == {"A1C6M8LCIX4M6M": [("0001713352", 7), ("0001713351", 8), ("0001713350", 9)]}
-    new = write_csv(
-        tmp_path / "2023.csv", [f"AFK,B0{n},5.0,1{n}999" for n in range(3)], "user_id,parent_asin,rating,timestamp"
-    )
-    prepare([new], "amazon", tmp_path / "b")
-    assert read(tmp_path / "b") == {"AFK": [("B00", 10), ("B01", 11), ("B02", 12)]}
-
-
 def test_columns_by_name_separator_and_text_ids(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "a.tsv", ["ann\tx1\t3", "ann\tx0\t2", "ann\t7\t1"], "who\twhat\twhen")
-    prepare([file], "csv", tmp_path / "out", user_column="who", item_column="what", timestamp_column="when")
+    prepare([file], "csv", tmp_path / "out", columns={"user": "who", "item": "what", "timestamp": "when"})
     assert read(tmp_path / "out") == {"ann": [("7", 1), ("x0", 2), ("x1", 3)]}
 
 
