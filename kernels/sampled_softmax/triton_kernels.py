@@ -57,14 +57,13 @@ def _store_rows(p, value, i_row, m_row, D: tl.constexpr):
 
 @triton.jit
 def _own_tile(p_items, p_negatives, i_slot, num_negatives, b_h, target, scale, offset, D: tl.constexpr):
-    """The negatives' rows (STEP, columns), logits (STEP,), −∞ beyond n, and which of them have a gradient."""
+    """The negatives' rows (STEP, columns) and logits (STEP,), −∞ beyond n."""
     m_slot = i_slot < num_negatives
     i_row = tl.load(p_negatives + i_slot, mask=m_slot, other=0)
     b_e = _load_rows(p_items, i_row, m_slot, D).to(tl.float32)
     z = tl.sum(b_e * b_h[None, :], axis=1) * scale + offset
-    m_same = i_row == target
-    z = tl.where(m_same, _MASKED, z)
-    return b_e, tl.where(m_slot, z, float("-inf")), m_slot & ~m_same
+    z = tl.where(i_row == target, _MASKED, z)
+    return b_e, tl.where(m_slot, z, float("-inf"))
 
 
 @triton.jit
@@ -82,7 +81,7 @@ def forward_own_kernel(
     total = tl.zeros([STEP], tl.float32)
     for start in range(0, num_negatives, STEP):
         i_slot = start + tl.arange(0, STEP)
-        _, z, _ = _own_tile(p_items, p_negatives, i_slot, num_negatives, b_h, target, scale, offset, D)
+        _, z = _own_tile(p_items, p_negatives, i_slot, num_negatives, b_h, target, scale, offset, D)
         next_largest = tl.maximum(largest, z)
         total = total * tl.exp(largest - next_largest) + tl.exp(z - next_largest)
         largest = next_largest
@@ -107,8 +106,8 @@ def backward_hidden_own_kernel(
     b_sum = tl.zeros([STEP, triton.next_power_of_2(max(D, 16))], tl.float32)
     for start in range(0, num_negatives, STEP):
         i_slot = start + tl.arange(0, STEP)
-        b_e, z, m_live = _own_tile(p_items, p_negatives, i_slot, num_negatives, b_h, target, scale, offset, D)
-        b_sum += tl.where(m_live, tl.exp(z - log_sum), 0.0)[:, None] * b_e
+        b_e, z = _own_tile(p_items, p_negatives, i_slot, num_negatives, b_h, target, scale, offset, D)
+        b_sum += tl.exp(z - log_sum)[:, None] * b_e
     b_target = _load_row(p_items, target, D)
     slope = tl.exp(tl.sum(b_h * b_target, axis=0) * scale - log_sum) - 1.0
     b_d = (tl.sum(b_sum, axis=0) + slope * b_target) * (tl.load(p_grad + i_token) * scale)

@@ -28,47 +28,57 @@ PROGRAMS = 1024  # enough to fill a GPU
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How the kernels are launched for one width.
+    """How the kernels are launched for one width, dtype and group size.
 
     Attributes:
         rows: gathered rows that a program of one token or one item takes at a time.
-        block: tokens of a program in the shared forward and d hidden kernels, negatives in the d negatives kernel.
-        step: negatives, or tokens, that it takes at a time.
-        num_warps: of those three kernels.
+        tokens: of a group, that a program of the shared forward and d hidden kernels holds.
+        negatives: that it takes at a time.
+        held_negatives, next_tokens: the same of the d negatives kernel, which holds negatives.
+        precision: of `tl.dot`.
     """
 
     rows: int
-    block: int
-    step: int
-    num_warps: int
+    tokens: int
+    negatives: int
+    held_negatives: int
+    next_tokens: int
+    precision: str
 
     @classmethod
-    def choose(cls, width: int, itemsize: int) -> LaunchConfig:
-        """Each branch is what compiles for sm_80 and sm_90 without a spill (`python -m kernels.aot`)."""
+    def choose(cls, width: int, itemsize: int, precision: str, group_size: int) -> LaunchConfig:
+        """Each choice is what compiles for sm_80 and sm_90 without a spill (`python -m kernels.aot`)."""
         columns = max(16, triton.next_power_of_2(width))
         # A tile of rows and its accumulators are 2048 floats each: 16 registers each for a thread of 4 warps.
         rows = min(64, 2048 // columns)
+        # Exact float32 has no tensor cores: its products hold both operands in registers.
+        exact = itemsize == 4 and precision == "ieee"
         if columns <= 64:
-            return cls(rows=rows, block=64, step=64 if itemsize == 2 else 32, num_warps=4)
-        if columns <= 128:
-            return cls(rows=rows, block=64, step=32, num_warps=4)
-        if columns <= 256:
-            return cls(rows=rows, block=32, step=32, num_warps=4)
-        return cls(rows=rows, block=16, step=16, num_warps=4)
+            block, step = (32, 32) if exact else (64, 64 if itemsize == 2 else 32)
+        elif columns <= 128:
+            block, step = (32, 16) if exact else (64, 32)
+        elif columns <= 256:
+            block, step = (16, 16) if exact else (32, 32)
+        else:
+            block, step = 16, 16
+        # A tile as high as a small group, not one of empty rows; tl.dot wants 16.
+        most = max(16, triton.next_power_of_2(group_size))
+        return cls(rows, min(block, most), step, block, min(step, most), precision)
 
-    def own(self) -> dict[str, int]:
+    def own(self) -> dict[str, Any]:
         """The launch options of the kernels of gathered rows."""
         return {"STEP": self.rows, "num_warps": 4, "num_stages": 1}
 
-    def shared(self, dtype: torch.dtype) -> dict[str, Any]:
-        """The launch options of the kernels of tiles."""
-        return {
-            "BLOCK": self.block,
-            "STEP": self.step,
-            "PRECISION": dot_precision(dtype),
-            "num_warps": self.num_warps,
-            "num_stages": 2,
-        }
+    def shared(self) -> dict[str, Any]:
+        """Those of the shared forward and d hidden kernels."""
+        return self._tiles(self.tokens, self.negatives)
+
+    def shared_negatives(self) -> dict[str, Any]:
+        """Those of the d negatives kernel."""
+        return self._tiles(self.held_negatives, self.next_tokens)
+
+    def _tiles(self, block: int, step: int) -> dict[str, Any]:
+        return {"BLOCK": block, "STEP": step, "PRECISION": self.precision, "num_warps": 4, "num_stages": 2}
 
 
 @torch.library.custom_op("kernels::sampled_softmax_loss", mutates_args=())
@@ -85,7 +95,7 @@ def loss_op(
     operands = _contiguous(hidden, items, targets, negatives)
     num_tokens, width = hidden.shape
     size, num_negatives = group_size or max(1, num_tokens), negatives.shape[1]
-    config = LaunchConfig.choose(width, hidden.itemsize)
+    config = LaunchConfig.choose(width, hidden.itemsize, dot_precision(hidden.dtype), size)
     loss, log_sum = (torch.empty(num_tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
     if not num_tokens:
         return loss, log_sum
@@ -94,10 +104,10 @@ def loss_op(
             *operands, loss, log_sum, num_negatives, size, 1 / temperature, logit_offset, D=width, **config.own()
         )
     else:
-        token_blocks = triton.cdiv(size, config.block)
+        token_blocks = triton.cdiv(size, config.tokens)
         triton_kernels.forward_shared_kernel[(negatives.shape[0] * token_blocks,)](
             *operands, loss, log_sum, num_tokens, num_negatives, size, token_blocks, 1 / temperature, logit_offset,
-            D=width, **config.shared(hidden.dtype),
+            D=width, **config.shared(),
         )  # fmt: skip
     return loss, log_sum
 
@@ -124,7 +134,7 @@ def loss_backward_op(
     grad, hidden, items, targets, negatives = _contiguous(grad, hidden, items, targets, negatives)
     num_tokens, width = hidden.shape
     size, num_negatives = group_size or max(1, num_tokens), negatives.shape[1]
-    config = LaunchConfig.choose(width, hidden.itemsize)
+    config = LaunchConfig.choose(width, hidden.itemsize, dot_precision(hidden.dtype), size)
     d_hidden = torch.empty_like(hidden)
     d_items = torch.zeros_like(items, dtype=torch.float32)
     if not num_tokens:
@@ -145,10 +155,10 @@ def loss_backward_op(
             rows = torch.cat([targets[part, None].int(), drawn.int()], 1)
             _add_entries(d_items, rows, hidden[part], items, targets[part], log_sum[part], grad[part], scales, config)
     else:
-        token_blocks = triton.cdiv(size, config.block)
+        token_blocks = triton.cdiv(size, config.tokens)
         triton_kernels.backward_hidden_shared_kernel[(negatives.shape[0] * token_blocks,)](
             *operands, d_hidden, num_tokens, num_negatives, size, token_blocks, *scales,
-            D=width, **config.shared(hidden.dtype),
+            D=width, **config.shared(),
         )  # fmt: skip
         _add_entries(d_items, targets[:, None], hidden, items, targets, log_sum, grad, scales, config)
         _add_shared_negatives(d_items, operands, size, scales, config)
@@ -192,8 +202,8 @@ def _add_shared_negatives(
     groups, num_negatives = negatives.shape
     if not num_negatives:
         return
-    blocks = triton.cdiv(num_negatives, config.block)
-    splits = min(triton.cdiv(size, config.step), triton.cdiv(PROGRAMS, groups * blocks))
+    blocks = triton.cdiv(num_negatives, config.held_negatives)
+    splits = min(triton.cdiv(size, config.next_tokens), triton.cdiv(PROGRAMS, groups * blocks))
     split_tokens = triton.cdiv(size, splits)
     at_once = max(1, PARTIAL_FLOATS_AT_ONCE // (splits * num_negatives * width))
     for first in range(0, groups, at_once):
@@ -201,7 +211,7 @@ def _add_shared_negatives(
         partial = torch.empty(len(drawn), splits, num_negatives, width, dtype=torch.float32, device=hidden.device)
         triton_kernels.backward_negatives_kernel[(len(drawn) * splits * blocks,)](
             *operands, partial, num_tokens, num_negatives, size, first, splits, split_tokens, blocks, *scales,
-            D=width, **config.shared(hidden.dtype),
+            D=width, **config.shared_negatives(),
         )  # fmt: skip
         order, starts = _sort_by_item(drawn, d_items.shape[0])
         rows = partial.sum(1) if splits > 1 else partial

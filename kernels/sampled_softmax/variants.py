@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from kernels.sampled_softmax import triton_kernels
 from kernels.sampled_softmax.triton_op import PIECE, LaunchConfig
 from kernels.variant import Variant
@@ -22,32 +20,39 @@ SHARED_KERNELS = (
     triton_kernels.backward_hidden_shared_kernel,
     triton_kernels.backward_negatives_kernel,
 )
-# (dtype, bytes, precision of products, D); FuXi-α's width is 50.
-SHAPES = (
-    ("bf16", 2, "ieee", 50),
-    ("bf16", 2, "ieee", 64),
-    ("bf16", 2, "ieee", 128),
-    ("bf16", 2, "ieee", 256),
-    ("bf16", 2, "ieee", 512),
-    ("fp32", 4, "tf32", 50),
-    ("fp32", 4, "tf32", 64),
-    ("fp32", 4, "tf32", 256),
-    ("fp32", 4, "tf32", 512),
-)
+WIDTHS = (50, 64, 128, 256, 512)  # FuXi-α's is 50
+BFLOAT16 = ("bf16", 2, "ieee")  # dtype, bytes, precision of products
+TF32 = ("fp32", 4, "tf32")
+FLOAT32 = ("fp32", 4, "ieee")
 OF_DTYPE = ("p_hidden", "p_items", "p_d_hidden")
 INT64 = ("p_targets", "p_negatives")
 INT32 = ("p_order", "p_starts", "p_pieces", "p_piece_starts")
 
 
 def aot_variants() -> list[Variant]:
-    """Every kernel for every shape."""
-    return [_variant(kernel, *shape) for shape in SHAPES for kernel in (*OWN_KERNELS, *SHARED_KERNELS)]
+    """Every kernel for every width and dtype; the tiles for groups of 64 tokens, as they are by default, and of 16."""
+    variants = [
+        _variant(kernel, *dtype, width, 1)
+        for dtype in (BFLOAT16, FLOAT32)
+        for width in WIDTHS
+        for kernel in OWN_KERNELS
+    ]
+    groups = [(dtype, width, 64) for dtype in (BFLOAT16, TF32, FLOAT32) for width in WIDTHS] + [(BFLOAT16, 64, 16)]
+    return variants + [
+        _variant(kernel, *dtype, width, size) for dtype, width, size in groups for kernel in SHARED_KERNELS
+    ]
 
 
-def _variant(kernel: Any, dtype: str, itemsize: int, precision: str, width: int) -> Variant:
-    config = LaunchConfig.choose(width, itemsize)
-    options = config.own() if kernel in OWN_KERNELS else config.shared(torch.float32)
-    values = options | {"D": width, "PIECE": PIECE, "PRECISION": precision}
+def _variant(kernel: Any, dtype: str, itemsize: int, precision: str, width: int, group_size: int) -> Variant:
+    config = LaunchConfig.choose(width, itemsize, precision, group_size)
+    label = f"sampled softmax {dtype} D={width}"
+    if kernel in OWN_KERNELS:
+        options = config.own()
+    else:
+        label += f" {precision} g={group_size}"
+        holds_negatives = kernel is triton_kernels.backward_negatives_kernel
+        options = config.shared_negatives() if holds_negatives else config.shared()
+    values = options | {"D": width, "PIECE": PIECE}
     types: dict[str, str] = {}
     constants: dict[str, Any] = {}
     for name in kernel.arg_names:
@@ -63,5 +68,4 @@ def _variant(kernel: Any, dtype: str, itemsize: int, precision: str, width: int)
             types[name] = "fp32"
         else:
             types[name] = "*fp32" if name.startswith("p_") else "i32"
-    name = f"sampled softmax {dtype} D={width}"
-    return Variant(kernel, name, types, constants, num_warps=options["num_warps"], num_stages=options["num_stages"])
+    return Variant(kernel, label, types, constants, num_warps=options["num_warps"], num_stages=options["num_stages"])

@@ -134,9 +134,18 @@ def test_items_gradient_in_parts(group: int, monkeypatch: pytest.MonkeyPatch) ->
     """What is done in several passes, of several pieces and several splits of the tokens gives the same."""
     monkeypatch.setattr(triton_op, "ENTRIES_AT_ONCE", 16 * 6)
     monkeypatch.setattr(triton_op, "PARTIAL_FLOATS_AT_ONCE", 1)
-    monkeypatch.setattr(triton_op, "PIECE", 64)
+    monkeypatch.setattr(triton_op, "PIECE", 16)
     assert_agrees(make_case(40, 2, 5, group, 8))
     assert_agrees(make_case(150, 3, 5, 0 if group > 1 else 1, 8))
+
+
+@pytest.mark.parametrize("num_items", [3, 32767, 32768, 40000])
+def test_entries_stand_by_item_in_their_order(num_items: int) -> None:
+    rows = torch.tensor([[num_items - 1, 2, 0], [2, 2, num_items - 1]], device=DEVICE)
+    order, starts = triton_op._sort_by_item(rows, num_items)
+    items = rows.flatten().tolist()
+    assert order.tolist() == sorted(range(6), key=lambda position: items[position])
+    assert starts.tolist() == [sum(item < bound for item in items) for bound in range(num_items + 1)]
 
 
 # The interpreter of Triton 3.6 and 3.7 multiplies the bit patterns of bfloat16.
