@@ -94,7 +94,7 @@ def loss_op(
     """The losses (T,) and, for backward, the log-sums (T,), both float32."""
     operands = _contiguous(hidden, items, targets, negatives)
     num_tokens, width = hidden.shape
-    size, num_negatives = group_size or max(1, num_tokens), negatives.shape[1]
+    size, num_negatives = min(group_size or num_tokens, num_tokens), negatives.shape[1]
     config = LaunchConfig.choose(width, hidden.itemsize, dot_precision(hidden.dtype), size)
     loss, log_sum = (torch.empty(num_tokens, dtype=torch.float32, device=hidden.device) for _ in range(2))
     if not num_tokens:
@@ -133,7 +133,7 @@ def loss_backward_op(
     """Gradients of hidden and items."""
     grad, hidden, items, targets, negatives = _contiguous(grad, hidden, items, targets, negatives)
     num_tokens, width = hidden.shape
-    size, num_negatives = group_size or max(1, num_tokens), negatives.shape[1]
+    size, num_negatives = min(group_size or num_tokens, num_tokens), negatives.shape[1]
     config = LaunchConfig.choose(width, hidden.itemsize, dot_precision(hidden.dtype), size)
     d_hidden = torch.empty_like(hidden)
     d_items = torch.zeros_like(items, dtype=torch.float32)

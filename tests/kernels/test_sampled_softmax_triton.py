@@ -105,6 +105,7 @@ EDGES = {  # tokens, items, negatives, group size, width
     "tile and tile + 1": (65, 30, 65, 64, 64),
     "last group short": (41, 12, 33, 16, 33),
     "group larger than a tile": (150, 20, 40, 70, 24),
+    "group larger than the batch": (20, 9, 6, 700, 24),
     "all share": (130, 40, 20, 0, 50),
     "wide, shared": (33, 12, 35, 17, 260),
     "wide columns, shared": (34, 12, 70, 0, 130),
