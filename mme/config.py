@@ -99,6 +99,9 @@ class TrainConfig:
     checkpoint_every: int = 0  # steps between checkpoints; 0: with each evaluation
     keep_checkpoints: int = 2  # newest ones kept, besides the best
     log_every: int = 10  # steps between lines of metrics
+    on_non_finite: Literal["stop", "skip"] = (
+        "stop"  # a loss or gradient that is not finite: end the job, or leave the step
+    )
     resume: bool = True  # go on from the newest complete checkpoint in output_dir, if there is one
 
 

@@ -1,4 +1,4 @@
-"""The one kind of error that a user can mend."""
+"""Errors that end a command with one line."""
 
 from __future__ import annotations
 
@@ -9,3 +9,11 @@ class UserError(Exception):
     The message names the file, row, key or value, what was found and what was expected, for example
     ``events.csv: no column 'timestamp' (found: userId, movieId, rating)``.
     """
+
+
+class JobError(Exception):
+    """The job can't go on, and all ranks know it: rank 0 prints the one line, and all leave with status 1."""
+
+
+class Preempted(Exception):
+    """The job was asked to stop (SIGTERM) and has saved all: all ranks leave with status 143, to be started again."""

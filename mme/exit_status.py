@@ -15,7 +15,7 @@ from pathlib import Path
 
 import typer
 
-from mme.errors import UserError
+from mme.errors import JobError, UserError
 
 
 class Job:
@@ -40,6 +40,11 @@ def job_status() -> Iterator[Job]:
         if rank() == 0:
             print_error(_interrupted(job.folder))
         raise typer.Exit(130) from error
+    except JobError as error:
+        if rank() == 0:
+            print_error(str(error))
+        _append_to_log(job.folder, f"error: {error}")
+        raise typer.Exit(1) from error
     except Exception as error:
         log = _append_to_log(job.folder, traceback.format_exc())
         if log is None:

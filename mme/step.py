@@ -1,14 +1,15 @@
 """One optimizer step of Fuxi-MME, as the paper's algorithm reads.
 
 Look up the rows of the batch's distinct items in the sharded tables once, pass all views through the shared decoder,
-score every next item against its negatives, add what keeps the experts in balance, and step tables and decoder. All that
-a step draws at random follows from (seed, step, rank), so a run that goes on from a checkpoint on as many processes
+score every next item against its negatives, add what keeps the experts in balance, and step tables and decoder if all
+gradients are finite. All that a step draws at random follows from (seed, step, rank), so a run that goes on from a checkpoint on as many processes
 repeats the bits of one that was never stopped.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,11 +18,12 @@ from torch import Tensor
 
 from mme.config import Config
 from mme.data.batch import SequenceBatch
-from mme.distributed.engine import set_lr
+from mme.distributed.engine import reduced_gradients, set_lr, spoil_gradients, was_skipped
 from mme.distributed.recommender import Recommender
 from mme.distributed.tables import mix_seed
 from mme.model.loss import NextItemLoss
 from mme.model.moe import Routing, load_balance_loss, router_z_loss
+from mme.non_finite import is_spoiled
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,8 @@ class StepResult:
 
     Attributes:
         loss: mean over the tokens of −log softmax at the target, without the routers' losses.
+        skipped: the loss or a gradient was not finite, and nothing was changed.
+        votes: for each of the votes given, whether any rank gave it.
         tokens: target tokens.
         lr: the decoder's learning rate.
         counts: (blocks with experts, M, E) int64, how many choices each expert received from each view.
@@ -37,10 +41,32 @@ class StepResult:
     """
 
     loss: float
+    skipped: bool
+    votes: tuple[bool, ...]
     tokens: int
     lr: float
     counts: Tensor
     routing: list[Routing]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """The gradients of one batch, not applied yet, and what else its forward gave (see `StepResult`).
+
+    Attributes:
+        finite: the loss and every gradient, on all ranks.
+        looked_up: (U, M, d) the rows that this rank brought from the tables, with their history.
+        item_rows: (U, M, d) their gradient.
+    """
+
+    loss: float
+    finite: bool
+    votes: tuple[bool, ...]
+    tokens: int
+    counts: Tensor
+    routing: list[Routing]
+    looked_up: Tensor
+    item_rows: Tensor
 
 
 class TrainStep:
@@ -51,16 +77,27 @@ class TrainStep:
         self.total_steps = total_steps
         self.loss = NextItemLoss(config, recommender.num_items)
 
-    def __call__(self, step: int, batch: SequenceBatch) -> StepResult:
-        """The ``step``-th step, from 0, on this rank's part of the batch; it may be empty."""
-        lr = self._set_lr(step)
-        result = self.backward(step, batch)
-        self.engine.step()
-        self.recommender.tables.step()
-        return StepResult(lr=lr, **result)
+    def __call__(self, step: int, batch: SequenceBatch, skipped: int = 0, votes: Sequence[bool] = ()) -> StepResult:
+        """The ``step``-th step, from 0, on this rank's part of the batch; it may be empty.
 
-    def backward(self, step: int, batch: SequenceBatch) -> dict[str, Any]:
-        """Everything up to the gradients, which are those of the global mean."""
+        ``skipped``: how many of the steps before were skipped. ``votes``: what this rank wants all ranks to know.
+        """
+        lr = self._set_lr(step)
+        # A lookup counts as a step of FBGEMM's Adam, also in an evaluation or where no update followed.
+        self.recommender.tables.set_optimizer_step(step - skipped)
+        gradients = self.backward(step, batch, votes)
+        return StepResult(
+            loss=gradients.loss,
+            skipped=not self.update(gradients),
+            votes=gradients.votes,
+            tokens=gradients.tokens,
+            lr=lr,
+            counts=gradients.counts,
+            routing=gradients.routing,
+        )
+
+    def backward(self, step: int, batch: SequenceBatch, votes: Sequence[bool] = ()) -> Gradients:
+        """Everything up to the gradients of the global mean: the decoder's in the engine, the looked-up rows' returned."""
         world, train = self.recommender.world, self.config.train
         batch = batch.to(world.device)
         seed = mix_seed(train.seed, step, world.rank)
@@ -68,7 +105,9 @@ class TrainStep:
         items = self.loss.items_of(batch, torch.Generator(world.device).manual_seed(seed))
 
         self.engine.train()
-        item_rows = self.recommender.tables.lookup(items.ids)
+        looked_up = self.recommender.tables.lookup(items.ids)
+        # Backward stops here: the tables' own, which may update them at once, waits until all is known to be finite.
+        item_rows = looked_up.detach().requires_grad_()
         output = self.engine(item_rows, items.inputs, batch.seq_offsets, batch.timestamps)
         losses = self.loss(output.hidden, item_rows, items)
 
@@ -77,8 +116,32 @@ class TrainStep:
         counts, tokens = totals[:-1].view(counts.shape), totals[-1].clamp(min=1)
         total = losses.sum() / tokens + self._balance(output.routing, counts, tokens)
         self.engine.backward(total * world.size)  # DeepSpeed and TorchRec average gradients over the ranks
-        loss = world.sum(losses.detach().double().sum()) / tokens
-        return {"loss": loss.item(), "tokens": int(tokens), "counts": counts, "routing": output.routing}
+        assert item_rows.grad is not None
+        spoiled = is_spoiled([item_rows.grad, *reduced_gradients(self.engine)], world.size)
+        own = [losses.detach().double().sum(), spoiled.double(), *(losses.new_tensor(vote).double() for vote in votes)]
+        loss, spoiled, *given = world.sum(torch.stack(own)).tolist()
+        loss /= int(tokens)
+        return Gradients(
+            loss=loss,
+            finite=math.isfinite(loss) and not spoiled,
+            votes=tuple(vote > 0 for vote in given),
+            tokens=int(tokens),
+            counts=counts,
+            routing=output.routing,
+            looked_up=looked_up,
+            item_rows=item_rows.grad,
+        )
+
+    def update(self, gradients: Gradients) -> bool:
+        """Steps decoder and tables; or, where a gradient is not finite, drops all and leaves every bit as it was."""
+        if not gradients.finite:
+            spoil_gradients(self.engine)
+        self.engine.step()
+        if was_skipped(self.engine):
+            return False
+        gradients.looked_up.backward(gradients.item_rows)
+        self.recommender.tables.step()
+        return True
 
     def _balance(self, routing: list[Routing], counts: Tensor, tokens: Tensor) -> Tensor:
         """This rank's share of the routers' losses, summed over the blocks."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mme.distributed.groups import World, process_group
 from mme.distributed.recommender import Recommender
 from mme.evaluate import evaluate
 from mme.monitor import Monitor
+from mme.non_finite import FOLDER, MOST_IN_A_ROW, NonFiniteError, save_batch
 from mme.step import StepResult, TrainStep
 
 
@@ -47,6 +49,7 @@ class Training:
         self.loader = train_loader(dataset, config, world)
         self.total_steps = self._total_steps()
         self.step = TrainStep(config, self.recommender, self.engine, self.total_steps)
+        self.skipped = self.skipped_in_a_row = 0
         self.select_split = "valid" if "valid" in dataset.splits(config.data.protocol) else "test"
 
     def run(self) -> list[dict[str, Any]]:
@@ -59,9 +62,14 @@ class Training:
             log_every=config.train.log_every,
         ) as monitor:
             progress = self._start(monitor)
+            self.skipped = progress.skipped
             for at, batch, last_of_epoch in self._batches(progress):
                 started = time.perf_counter()
-                result = self.step(at.step, batch)
+                result = self.step(at.step, batch, self.skipped)
+                if result.skipped:
+                    self._on_non_finite(monitor, at.step + 1, batch, result)
+                else:
+                    self.skipped_in_a_row = 0
                 self._record(monitor, at.step + 1, at.epoch, result, time.perf_counter() - started)
                 self._evaluate_and_save(monitor, at, last_of_epoch)
             return self._test(monitor)
@@ -96,10 +104,15 @@ class Training:
             epoch, start = epoch + 1, 0
 
     def _record(self, monitor: Monitor, step: int, epoch: int, result: StepResult, step_s: float) -> None:
-        if not math.isfinite(result.loss):
-            raise FloatingPointError(f"the loss at step {step} is {result.loss}")
-        monitor.train_step(step, epoch, loss=result.loss, tokens=result.tokens, step_s=step_s, lr=result.lr)
-        if result.routing and (step % self.config.train.log_every == 0 or step == self.total_steps):
+        extra = {"skipped_steps": self.skipped}
+        monitor.train_step(
+            step, epoch, loss=result.loss, tokens=result.tokens, step_s=step_s, lr=result.lr, extra=extra
+        )
+        if (
+            result.routing
+            and not result.skipped
+            and (step % self.config.train.log_every == 0 or step == self.total_steps)
+        ):
             shares = result.counts / result.counts.sum(-1, keepdim=True).clamp(min=1)
             blocks = sorted(set(self.config.model.moe.placement)) or None
             monitor.experts(step, shares.tolist(), self._router_entropy(result).tolist(), blocks, self._dropped(result))
@@ -110,6 +123,19 @@ class Training:
         if not dropped:
             return None
         return (self.world.sum(torch.stack(dropped)) / result.counts.sum(-1).clamp(min=1)).tolist()
+
+    def _on_non_finite(self, monitor: Monitor, step: int, batch: SequenceBatch, result: StepResult) -> None:
+        """Keeps the batch of a step that was skipped; stops the job, unless the configuration says to go on."""
+        save_batch(self.run_folder, step, self.world.rank, batch)
+        self.world.barrier()  # all ranks' parts are there before the job ends
+        self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
+        what = "a gradient" if math.isfinite(result.loss) else "the loss"
+        found = f"{what} at step {step} is not finite; its batch is in {self.run_folder / FOLDER}/step_{step}_rank_*.parquet"
+        if self.config.train.on_non_finite == "stop":
+            raise NonFiniteError(f"{found} (train.on_non_finite=skip would leave it out)")
+        if self.skipped_in_a_row == MOST_IN_A_ROW:
+            raise NonFiniteError(f"{found}; {MOST_IN_A_ROW} steps in a row were skipped")
+        monitor.note(f"warning: {found}; the step is skipped")
 
     def _router_entropy(self, result: StepResult) -> Tensor:
         """(blocks, M) mean entropy in nats of the routers' probabilities over the tokens of all ranks."""
@@ -136,7 +162,7 @@ class Training:
                 monitor.evaluation(record)
             score = records[0]["ndcg@10"] if self.select_split == "valid" else None
         if due or last or (train.checkpoint_every and step % train.checkpoint_every == 0):
-            saved = Progress(following.step, following.epoch, following.batch, score)
+            saved = replace(following, skipped=self.skipped, score=score)
             checkpoint.save(self.run_folder, saved, self.recommender, train.keep_checkpoints)
 
     def _test(self, monitor: Monitor) -> list[dict[str, Any]]:

@@ -25,7 +25,7 @@ from mme.distributed.engine import set_optimizer_step
 from mme.distributed.groups import World
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import Piece, optimizer_pieces, weight_pieces
-from mme.errors import UserError
+from mme.errors import JobError, UserError
 
 INDEX = "index.json"
 
@@ -34,16 +34,18 @@ INDEX = "index.json"
 class Progress:
     """How far training has come.
 
-    ``epoch`` and ``batch`` name the next batch; ``score`` is the validation NDCG@10 at this step, if it was measured.
+    ``epoch`` and ``batch`` name the next batch; ``skipped`` of the steps before it changed nothing; ``score`` is the
+    validation NDCG@10 at this step, if it was measured.
     """
 
     step: int
     epoch: int
     batch: int
+    skipped: int = 0
     score: float | None = None
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(JobError):
     """A checkpoint could not be written; training can't go on safely."""
 
 
@@ -103,8 +105,9 @@ def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -
             continue
         _restore(run, step, index, [*weight_pieces(recommender), *optimizer_pieces(recommender)])
         progress = Progress(**index["progress"])  # type: ignore[index, arg-type]
-        recommender.tables.set_optimizer_step(progress.step)
-        set_optimizer_step(engine, progress.step)
+        applied = progress.step - progress.skipped
+        recommender.tables.set_optimizer_step(applied)
+        set_optimizer_step(engine, applied)
         return progress
     return None
 

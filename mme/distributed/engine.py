@@ -67,3 +67,20 @@ def set_optimizer_step(engine: Any, step: int) -> None:
 def set_lr(engine: Any, lr: float) -> None:
     for group in engine.optimizer.param_groups:
         group["lr"] = lr
+
+
+def reduced_gradients(engine: Any) -> list[Tensor]:
+    """This rank's part of the decoder's gradients, averaged over the ranks, between backward and step."""
+    return [gradient for group in engine.optimizer.averaged_gradients.values() for gradient in group or ()]
+
+
+def spoil_gradients(engine: Any) -> None:
+    """Makes the coming step one that DeepSpeed skips: it drops gradients whose norm is not finite, and its own records
+    with them."""
+    for gradient in reduced_gradients(engine):
+        gradient.fill_(torch.nan)
+
+
+def was_skipped(engine: Any) -> bool:
+    """Whether the last step changed nothing, because the norm of the gradients was not finite; the same on all ranks."""
+    return engine.optimizer.overflow

@@ -159,7 +159,9 @@ class ItemTables:
         for lookup in self.model.module._lookups:  # type: ignore[union-attr]
             for module in lookup.modules():  # type: ignore[union-attr]
                 if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
-                    module.set_optimizer_step(step)
+                    # Its own set_optimizer_step sets the second, from which the first is taken only while it is 0.
+                    module.iter_cpu.fill_(step)
+                    module.iter.fill_(step)
 
     def _plan(
         self, collection: nn.Module, sharder: EmbeddingCollectionSharder, table_sharding: str, world: World

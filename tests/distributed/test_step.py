@@ -60,10 +60,9 @@ def one_step(world: World, split: list[list[int]], overrides: list[str]) -> tupl
         for piece in weight_pieces(recommender)
         if piece.name in parameters
     ]
-    step.engine.step()
-    recommender.tables.step()
+    assert step.update(result)
     weights = [(piece.name, piece.shape, piece.offsets, piece.read().clone()) for piece in weight_pieces(recommender)]
-    return result["loss"], gradients, weights
+    return result.loss, gradients, weights
 
 
 def whole(parts_by_rank: list[Parts]) -> dict[str, Tensor]:

@@ -1,0 +1,62 @@
+"""A loss or gradient that is not finite: found before anything changes, and its batch kept for inspection.
+
+One number that is not finite would spread to every weight within a step. The check joins a sum over the ranks that each
+step has anyway, so all of them decide alike, before the decoder's optimizer and before the tables' backward, which
+FBGEMM fuses with their update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from mme.data.batch import SequenceBatch
+from mme.errors import JobError
+
+FOLDER = "non_finite"  # in the run's folder
+MOST_IN_A_ROW = 100  # skipped steps, after which it is not the batch: the job stops
+
+
+class NonFiniteError(JobError):
+    """Training met a loss or gradient that is not finite, and is not to go on."""
+
+
+def is_spoiled(gradients: Iterable[Tensor], world_size: int) -> Tensor:
+    """() bool: whether a gradient is not finite, or so large that its sum over the ranks or its square is not.
+
+    Adam keeps squares: one that overflows would freeze its weight for the rest of the run.
+    """
+    norm = torch.nn.utils.get_total_norm(gradients, norm_type=torch.inf)
+    return ~torch.isfinite((norm * world_size).square())
+
+
+def save_batch(run: Path, step: int, rank: int, batch: SequenceBatch) -> Path:
+    """Writes this rank's part of the batch as Parquet, one row a sequence, and returns the file.
+
+    Columns: ``user_row`` (its row in the prepared data set), ``seq_offset`` (its first token in the batch), ``item_ids``,
+    ``target_ids`` and ``timestamps``, which has one entry more, as in `SequenceBatch`.
+    """
+    offsets = batch.seq_offsets.cpu()
+    time_offsets = offsets + torch.arange(offsets.numel())
+
+    def lists(values: Tensor, starts: Tensor) -> pa.Array:
+        return pa.LargeListArray.from_arrays(starts.numpy(), values.cpu().numpy())
+
+    table = pa.table(
+        {
+            "user_row": batch.user_rows.cpu().numpy(),
+            "seq_offset": offsets[:-1].numpy(),
+            "item_ids": lists(batch.item_ids, offsets),
+            "target_ids": lists(batch.target_ids, offsets),
+            "timestamps": lists(batch.timestamps, time_offsets),
+        }
+    )
+    path = run / FOLDER / f"step_{step}_rank_{rank}.parquet"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, path)
+    return path
