@@ -29,7 +29,11 @@ PREPARED_LABELS = {
 
 
 def prepare(
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write the training set to.")],
+    output: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Folder to write the training set to.")] = None,
+    add_to: Annotated[
+        Optional[Path],
+        typer.Option(metavar="DIR", help="Instead of --output: a training set to add the new events to, in place."),
+    ] = None,
     inputs: Annotated[
         Optional[list[Path]],
         typer.Option(
@@ -96,13 +100,16 @@ def prepare(
     """Turn raw interactions into a training set.
 
     The output folder gets Parquet files, one row a user (user_id, item_ids, timestamps), and dataset.json with the
-    counts, the rule of the sort and the id maps.
+    counts, the rule of the sort and the id maps. With --add-to, new events join a training set that there is: users
+    keep their rows, items their indices, and only what the events touch is written anew.
 
     Examples:
 
         mme prepare --input ratings.csv --format movielens-20m --output datasets/ml-20m
 
         mme prepare --input day1.parquet day2.parquet --format parquet --user-column uid --output datasets/mine
+
+        mme prepare day3.parquet --add-to datasets/mine
 
         mme prepare --synthetic quickstart --output datasets/quickstart
     """
@@ -117,34 +124,44 @@ def prepare(
             "watch_time_column": watch_time_column,
             "watch_ratio_column": watch_ratio_column,
         }
-        reader = {
+        filters = {
             "min_rating": min_rating,
             "clicks_only": clicks_only,
-            "min_watch_s": min_watch_time,
+            "min_watch_time": min_watch_time,
             "min_watch_ratio": min_watch_ratio,
             "min_user_events": min_user_events,
             "min_item_events": min_item_events,
             "filter_once": filter_once,
+        }
+        limits = {
             "memory_limit": memory_limit,
             "max_malformed_share": max_malformed_share,
         }
         files = [*(inputs or []), *(more_inputs or [])]
+        given_files = {"input": files} if files else {}
+        target = output or add_to
+        if target is None or (output and add_to):
+            raise UserError("mme prepare needs either --output or --add-to (see `mme prepare --help`)")
         if synthetic is not None:
-            _refuse(
-                _given(columns) | _given(reader) | ({"input": files} if files else {}) | _given({"format": format}),
-                "--synthetic",
-            )
+            options = {**columns, **filters, **limits, "format": format, "add_to": add_to}
+            _refuse(given_files | _given(options), "--synthetic")
             from mme.data.synthetic import prepare_synthetic
 
-            _print_prepared(prepare_synthetic(synthetic, output, **_given(generator)), output)
+            _print_prepared(prepare_synthetic(synthetic, target, **_given(generator)), target)
             return
-        if not files or format is None:
+        if not files or (format is None and not add_to):
             raise UserError("mme prepare needs --input and --format, or --synthetic (see `mme prepare --help`)")
         _refuse(_given(generator), "--input")
+        names = {option.removesuffix("_column"): name for option, name in columns.items()}
+        from mme.data.prepare import add_events
         from mme.data.prepare import prepare as prepare_files
 
-        names = {option.removesuffix("_column"): name for option, name in columns.items()}
-        _print_prepared(prepare_files(files, format, output, columns=names, **_given(reader)), output)
+        if add_to:
+            _refuse(_given(filters), "--add-to, for the set's own filters hold,")
+            info = add_events(files, add_to, format=format, columns=names, **_given(limits))
+        else:
+            info = prepare_files(files, format or "", target, columns=names, **_given(filters | limits))
+        _print_prepared(info, target)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -162,7 +179,9 @@ def _print_prepared(info: dict[str, Any], output: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=f"{output}", title_justify="left", show_header=False)
+    runs = info.get("runs", [])
+    added = f", {len(runs) - 1} additions" if len(runs) > 1 else ""
+    table = Table(title=f"{output}{added}", title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for name, label in PREPARED_LABELS.items():

@@ -37,10 +37,11 @@ class EventStore:
     ) -> None:
         self._database.close()
 
-    def load(self, tables: Iterator[pa.Table]) -> None:
-        """Fills the store; ``tables`` have the columns user, item, timestamp, position and the same types throughout.
+    def load(self, tables: Iterator[pa.Table], table: str = "events") -> None:
+        """Fills a table of the store; ``tables`` have the same columns throughout.
 
-        An exception of ``tables`` comes out as it is.
+        For `events` these are user, item, timestamp, position and, where there is a prior set, place. An exception of
+        ``tables`` comes out as it is.
         """
         failure: list[BaseException] = []
         first = next(tables, None)
@@ -50,45 +51,58 @@ class EventStore:
         def batches() -> Iterator[pa.RecordBatch]:
             try:
                 yield from first.to_batches()
-                for table in tables:
-                    yield from table.to_batches()
+                for more in tables:
+                    yield from more.to_batches()
             except BaseException as error:
                 failure.append(error)
                 raise
 
-        stream = pa.RecordBatchReader.from_batches(first.schema, batches())
-        self._database.register("stream", stream)
+        self._database.register("stream", pa.RecordBatchReader.from_batches(first.schema, batches()))
         try:
-            self._database.execute("CREATE TABLE events AS FROM stream").fetchall()
+            self._database.execute(f"CREATE TABLE {table} AS FROM stream").fetchall()
         except Exception as error:
             raise (failure or [error])[0] from None
         finally:
             self._database.unregister("stream")
 
+    def load_prior(self, user_rows: Iterator[pa.Table], raw_items: pa.Array) -> None:
+        """What a prior set has: tables of user and row, and its items in the order of their codes."""
+        self._has_prior = True
+        self.load(user_rows, "prior_users")
+        self.load(iter([pa.table({"item": raw_items, "code": np.arange(len(raw_items))})]), "prior_items")
+
     def number_items(self) -> pa.Array:
         """Gives each item its code; the raw ids in the order of the codes."""
+        new, known = "SELECT DISTINCT item FROM events", ""
+        if self._has_prior:
+            new += " ANTI JOIN prior_items USING (item)"
+            known = "SELECT item, code::INTEGER AS code FROM prior_items UNION ALL "
+        first = "(SELECT count(*) FROM prior_items)" if self._has_prior else "0"
         self._database.execute(
-            "CREATE TABLE codes AS SELECT item, (row_number() OVER (ORDER BY item) - 1)::INTEGER AS code "
-            "FROM (SELECT DISTINCT item FROM events)"
+            f"CREATE TABLE codes AS {known}"
+            f"SELECT item, ({first} + row_number() OVER (ORDER BY item) - 1)::INTEGER AS code FROM ({new})"
         )
         table = self._database.sql("SELECT item FROM codes ORDER BY code").to_arrow_table()
         return table["item"].combine_chunks()
 
     def histories(self) -> Iterator[Histories]:
-        """Whole users, by raw id, each with its events by time, then position."""
-        reader = self._database.sql(
-            "SELECT user, code, timestamp FROM events JOIN codes USING (item) ORDER BY user, timestamp, position"
-        ).to_arrow_reader(EVENTS_AT_ONCE)
-        for table in _whole_users(reader):
+        """Whole users, each with its events by time, then position: by their rows in the prior set, then by raw id."""
+        columns, joins, order = "user, code, timestamp", "JOIN codes USING (item)", "user, timestamp, position"
+        if self._has_prior:
+            columns += ", place, coalesce(row, -1) AS row"
+            joins += " LEFT JOIN prior_users USING (user)"
+            order = f"row < 0, row, {order}"
+        query = f"SELECT {columns} FROM events {joins} ORDER BY {order}"
+        for table in _whole_users(self._database.sql(query).to_arrow_reader(EVENTS_AT_ONCE)):
             starts = _user_starts(table["user"])
             num_events = table.num_rows
             yield Histories(
                 user_ids=table["user"].take(pa.array(starts)).combine_chunks(),
-                rows=np.full(starts.size, -1),
+                rows=table["row"].to_numpy()[starts] if self._has_prior else np.full(starts.size, -1),
                 offsets=np.append(starts, num_events),
                 codes=table["code"].to_numpy(),
                 times=table["timestamp"].to_numpy(),
-                places=np.full(num_events, NEW, np.int32),
+                places=table["place"].to_numpy() if self._has_prior else np.full(num_events, NEW, np.int32),
             )
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -24,7 +23,7 @@ class FeedbackFilter:
     """
 
     min_rating: float | None = None
-    clicks_only: bool = False
+    clicks_only: bool | None = None
     min_watch_s: float | None = None
     min_watch_ratio: float | None = None
 
@@ -32,7 +31,7 @@ class FeedbackFilter:
         """The columns that it asks for."""
         asked = {
             "rating": self.min_rating is not None,
-            "click": self.clicks_only,
+            "click": bool(self.clicks_only),
             "watch_time": self.min_watch_s is not None,
             "watch_ratio": self.min_watch_ratio is not None,
         }
@@ -48,9 +47,6 @@ class FeedbackFilter:
             least = float(self.min_watch_s or 0) * (1000 if milliseconds else 1)
             return f"watched less than {self.min_watch_s:g} s", pc.less(values, least)
         return f"watch ratio below {self.min_watch_ratio:g}", pc.less(values, float(self.min_watch_ratio or 0))
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def feedback_numbers(column: pa.Array) -> pa.Array | None:

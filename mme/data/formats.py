@@ -132,7 +132,7 @@ def identify(path: Path, format: str) -> str:
     return _detect(_first_lines(path), path) if format == "auto" else format
 
 
-def open_source(path: Path, format: str, given: dict[str, str | None], feedback: Iterable[str] = ()) -> SourceFile:
+def open_source(path: Path, format: str, given: dict[str, str], feedback: Iterable[str] = ()) -> SourceFile:
     """How to read ``path``, whose format is ``format``, not ``auto``.
 
     ``given`` holds the names of columns that the user gave, by role; ``feedback`` the further roles that are wanted.
@@ -164,9 +164,7 @@ def _movielens_1m(path: Path, first_lines: list[str], roles: list[str]) -> Sourc
     return SourceFile(path, _fixed(path, roles, header), "text", separator=":", header=header)
 
 
-def _text(
-    path: Path, first_lines: list[str], format: str, given: dict[str, str | None], roles: list[str]
-) -> SourceFile:
+def _text(path: Path, first_lines: list[str], format: str, given: dict[str, str], roles: list[str]) -> SourceFile:
     separator = max(",\t;|", key=first_lines[0].count)
     fields = [text.strip().strip('"').lstrip("\ufeff") for text in first_lines[0].split(separator)]
     if format == "amazon" and "user_id" not in fields:
@@ -176,9 +174,7 @@ def _text(
     return SourceFile(path, columns, "text", 1000 if format == "amazon" else None, separator)
 
 
-def _json(
-    path: Path, first_lines: list[str], format: str, given: dict[str, str | None], roles: list[str]
-) -> SourceFile:
+def _json(path: Path, first_lines: list[str], format: str, given: dict[str, str], roles: list[str]) -> SourceFile:
     # A line may be longer than what was read of the file; its end is then no JSON.
     names: dict[str, None] = {}
     for line in first_lines:
@@ -227,8 +223,8 @@ def _detect(first_lines: list[str] | None, path: Path) -> str:
     if first.count("::") == 3:
         return "movielens-1m"
     fields = {text.strip().strip('"').lstrip("\ufeff") for text in first.split(",")}
-    for format, names in FIXED_NAMES.items():
-        if fields.issuperset([*names, TELLING_NAME[format]]):
+    for format, fixed in FIXED_NAMES.items():
+        if fields.issuperset([*fixed, TELLING_NAME[format]]):
             return format
     if fields.issuperset(["user_id", "parent_asin", "timestamp"]):
         return "amazon"
@@ -252,9 +248,7 @@ def _fixed(path: Path, roles: list[str], header: list[str]) -> dict[str, str]:
     return {role: role for role in roles}
 
 
-def _resolve(
-    path: Path, names: list[str], format: str, given: dict[str, str | None], roles: list[str]
-) -> dict[str, str]:
+def _resolve(path: Path, names: list[str], format: str, given: dict[str, str], roles: list[str]) -> dict[str, str]:
     """The column of each role: as given, as the format says, or the first known name that is there."""
     columns = {}
     fixed = dict(zip(ROLES, FIXED_NAMES.get(format, []), strict=False))

@@ -56,7 +56,7 @@ class LeftOutWriter:
                 "user_id": histories.user_ids.take(pa.array(histories.user_of_event()[out])),
                 "item_id": self._raw_items.take(pa.array(histories.codes[out])),
                 "timestamp": histories.times[out],
-                "place": places,
+                "place": pa.array(places, pa.int32()),
             }
         )
         self._file = self._file or pq.ParquetWriter(self._path, table.schema, compression="zstd")

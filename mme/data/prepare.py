@@ -1,18 +1,18 @@
 """Files of interactions → a training set: cleaned, deduplicated, filtered, sorted by user and time.
 
-    files → batches, cleaned (`formats`, `cleaning`) → events on disk, sorted by DuckDB (`event_store`)
-          → whole users, duplicates dropped, in a file (`histories`) → rounds of the count filters → Parquet (`writer`)
+    files → batches, cleaned (`formats`, `readers`, `cleaning`) → events on disk, sorted by DuckDB (`event_store`)
+          → whole users, duplicates dropped, in a file (`histories`) → rounds of the count filters
+          → with what a prior set has (`merging`) → Parquet (`writer`)
 
-Memory holds batches, some ten bytes an item and the longest history; all else is on disk beside the output.
+Memory holds batches, some twenty bytes an item and the longest history; all else is on disk beside the output.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,15 @@ from mme.data.cleaning import Cleaner
 from mme.data.event_store import EventStore
 from mme.data.feedback import FeedbackFilter
 from mme.data.formats import find_files, identify, open_source
-from mme.data.histories import BoolArray, CountFilter, Histories, IntArray, Spool, first_of_duplicates
+from mme.data.histories import NEW, CountFilter, Histories, Spool, first_of_duplicates
 from mme.data.left_out import LeftOutWriter
+from mme.data.manifest import Settings, describe, file_record
+from mme.data.merging import write_histories
+from mme.data.prior import PriorSet
 from mme.data.readers import SourceFile, first_line
 from mme.data.writer import DatasetWriter
 from mme.errors import UserError
 
-SORT_RULE = "stable by (timestamp, original row)"
 _BYTES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SMALLEST_MEMORY = 512 * 2**20
 # What the process takes besides DuckDB: interpreter and libraries, batches on their way, the row group being written.
@@ -45,7 +47,7 @@ def prepare(
     columns: dict[str, str | None] | None = None,
     min_rating: float | None = None,
     clicks_only: bool | None = None,
-    min_watch_s: float | None = None,
+    min_watch_time: float | None = None,
     min_watch_ratio: float | None = None,
     min_user_events: int = 3,
     min_item_events: int = 1,
@@ -56,7 +58,7 @@ def prepare(
     """Writes the training set of ``inputs`` to the folder ``output``; returns what its dataset.json holds.
 
     ``inputs`` are files, folders and patterns (`find_files`). ``columns`` names the column of a role (user, item,
-    timestamp, rating, click, watch_time, watch_ratio). Events are those with the feedback asked for (`FeedbackFilter`;
+    timestamp, rating, click, watch_time, watch_ratio). ``min_watch_time`` is in seconds. Events are those with the feedback asked for (`FeedbackFilter`;
     ``clicks_only`` None: for KuaiRand yes, whose log has all that was shown, else no).
 
     Events are ordered by (timestamp, original row), files in the order given. Of rows with the same user, item and
@@ -70,60 +72,118 @@ def prepare(
             ``max_malformed_share`` of the rows is malformed; nothing is left after the filters; the memory limit is no
             size or too small; ``output`` can't be written. Nothing is left behind then.
     """
+    settings = Settings(
+        format,
+        {role: name for role, name in (columns or {}).items() if name is not None},
+        FeedbackFilter(min_rating, clicks_only, min_watch_time, min_watch_ratio),
+        CountFilter(min_user_events, min_item_events, iterate=not filter_once),
+    )
     limit = _memory_limit(memory_limit)
-    paths = find_files(inputs, format)
-    formats = [identify(path, format) for path in paths]
-    if clicks_only is None:
-        clicks_only = "kuairand" in formats
-    feedback = FeedbackFilter(min_rating, clicks_only, min_watch_s, min_watch_ratio)
-    sources = [
-        open_source(path, found, columns or {}, feedback.roles()) for path, found in zip(paths, formats, strict=True)
-    ]
-    count_filter = CountFilter(min_user_events, min_item_events, iterate=not filter_once)
-    output = Path(output)
-    with DatasetWriter(output) as writer:
-        work = writer.partial / "work"
-        work.mkdir()
-        reading = _Reading(sources, Cleaner(feedback))
-        try:
-            with EventStore(work, limit - OTHER_MEMORY) as store:
-                store.load(reading.tables())
-                reading.check(max_malformed_share)
-                raw_items = store.number_items()
-                spool = Spool(work / "histories.arrow")
-                distinct = _Distinct(store.histories())
-                item_passes, counts = count_filter.choose_items(spool, iter(distinct), len(raw_items), 0)
-        except duckdb.OutOfMemoryException as error:
-            raise UserError(f"--memory-limit {memory_limit}: too small for this data: {first_line(error)}") from error
-        except duckdb.IOException as error:
-            raise UserError(f"{output}: can't be written: {first_line(error)}; nothing was written") from error
-        chosen = counts > 0
-        if not chosen.any():
-            raise UserError(
-                f"{reading.names()}: nothing is left of {distinct.users:,} users and {len(raw_items):,} "
-                f"items: none has --min-user-events {min_user_events} and --min-item-events {min_item_events}"
-            )
-        with LeftOutWriter(writer.partial, raw_items) as left_out:
-            _write(spool, count_filter, item_passes, chosen, writer, left_out)
-        shutil.rmtree(work)
-        info = {
-            "name": output.name,
-            "sort_rule": SORT_RULE,
-            "source": {
-                "format": format,
-                "columns": [source.columns for source in sources],
-                "files": [{"name": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)} for path in paths],
-                "min_user_events": min_user_events,
-                "min_item_events": min_item_events,
-                "filter_once": filter_once,
-            },
-            **reading.report(),
-            "duplicate_rows": distinct.dropped,
-            "users_dropped": left_out.users,
-            "items_dropped": len(raw_items) - int(chosen.sum()),
-            "events_dropped": left_out.events,
-        }
-        return writer.finish(info, raw_items.filter(pa.array(chosen)), counts[chosen])
+    with DatasetWriter(Path(output)) as writer:
+        return _make(writer, inputs, settings, None, limit, max_malformed_share)
+
+
+def add_events(
+    inputs: Sequence[str | Path],
+    prepared: str | Path,
+    *,
+    format: str | None = None,
+    columns: dict[str, str | None] | None = None,
+    memory_limit: str = "4GiB",
+    max_malformed_share: float = 0.01,
+) -> dict[str, Any]:
+    """Adds the events of ``inputs`` to the training set in the folder ``prepared``; returns what dataset.json holds.
+
+    They are read and filtered as the set was, ``format`` and names of columns apart where given. Users keep their rows
+    and items their indices, new ones come behind in the order of their raw ids; else the set is the same as one made of
+    all files at once. An event that the set has already is dropped, so that adding a file twice changes nothing.
+
+    Raises:
+        UserError: as `prepare`, or ``prepared`` is no set made of files of interactions.
+    """
+    limit = _memory_limit(memory_limit)
+    with DatasetWriter(Path(prepared)) as writer:
+        prior = PriorSet(Path(prepared))
+        given = {role: name for role, name in (columns or {}).items() if name is not None}
+        settings = replace(
+            prior.settings, format=format or prior.settings.format, columns={**prior.settings.columns, **given}
+        )
+        return _make(writer, inputs, settings, prior, limit, max_malformed_share)
+
+
+def _make(
+    writer: DatasetWriter,
+    inputs: Sequence[str | Path],
+    settings: Settings,
+    prior: PriorSet | None,
+    memory_limit: int,
+    max_malformed_share: float,
+) -> dict[str, Any]:
+    """Writes and commits the set."""
+    paths = find_files(inputs, settings.format)
+    formats = [identify(path, settings.format) for path in paths]
+    if settings.feedback.clicks_only is None:
+        settings = replace(settings, feedback=replace(settings.feedback, clicks_only="kuairand" in formats))
+    roles = settings.feedback.roles()
+    sources = [open_source(path, format, settings.columns, roles) for path, format in zip(paths, formats, strict=True)]
+    reading = _Reading(sources, Cleaner(settings.feedback, prior.id_types if prior else None))
+    work = writer.partial / "work"
+    work.mkdir()
+    spool = Spool(work / "histories.arrow")
+    try:
+        with EventStore(work, memory_limit - OTHER_MEMORY) as store:
+            store.load(_with_left_out(reading.tables(), prior))
+            reading.check(max_malformed_share)
+            if prior is not None:
+                store.load_prior(prior.user_rows(), prior.raw_items)
+            raw_items = store.number_items()
+            distinct = _Distinct(store.histories())
+            num_prior = len(prior.raw_items) if prior else 0
+            item_passes, counts = settings.counts.choose_items(spool, iter(distinct), len(raw_items), num_prior)
+    except duckdb.OutOfMemoryException as error:
+        size = f"{memory_limit >> 20}MiB"
+        raise UserError(f"--memory-limit {size}: too small for this data: {first_line(error)}") from error
+    except duckdb.IOException as error:
+        raise UserError(f"{writer.output}: can't be written: {first_line(error)}; nothing was written") from error
+    if prior is not None:
+        counts[:num_prior] += prior.counts
+    chosen = counts > 0
+    if not chosen.any():
+        raise UserError(
+            f"{reading.names()}: nothing is left of {distinct.users:,} users and {len(raw_items):,} items: none has "
+            f"--min-user-events {settings.counts.min_user_events} and --min-item-events "
+            f"{settings.counts.min_item_events}"
+        )
+    with LeftOutWriter(writer.partial, raw_items) as left_out:
+        item_index = np.cumsum(chosen) - 1
+        known = write_histories(spool, settings.counts, item_passes, item_index, prior, writer, left_out)
+    np.subtract.at(counts, known, 1)
+    shutil.rmtree(work)
+    run = {
+        "format": settings.format,
+        "columns": [source.columns for source in sources],
+        "files": [file_record(path) for path in paths],
+        **reading.report(),
+        "duplicate_rows": distinct.dropped + known.size,
+    }
+    id_types = {role: str(kind) for role, kind in reading.cleaner.id_types.items()}
+    info = {
+        **describe(writer.output.name, settings, id_types, run, prior.info if prior else None),
+        "users_dropped": left_out.users,
+        "items_dropped": len(raw_items) - int(chosen.sum()),
+        "events_dropped": left_out.events,
+    }
+    return writer.finish(info, raw_items.filter(pa.array(chosen)), counts[chosen])
+
+
+def _with_left_out(tables: Iterator[pa.Table], prior: PriorSet | None) -> Iterator[pa.Table]:
+    """New events with those that the prior set left out."""
+    if prior is None:
+        yield from tables
+        return
+    yield from prior.left_out()
+    for table in tables:
+        yield table.append_column("place", pa.array(np.full(table.num_rows, NEW, np.int32)))
 
 
 @dataclass
@@ -194,29 +254,6 @@ class _Distinct:
             yield histories if first.all() else histories.select(first)
 
 
-def _write(
-    spool: Spool,
-    count_filter: CountFilter,
-    item_passes: BoolArray,
-    chosen: BoolArray,
-    writer: DatasetWriter,
-    left_out: LeftOutWriter,
-) -> None:
-    """``chosen`` (items,): those that the training set has, numbered in the order of their codes."""
-    item_index = np.cumsum(chosen) - 1
-    for histories in spool.read():
-        kept = count_filter.keeps(histories, item_passes)
-        left_out.add(histories, kept)
-        add_kept(writer, histories, kept, item_index)
-
-
-def add_kept(writer: DatasetWriter, histories: Histories, kept: BoolArray, item_index: IntArray) -> None:
-    """Writes the events where ``kept``; ``item_index`` (items,) of each code."""
-    if kept.any():
-        whole = histories if kept.all() else histories.select(kept)
-        writer.add(whole.user_ids, whole.offsets, item_index[whole.codes], whole.times)
-
-
 def _memory_limit(text: str) -> int:
     """Bytes of a size such as 4GiB."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)\s*", text)
@@ -226,11 +263,3 @@ def _memory_limit(text: str) -> int:
     if size < SMALLEST_MEMORY:
         raise UserError(f"--memory-limit {text}: expected at least {SMALLEST_MEMORY >> 20}MiB")
     return size
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -241,12 +241,15 @@ def test_feedback_filters(tmp_path: Path) -> None:
     kuairand = [KUAIRAND_HEADER, *KUAIRAND_ROWS]
     assert kept("kuairand", kuairand) == ([3411, 3412, 3413], {"not clicked": 1})
     assert kept("kuairand", kuairand, clicks_only=False) == ([7, 3411, 3412, 3413], {})
-    assert kept("kuairand", kuairand, min_watch_s=30) == ([3412, 3413], {"not clicked": 1, "watched less than 30 s": 1})
+    assert kept("kuairand", kuairand, min_watch_time=30) == (
+        [3412, 3413],
+        {"not clicked": 1, "watched less than 30 s": 1},
+    )
     assert kept("movielens-20m", MOVIELENS_CSV, min_rating=4) == ([296, 5952], {"rating below 4": 1})
     unwanted = {"no time": 1, "watch ratio below 0.7": 1}
     assert kept("kuairec", KUAIREC, min_watch_ratio=0.7) == ([148, 183], unwanted)
     unwanted = {"no time": 1, "watched less than 5 s": 2}
-    assert kept("kuairec", KUAIREC, min_watch_s=5) == ([183], unwanted)
+    assert kept("kuairec", KUAIREC, min_watch_time=5) == ([183], unwanted)
     named: dict[str, Any] = {"columns": {"rating": "grade", "click": "opened"}, "clicks_only": True, "min_rating": 2}
     rows = ["user,item,time,grade,opened", "1,1,1,3,true", "1,2,1,1,true", "1,3,1,9,false", "1,4,1,x,true", "1,5,1,2,1"]
     found = kept("csv", rows, max_malformed_share=0.5, **named)

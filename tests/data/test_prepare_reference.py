@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -10,12 +11,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mme.data import event_store
 from mme.data import writer as writer_module
-from mme.data.prepare import prepare
+from mme.data.prepare import add_events, prepare
+from mme.data.synthetic import prepare_synthetic
 from mme.errors import UserError
 
 Event = tuple[Any, Any, int]
@@ -77,7 +79,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(writer_module.DatasetWriter.__init__, "__defaults__", (8,))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(EVENTS, st.integers(1, 4), st.integers(1, 4), st.booleans(), st.booleans(), st.integers(0, 60))
 def test_equals_plain_python(
     events: list[Event], least_of_user: int, least_of_item: int, iterate: bool, text: bool, cut: int
@@ -118,3 +120,90 @@ def test_equals_plain_python(
 def plain_gini(counts: list[int]) -> float:
     """Half the mean difference of all pairs over the mean."""
     return sum(abs(a - b) for a in counts for b in counts) / (2 * len(counts) * sum(counts))
+
+
+DAYS = st.lists(EVENTS, min_size=2, max_size=4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(DAYS, st.integers(1, 4), st.integers(1, 4), st.booleans(), st.booleans())
+def test_adding_days_equals_preparing_all_at_once(
+    days: list[list[Event]], least_of_user: int, least_of_item: int, iterate: bool, text: bool
+) -> None:
+    """Days overlap in time, have events of each other and bring back what the filters had dropped."""
+    options: dict[str, Any] = {
+        "min_user_events": least_of_user,
+        "min_item_events": least_of_item,
+        "filter_once": not iterate,
+    }
+    assume(plain_filter(list(dict.fromkeys(days[0])), least_of_user, least_of_item, iterate))
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        files = [write(folder, f"{n}.parquet", day, text) for n, day in enumerate(days)]
+        whole = prepare(files, "parquet", folder / "whole", **options)
+        info = prepare(files[:1], "parquet", folder / "grown", **options)
+        users: list[Any] = []
+        items: list[Any] = []
+        for file in files[1:]:
+            users = [user for user, _ in read_rows(folder / "grown", info)]
+            items = list(read_items(folder / "grown"))
+            info = add_events([file], folder / "grown")
+        rows = read_rows(folder / "grown", info)
+        assert [user for user, _ in rows][: len(users)] == users
+        assert list(read_items(folder / "grown"))[: len(items)] == items
+        assert dict(rows) == dict(read_rows(folder / "whole", whole)) and len(rows) == whole["num_users"]
+        assert read_items(folder / "grown") == read_items(folder / "whole")
+        assert left_out(folder / "grown") == left_out(folder / "whole")
+    same = ["rows_read", "malformed_rows", "duplicate_rows", "users_dropped", "items_dropped", "events_dropped"]
+    same += ["num_users", "num_items", "num_events", "statistics", "source", "settings", "id_types"]
+    assert {key: info[key] for key in same} == {key: whole[key] for key in same}
+    assert [run["rows_read"] for run in info["runs"]] == [len(day) for day in days]
+
+
+def read_items(folder: Path) -> dict[Any, int]:
+    """Raw item → events, in the order of the indices."""
+    table = pq.read_table(folder / "items.parquet").to_pydict()
+    return dict(zip(table["item_id"], table["count"], strict=True))
+
+
+def left_out(folder: Path) -> dict[Any, list[tuple[Any, int, int]]]:
+    """Raw user → item, time and place of the events left out, in order."""
+    found: dict[Any, list[tuple[Any, int, int]]] = {}
+    if (folder / "left_out.parquet").exists():
+        for row in pq.read_table(folder / "left_out.parquet").to_pylist():
+            found.setdefault(row["user_id"], []).append((row["item_id"], row["timestamp"], row["place"]))
+    return found
+
+
+def test_only_the_parts_of_touched_users_are_written_anew(tmp_path: Path) -> None:
+    history = [(user, item, user) for user in range(6) for item in range(4)]
+    info = prepare([write(tmp_path, "a.parquet", history)], "parquet", tmp_path / "out")
+    before = [(tmp_path / "out" / part["file"]).stat().st_ino for part in info["parts"]]
+    assert len(before) == 3  # two users each
+    day = write(tmp_path, "b.parquet", [(2, 9, 7), (7, 0, 1), (7, 1, 1), (7, 2, 1)])
+    info = add_events([day], tmp_path / "out")
+    after = [(tmp_path / "out" / part["file"]).stat().st_ino for part in info["parts"]]
+    assert [before[0] in after, before[1] in after, before[2] in after] == [True, False, True]
+    rows = read_rows(tmp_path / "out", info)
+    assert [user for user, _ in rows] == [0, 1, 2, 3, 4, 5, 7]
+    assert rows[2][1][-1] == (9, 7)
+    again = add_events([day], tmp_path / "out")
+    assert read_rows(tmp_path / "out", again) == rows
+    assert again["num_events"] == info["num_events"] and again["duplicate_rows"] == 4
+
+
+def test_sets_that_can_not_be_added_to(tmp_path: Path) -> None:
+    day = write(tmp_path, "a.parquet", [(1, 2, 3)] * 3)
+    with pytest.raises(UserError, match=r"none/dataset.json: can't be read \(No such file or directory\)"):
+        add_events([day], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+    prepare_synthetic("quickstart", tmp_path / "made", users=5, items=100)
+    with pytest.raises(UserError, match=r"made/dataset.json: a generated set, expected one made of files"):
+        add_events([day], tmp_path / "made")
+    info = json.loads((tmp_path / "made" / "dataset.json").read_text())
+    (tmp_path / "made" / "dataset.json").write_text(json.dumps({**info, "format_version": 1}))
+    with pytest.raises(UserError, match=r"dataset.json: format version 1, expected 2: prepare the set anew"):
+        add_events([day], tmp_path / "made")
+    prepare([write(tmp_path, "b.parquet", [(1, n, 3) for n in range(3)])], "parquet", tmp_path / "numbers")
+    with pytest.raises(UserError, match=r"1 of 1 rows are malformed.*: not a whole number in user_id: 1 "):
+        add_events([write(tmp_path, "c.parquet", [(1, 2, 3)], text=True)], tmp_path / "numbers")
