@@ -10,3 +10,5 @@ lengths=128,256,512,1024,2048,4096,8192
 python -m benchmarks.attention --lengths "$lengths" --json "$results/attention_uniform.json"
 python -m benchmarks.attention --lengths "$lengths" --skewed --json "$results/attention_skewed.json"
 python -m benchmarks.sampled_softmax --json "$results/sampled_softmax.json"
+python -m benchmarks.expert_ffn --json "$results/expert_ffn.json"
+python -m benchmarks.expert_ffn --skewed --json "$results/expert_ffn_skewed.json"

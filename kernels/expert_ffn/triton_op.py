@@ -40,37 +40,39 @@ class Tiles:
 class LaunchConfig:
     """How the kernels are launched for one width and dtype: forward, gradient of the rows, gradients of the weights.
 
-    In two passes: the hidden kernel and the product of forward, those of backward, the outer products.
+    In two passes these are the hidden kernel's forward and backward and the outer products, beside the product.
     """
 
     forward: Tiles
     rows: Tiles
     weights: Tiles
+    product: Tiles
 
     @classmethod
     def choose(cls, dim: int, itemsize: int) -> LaunchConfig:
         """Each entry is the largest that compiles for sm_80 and sm_90 without a spill (`python -m kernels.aot`)."""
         width = max(16, triton.next_power_of_2(dim))
-        narrow = TILES_BF16 if itemsize == 2 else TILES_FP32
-        forward, rows, weights = narrow.get(width, TILES_WIDE)
-        return cls(Tiles(*forward), Tiles(*rows), Tiles(*weights))
+        narrow, wide = (TILES_BF16, WIDE_BF16) if itemsize == 2 else (TILES_FP32, WIDE_FP32)
+        forward, rows, weights = narrow.get(width, wide[:3])
+        return cls(Tiles(*forward), Tiles(*rows), Tiles(*weights), Tiles(*wide[3]))
 
 
 # By width: block, step, warps and stages of the three kernels.
-TILES_WIDE = ((64, 64, 8, 2), (64, 32, 8, 2), (32, 64, 8, 2))
+WIDE_BF16 = ((128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 3), (128, 128, 8, 3))
+WIDE_FP32 = ((128, 64, 8, 2), (64, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2))
 TILES_BF16 = {
     16: ((128, 64, 8, 2), (128, 64, 8, 2), (64, 32, 8, 2)),
     32: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 4, 2)),
     64: ((128, 64, 8, 2), (128, 32, 8, 2), (64, 32, 8, 1)),
     128: ((64, 32, 8, 2), (64, 16, 8, 2), (16, 16, 8, 1)),
-    256: ((32, 32, 8, 1), *TILES_WIDE[1:]),
+    256: ((32, 32, 8, 1), *WIDE_BF16[1:3]),
 }
 TILES_FP32 = {
     16: ((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
     32: ((64, 32, 8, 1), (64, 32, 8, 1), (32, 32, 8, 1)),
     64: ((64, 32, 8, 1), (64, 16, 8, 2), (32, 32, 8, 1)),
     128: ((64, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
-    256: ((64, 16, 8, 2), *TILES_WIDE[1:]),
+    256: ((64, 16, 8, 2), *WIDE_FP32[1:3]),
 }
 
 
@@ -128,7 +130,7 @@ def expert_ffn_op(x: Tensor, expert_offsets: Tensor, w1: Tensor, w3: Tensor, w2:
         return y.zero_()
     hidden = x.new_empty(shape.num_slots, shape.hidden_dim)
     _hidden(shape, x, None, expert_offsets, w1, w3, w2, hidden, None, None)
-    _product(shape, shape.config.forward, (hidden,), expert_offsets, (w2,), y, transposed=False)
+    _product(shape, (hidden,), expert_offsets, (w2,), y, transposed=False)
     return y
 
 
@@ -280,7 +282,7 @@ def _wide_backward(
     dx = torch.empty_like(x)
     hidden, da, db = (x.new_empty(shape.num_slots, shape.hidden_dim) for _ in range(3))
     _hidden(shape, x, grad, offsets, w1, w3, w2, hidden, da, db)
-    _product(shape, shape.config.rows, (da, db), offsets, (w1, w3), dx, transposed=True)
+    _product(shape, (da, db), offsets, (w1, w3), dx, transposed=True)
     dw1, dw3 = _outer(shape, x, da, offsets, w1), _outer(shape, x, db, offsets, w3)
     return dx, dw1, dw3, _outer(shape, hidden, grad, offsets, w2)
 
@@ -307,13 +309,13 @@ def _hidden(
 
 def _product(
     shape: _Shape,
-    tiles: Tiles,
     left: tuple[Tensor, ...],
     offsets: Tensor,
     right: tuple[Tensor, ...],
     out: Tensor,
     transposed: bool,
 ) -> None:
+    tiles = shape.config.product
     inner_stride, out_stride = right[0].stride()[1:]
     if transposed:
         inner_stride, out_stride = out_stride, inner_stride

@@ -59,7 +59,7 @@ def _wide_variants(
         options = constants | {"BACKWARD": backward, "PAIR": backward, "inner_stride" if backward else "out_stride": 1}
         tiles = config.rows if backward else config.forward
         variants.append(_variant(wide_kernels.hidden_kernel, passes, dtype, options, tiles))
-        variants.append(_variant(wide_kernels.product_kernel, passes, dtype, options, tiles))
+        variants.append(_variant(wide_kernels.product_kernel, passes, dtype, options, config.product))
     return variants
 
 
