@@ -12,7 +12,7 @@ from kernels.variant import Variant
 NUM_EXPERTS = 8
 # (dtype, bytes, precision of products, widths)
 SHAPES = (
-    ("bf16", 2, "ieee", (16, 32, 50, 64, 128, 256, 512)),
+    ("bf16", 2, "ieee", (16, 32, 50, 64, 100, 128, 256, 512)),
     ("fp32", 4, "tf32", (16, 50, 64, 128, 256, 512)),
 )
 FLOAT32 = ("p_partial", "p_choice_weights", "p_d_choice")
