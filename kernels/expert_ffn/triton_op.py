@@ -49,12 +49,14 @@ class LaunchConfig:
     product: Tiles
 
     @classmethod
-    def choose(cls, dim: int, itemsize: int) -> LaunchConfig:
+    def choose(cls, dim: int, itemsize: int, precision: str) -> LaunchConfig:
         """Each entry is the largest that compiles for sm_80 and sm_90 without a spill (`python -m kernels.aot`)."""
         width = max(16, triton.next_power_of_2(dim))
         narrow, wide = (TILES_BF16, WIDE_BF16) if itemsize == 2 else (TILES_FP32, WIDE_FP32)
         tiles = narrow.get(width, wide)
-        if dim % 16 and width <= 256:
+        if width <= 256 and itemsize == 4 and precision == "ieee":
+            tiles = TILES_EXACT[max(64, width)]
+        elif width <= 256 and dim % 16:
             tiles = TILES_RAGGED[max(64, width)]
         forward, rows, weights = tiles[:3]
         return cls(Tiles(*forward), Tiles(*rows), Tiles(*weights), Tiles(*wide[3]))
@@ -76,6 +78,12 @@ TILES_FP32 = {
     64: ((64, 64, 8, 2), (64, 16, 8, 2), (32, 32, 4, 2)),
     128: ((128, 32, 8, 2), (32, 32, 8, 1), (16, 16, 8, 1)),
     256: ((32, 32, 8, 1), *WIDE_FP32[1:3]),
+}
+# Exact float32 products run on vector units and keep their operands in registers.
+TILES_EXACT = {
+    64: ((32, 32, 8, 1), (32, 16, 8, 1), (32, 32, 8, 1)),
+    128: ((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
+    256: ((16, 16, 8, 1), *WIDE_FP32[1:3]),
 }
 # Rows that are no multiple of 16 columns are loaded an element at a time, with an address each.
 TILES_RAGGED = {
@@ -101,8 +109,9 @@ class _Shape:
     def of(cls, x: Tensor, w1: Tensor, choice_weights: Tensor | None = None) -> _Shape:
         num_experts, dim, hidden_dim = w1.shape
         top_k = 0 if choice_weights is None else choice_weights.shape[1]
-        constants = {"EXPERTS": triton.next_power_of_2(num_experts), "PRECISION": dot_precision(x.dtype)}
-        config = LaunchConfig.choose(dim, x.itemsize)
+        precision = dot_precision(x.dtype)
+        constants = {"EXPERTS": triton.next_power_of_2(num_experts), "PRECISION": precision}
+        config = LaunchConfig.choose(dim, x.itemsize, precision)
         return cls(x.shape[0] * max(1, top_k), top_k, dim, num_experts, hidden_dim, config, constants)
 
     def nothing_to_do(self) -> bool:

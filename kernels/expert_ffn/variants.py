@@ -14,6 +14,7 @@ NUM_EXPERTS = 8
 SHAPES = (
     ("bf16", 2, "ieee", (16, 32, 50, 64, 100, 128, 256, 512)),
     ("fp32", 4, "tf32", (16, 50, 64, 128, 256, 512)),
+    ("fp32", 4, "ieee", (50, 64, 128, 256)),
 )
 FLOAT32 = ("p_partial", "p_choice_weights", "p_d_choice")
 SIZES = ("hidden_dim", "inner_dim", "out_dim", "inner_stride", "out_stride", "left_dim", "right_dim")
@@ -25,14 +26,14 @@ def aot_variants() -> list[Variant]:
     variants = []
     for dtype, itemsize, precision, dims in SHAPES:
         for dim in dims:
-            config = LaunchConfig.choose(dim, itemsize)
+            config = LaunchConfig.choose(dim, itemsize, precision)
+            name = f"{dtype}{' exact' if dtype == 'fp32' and precision == 'ieee' else ''} d={dim}"
             constants = {"D": dim, "PRECISION": precision}
             if dim <= WIDEST_FORWARD:
-                variants += _narrow_variants(
-                    f"{dtype} d={dim}", dtype, constants, config, backward=dim <= WIDEST_BACKWARD
-                )
+                variants += _narrow_variants(name, dtype, constants, config, backward=dim <= WIDEST_BACKWARD)
             if dim > WIDEST_BACKWARD:
-                variants += _wide_variants(f"{dtype} d={dim}", dtype, constants, config, forward=dim > WIDEST_FORWARD)
+                variants += _wide_variants(name, dtype, constants, config, forward=dim > WIDEST_FORWARD)
+    for dtype in ("bf16", "fp32"):
         variants.append(_variant(triton_kernels.sum_chunks_kernel, dtype, dtype, {}, Tiles(SUM_BLOCK, 0, 4, 1)))
     return variants
 
