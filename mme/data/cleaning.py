@@ -130,8 +130,8 @@ class Cleaner:
             raise UserError(
                 f"{source.path}: column {source.columns[role]!r} holds {column.type}, expected ids (integer or text)"
             )
-        numbers, faults = (None, None) if source.text_ids else _whole_numbers(column)
         kind = self.id_types.get(role)
+        numbers, faults = (None, None) if source.text_ids or kind == pa.string() else _whole_numbers(column)
         if kind is None:
             kind = pa.int64()
             if numbers is None or (_is_text(column.type) and 2 * numbers.null_count > len(column) + column.null_count):

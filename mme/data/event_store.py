@@ -87,23 +87,60 @@ class EventStore:
 
     def histories(self) -> Iterator[Histories]:
         """Whole users, each with its events by time, then position: by their rows in the prior set, then by raw id."""
-        columns, joins, order = "user, code, timestamp", "JOIN codes USING (item)", "user, timestamp, position"
+        columns, joins = "user AS number, code, timestamp", "JOIN codes USING (item)"
+        users = None
+        if self._has_prior or self._users_are_text():
+            self._number_users()
+            columns, joins = "number, code, timestamp", f"{joins} JOIN users USING (user)"
+            # A connection of its own: both results are read side by side.
+            order = self._database.cursor().sql("SELECT user, row FROM users ORDER BY number")
+            users = _Stream(order.to_arrow_reader(EVENTS_AT_ONCE))
         if self._has_prior:
-            columns += ", place, coalesce(row, -1) AS row"
-            joins += " LEFT JOIN prior_users USING (user)"
-            order = f"row < 0, row, {order}"
-        query = f"SELECT {columns} FROM events {joins} ORDER BY {order}"
+            columns += ", place"
+        query = f"SELECT {columns} FROM events {joins} ORDER BY number, timestamp, position"
         for table in _whole_users(self._database.sql(query).to_arrow_reader(EVENTS_AT_ONCE)):
-            starts = _user_starts(table["user"])
+            starts = _user_starts(table["number"])
             num_events = table.num_rows
+            described = users.take(starts.size) if users else None
             yield Histories(
-                user_ids=table["user"].take(pa.array(starts)).combine_chunks(),
-                rows=table["row"].to_numpy()[starts] if self._has_prior else np.full(starts.size, -1),
+                user_ids=described["user"] if described else table["number"].take(pa.array(starts)).combine_chunks(),
+                rows=described["row"].to_numpy() if described else np.full(starts.size, -1),
                 offsets=np.append(starts, num_events),
                 codes=table["code"].to_numpy(),
                 times=table["timestamp"].to_numpy(),
                 places=table["place"].to_numpy() if self._has_prior else np.full(num_events, NEW, np.int32),
             )
+
+    def _users_are_text(self) -> bool:
+        kind = self._database.execute("SELECT typeof(user) FROM events LIMIT 1").fetchall()
+        return bool(kind) and kind[0][0] == "VARCHAR"
+
+    def _number_users(self) -> None:
+        """Users in their order, by numbers: to sort all events by text would take several times as long."""
+        row, join, order = "-1::BIGINT", "", "user"
+        if self._has_prior:
+            row, join, order = "coalesce(row, -1)", "LEFT JOIN prior_users USING (user)", "row IS NULL, row, user"
+        self._database.execute(
+            f"CREATE TABLE users AS SELECT user, {row} AS row, row_number() OVER (ORDER BY {order}) AS number "
+            f"FROM (SELECT DISTINCT user FROM events) {join}"
+        )
+
+
+class _Stream:
+    """Takes as many rows at a time as are asked for."""
+
+    def __init__(self, reader: pa.RecordBatchReader) -> None:
+        self._reader = reader
+        self._rest = reader.schema.empty_table()
+
+    def take(self, number: int) -> pa.RecordBatch:
+        """The next ``number`` rows, which there must be."""
+        tables = [self._rest]
+        while sum(table.num_rows for table in tables) < number:
+            tables.append(pa.Table.from_batches([self._reader.read_next_batch()]))
+        table = pa.concat_tables(tables)
+        self._rest = table.slice(number)
+        return table.slice(0, number).combine_chunks().to_batches()[0]
 
 
 def _whole_users(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
@@ -113,8 +150,8 @@ def _whole_users(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
         if not batch.num_rows:
             continue
         table = pa.Table.from_batches([batch])
-        last = int(_user_starts(table["user"])[-1])
-        if last == 0 and pending and pending[-1]["user"][-1].equals(table["user"][0]):
+        last = int(_user_starts(table["number"])[-1])
+        if last == 0 and pending and pending[-1]["number"][-1].equals(table["number"][0]):
             pending.append(table)
             continue
         if last:

@@ -159,7 +159,7 @@ class Spool:
     """Histories in a file, to be read several times in the order written."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.path = path
 
     def writing(self, pieces: Iterable[Histories]) -> Iterator[Histories]:
         """Passes on the pieces, each when it is written."""
@@ -167,7 +167,7 @@ class Spool:
         try:
             for histories in pieces:
                 batch = _to_batch(histories)
-                writer = writer or pa.ipc.new_file(str(self._path), batch.schema)
+                writer = writer or pa.ipc.new_file(str(self.path), batch.schema)
                 writer.write_batch(batch)
                 yield histories
         finally:
@@ -176,10 +176,10 @@ class Spool:
 
     def read(self) -> Iterator[Histories]:
         """All pieces; none where none was written."""
-        if not self._path.exists():
+        if not self.path.exists():
             return
         # Read, not mapped: mapped pages would count as the process's memory.
-        with pa.OSFile(str(self._path)) as file:
+        with pa.OSFile(str(self.path)) as file:
             reader = pa.ipc.open_file(file)
             for number in range(reader.num_record_batches):
                 yield _from_batch(reader.get_batch(number))

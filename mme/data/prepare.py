@@ -24,7 +24,7 @@ from mme.data.cleaning import Cleaner
 from mme.data.event_store import EventStore
 from mme.data.feedback import FeedbackFilter
 from mme.data.formats import find_files, identify, open_source
-from mme.data.histories import NEW, CountFilter, Histories, Spool, first_of_duplicates
+from mme.data.histories import NEW, BoolArray, CountFilter, Histories, IntArray, Spool, first_of_duplicates
 from mme.data.left_out import LeftOutWriter
 from mme.data.manifest import Settings, describe, file_record
 from mme.data.merging import write_histories
@@ -37,6 +37,7 @@ _BYTES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "
 SMALLEST_MEMORY = 512 * 2**20
 # What the process takes besides DuckDB: interpreter and libraries, batches on their way, the row group being written.
 OTHER_MEMORY = 320 * 2**20
+DUCKDB_SHARE = 0.9  # of the rest: DuckDB takes some more than the limit it is given
 
 
 def prepare(
@@ -58,8 +59,8 @@ def prepare(
     """Writes the training set of ``inputs`` to the folder ``output``; returns what its dataset.json holds.
 
     ``inputs`` are files, folders and patterns (`find_files`). ``columns`` names the column of a role (user, item,
-    timestamp, rating, click, watch_time, watch_ratio). ``min_watch_time`` is in seconds. Events are those with the feedback asked for (`FeedbackFilter`;
-    ``clicks_only`` None: for KuaiRand yes, whose log has all that was shown, else no).
+    timestamp, rating, click, watch_time, watch_ratio). Events are those with the feedback asked for (`FeedbackFilter`;
+    ``min_watch_time`` in seconds; ``clicks_only`` None: for KuaiRand yes, whose log has all that was shown, else no).
 
     Events are ordered by (timestamp, original row), files in the order given. Of rows with the same user, item and
     timestamp the first is kept. Malformed rows (no id, NaN, a negative id, a time that is no whole number, a wrong
@@ -126,54 +127,86 @@ def _make(
         settings = replace(settings, feedback=replace(settings.feedback, clicks_only="kuairand" in formats))
     roles = settings.feedback.roles()
     sources = [open_source(path, format, settings.columns, roles) for path, format in zip(paths, formats, strict=True)]
-    reading = _Reading(sources, Cleaner(settings.feedback, prior.id_types if prior else None))
+    reading = _Reading(sources, Cleaner(settings.feedback, prior.id_types if prior else None), max_malformed_share)
     work = writer.partial / "work"
     work.mkdir()
     spool = Spool(work / "histories.arrow")
-    try:
-        with EventStore(work, memory_limit - OTHER_MEMORY) as store:
-            store.load(_with_left_out(reading.tables(), prior))
-            reading.check(max_malformed_share)
-            if prior is not None:
-                store.load_prior(prior.user_rows(), prior.raw_items)
-            raw_items = store.number_items()
-            distinct = _Distinct(store.histories())
-            num_prior = len(prior.raw_items) if prior else 0
-            item_passes, counts = settings.counts.choose_items(spool, iter(distinct), len(raw_items), num_prior)
-    except duckdb.OutOfMemoryException as error:
-        size = f"{memory_limit >> 20}MiB"
-        raise UserError(f"--memory-limit {size}: too small for this data: {first_line(error)}") from error
-    except duckdb.IOException as error:
-        raise UserError(f"{writer.output}: can't be written: {first_line(error)}; nothing was written") from error
-    if prior is not None:
-        counts[:num_prior] += prior.counts
-    chosen = counts > 0
-    if not chosen.any():
-        raise UserError(
-            f"{reading.names()}: nothing is left of {distinct.users:,} users and {len(raw_items):,} items: none has "
-            f"--min-user-events {settings.counts.min_user_events} and --min-item-events "
-            f"{settings.counts.min_item_events}"
-        )
-    with LeftOutWriter(writer.partial, raw_items) as left_out:
-        item_index = np.cumsum(chosen) - 1
-        known = write_histories(spool, settings.counts, item_passes, item_index, prior, writer, left_out)
-    np.subtract.at(counts, known, 1)
+    chosen = _choose(reading, settings.counts, prior, spool, memory_limit, writer.output)
+    with LeftOutWriter(writer.partial, chosen.raw_items) as left_out:
+        item_index = np.cumsum(chosen.in_set) - 1
+        known = write_histories(spool, settings.counts, chosen.passes, item_index, prior, writer, left_out)
     shutil.rmtree(work)
+    np.subtract.at(chosen.counts, known, 1)
     run = {
         "format": settings.format,
         "columns": [source.columns for source in sources],
         "files": [file_record(path) for path in paths],
         **reading.report(),
-        "duplicate_rows": distinct.dropped + known.size,
+        "duplicate_rows": chosen.duplicates + known.size,
     }
     id_types = {role: str(kind) for role, kind in reading.cleaner.id_types.items()}
     info = {
         **describe(writer.output.name, settings, id_types, run, prior.info if prior else None),
         "users_dropped": left_out.users,
-        "items_dropped": len(raw_items) - int(chosen.sum()),
+        "items_dropped": len(chosen.raw_items) - int(chosen.in_set.sum()),
         "events_dropped": left_out.events,
     }
-    return writer.finish(info, raw_items.filter(pa.array(chosen)), counts[chosen])
+    return writer.finish(info, chosen.raw_items.filter(pa.array(chosen.in_set)), chosen.counts[chosen.in_set])
+
+
+@dataclass
+class _Chosen:
+    """Items by code, and which of them the set has.
+
+    Attributes:
+        raw_items: (items,) raw ids.
+        passes: (items,) bool, whether the filter keeps an item.
+        counts: (items,) int64, events kept of each, those of the prior set too.
+        duplicates: events dropped because they are there twice.
+    """
+
+    raw_items: pa.Array
+    passes: BoolArray
+    counts: IntArray
+    duplicates: int
+
+    @property
+    def in_set(self) -> BoolArray:
+        return self.counts > 0
+
+
+def _choose(
+    reading: _Reading,
+    count_filter: CountFilter,
+    prior: PriorSet | None,
+    spool: Spool,
+    memory_limit: int,
+    output: Path,
+) -> _Chosen:
+    """Reads, sorts and spools all events, those that the prior set left out too, and filters the items."""
+    num_prior = len(prior.raw_items) if prior else 0
+    try:
+        with EventStore(spool.path.parent, int((memory_limit - OTHER_MEMORY) * DUCKDB_SHARE)) as store:
+            store.load(_with_left_out(reading.tables(), prior))
+            reading.check()
+            if prior is not None:
+                store.load_prior(prior.user_rows(), prior.raw_items)
+            raw_items = store.number_items()
+            distinct = _Distinct(store.histories())
+            passes, counts = count_filter.choose_items(spool, iter(distinct), len(raw_items), num_prior)
+    except duckdb.OutOfMemoryException as error:
+        size = f"{memory_limit >> 20}MiB"
+        raise UserError(f"--memory-limit {size}: too small for this data: {first_line(error)}") from error
+    except duckdb.IOException as error:
+        raise UserError(f"{output}: can't be written: {first_line(error)}; nothing was written") from error
+    if prior is not None:
+        counts[:num_prior] += prior.counts
+    if not counts.any():
+        raise UserError(
+            f"{reading.names()}: nothing is left of {distinct.users:,} users and {len(raw_items):,} items: none has "
+            f"--min-user-events {count_filter.min_user_events} and --min-item-events {count_filter.min_item_events}"
+        )
+    return _Chosen(raw_items, passes, counts, distinct.dropped)
 
 
 def _with_left_out(tables: Iterator[pa.Table], prior: PriorSet | None) -> Iterator[pa.Table]:
@@ -192,6 +225,7 @@ class _Reading:
 
     sources: list[SourceFile]
     cleaner: Cleaner
+    max_malformed_share: float
     rows: int = 0
     sound: int = 0
 
@@ -210,16 +244,16 @@ class _Reading:
             if source.rows_read + len(broken) == 0:
                 raise UserError(f"{source.path}: no rows: expected one interaction a row")
 
-    def check(self, max_malformed_share: float) -> None:
+    def check(self) -> None:
         """Refuses files of which too much is malformed."""
         bad = self.cleaner.malformed
         if not self.sound and self.cleaner.unwanted:
             reasons = "; ".join(f"{reason}: {number:,}" for reason, number in self.cleaner.unwanted.items())
             raise UserError(f"{self.names()}: no row of {self.rows:,} has the feedback asked for ({reasons})")
-        if bad.total > max_malformed_share * self.rows or not self.sound:
+        if bad.total > self.max_malformed_share * self.rows or not self.sound:
             raise UserError(
                 f"{self.names()}: {bad.total:,} of {self.rows:,} rows are malformed, more than the share "
-                f"{max_malformed_share:g} allowed by --max-malformed-share: {bad}"
+                f"{self.max_malformed_share:g} allowed by --max-malformed-share: {bad}"
             )
 
     def names(self) -> str:
