@@ -44,7 +44,9 @@ def die_at(number: int, folder: Path) -> None:
     left = [number]
 
     def watch(event: str, arguments: tuple[object, ...]) -> None:
-        if event in WATCHED and arguments and str(arguments[0]).startswith(str(folder)):
+        path = str(arguments[0]) if arguments else ""
+        # A tree is removed by names relative to an open folder.
+        if event in WATCHED and path and (path.startswith(str(folder)) or not path.startswith("/")):
             left[0] -= 1
             if left[0] < 0:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from mme.data.prepare import prepare
+from mme.data.prepare import add_events, prepare
+from mme.data.sequences import PreparedDataset
 from mme.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
@@ -290,3 +292,23 @@ def test_real_kuairand(tmp_path: Path) -> None:
     info = prepare([file], "parquet", tmp_path / "out", columns=names, clicks_only=True, min_user_events=1)
     assert info["num_events"] + info["duplicate_rows"] == clicked
     assert info["unwanted"] == {"not clicked": info["rows_read"] - clicked}
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data, real interactions beside the checkout")
+def test_real_days_added_one_by_one(tmp_path: Path) -> None:
+    """A week of KuaiRand by its days, through the reader of training sets too, equals the week at once."""
+    log = pq.read_table(SHARED / "kuairand_pure_std_0425_0508.parquet")
+    day = pc.floor(pc.divide(log["time_ms"].cast(pa.float64()), 86_400_000.0))
+    days = []
+    for number, value in enumerate(sorted(set(day.to_pylist()))[:7]):
+        days.append(tmp_path / f"{number}.parquet")
+        pq.write_table(log.filter(pc.equal(day, value)), days[-1])
+    options: dict[str, Any] = {"columns": {"item": "item_id"}, "min_user_events": 3, "min_item_events": 4}
+    prepare(days[:4], "kuairand", tmp_path / "grown", **options)
+    for file in days[4:]:
+        add_events([file], tmp_path / "grown")
+    prepare(days, "kuairand", tmp_path / "whole", **options)
+    grown, whole = (PreparedDataset.open(tmp_path / name) for name in ("grown", "whole"))
+    assert grown.info["statistics"] == whole.info["statistics"]
+    assert grown.num_items == whole.num_items > 100 and grown.num_users == whole.num_users > 1000
+    assert read(tmp_path / "grown") == read(tmp_path / "whole")
