@@ -25,7 +25,7 @@ TIME_UNITS = [1, 10**3, 10**6]
 
 @dataclass
 class Malformed:
-    """How many rows were left out, why, and the places of the first few."""
+    """How many rows were left out, why, and of the first few where they stand and what stands there."""
 
     counts: Counter[str] = field(default_factory=Counter)
     examples: dict[str, list[str]] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class Cleaner:
                 values, reasons = self._ids(source, role, column)
             for reason, bad in reasons.items():
                 bad = pc.and_(bad, sound)  # a row counts once, under its first fault
-                self._count(source, f"{reason} in {source.columns[role]}", bad)
+                self._count(source, f"{reason} in {source.columns[role]}", bad, column)
                 sound = pc.and_not(sound, bad)
             columns[role] = values
         sound = self._wanted(source, batch, sound)
@@ -102,7 +102,7 @@ class Cleaner:
             if numbers is None:
                 raise UserError(f"{source.path}: column {name!r} holds {batch.column(role).type}, expected numbers")
             missing = pc.and_(pc.is_null(numbers), sound)
-            self._count(source, f"no number in {name}", missing)
+            self._count(source, f"no number in {name}", missing, batch.column(role))
             sound = pc.and_not(sound, missing)
             milliseconds = name.endswith("_ms") or source.loose_times  # KuaiRec: play_duration in milliseconds
             reason, fails = self._feedback.fails(role, numbers.fill_null(0.0), milliseconds)
@@ -116,12 +116,16 @@ class Cleaner:
         if number:
             self.unwanted[reason] += number
 
-    def _count(self, source: SourceFile, reason: str, bad: pa.BooleanArray) -> None:
+    def _count(self, source: SourceFile, reason: str, bad: pa.BooleanArray, column: pa.Array) -> None:
         number = pc.sum(bad).as_py() or 0
         if number:
             rows = pc.indices_nonzero(bad)[:EXAMPLES].to_pylist()
-            places = [f"{source.path.name} {source.place(source.rows_read + row)}" for row in rows]
-            self.malformed.add(reason, number, places)
+            examples = []
+            for row in rows:
+                value = column[row].as_py()
+                shown = "" if value is None else f": {str(value)[:40]!r}"
+                examples.append(f"{source.path.name} {source.place(source.rows_read + row)}{shown}")
+            self.malformed.add(reason, number, examples)
 
     def _ids(self, source: SourceFile, role: str, column: pa.Array) -> tuple[pa.Array, dict[str, pa.Array]]:
         if pa.types.is_dictionary(column.type):

@@ -80,8 +80,9 @@ def prepare(
         CountFilter(min_user_events, min_item_events, iterate=not filter_once),
     )
     limit = _memory_limit(memory_limit)
+    settings, sources = _open(inputs, settings)
     with DatasetWriter(Path(output)) as writer:
-        return _make(writer, inputs, settings, None, limit, max_malformed_share)
+        return _make(writer, sources, settings, None, limit, max_malformed_share)
 
 
 def add_events(
@@ -109,24 +110,31 @@ def add_events(
         settings = replace(
             prior.settings, format=format or prior.settings.format, columns={**prior.settings.columns, **given}
         )
-        return _make(writer, inputs, settings, prior, limit, max_malformed_share)
+        settings, sources = _open(inputs, settings)
+        return _make(writer, sources, settings, prior, limit, max_malformed_share)
+
+
+def _open(inputs: Sequence[str | Path], settings: Settings) -> tuple[Settings, list[SourceFile]]:
+    """The files, and the settings with what their formats decide."""
+    paths = find_files(inputs, settings.format)
+    formats = [identify(path, settings.format) for path in paths]
+    if settings.feedback.clicks_only is None:
+        settings = replace(settings, feedback=replace(settings.feedback, clicks_only="kuairand" in formats))
+    roles = settings.feedback.roles()
+    return settings, [
+        open_source(path, format, settings.columns, roles) for path, format in zip(paths, formats, strict=True)
+    ]
 
 
 def _make(
     writer: DatasetWriter,
-    inputs: Sequence[str | Path],
+    sources: list[SourceFile],
     settings: Settings,
     prior: PriorSet | None,
     memory_limit: int,
     max_malformed_share: float,
 ) -> dict[str, Any]:
     """Writes and commits the set."""
-    paths = find_files(inputs, settings.format)
-    formats = [identify(path, settings.format) for path in paths]
-    if settings.feedback.clicks_only is None:
-        settings = replace(settings, feedback=replace(settings.feedback, clicks_only="kuairand" in formats))
-    roles = settings.feedback.roles()
-    sources = [open_source(path, format, settings.columns, roles) for path, format in zip(paths, formats, strict=True)]
     reading = _Reading(sources, Cleaner(settings.feedback, prior.id_types if prior else None), max_malformed_share)
     work = writer.partial / "work"
     work.mkdir()
@@ -140,7 +148,7 @@ def _make(
     run = {
         "format": settings.format,
         "columns": [source.columns for source in sources],
-        "files": [file_record(path) for path in paths],
+        "files": [file_record(source.path) for source in sources],
         **reading.report(),
         "duplicate_rows": chosen.duplicates + known.size,
     }

@@ -226,10 +226,12 @@ def test_times_that_can_not_be(tmp_path: Path) -> None:
     info = prepare([file], "csv", tmp_path / "out", max_malformed_share=0.4)
     assert read(tmp_path / "out") == {1: [(n + 3, 1_600_000_000 + n) for n in range(3)]}
     assert info["malformed"] == {
-        "negative time in time": {"rows": 1, "first": ["a.csv line 2"]},
-        "time out of range in time": {"rows": 1, "first": ["a.csv line 6"]},
+        "negative time in time": {"rows": 1, "first": ["a.csv line 2: '-5'"]},
+        "time out of range in time": {"rows": 1, "first": ["a.csv line 6: '1600000003000'"]},
     }
-    with pytest.raises(UserError, match=r"2 of 5 rows are malformed.*negative time in time: 1 \(first: a.csv line 2\)"):
+    with pytest.raises(
+        UserError, match=r"2 of 5 rows are malformed.*negative time in time: 1 \(first: a.csv line 2: '-5'\)"
+    ):
         prepare([file], "csv", tmp_path / "out")
 
 

@@ -103,7 +103,7 @@ def test_malformed_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     }
     assert info["malformed"]["no value in user_id"]["first"] == ["a.csv line 52"]
     assert info["malformed"]["wrong number of fields"]["first"] == ["a.csv line 58"]
-    assert info["malformed"]["not a whole number in item_id"]["first"] == ["a.csv line 59"]
+    assert info["malformed"]["not a whole number in item_id"]["first"] == ["a.csv line 59: 'x7'"]
     with pytest.raises(UserError, match=r"a.csv: 9 of 109 rows are malformed.*--max-malformed-share.*a.csv line 52"):
         prepare([file], "csv", tmp_path / "strict")
     assert not (tmp_path / "strict").exists()
@@ -120,8 +120,8 @@ def test_parquet_floats_with_nan_and_timestamps(tmp_path: Path) -> None:
     info = prepare([file], "parquet", tmp_path / "out", max_malformed_share=0.5)
     zero = int(start.timestamp())
     assert read(tmp_path / "out") == {1: [(5, zero + 1), (7, zero + 2), (4, zero + 3)]}
-    assert info["malformed"]["no value in uid"] == {"rows": 1, "first": ["a.parquet row 2"]}
-    assert info["malformed"]["not a whole number in uid"] == {"rows": 1, "first": ["a.parquet row 4"]}
+    assert info["malformed"]["no value in uid"] == {"rows": 1, "first": ["a.parquet row 2: 'nan'"]}
+    assert info["malformed"]["not a whole number in uid"] == {"rows": 1, "first": ["a.parquet row 4: '1.5'"]}
 
 
 def test_columns_by_name_separator_and_text_ids(tmp_path: Path) -> None:
