@@ -47,7 +47,7 @@ def main(
     for size in millions or [1, 10]:
         work = Path(tempfile.mkdtemp(dir=folder))
         try:
-            results.append(_measure(round(size * 1e6), work, memory_limit, min_item_events))
+            results.append(measure(round(size * 1e6), work, memory_limit, min_item_events))
         finally:
             shutil.rmtree(work)
     _print(results)
@@ -94,7 +94,8 @@ def _skewed(rng: np.random.Generator, number: int, size: int, power: int) -> np.
     return (number * rng.random(size) ** power).astype(np.int64) * PRIME % (1 << 40)
 
 
-def _measure(num_events: int, folder: Path, memory_limit: str, min_item_events: int) -> dict[str, Any]:
+def measure(num_events: int, folder: Path, memory_limit: str, min_item_events: int) -> dict[str, Any]:
+    """Events prepared by a process of its own, whose time and memory are returned."""
     paths = write_events(folder, num_events)
     options = ["--memory-limit", memory_limit, "--min-item-events", str(min_item_events)]
     command = [sys.executable, "-m", "mme", "prepare", "--format", "parquet", *options, "--output", str(folder / "set")]

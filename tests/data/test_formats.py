@@ -314,3 +314,18 @@ def test_real_days_added_one_by_one(tmp_path: Path) -> None:
     assert grown.info["statistics"] == whole.info["statistics"]
     assert grown.num_items == whole.num_items > 100 and grown.num_users == whole.num_users > 1000
     assert read(tmp_path / "grown") == read(tmp_path / "whole")
+
+
+def test_a_compressed_file_that_is_cut_off(tmp_path: Path) -> None:
+    rows = [f"{n % 97},{n * 7919 % 10007},{1_600_000_000 + n * 31 % 99991}" for n in range(100_000)]
+    file = write(tmp_path / "a.csv.gz", "user,item,time", *rows)
+    file.write_bytes(file.read_bytes()[:-20_000])
+    with pytest.raises(UserError, match=r"a.csv.gz: can't be read to its end: ") as raised:
+        prepare([file], "csv", tmp_path / "out")
+    assert "\n" not in str(raised.value)
+    lines = [json.dumps({"user": n % 97, "item": n, "time": n}) for n in range(100_000)]
+    file = write(tmp_path / "b.jsonl.gz", *lines)
+    file.write_bytes(file.read_bytes()[:-20_000])
+    with pytest.raises(UserError, match=r"b.jsonl.gz: can't be read to its end: "):
+        prepare([file], "json", tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.csv.gz", "b.jsonl.gz"]

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.prepare import measure
 from mme.data import event_store
 from mme.data import writer as writer_module
 from mme.data.prepare import add_events, prepare
@@ -207,3 +208,11 @@ def test_sets_that_can_not_be_added_to(tmp_path: Path) -> None:
     prepare([write(tmp_path, "b.parquet", [(1, n, 3) for n in range(3)])], "parquet", tmp_path / "numbers")
     with pytest.raises(UserError, match=r"1 of 1 rows are malformed.*: not a whole number in user_id: 1 "):
         add_events([write(tmp_path, "c.parquet", [(1, 2, 3)], text=True)], tmp_path / "numbers")
+
+
+@pytest.mark.slow
+def test_memory_stays_below_its_limit(tmp_path: Path) -> None:
+    """Without need to spill, as many events take 740 MiB."""
+    result = measure(10_000_000, tmp_path, "600MiB", min_item_events=1)
+    assert result["peak_rss_gib"] * 1024 < 600
+    assert result["num_events"] == result["events"] - result["duplicate_rows"]
