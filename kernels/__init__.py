@@ -6,6 +6,7 @@ from kernels.expert_ffn import expert_ffn, routed_expert_ffn
 from kernels.gated_rms_norm import gated_rms_norm, rms_norm
 from kernels.relative_attention import plan_attention, relative_attention
 from kernels.sampled_softmax import sampled_softmax_loss
+from kernels.silu_split import silu_split
 
 __all__ = [
     "expert_ffn",
@@ -15,4 +16,5 @@ __all__ = [
     "rms_norm",
     "routed_expert_ffn",
     "sampled_softmax_loss",
+    "silu_split",
 ]

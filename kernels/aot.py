@@ -24,7 +24,9 @@ from kernels.variant import Variant
 MODULES = (
     "kernels.relative_attention.variants",
     "kernels.expert_ffn.variants",
+    "kernels.gated_rms_norm.triton_form",
     "kernels.sampled_softmax.variants",
+    "kernels.silu_split.triton_form",
 )
 # Shared memory that one program may ask for, in KiB: A100, H100.
 SHARED_LIMIT_KIB = {80: 163, 90: 227}

@@ -62,14 +62,3 @@ def interpreting() -> bool:
 def dot_precision(dtype: torch.dtype) -> str:
     """`tl.dot`'s. float32 products follow torch.set_float32_matmul_precision: "highest" is exact, the others allow TF32."""
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
-
-
-def require_torch_form(operation: str, requested: str, device: torch.device) -> None:
-    """For an operation that has the PyTorch form alone, on every device: `auto` and `torch` mean it.
-
-    Raises:
-        ValueError: ``requested`` is triton, or no backend at all.
-    """
-    resolve_backend(requested, device)
-    if requested == "triton":
-        raise ValueError(f"backend ('triton'): {operation} has no Triton form, expected auto or torch")

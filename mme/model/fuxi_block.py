@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import gated_rms_norm, relative_attention, rms_norm
+from kernels import gated_rms_norm, relative_attention, rms_norm, silu_split
 from mme.model.moe import DenseFFN, MixtureOfExperts, Routing
 
 NUM_TIME_BUCKETS = 129
@@ -41,8 +41,8 @@ class FuxiBlock(nn.Module):
         self.num_heads = num_heads
         self.dropout = dropout
         self.backend = backend
-        self.widths = [3 * num_heads * dv, num_heads * dv, num_heads * dqk, num_heads * dqk]
-        self.uvqk = nn.Parameter(torch.empty(dim, sum(self.widths)).normal_(std=0.02))
+        self.dqk, self.dv = dqk, dv
+        self.uvqk = nn.Parameter(torch.empty(dim, num_heads * (4 * dv + 2 * dqk)).normal_(std=0.02))
         self.ts_weights = nn.Parameter(torch.empty(NUM_TIME_BUCKETS).normal_(std=0.02))
         self.pos_weights = nn.Parameter(torch.empty(2 * max_seq_len - 1).normal_(std=0.02))
         self.output = nn.Linear(3 * num_heads * dv, dim)
@@ -66,12 +66,12 @@ class FuxiBlock(nn.Module):
         rows = x.reshape(-1, dim)
         dropout = self.dropout if self.training else 0.0
         normed = rms_norm(rows, backend=self.backend)
-        projected = F.silu(normed @ self.uvqk.to(rows.dtype))
-        u, v, q, k = projected.split(self.widths, dim=1)
+        projected = normed @ self.uvqk.to(rows.dtype)
+        u, v, q, k = silu_split(projected, num_views, self.num_heads, self.dv, self.dqk, backend=self.backend)
         attended = relative_attention(
-            self._by_group(q, num_views),
-            self._by_group(k, num_views),
-            self._by_group(v, num_views),
+            q,
+            k,
+            v,
             seq_offsets,
             self.max_seq_len,
             timestamps,
@@ -86,8 +86,3 @@ class FuxiBlock(nn.Module):
         z = rms_norm(o, dropout_p=dropout, backend=self.backend)
         y, routing = self.ffn(z, num_views)
         return (y + o).view(num_views, num_tokens, dim), routing
-
-    def _by_group(self, x: Tensor, num_views: int) -> Tensor:
-        """(R, H·w) → (G, T, w), groups view-major."""
-        by_head = x.unflatten(0, (num_views, -1)).unflatten(2, (self.num_heads, -1))
-        return by_head.transpose(1, 2).flatten(0, 1)

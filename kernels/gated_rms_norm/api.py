@@ -1,0 +1,67 @@
+"""RMS normalisation with an optional gate and dropout.
+
+    y = dropout(u ⊙ a / √(mean(a²) + ε))        rms_norm: u = 1
+
+    with r = 1 / √(mean(a²) + ε), â = a r and g the gradient after the dropout mask:
+    d u = g ⊙ â,    d a = r (g ⊙ u − â mean(g ⊙ u ⊙ â))
+
+Legend: R rows, w width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kernels.backend import backend_for
+from kernels.gated_rms_norm.torch_form import torch_norm
+
+EPS = 1e-6
+DROPOUT_STEPS = 65_536
+
+
+def gated_rms_norm(u: Tensor, a: Tensor, *, eps: float = EPS, dropout_p: float = 0.0, backend: str = "auto") -> Tensor:
+    """dropout(u ⊙ RMSNorm(a)), no learned scale.
+
+    Args:
+        u, a: (R, w) of one dtype: float64 (PyTorch form only), float32, bfloat16 or float16.
+        dropout_p: probability of zero, in steps of 2⁻¹⁶; what stays is divided by the probability of staying. Drawn from
+            torch's generator of the device; the two backends draw different numbers. 0: no dropout.
+        backend: ``auto`` (triton on CUDA, torch elsewhere and for float64), ``torch`` or ``triton``.
+
+    Returns:
+        (R, w), differentiable in ``u`` and ``a``.
+
+    Raises:
+        ValueError: shapes, dtypes or devices differ, ``dropout_p`` is outside [0, 1), or the backend cannot run here.
+    """
+    if u.shape != a.shape or a.dim() != 2:
+        raise ValueError(f"u {tuple(u.shape)} and a {tuple(a.shape)} must have one shape (R, w)")
+    if u.dtype != a.dtype:
+        raise ValueError(f"u has dtype {u.dtype}; a has {a.dtype}")
+    if u.device != a.device:
+        raise ValueError(f"u is on {u.device}; a is on {a.device}")
+    return _norm("a", a, u, eps, dropout_p, backend)
+
+
+def rms_norm(x: Tensor, *, eps: float = EPS, dropout_p: float = 0.0, backend: str = "auto") -> Tensor:
+    """dropout(RMSNorm(x)) of (R, w), no learned scale; arguments and errors as of `gated_rms_norm`."""
+    if x.dim() != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (R, w)")
+    return _norm("x", x, None, eps, dropout_p, backend)
+
+
+def _norm(name: str, a: Tensor, u: Tensor | None, eps: float, dropout_p: float, backend: str) -> Tensor:
+    if not a.is_floating_point():
+        raise ValueError(f"{name} has dtype {a.dtype}, expected a floating one")
+    if not 0 <= dropout_p < 1:
+        raise ValueError(f"dropout_p ({dropout_p}) must be at least 0 and below 1")
+    dropped = round(dropout_p * DROPOUT_STEPS)
+    if backend_for(backend, name, a) == "torch":
+        return torch_norm(a, u, eps, dropped)
+    # Here, not above: the triton package need not be installed where it does not run.
+    from kernels.gated_rms_norm.triton_form import norm_op
+
+    # On the device, so that nothing waits for it.
+    seed = torch.randint(2**63 - 1, (1,), device=a.device) if dropped else None
+    return norm_op(a, u, seed, eps, dropped)[0]

@@ -1,0 +1,53 @@
+"""The PyTorch form of the norms: the CPU's, and the twin that the Triton kernels are tested against.
+
+Dropout takes sixteen random bits an element, four elements a draw, and keeps its mask for backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def torch_norm(a: Tensor, u: Tensor | None, eps: float, dropped: int) -> Tensor:
+    """`kernels.gated_rms_norm`, or without ``u`` `kernels.rms_norm`, after their checks; drops ``dropped`` / 2¹⁶."""
+    mask, scale = dropout_mask(a.shape, dropped, a.device) if dropped else (None, 1.0)
+    return _GatedRMSNorm.apply(a, u, mask, scale, eps)
+
+
+def dropout_mask(shape: torch.Size, dropped: int, device: torch.device) -> tuple[Tensor, float]:
+    """(mask of what stays, bool; the factor for it)."""
+    bits = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
+    mask = bits.view(torch.int16)[: shape.numel()].view(shape) >= dropped - 32_768
+    return mask, 65_536 / (65_536 - dropped)
+
+
+class _GatedRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, u: Tensor | None, mask: Tensor | None, scale: float, eps: float) -> Tensor:
+        wide = a.float() if a.dtype in (torch.float16, torch.bfloat16) else a
+        mean_square = torch.linalg.vector_norm(wide, dim=1, keepdim=True).square_().div_(max(1, a.shape[1]))
+        inverse = mean_square.add_(eps).rsqrt_()
+        y = wide * (inverse * scale)
+        if u is not None:
+            y.mul_(u)
+        if mask is not None:
+            y.mul_(mask)
+        ctx.save_for_backward(a, u, mask, inverse)
+        ctx.scale = scale
+        return y.to(a.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, u, mask, inverse = ctx.saved_tensors
+        normed = a * inverse
+        grad = grad * ctx.scale if mask is None else (grad * mask).mul_(ctx.scale)
+        grad_u = None
+        if u is not None:
+            grad_u = (grad * normed).to(u.dtype)
+            grad = grad.mul_(u)
+        mean = (grad * normed).mean(dim=1, keepdim=True)
+        grad_a = grad.addcmul_(normed, mean, value=-1).mul_(inverse)
+        return grad_a.to(a.dtype), grad_u, None, None, None
