@@ -125,7 +125,7 @@ def run(
             return
         require_dataset(settings)
         torchrun.require_endpoint(job)
-        raise typer.Exit(torchrun.run(job, resumes=settings.train.resume))
+        raise typer.Exit(torchrun.run(job, resumes=settings.train.resume, run_folder=Path(settings.output_dir)))
 
 
 @app.command(no_args_is_help=True)

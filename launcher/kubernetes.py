@@ -11,11 +11,11 @@ from typing import Any
 import yaml
 
 from launcher.job import Job
+from launcher.torchrun import PREEMPTED, STOPS_WITHIN_S, USER_ERROR
 
 PORT = 29500
 WORKDIR = "/opt/mme"  # as in the Dockerfile
 CONFIG_FOLDER = "/etc/mme"
-USER_ERROR = 2
 
 
 def manifest(job: Job, *, name: str, image: str, namespace: str | None, claim: str, gpus_per_node: int) -> str:
@@ -49,13 +49,18 @@ def manifest(job: Job, *, name: str, image: str, namespace: str | None, claim: s
                 "completions": job.nnodes,
                 "parallelism": job.nnodes,
                 "backoffLimit": job.max_restarts * job.nnodes,
-                # A wrong configuration stays wrong: the job fails at once.
+                # A wrong configuration stays wrong: the job fails at once. A pod that was asked to stop has saved all,
+                # and is no failure.
                 "podFailurePolicy": {
                     "rules": [
                         {
+                            "action": "Ignore",
+                            "onExitCodes": {"containerName": "mme", "operator": "In", "values": [PREEMPTED]},
+                        },
+                        {
                             "action": "FailJob",
                             "onExitCodes": {"containerName": "mme", "operator": "In", "values": [USER_ERROR]},
-                        }
+                        },
                     ]
                 },
                 "template": {
@@ -90,6 +95,7 @@ def _pod(job: Job, name: str, image: str, claim: str, gpus_per_node: int) -> dic
     return {
         "subdomain": name,
         "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": STOPS_WITHIN_S + 30,
         "containers": [container],
         "volumes": [
             {"name": "config", "configMap": {"name": name}},

@@ -6,6 +6,7 @@ import shlex
 import sys
 
 from launcher.job import Job
+from launcher.torchrun import PREEMPTED
 
 # Ports below 20000 are often services', those from 32768 on the kernel's own choice for outgoing connections.
 FIRST_PORT, NUM_PORTS = 20000, 12000
@@ -20,11 +21,19 @@ cd "$SLURM_SUBMIT_DIR"
 head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 port=$(({first_port} + SLURM_JOB_ID % {num_ports}))
 
+status=0
 srun --kill-on-bad-exit=1 --ntasks-per-node=1 \\
     {command} \\
     --nnodes "$SLURM_JOB_NUM_NODES" --nproc-per-node {nproc} \\
-    --rdzv-endpoint "$head_node:$port" --max-restarts {max_restarts}{overrides}
+    --rdzv-endpoint "$head_node:$port" --max-restarts {max_restarts}{overrides} || status=$?
+
+# {preempted}: asked to stop (the time limit is near, or the nodes are wanted elsewhere), with everything saved.
+if [ "$status" -eq {preempted} ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"
 """
+SIGNAL_BEFORE_END_S = 120  # more than workers have to write a checkpoint
 
 
 def script(job: Job, *, name: str, gpus_per_node: int, log: str, options: dict[str, str | None]) -> str:
@@ -35,13 +44,14 @@ def script(job: Job, *, name: str, gpus_per_node: int, log: str, options: dict[s
     # A job that Slurm takes a node from is queued again, and goes on from its last checkpoint.
     directives = [f"#SBATCH --{option}={value}" for option, value in settings.items()]
     directives += [f"#SBATCH --{option}={value}" for option, value in options.items() if value is not None]
-    directives += ["#SBATCH --exclusive", "#SBATCH --requeue"]
+    directives += ["#SBATCH --exclusive", "#SBATCH --requeue", f"#SBATCH --signal=TERM@{SIGNAL_BEFORE_END_S}"]
     return TEMPLATE.format(
         directives="\n".join(directives),
         first_port=FIRST_PORT,
         num_ports=NUM_PORTS,
         command=shlex.join([sys.executable, "-m", "launcher", "run", "--config", str(job.config)]),
         nproc=job.nproc_per_node,
+        preempted=PREEMPTED,
         max_restarts=job.max_restarts,
         overrides="".join(f" \\\n    {shlex.quote(override)}" for override in job.overrides),
     )

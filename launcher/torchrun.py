@@ -7,6 +7,7 @@ A worker that ends with status 2 met a mistake that only the user can mend: noth
 
 from __future__ import annotations
 
+import ctypes
 import ipaddress
 import os
 import re
@@ -15,9 +16,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import IO, Any
 
@@ -32,6 +36,9 @@ HOST_KNOWN_AFTER_S = 60
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 USER_ERROR = 2
 INTERRUPTED = 130
+PREEMPTED = 143  # a worker was asked to stop, on this node or another, and all have saved what they had
+STOPS_WITHIN_S = 60  # what workers have, once asked, to write a checkpoint
+PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 LOG_LINE = re.compile(r"^[IWEC]\d{4} [\d:.]+ \d+ \S*torch/distributed/")
 WORKER_FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
@@ -56,6 +63,7 @@ def command(job: Job, module: list[str] | None = None) -> list[str]:
         if address is not None:
             line += ["--local-addr", address]
     line += ["--nproc-per-node", str(job.nproc_per_node), "--max-restarts", str(job.max_restarts)]
+    line += ["--shutdown-timeout", str(STOPS_WITHIN_S)]
     return [*line, "-m", *(module or job.train_arguments)]
 
 
@@ -143,31 +151,45 @@ def _addresses(host: str) -> set[str]:
         return set()
 
 
-def run(job: Job, *, resumes: bool, module: list[str] | None = None) -> int:
+def run(job: Job, *, resumes: bool, module: list[str] | None = None, run_folder: Path | None = None) -> int:
     """Runs torchrun to its end and returns 0, 1 (the job failed), 2 (see `USER_ERROR`) or 128 + the signal received.
 
-    ``resumes`` is only for what is printed: whether workers that start again go on from a checkpoint.
+    When no restart is left but checkpoints have been written in ``run_folder`` since torchrun was started, it is started
+    again: the restarts are for a job that does not get on, not for the deaths of a long one. ``resumes`` says whether
+    workers that start again go on from a checkpoint.
     """
     if job.nnodes > 1:
         _say(f"waiting for {job.nnodes} nodes at {job.rdzv_endpoint}, at most {NODES_MEET_AFTER_S // 60} minutes")
-    # A session of its own: Ctrl-C reaches torchrun once, from here, and not a second time in its clean-up.
+    while True:
+        before = _newest_checkpoint(run_folder)
+        status = _run_once(job, resumes, module)
+        reached = _newest_checkpoint(run_folder)
+        if status != 1 or not resumes or not job.max_restarts or reached <= before:
+            return status
+        _say(f"the job got on to the checkpoint of step {reached} meanwhile: torchrun starts again")
+
+
+def _newest_checkpoint(run_folder: Path | None) -> int:
+    """The step of the newest complete checkpoint of a run; -1: none."""
+    found = run_folder.glob("checkpoints/step_*/index.json") if run_folder is not None else ()
+    names = [path.parent.name.removeprefix("step_") for path in found]
+    return max((int(name) for name in names if name.isdigit()), default=-1)
+
+
+def _run_once(job: Job, resumes: bool, module: list[str] | None) -> int:
     process = subprocess.Popen(
         command(job, module),
         env={"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, **environment(job)},
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
+        # A session of its own: Ctrl-C reaches torchrun once, from here, and not a second time in its clean-up.
         start_new_session=True,
+        preexec_fn=_end_with_parent,
     )
-    received: list[int] = []
-
-    def pass_on(number: int, _: FrameType | None) -> None:
-        if not received:
-            process.send_signal(number)
-        received.append(number)
-
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
-    watch = _Watch(process, job.max_restarts, resumes)
+    stopping = _Stopping(process)
+    before = {number: signal.signal(number, stopping.pass_on) for number in PASSED_ON}
+    watch = _Watch(process, job.max_restarts, resumes, stopping)
     try:
         assert process.stderr is not None
         watch.follow(process.stderr)
@@ -175,11 +197,52 @@ def run(job: Job, *, resumes: bool, module: list[str] | None = None) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if received:
-        return 128 + received[0]
+    if stopping.received is not None:
+        return 128 + stopping.received
     if watch.stopped_for is not None:
         return watch.stopped_for
+    if status < 0:
+        _say(f"torchrun was killed by signal {-status} ({signal.Signals(-status).name})")
     return 1 if status else 0
+
+
+def _end_with_parent() -> None:
+    """torchrun, and by it the workers, are asked to stop where this process dies (Linux)."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "prctl"):
+        libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
+
+
+class _Stopping:
+    """Passes the first signal received on.
+
+    SIGTERM goes to each worker once: a scheduler may have sent it to all processes of the job already, and torchrun, told
+    twice, would leave its workers behind. torchrun itself is told where it has no workers.
+    """
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.received: int | None = None
+        self._told: set[int] = set()
+
+    def pass_on(self, number: int, _: FrameType | None) -> None:
+        if self.received is not None:
+            return
+        self.received = number
+        if number == signal.SIGTERM:
+            threading.Thread(target=self._tell_workers, daemon=True).start()
+        else:
+            self.process.send_signal(number)
+
+    def _tell_workers(self) -> None:
+        while self.process.poll() is None:
+            with suppress(psutil.Error):
+                workers = psutil.Process(self.process.pid).children()
+                for worker in workers or [psutil.Process(self.process.pid)]:
+                    if worker.pid not in self._told:
+                        self._told.add(worker.pid)
+                        worker.terminate()
+            time.sleep(1)
 
 
 class LaunchError(RuntimeError):
@@ -193,6 +256,7 @@ class _Watch:
     process: subprocess.Popen[str]
     max_restarts: int
     resumes: bool
+    stopping: _Stopping
     failures: int = 0
     stopped_for: int | None = None  # the status of the worker for which nothing is started again
     error_shown: bool = False
@@ -213,7 +277,7 @@ class _Watch:
         if failed is None or self.stopped_for is not None:
             return
         status, local_rank = int(failed[1]), int(failed[2])
-        if status in (USER_ERROR, INTERRUPTED):
+        if status in (USER_ERROR, INTERRUPTED, PREEMPTED) or self.stopping.received is not None:
             self.stopped_for = status
             self.process.send_signal(signal.SIGTERM)
             return

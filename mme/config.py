@@ -102,6 +102,7 @@ class TrainConfig:
     on_non_finite: Literal["stop", "skip"] = (
         "stop"  # a loss or gradient that is not finite: end the job, or leave the step
     )
+    hang_timeout_s: float = 600.0  # a rank without progress for so long ends the job, to be started again; 0: never
     resume: bool = True  # go on from the newest complete checkpoint in output_dir, if there is one
 
 
@@ -185,7 +186,7 @@ def validate(config: Config) -> None:
         if value is not None and value <= 0:
             raise UserError(f"{section}.{key} ({value}) must be positive")
     for section, keys in {
-        "train": ["weight_decay", "warmup_steps", "grad_clip", "eval_every", "checkpoint_every"],
+        "train": ["weight_decay", "warmup_steps", "grad_clip", "eval_every", "checkpoint_every", "hang_timeout_s"],
         "loss": ["negative_group_size"],
         "model.moe": ["num_experts", "capacity_factor", "load_balance_coef", "z_loss_coef"],
         "parallel": ["expert_parallel_size"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,17 @@ MODEL = "fuxi-mme"  # in metrics and report, whatever the number of tables and e
 
 
 def evaluate(
-    recommender: Recommender, dataset: PreparedDataset, config: Config, split: str, step: int
+    recommender: Recommender,
+    dataset: PreparedDataset,
+    config: Config,
+    split: str,
+    step: int,
+    before_batch: Callable[[], Any] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl` for the model and for popularity on one split, the same on every rank."""
+    """The records of `metrics.jsonl` for the model and for popularity on one split, the same on every rank.
+
+    ``before_batch`` is called before each batch, on every rank; what it raises ends the evaluation.
+    """
     world, data = recommender.world, config.data
     fraction = data.global_time_test_fraction
     loader = EvaluationLoader(
@@ -39,6 +48,7 @@ def evaluate(
     counts = dataset.training_counts(data.protocol, fraction).to(world.device)
     model_ranks, popular_ranks = [], []
     for batch in loader.batches():
+        before_batch()
         batch = batch.to(world.device)
         model_ranks.append(ranker.target_ranks(batch.sequences, batch.seen_ids, batch.seen_offsets, batch.targets))
         local = popularity_ranks(counts, batch.targets, batch.seen_ids, batch.seen_offsets)

@@ -1,6 +1,7 @@
 """How a command ends: one line on standard error and an exit status.
 
 0: done. 1: the job failed, and the traceback is in log.txt. 2: the input or the configuration is wrong. 130: interrupted.
+143: asked to stop by SIGTERM, with everything saved.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pathlib import Path
 
 import typer
 
-from mme.errors import JobError, UserError
+from mme.errors import JobError, Preempted, UserError
+
+PREEMPTED = 143  # 128 + SIGTERM, as a shell has it
 
 
 class Job:
@@ -45,6 +48,11 @@ def job_status() -> Iterator[Job]:
             print_error(str(error))
         _append_to_log(job.folder, f"error: {error}")
         raise typer.Exit(1) from error
+    except Preempted as error:
+        if rank() == 0:
+            print(error, file=sys.stderr, flush=True)
+        _append_to_log(job.folder, str(error))
+        raise typer.Exit(PREEMPTED) from error
     except Exception as error:
         log = _append_to_log(job.folder, traceback.format_exc())
         if log is None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -17,13 +17,17 @@ from mme.data.batch import SequenceBatch
 from mme.data.sequences import PreparedDataset, TrainLoader
 from mme.distributed import checkpoint
 from mme.distributed.checkpoint import Progress
+from mme.distributed.checkpoint_writer import CheckpointWriter
 from mme.distributed.engine import initialize_engine
-from mme.distributed.groups import World, process_group
+from mme.distributed.groups import PATIENCE_S, World, process_group
 from mme.distributed.recommender import Recommender
+from mme.errors import Preempted
 from mme.evaluate import evaluate
 from mme.monitor import Monitor
 from mme.non_finite import FOLDER, MOST_IN_A_ROW, NonFiniteError, save_batch
+from mme.preemption import Preemption
 from mme.step import StepResult, TrainStep
+from mme.watchdog import Watchdog
 
 
 def train(config: Config) -> list[dict[str, Any]]:
@@ -32,18 +36,21 @@ def train(config: Config) -> list[dict[str, Any]]:
     Raises:
         UserError: configuration, data or checkpoint do not fit.
     """
-    with process_group() as world:
+    # The watchdog is to notice before a collective has waited too long.
+    patience_s = max(PATIENCE_S, config.train.hang_timeout_s + 120)
+    with Preemption() as preemption, process_group(patience_s) as world:
         validate_world_size(config, world.size)
         dataset = PreparedDataset.open(Path(config.data.path))
-        return Training(config, dataset, world).run()
+        return Training(config, dataset, world, preemption).run()
 
 
 class Training:
     """One run: model, optimizers, data and what has been done so far."""
 
-    def __init__(self, config: Config, dataset: PreparedDataset, world: World) -> None:
-        self.config, self.dataset, self.world = config, dataset, world
+    def __init__(self, config: Config, dataset: PreparedDataset, world: World, preemption: Preemption) -> None:
+        self.config, self.dataset, self.world, self.preemption = config, dataset, world, preemption
         self.run_folder = Path(config.output_dir)
+        self.watchdog = Watchdog(self.run_folder, world, config.train.hang_timeout_s)
         self.recommender = Recommender(config, dataset.num_items, world)
         self.engine = initialize_engine(self.recommender.decoder, config)
         self.loader = train_loader(dataset, config, world)
@@ -54,31 +61,43 @@ class Training:
 
     def run(self) -> list[dict[str, Any]]:
         config, world = self.config, self.world
-        with Monitor(
+        monitor = Monitor(
             self.run_folder,
             total_steps=self.total_steps,
             rank=world.rank,
             world_size=world.size,
             log_every=config.train.log_every,
-        ) as monitor:
+        )
+        self.writer = writer = CheckpointWriter(self.run_folder, self.recommender, config.train.keep_checkpoints)
+        with monitor, self.watchdog, writer:
             progress = self._start(monitor)
-            self.skipped = progress.skipped
+            if progress.evaluate:
+                self._evaluate_and_save(monitor, progress)
             for at, batch, last_of_epoch in self._batches(progress):
                 started = time.perf_counter()
-                result = self.step(at.step, batch, self.skipped)
+                self.watchdog.beat(f"training step {at.step + 1}")
+                result = self.step(at.step, batch, self.skipped, [self.preemption.requested, *writer.votes()])
                 if result.skipped:
                     self._on_non_finite(monitor, at.step + 1, batch, result)
                 else:
                     self.skipped_in_a_row = 0
                 self._record(monitor, at.step + 1, at.epoch, result, time.perf_counter() - started)
-                self._evaluate_and_save(monitor, at, last_of_epoch)
+                stop, *votes = result.votes
+                self._save_where_due(monitor, self._following(at, last_of_epoch), stop)
+                writer.after_step(*votes)
+                self.watchdog.beat(f"waiting for the batch of step {at.step + 2}")
+            writer.wait()
             return self._test(monitor)
 
     def _start(self, monitor: Monitor) -> Progress:
         progress = None
         if self.config.train.resume:
             progress = checkpoint.load_training(self.run_folder, self.recommender, self.engine, monitor.note)
-        progress = progress or Progress(0, 0, 0)
+        if progress is None:
+            progress = Progress(0, 0, 0)
+        else:
+            self.writer.resumed_at(progress.step)
+        self.skipped = progress.skipped
         if self.world.rank == 0:
             save_config(self.config, self.run_folder / "config.yaml")
         monitor.resume_at(progress.step)
@@ -146,32 +165,55 @@ class Training:
         ]
         return self.world.sum(torch.stack(sums)) / max(1, result.tokens)
 
-    def _evaluate_and_save(self, monitor: Monitor, progress: Progress, last_of_epoch: bool) -> None:
-        train, step = self.config.train, progress.step + 1
-        last = step == self.total_steps
+    def _following(self, at: Progress, last_of_epoch: bool) -> Progress:
+        """Where training stands after the step at ``at``, and whether it is to be evaluated there."""
+        train, step = self.config.train, at.step + 1
+        epoch, batch = (at.epoch + 1, 0) if last_of_epoch else (at.epoch, at.batch + 1)
         due = step % train.eval_every == 0 if train.eval_every else last_of_epoch
-        following = (
-            Progress(step, progress.epoch + 1, 0)
-            if last_of_epoch
-            else Progress(step, progress.epoch, progress.batch + 1)
-        )
-        score = None
-        if due or last:
-            records = evaluate(self.recommender, self.dataset, self.config, self.select_split, step)
-            for record in records:
-                monitor.evaluation(record)
-            score = records[0]["ndcg@10"] if self.select_split == "valid" else None
-        if due or last or (train.checkpoint_every and step % train.checkpoint_every == 0):
-            saved = replace(following, skipped=self.skipped, score=score)
-            checkpoint.save(self.run_folder, saved, self.recommender, train.keep_checkpoints)
+        return Progress(step, epoch, batch, self.skipped, evaluate=due or step == self.total_steps)
+
+    def _save_where_due(self, monitor: Monitor, progress: Progress, stop: bool) -> None:
+        every = self.config.train.checkpoint_every
+        if stop:
+            self._save_and_stop(progress)
+        elif progress.evaluate:
+            self._evaluate_and_save(monitor, progress)
+        elif every and progress.step % every == 0:
+            self.writer.save(progress)
+
+    def _save_and_stop(self, progress: Progress) -> NoReturn:
+        self.watchdog.beat("saving before it stops")
+        self.writer.save(progress)
+        self.writer.wait()
+        raise Preempted(f"asked to stop: saved at step {progress.step}; the same command goes on from there")
+
+    def _evaluate_and_save(self, monitor: Monitor, progress: Progress) -> None:
+        try:
+            records = self._evaluate(self.select_split, progress.step)
+        except Preempted:
+            self._save_and_stop(progress)
+        for record in records:
+            monitor.evaluation(record)
+        score = records[0]["ndcg@10"] if self.select_split == "valid" else None
+        self.writer.save(replace(progress, evaluate=False, score=score))
 
     def _test(self, monitor: Monitor) -> list[dict[str, Any]]:
         """The test metrics of the checkpoint that validation chose (the last one where there is no validation)."""
         step = checkpoint.load_weights(self.run_folder, None, self.recommender)
-        records = evaluate(self.recommender, self.dataset, self.config, "test", step)
+        records = self._evaluate("test", step)
         for record in records:
             monitor.evaluation(record)
         return records
+
+    def _evaluate(self, split: str, step: int) -> list[dict[str, Any]]:
+        """Raises Preempted, on all ranks, where one of them has been asked to stop."""
+
+        def before_batch() -> None:
+            self.watchdog.beat(f"evaluating step {step}")
+            if self.world.sum(torch.tensor(int(self.preemption.requested), device=self.world.device)):
+                raise Preempted(f"asked to stop while step {step} was evaluated; the same command goes on from there")
+
+        return evaluate(self.recommender, self.dataset, self.config, split, step, before_batch)
 
     def _total_steps(self) -> int:
         """Steps until `train.steps` or `train.epochs` is reached, whichever is first."""

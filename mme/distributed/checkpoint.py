@@ -1,31 +1,29 @@
 """Checkpoints: written whole or not at all, checked by sums, loaded at any number of processes.
 
 `checkpoints/step_N/` holds one safetensors file a rank and `index.json`: where each piece of each tensor stands, the
-SHA-256 of every file, and how far training had come. The folder is filled under another name and renamed once all ranks
-have written, so a folder with the right name is complete. Nothing in it is code: numbers, names and sums.
+SHA-256 of every file, and how far training had come. The folder is filled under another name (`checkpoint_writer`) and
+renamed once all ranks have written, so a folder with the right name is complete. Nothing in it is code: numbers, names
+and sums.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 
 from mme.distributed.engine import set_optimizer_step
 from mme.distributed.groups import World
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import Piece, optimizer_pieces, weight_pieces
-from mme.errors import JobError, UserError
+from mme.errors import UserError
 
 INDEX = "index.json"
 
@@ -34,62 +32,16 @@ INDEX = "index.json"
 class Progress:
     """How far training has come.
 
-    ``epoch`` and ``batch`` name the next batch; ``skipped`` of the steps before it changed nothing; ``score`` is the
-    validation NDCG@10 at this step, if it was measured.
+    ``epoch`` and ``batch`` name the next batch; ``skipped`` of the steps before it changed nothing; ``evaluate``: this
+    step is to be evaluated still; ``score`` is the validation NDCG@10 at this step, if it was measured.
     """
 
     step: int
     epoch: int
     batch: int
     skipped: int = 0
+    evaluate: bool = False
     score: float | None = None
-
-
-class CheckpointError(JobError):
-    """A checkpoint could not be written; training can't go on safely."""
-
-
-def save(run: Path, progress: Progress, recommender: Recommender, keep: int) -> Path:
-    """Writes `checkpoints/step_N`, then removes all but the newest ``keep`` and the best.
-
-    Every rank calls it. Raises CheckpointError on all ranks where any could not write.
-    """
-    world = recommender.world
-    final = folder(run, progress.step)
-    partial = final.with_name(f".{final.name}.partial")
-    if world.rank == 0:
-        shutil.rmtree(partial, ignore_errors=True)
-    world.barrier()
-    pieces = [*weight_pieces(recommender), *optimizer_pieces(recommender)]
-    mine = [(piece, value.contiguous().cpu()) for piece in pieces for value in [piece.read()] if piece.writer]
-    file = partial / f"rank_{world.rank:05d}.safetensors"
-    entry: dict[str, Any]
-    try:
-        partial.mkdir(parents=True, exist_ok=True)
-        save_file({_key(piece.name, piece.offsets): value for piece, value in mine}, file)
-        described = [
-            {"name": p.name, "shape": p.shape, "offsets": p.offsets, "local_shape": p.local_shape} for p, _ in mine
-        ]
-        entry = {"file": file.name, "sha256": _sha256(file), "pieces": described}
-    except (OSError, SafetensorError) as error:
-        entry = {"error": f"{file}: {error}"}
-    entries: list[Any] = [None] * world.size
-    dist.all_gather_object(entries, entry)
-    failed = [entry["error"] for entry in entries if "error" in entry]
-    if world.rank == 0 and not failed:
-        try:
-            _write_index(partial, progress, entries)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            _prune(run, keep)
-        except OSError as error:
-            failed = [f"{final}: {error}"]
-    if world.rank == 0 and failed:
-        shutil.rmtree(partial, ignore_errors=True)
-    dist.broadcast_object_list(verdict := [failed], src=0)
-    if verdict[0]:
-        raise CheckpointError(f"checkpoint of step {progress.step} not written: {verdict[0][0]}")
-    return final
 
 
 def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -> Progress | None:
@@ -149,28 +101,23 @@ def folder(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step_{step}"
 
 
+def piece_key(name: str, offsets: tuple[int, ...]) -> str:
+    """The name of a piece in its file."""
+    return f"{name}@{','.join(map(str, offsets))}"
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def _score(run: Path, step: int) -> float:
     index = _read_index(run, step)
     score = None if isinstance(index, str) else index["progress"]["score"]
     return -1.0 if score is None else score
-
-
-def _prune(run: Path, keep: int) -> None:
-    found = steps(run)
-    for step in set(found[:-keep]) - {best_step(run)}:
-        shutil.rmtree(folder(run, step))
-
-
-def _key(name: str, offsets: tuple[int, ...]) -> str:
-    return f"{name}@{','.join(map(str, offsets))}"
-
-
-def _write_index(partial: Path, progress: Progress, entries: list[dict[str, Any]]) -> None:
-    index = {"format": 1, "progress": asdict(progress), "files": entries}
-    with open(partial / INDEX, "w") as file:
-        json.dump(index, file)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _read_index(run: Path, step: int) -> dict[str, Any] | str:
@@ -196,7 +143,7 @@ def _damage(run: Path, step: int, index: dict[str, Any], world: World) -> str | 
     for entry in index["files"][world.rank :: world.size]:
         path = folder(run, step) / entry["file"]
         try:
-            if _sha256(path) != entry["sha256"]:
+            if sha256(path) != entry["sha256"]:
                 found = f"{path}: damaged: its SHA-256 is not the one in {INDEX}"
         except OSError as error:
             found = f"{path}: {error.strerror}"
@@ -230,7 +177,7 @@ def _assemble(piece: Piece, parts: list[tuple[Path, dict[str, Any]]]) -> torch.T
         source = tuple(slice(low - o, high - o) for (low, high), o in zip(overlap, part["offsets"], strict=True))
         target = tuple(slice(low - o, high - o) for (low, high), o in zip(overlap, piece.offsets, strict=True))
         with safe_open(path, framework="pt") as file:
-            read = file.get_slice(_key(part["name"], part["offsets"]))[source]
+            read = file.get_slice(piece_key(part["name"], part["offsets"]))[source]
         if value is None:
             value = torch.empty(piece.local_shape, dtype=read.dtype)
         value[target] = read
@@ -240,11 +187,3 @@ def _assemble(piece: Piece, parts: list[tuple[Path, dict[str, Any]]]) -> torch.T
 def _overlap(piece: Piece, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
     for own, own_size, other, other_size in zip(piece.offsets, piece.local_shape, offsets, shape, strict=True):
         yield max(own, other), min(own + own_size, other + other_size)
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,16 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-TIMEOUT = timedelta(minutes=10)
+PATIENCE_S = 600.0  # how long a collective waits for the other ranks
 
 
 @dataclass(frozen=True)
 class World:
-    """This process among its peers."""
+    """This process among its peers.
+
+    ``store``: what the processes of this group tell each other beside the collectives; any thread may ask it.
+    """
 
     rank: int
     size: int
     device: torch.device
+    store: dist.Store
 
     def sum(self, values: Tensor) -> Tensor:
         """``values`` summed over the ranks, in place, the same bits on each."""
@@ -49,8 +54,11 @@ class World:
 
 
 @contextmanager
-def process_group() -> Iterator[World]:
-    """Joins the group that torchrun described in the environment, or forms a group of one."""
+def process_group(patience_s: float = PATIENCE_S) -> Iterator[World]:
+    """Joins the group that torchrun described in the environment, or forms a group of one.
+
+    A collective that waits for longer than ``patience_s`` raises.
+    """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even where it is alone
     on_gpu = torch.cuda.is_available()
@@ -63,7 +71,7 @@ def process_group() -> Iterator[World]:
     # TorchRec builds both kinds of group, so that host tensors travel beside device tensors.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     store = dist.HashStore() if size == 1 else None
-    dist.init_process_group(backend, rank=rank, world_size=size, store=store, timeout=TIMEOUT)
+    dist.init_process_group(backend, rank=rank, world_size=size, store=store, timeout=timedelta(seconds=patience_s))
     import deepspeed  # reads DS_ACCELERATOR when it is imported
 
     # Else DeepSpeed compiles a collective of its own at the first start: a compiler, seconds, and a lock that a killed
@@ -71,12 +79,22 @@ def process_group() -> Iterator[World]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
     try:
-        yield World(rank, size, device)
+        yield World(rank, size, device, _own_store(size))
         # gloo's threads drop the tensors of the last collective after it has ended, for which they need Python's lock;
         # a process that left at once would abort ("terminate called without an active exception"). To wait lets them.
         dist.barrier()
     finally:
         dist.destroy_process_group()
+
+
+def _own_store(size: int) -> dist.Store:
+    """A store by a connection of its own, with names that no earlier attempt of the same job has used."""
+    if size == 1:
+        return dist.HashStore()
+    name = [uuid.uuid4().hex]
+    dist.broadcast_object_list(name, src=0)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return dist.PrefixStore(name[0], dist.TCPStore(address, port, is_master=False, wait_for_workers=False))
 
 
 def _keep_freed_memory() -> None:

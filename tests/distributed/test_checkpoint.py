@@ -10,6 +10,7 @@ import torch
 
 from mme.distributed import checkpoint
 from mme.distributed.checkpoint import Progress
+from mme.distributed.checkpoint_writer import CheckpointWriter
 from mme.distributed.engine import initialize_engine
 from mme.distributed.groups import World
 from mme.distributed.recommender import Recommender
@@ -31,11 +32,14 @@ def train_and_save(world: World, run: str, overrides: list[str]) -> Any:
     config = configuration("train.table_lr=0.001", *overrides)
     recommender = Recommender(config, NUM_ITEMS, world)
     step = TrainStep(config, recommender, initialize_engine(recommender.decoder, config), total_steps=9)
-    for number in range(3):
-        step(number, sequences(SPLITS[world.size][world.rank]))
-        checkpoint.save(Path(run), Progress(number + 1, 0, number + 1, score=-number), recommender, keep=1)
-    saved = everything(recommender)
-    return saved, [step(number, sequences(SPLITS[world.size][world.rank])).loss for number in (3, 4)]
+    with CheckpointWriter(Path(run), recommender, keep=1) as writer:
+        for number in range(3):
+            step(number, sequences(SPLITS[world.size][world.rank]))
+            writer.save(Progress(number + 1, 0, number + 1, score=-number))
+        saved = everything(recommender)
+        # The steps that follow change nothing of what is being written.
+        losses = [step(number, sequences(SPLITS[world.size][world.rank])).loss for number in (3, 4)]
+    return saved, losses
 
 
 def load_and_train(world: World, run: str, overrides: list[str]) -> Any:

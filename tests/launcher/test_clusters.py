@@ -32,8 +32,15 @@ def test_sbatch_script_is_bash_and_starts_the_launcher_once_a_node(tmp_path: Pat
     assert words[words.index("--nnodes") + 1] == "4"
     assert words[words.index("-m") : words.index("-m") + 3] == ["-m", "launcher", "run"]
     assert words[-3:] == ["train.epochs=3", "data.path=a b", ""]
+    # The status on which a job is queued again, and any other.
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho scontrol $@\n")
+    for status, requeued in [(143, True), (1, False)]:
+        (tmp_path / "srun").write_text(f"#!/bin/sh\nexit {status}\n")
+        ended = subprocess.run(["bash", path], env=environment, capture_output=True, text=True)
+        assert ended.returncode == status
+        assert (ended.stdout == "scontrol requeue 12003\n") is requeued
     directives = [line for line in path.read_text().splitlines() if line.startswith("#SBATCH")]
-    for directive in ("--nodes=4", "--gpus-per-node=8", "--partition=gpu", "--requeue"):
+    for directive in ("--nodes=4", "--gpus-per-node=8", "--partition=gpu", "--requeue", "--signal=TERM@120"):
         assert f"#SBATCH {directive}" in directives
 
 

@@ -113,7 +113,7 @@ if behaviour == "dies once" and rank == "1" and len(tries.read_text()) == 1:
 if behaviour == "always fails":
     raise ValueError("the worker's own traceback")
 if behaviour == "waits":
-    (folder / "waiting").write_text("")
+    (folder / f"waiting-{rank}").write_text("")
     time.sleep(60)
 """
 
@@ -171,7 +171,7 @@ def test_a_job_that_always_fails_shows_the_workers_traceback_and_not_torchruns(t
 
 def test_a_signal_reaches_the_workers(tmp_path: Path) -> None:
     launcher = start_workers(tmp_path, "waits", max_restarts=3)
-    while not (tmp_path / "waiting").exists():
+    while len(list(tmp_path.glob("waiting-*"))) < 2:
         assert launcher.poll() is None
         time.sleep(0.05)
     launcher.send_signal(signal.SIGTERM)

@@ -1,0 +1,229 @@
+"""Writes checkpoints in the background: training waits only for a copy of its state in host memory.
+
+Each rank's thread writes that rank's file and makes it durable. The threads exchange nothing: every step tells all ranks,
+in a sum that it has anyway, whether some rank still writes (`votes`), and once none does, the ranks gather the files' sums
+and rank 0's thread writes the index, gives the folder its name and removes what is no longer kept. A process that
+is killed at any moment leaves a folder of another name behind, which nothing reads and the next checkpoint removes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mme.distributed.checkpoint import INDEX, Progress, best_step, folder, piece_key, sha256, steps
+from mme.distributed.recommender import Recommender
+from mme.distributed.state import Piece, optimizer_pieces, weight_pieces
+from mme.errors import JobError, Preempted
+
+
+class CheckpointError(JobError):
+    """A checkpoint could not be written; training can't go on safely."""
+
+
+class CheckpointWriter:
+    """Writes one checkpoint at a time; every rank calls each method in the same order.
+
+    Args:
+        run: the run's folder.
+        keep: how many of the newest checkpoints stay, besides the best.
+    """
+
+    def __init__(self, run: Path, recommender: Recommender, keep: int) -> None:
+        self.run, self.recommender, self.world, self.keep = run, recommender, recommender.world, keep
+        self._host: dict[str, Tensor] = {}  # copies of this rank's pieces, taken again by each checkpoint
+        self._thread: threading.Thread | None = None
+        self._parts_of: Progress | None = None  # the checkpoint whose files are being written
+        self._entry: dict[str, Any] = {}  # of this rank in its index
+        self._failure: str | None = None
+        self._newest: int | None = None  # the step that this process has written last, or is writing
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if error is None or (isinstance(error, (JobError, Preempted)) and not isinstance(error, CheckpointError)):
+            self.wait()  # all ranks are here
+        elif self._thread is not None:
+            self._thread.join()  # of this rank alone: the others may be gone
+
+    def save(self, progress: Progress) -> None:
+        """Copies the state and starts to write `checkpoints/step_N`, when the one before is done.
+
+        Of the step that was written last only ``progress`` is written anew: the state is the same.
+
+        Raises:
+            CheckpointError: the checkpoint before could not be written, on any rank.
+        """
+        self.wait()
+        if self._newest == progress.step:
+            self._start(self._write_progress, progress)
+            self.wait()
+            return
+        self._newest = progress.step
+        partial = self._partial(progress.step)
+        if self.world.rank == 0:
+            for left in partial.parent.glob(".step_*.partial"):
+                shutil.rmtree(left, ignore_errors=True)
+        pieces = self._copy_state()
+        self.world.barrier()  # what a killed run left is gone
+        self._parts_of = progress
+        self._start(self._write_part, partial, pieces)
+
+    def votes(self) -> tuple[bool, bool]:
+        """What each step tells all ranks: whether this one still writes its part, and whether it failed at the end."""
+        writing = self._parts_of is not None and self._is_busy()
+        return writing, self._parts_of is None and self._failure is not None and not self._is_busy()
+
+    def after_step(self, any_writing: bool, any_failed: bool) -> None:
+        """Goes on with the checkpoint where all ranks are ready to; the arguments are the votes of all ranks.
+
+        Raises:
+            CheckpointError: it could not be written, on any rank.
+        """
+        if any_failed:
+            self._raise_failure()
+        if self._parts_of is not None and not any_writing:
+            self._commit()
+
+    def wait(self) -> None:
+        """Returns when the checkpoint is complete, on all ranks.
+
+        Raises:
+            CheckpointError: it could not be written, on any rank.
+        """
+        if self._newest is None:
+            return
+        if self._parts_of is not None:
+            self._commit()
+        self._join()
+        self._raise_failure()
+
+    def resumed_at(self, step: int) -> None:
+        """Tells which checkpoint the state was restored from: it needs not be written again."""
+        self._newest = step
+
+    def _is_busy(self) -> bool:
+        return self._thread is not None and self._thread.is_alive()
+
+    def _join(self) -> None:
+        if self._thread is not None:
+            self._thread.join()
+
+    def _start(self, function: Callable[..., None], *arguments: Any) -> None:
+        self._join()
+        self._thread = threading.Thread(target=function, args=arguments, name="checkpoint", daemon=True)
+        self._thread.start()
+
+    def _raise_failure(self) -> None:
+        dist.broadcast_object_list(verdict := [self._failure], src=0)
+        self._failure = None
+        if verdict[0]:
+            raise CheckpointError(f"checkpoint not written: {verdict[0]}")
+
+    def _partial(self, step: int) -> Path:
+        final = folder(self.run, step)
+        return final.with_name(f".{final.name}.partial")
+
+    def _copy_state(self) -> list[tuple[Piece, Tensor]]:
+        """This rank's pieces, as they are now, in host memory; to read one is a collective."""
+        on_gpu = self.world.device.type == "cuda"
+        copies = []
+        for piece in [*weight_pieces(self.recommender), *optimizer_pieces(self.recommender)]:
+            value = piece.read()
+            if not piece.writer:
+                continue
+            key = piece_key(piece.name, piece.offsets)
+            if key not in self._host:
+                self._host[key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=on_gpu)
+            copies.append((piece, self._host[key].copy_(value, non_blocking=on_gpu)))
+        if on_gpu:
+            torch.cuda.synchronize()
+        return copies
+
+    def _write_part(self, partial: Path, pieces: list[tuple[Piece, Tensor]]) -> None:
+        file = partial / f"rank_{self.world.rank:05d}.safetensors"
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            save_file({piece_key(piece.name, piece.offsets): value for piece, value in pieces}, file)
+            _flush(file)
+            described = [
+                {"name": p.name, "shape": p.shape, "offsets": p.offsets, "local_shape": p.local_shape}
+                for p, _ in pieces
+            ]
+            self._entry = {"file": file.name, "sha256": sha256(file), "pieces": described}
+        except (OSError, SafetensorError) as error:
+            self._entry = {"error": f"{file}: {error}"}
+
+    def _commit(self) -> None:
+        """Gathers what the ranks have written; rank 0 completes the checkpoint in its thread."""
+        self._join()
+        progress, self._parts_of = self._parts_of, None
+        assert progress is not None
+        entries: list[Any] = [None] * self.world.size
+        dist.all_gather_object(entries, self._entry)
+        failed = [entry["error"] for entry in entries if "error" in entry]
+        if failed:
+            self._failure = failed[0]
+            if self.world.rank == 0:
+                shutil.rmtree(self._partial(progress.step), ignore_errors=True)
+            self._raise_failure()
+        if self.world.rank == 0:
+            self._start(self._complete, progress, entries)
+
+    def _complete(self, progress: Progress, entries: Sequence[dict[str, Any]]) -> None:
+        final, partial = folder(self.run, progress.step), self._partial(progress.step)
+        try:
+            _write_index(partial, {"format": 1, "progress": asdict(progress), "files": entries})
+            _flush(partial)
+            shutil.rmtree(final, ignore_errors=True)  # damaged, or of a run that began anew: else it were resumed from
+            partial.rename(final)
+            _flush(final.parent)
+            self._prune()
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            self._failure = f"{final}: {error}"
+
+    def _write_progress(self, progress: Progress) -> None:
+        final = folder(self.run, progress.step)
+        try:
+            if self.world.rank == 0:
+                index = json.loads((final / INDEX).read_text())
+                _write_index(final, index | {"progress": asdict(progress)})
+                _flush(final)
+        except (OSError, ValueError) as error:
+            self._failure = f"{final / INDEX}: {error}"
+
+    def _prune(self) -> None:
+        found = steps(self.run)
+        for step in set(found[: -self.keep]) - {best_step(self.run)}:
+            shutil.rmtree(folder(self.run, step))
+
+
+def _write_index(checkpoint: Path, index: dict[str, Any]) -> None:
+    partial = checkpoint / f".{INDEX}.partial"
+    with open(partial, "w") as file:
+        json.dump(index, file)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(checkpoint / INDEX)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

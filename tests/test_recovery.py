@@ -1,0 +1,166 @@
+"""Real jobs that are stopped, killed and frozen go on by themselves, and end with the bits of one that was left alone."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from mme.data.synthetic import prepare_synthetic
+from mme.metrics_file import read_metrics
+from tests.test_train import SMALL, losses, metrics
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
+# Checkpoints at almost every step, so that kills meet them, too.
+OFTEN = ["train.checkpoint_every=2", "train.eval_every=7", "data.batch_size=4"]
+PATIENCE_S = 300
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "small"
+    prepare_synthetic("quickstart", folder, users=100, items=120, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of a job that was left alone."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    with started(data, run) as job:
+        assert job.wait(PATIENCE_S) == 0
+    return run
+
+
+@contextmanager
+def started(data: Path, run: Path, *overrides: str, max_restarts: int = 3) -> Iterator[subprocess.Popen[str]]:
+    """`launcher run` of two processes; whatever is left of it at the end is killed."""
+    command = [sys.executable, "-m", "launcher", "run", "--config", str(QUICKSTART), "--nproc-per-node", "2"]
+    command += [
+        "--max-restarts",
+        str(max_restarts),
+        f"data.path={data}",
+        f"output_dir={run}",
+        *SMALL,
+        *OFTEN,
+        *overrides,
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with (run.parent / "errors.txt").open("a") as errors:
+        job = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, text=True, env=environment)
+        try:
+            yield job
+        finally:
+            for process in [*workers(run), psutil.Process(job.pid)] if job.poll() is None else workers(run):
+                process.kill()
+            job.wait()
+
+
+def workers(run: Path) -> list[psutil.Process]:
+    """The processes of a run that train, in the order of their ranks."""
+    found = {}
+    for process in psutil.process_iter(["cmdline"]):
+        words = process.info["cmdline"] or []
+        if f"output_dir={run}" in words and "mme" in words and "torch.distributed.run" not in words:
+            try:
+                found[process.environ()["RANK"]] = process
+            except (psutil.Error, KeyError):
+                continue
+    return [found[rank] for rank in sorted(found)]
+
+
+def errors_of(run: Path) -> str:
+    return (run.parent / "errors.txt").read_text()
+
+
+def wait_until(condition: Any, job: subprocess.Popen[str]) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert job.poll() is None, "the job ended before"
+        assert time.monotonic() < until
+        time.sleep(0.02)
+
+
+def reached(run: Path, step: int) -> bool:
+    path = run / "metrics.jsonl"
+    return path.exists() and any(line["step"] >= step for line in read_metrics(path) if line["kind"] == "train")
+
+
+def check_same(run: Path, whole: Path) -> None:
+    """Every loss, every metric, bit for bit; nothing twice, nothing missing."""
+    assert losses(run) == losses(whole)
+    assert metrics(run, "valid") == metrics(whole, "valid")
+    assert metrics(run, "test")[-2:] == metrics(whole, "test")[-2:]
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_same_command_goes_on(data: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with started(data, run) as job:
+        wait_until(lambda: reached(run, 3), job)
+        sent = time.monotonic()
+        job.terminate()
+        assert job.wait(PATIENCE_S) == 143
+        assert time.monotonic() - sent < PATIENCE_S
+        assert not workers(run)
+    (line,) = errors_of(run).splitlines()
+    step = losses(run)[-1][0]
+    assert line == f"asked to stop: saved at step {step}; the same command goes on from there"
+    assert (run / "checkpoints" / f"step_{step}" / "index.json").exists()
+    with started(data, run) as job:
+        assert job.wait(PATIENCE_S) == 0
+    check_same(run, whole)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_it_ends_with_the_same_bits(data: Path, whole: Path, tmp_path: Path) -> None:
+    """Any worker at any moment; more often than it may restart without getting on."""
+    run, moments = tmp_path / "run", random.Random(5)
+    with started(data, run, max_restarts=2) as job:
+        for kill in range(4):
+            wait_until(lambda: len(workers(run)) == 2 and reached(run, 2 + 9 * kill), job)  # noqa: B023
+            time.sleep(moments.uniform(0, 0.5))
+            moments.choice(workers(run)).kill()
+            wait_until(lambda: len(workers(run)) < 2, job)
+        assert job.wait(PATIENCE_S) == 0, errors_of(run)
+    check_same(run, whole)
+
+
+@pytest.mark.slow
+def test_killed_launcher_leaves_no_worker_and_loses_nothing(data: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with started(data, run) as job:
+        wait_until(lambda: reached(run, 3), job)
+        job.kill()
+        job.wait()
+        until = time.monotonic() + PATIENCE_S
+        while workers(run):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+    assert "saved at step" in errors_of(run)
+    with started(data, run) as job:
+        assert job.wait(PATIENCE_S) == 0
+    check_same(run, whole)
+
+
+@pytest.mark.slow
+def test_a_frozen_worker_is_named_and_the_job_goes_on(data: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with started(data, run, "train.hang_timeout_s=20") as job:
+        wait_until(lambda: len(workers(run)) == 2 and reached(run, 3), job)
+        frozen = workers(run)[1]
+        os.kill(frozen.pid, signal.SIGSTOP)
+        wait_until(lambda: "rank 1 hangs (its process does not answer)" in errors_of(run), job)
+        frozen.kill()  # torchrun would, a minute later
+        assert job.wait(PATIENCE_S) == 0, errors_of(run)
+    check_same(run, whole)
