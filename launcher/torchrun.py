@@ -70,10 +70,15 @@ def command(job: Job, module: list[str] | None = None) -> list[str]:
 def environment(job: Job) -> dict[str, str]:
     """What the workers' environment has beyond this process's; what is set there already stays.
 
-    Their share of the cores; and on several nodes the network interface towards the rendezvous, because gloo would else
+    Their share of the cores; a store for each start; and on several nodes the network interface towards the rendezvous, because gloo would else
     take the address of the host's name, often that of the loopback.
     """
-    settings = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // job.nproc_per_node))}
+    settings = {
+        "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // job.nproc_per_node)),
+        # Else torchrun (2.13) keeps one store for all restarts, and workers that start again may read in it where those
+        # before them listened: they are refused there, or wait for as long as a collective may take.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
     address = local_address(job.rdzv_endpoint) if job.rdzv_endpoint is not None and job.nnodes > 1 else None
     for interface, addresses in psutil.net_if_addrs().items():
         if address is not None and address in {known.address for known in addresses}:

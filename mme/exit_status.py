@@ -49,9 +49,9 @@ def job_status() -> Iterator[Job]:
         _append_to_log(job.folder, f"error: {error}")
         raise typer.Exit(1) from error
     except Preempted as error:
+        _append_to_log(job.folder, str(error))
         if rank() == 0:
             print(error, file=sys.stderr, flush=True)
-        _append_to_log(job.folder, str(error))
         raise typer.Exit(PREEMPTED) from error
     except Exception as error:
         log = _append_to_log(job.folder, traceback.format_exc())

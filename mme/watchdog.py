@@ -83,28 +83,34 @@ class Watchdog:
     def _verdict(self) -> str:
         """Which rank hangs, as far as the ranks' reports tell; all that report come to the same."""
         reports = self._exchange_reports()
+        if reports is None:
+            return self._say({0: "its process, through which the ranks talk, does not answer"})
         silent = [rank for rank in range(self.world.size) if rank not in reports]
         behind = min(report["beats"] for report in reports.values())
         slowest = [rank for rank, report in reports.items() if report["beats"] == behind]
         blamed = silent or [rank for rank in slowest if not reports[rank]["waits"]] or slowest
-        words = []
-        for rank in blamed:
-            doing = "its process does not answer" if rank in silent else f"while {reports[rank]['doing']}"
-            words.append(f"rank {rank} hangs ({doing})")
-        return f"{', '.join(words)}: no progress for {self.timeout_s:g} s; the ranks' stacks are in {self.folder}"
+        doing = {rank: f"while {reports[rank]['doing']}" for rank in reports}
+        return self._say({rank: doing.get(rank, "its process does not answer") for rank in blamed})
 
-    def _exchange_reports(self) -> dict[int, dict[str, Any]]:
+    def _say(self, blamed: dict[int, str]) -> str:
+        ranks = ", ".join(f"rank {rank} hangs ({how})" for rank, how in blamed.items())
+        return f"{ranks}: no progress for {self.timeout_s:g} s; the ranks' stacks are in {self.folder}"
+
+    def _exchange_reports(self) -> dict[int, dict[str, Any]] | None:
+        """What the ranks say of themselves, of those that answer; None where rank 0, which keeps it, does not."""
         mine = {"beats": self._beats, "doing": self._doing, "waits": _waits_for_others()}
         reports = {self.world.rank: mine}
         store = self.world.store
         until = time.monotonic() + ANSWER_WITHIN_S
-        with suppress(dist.DistError, RuntimeError):  # the store went with the node that had it
+        try:
             store.set(f"hang/{self.world.rank}", json.dumps(mine))
             while len(reports) < self.world.size and time.monotonic() < until:
                 for rank in range(self.world.size):
                     if rank not in reports and store.check([f"hang/{rank}"]):
                         reports[rank] = json.loads(store.get(f"hang/{rank}"))
                 time.sleep(0.1)
+        except (dist.DistError, RuntimeError):
+            return None
         # The ranks differ in when they ask: none leaves before the last one has seen all answers.
         time.sleep(max(0.0, until - time.monotonic()))
         return reports

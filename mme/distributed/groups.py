@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 PATIENCE_S = 600.0  # how long a collective waits for the other ranks
+STORE_ANSWERS_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,9 @@ def _own_store(size: int) -> dist.Store:
     name = [uuid.uuid4().hex]
     dist.broadcast_object_list(name, src=0)
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return dist.PrefixStore(name[0], dist.TCPStore(address, port, is_master=False, wait_for_workers=False))
+    store = dist.TCPStore(address, port, is_master=False, wait_for_workers=False)
+    store.set_timeout(timedelta(seconds=STORE_ANSWERS_WITHIN_S))
+    return dist.PrefixStore(name[0], store)
 
 
 def _keep_freed_memory() -> None:

@@ -20,7 +20,8 @@ from tests.launcher.command_line import CONFIG, REPOSITORY, launch, the_error
 def test_dry_run_prints_the_torchrun_command_of_two_cpu_processes() -> None:
     done = launch("run", "--config", CONFIG, "train.epochs=2", "--dry-run", PATH="/usr/bin:/bin")
     assert done.returncode == 0, done.stderr
-    words = shlex.split(done.stdout)
+    store, *words = shlex.split(done.stdout)
+    assert store == "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
     assert words[:3] == [sys.executable, "-m", "torch.distributed.run"]
     assert "--standalone" in words
     assert words[words.index("--nproc-per-node") + 1] == "2"
@@ -194,6 +195,7 @@ def test_cores_are_shared_among_the_processes(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(10)))
     monkeypatch.delenv("OMP_NUM_THREADS")
     job = Job(Path("x.yaml"), (), 1, 4, 0)
+    monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     assert torchrun.environment(job) == {"OMP_NUM_THREADS": "2"}
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert torchrun.environment(job) == {}

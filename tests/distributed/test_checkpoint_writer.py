@@ -1,0 +1,119 @@
+"""Checkpoints written beside the training: killed or refused at any moment, the one before stays and is used."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from mme.distributed import checkpoint
+from mme.distributed.checkpoint import Progress
+from mme.distributed.checkpoint_writer import CheckpointError, CheckpointWriter
+from mme.distributed.engine import initialize_engine
+from mme.distributed.groups import World, process_group
+from mme.distributed.recommender import Recommender
+from tests.distributed.processes import run_on
+from tests.distributed.test_step import NUM_ITEMS, configuration
+
+
+def recommender_of(world: World) -> tuple[Recommender, Any]:
+    config = configuration("train.table_optimizer=adam", "train.table_lr=0.001")
+    recommender = Recommender(config, NUM_ITEMS, world)
+    return recommender, initialize_engine(recommender.decoder, config)
+
+
+def save_until_killed(run: Path, delay_s: float) -> None:
+    """Completes step 1, then is killed ``delay_s`` after the file of step 2 has appeared."""
+    with process_group() as world, CheckpointWriter(run, recommender_of(world)[0], keep=1) as writer:
+        writer.save(Progress(1, 0, 1))
+        writer.wait()
+        writer.save(Progress(2, 0, 2))
+        while not list((run / "checkpoints").glob(".step_2.partial/*.safetensors")):
+            time.sleep(0)
+        time.sleep(delay_s)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def load_and_save(world: World, run: str) -> Any:
+    recommender, engine = recommender_of(world)
+    notes: list[str] = []
+    progress = checkpoint.load_training(Path(run), recommender, engine, notes.append)
+    assert progress is not None
+    with CheckpointWriter(Path(run), recommender, keep=1) as writer:
+        writer.resumed_at(progress.step)
+        writer.save(Progress(3, 0, 3))
+    return progress.step, notes
+
+
+def test_a_writer_killed_in_the_middle_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["mme.train"])
+    moments = random.Random(1)
+    for attempt in range(3):
+        run = tmp_path / str(attempt)
+        process = context.Process(target=save_until_killed, args=(run, moments.choice([0, moments.uniform(0, 0.01)])))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert checkpoint.steps(run) == [1]
+        assert (run / "checkpoints" / ".step_2.partial").is_dir()
+    assert run_on(2, load_and_save, str(run)) == [(1, [])] * 2
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_3"]
+
+
+def save_where_one_cannot(world: World, run: str, rank: int) -> str:
+    """Where ``rank`` would write there is a folder; the others go on with their steps, and all raise at the same one."""
+    recommender, _ = recommender_of(world)
+    run_folder = Path(run)
+    with pytest.raises(CheckpointError) as raised, CheckpointWriter(run_folder, recommender, keep=1) as writer:
+        writer.save(Progress(1, 0, 1))
+        writer.wait()
+        if world.rank == rank:
+            write_part = writer._write_part
+
+            def write_over_a_folder(partial: Path, pieces: Any) -> None:
+                (partial / f"rank_{rank:05d}.safetensors").mkdir(parents=True)
+                write_part(partial, pieces)
+
+            writer._write_part = write_over_a_folder  # type: ignore[method-assign]
+        writer.save(Progress(2, 0, 2))
+        while True:
+            any_writing, any_failed = world.sum(torch.tensor(writer.votes(), dtype=torch.int64)).tolist()
+            writer.after_step(any_writing > 0, any_failed > 0)
+    return str(raised.value)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_told_to_all_ranks_in_one_line(tmp_path: Path) -> None:
+    messages = run_on(2, save_where_one_cannot, str(tmp_path), 1)
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(
+        f"checkpoint not written: {tmp_path}/checkpoints/.step_2.partial/rank_00001.safetensors: "
+    )
+    assert checkpoint.steps(tmp_path) == [1]
+
+
+def save_where_nothing_can_be_named(world: World, run: str) -> str:
+    recommender, _ = recommender_of(world)
+    # A file where the finished folder would go: the rename fails, in rank 0's thread.
+    (Path(run) / "checkpoints").mkdir(exist_ok=True)
+    (Path(run) / "checkpoints" / "step_1").touch()
+    with pytest.raises(CheckpointError) as raised, CheckpointWriter(Path(run), recommender, keep=1) as writer:
+        writer.save(Progress(1, 0, 1))
+        while True:
+            any_writing, any_failed = world.sum(torch.tensor(writer.votes(), dtype=torch.int64)).tolist()
+            writer.after_step(any_writing > 0, any_failed > 0)
+    return str(raised.value)
+
+
+def test_a_failure_at_the_end_is_told_too(tmp_path: Path) -> None:
+    messages = run_on(2, save_where_nothing_can_be_named, str(tmp_path))
+    assert messages[0] == messages[1]
+    assert messages[0].startswith(f"checkpoint not written: {tmp_path}/checkpoints/step_1: ")
+    assert checkpoint.steps(tmp_path) == []
