@@ -47,8 +47,9 @@ class MoEConfig:
 
 @dataclass
 class ModelConfig:
-    """Fuxi-MME; num_tables=1 with moe.num_experts=0 is FuXi-α."""
+    """Fuxi-MME; num_tables=1 with moe.num_experts=0 is FuXi-α, and the baselines are other blocks."""
 
+    block: Literal["fuxi", "hstu", "sasrec"] = "fuxi"
     num_tables: int = 4  # M: item-embedding tables, one view of the sequence each
     embedding_dim: int = 64  # D: total width; a view has D / M
     num_blocks: int = 2
@@ -222,6 +223,10 @@ def validate(config: Config) -> None:
         raise UserError(
             f"model.moe.num_experts ({moe.num_experts}) must be divisible by parallel.expert_parallel_size "
             f"({parallel.expert_parallel_size})"
+        )
+    if moe.num_experts and model.block != "fuxi":
+        raise UserError(
+            f"model.moe.num_experts ({moe.num_experts}) must be 0 with model.block={model.block}: only fuxi has experts"
         )
     for block in moe.placement:
         if not 0 <= block < model.num_blocks:

@@ -17,7 +17,7 @@ from mme.metrics import rank_metrics
 from mme.model.baselines import popularity_ranks
 from mme.ranking import Ranker
 
-MODEL = "fuxi-mme"  # in metrics and report, whatever the number of tables and experts
+MODELS = {"fuxi": "fuxi-mme", "hstu": "hstu", "sasrec": "sasrec"}  # in metrics and report, by `model.block`
 
 
 def evaluate(
@@ -61,7 +61,7 @@ def evaluate(
         "targets_sha256": dataset.targets_sha256(data.protocol, split, fraction),
         "users": sum(ranks.numel() for ranks in model_ranks),
     }
-    by_model = {MODEL: model_ranks, "popularity": popular_ranks}
+    by_model = {MODELS[config.model.block]: model_ranks, "popularity": popular_ranks}
     return [common | {"model": name} | rank_metrics(torch.cat(ranks)) for name, ranks in by_model.items()]
 
 

@@ -158,7 +158,9 @@ def _page(run: Run) -> str:
 def _header(run: Run, name: str) -> str:
     model, info = run.config.model, _first(run.of_kind("run"))
     experts = f"{model.moe.num_experts} experts (top {model.moe.top_k})" if model.moe.num_experts else "dense FFN"
-    shape = f"M = {model.num_tables} tables, D = {model.embedding_dim}, {model.num_blocks} blocks, {experts}"
+    kind = {"fuxi": "", "hstu": "HSTU ", "sasrec": "SASRec "}[model.block]
+    ffn = "" if model.block == "hstu" else f", {experts}"
+    shape = f"M = {model.num_tables} tables, D = {model.embedding_dim}, {model.num_blocks} {kind}blocks{ffn}"
     processes = info.get("world_size")
     where = [
         str(info.get("time", ""))[:16].replace("T", " "),

@@ -1,9 +1,175 @@
-"""The baseline that every result stands beside: the most popular items that a user has not seen."""
+"""What results stand beside: the most popular items that a user has not seen, and the blocks of SASRec and HSTU.
+
+The blocks take the place of the FuXi block in the same decoder, over the same jagged tokens, by `model.block`. Their
+attention has no kernel of its own: sequences are padded in chunks of similar length, and a chunk's (n, n) scores are
+computed again in backward rather than kept.
+
+Legend: B sequences, N max_seq_len, T tokens, M views, d view width, H heads, G = M·H groups, S sequences of a chunk, n
+the longest of them.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kernels.relative_attention.reference import NUM_TIME_BUCKETS, time_bucket
+from mme.model.moe import Routing
+
+ROWS_AT_ONCE = 32  # sequences of one group in a chunk; more would pad more, fewer would launch more
+EPS = 1e-6
+
+
+class SASRecBlock(nn.Module):
+    """x + dropout(Attention(LN(x))), then x + dropout(FFN(LN(x))) (SASRec, arXiv 1808.09781, equations 2 to 6).
+
+    Causal softmax attention over q·k / √dqk with dropout on its weights; FFN(z) = dropout(ReLU(z W_1 + b_1)) W_2 + b_2.
+    Unlike in the paper, heads may be several and are then joined by an output matrix.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dqk: int, dv: int, hidden_dim: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.num_heads, self.dqk, self.dv = num_heads, dqk, dv
+        self.dropout = dropout
+        self.attention_norm, self.ffn_norm = nn.LayerNorm(dim, eps=EPS), nn.LayerNorm(dim, eps=EPS)
+        self.qkv = nn.Linear(dim, num_heads * (2 * dqk + dv))
+        self.output = nn.Linear(num_heads * dv, dim)
+        self.ffn_in, self.ffn_out = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
+        for layer in (self.qkv, self.output, self.ffn_in, self.ffn_out):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(
+        self, x: Tensor, seq_offsets: Tensor, timestamps: Tensor, plan: Any = None
+    ) -> tuple[Tensor, Routing | None]:
+        """(M, T, d) → (M, T, d) and no routing; ``seq_offsets`` (B + 1,) int64. Times and plan are not looked at."""
+        heads = self.num_heads
+        z = _linear(_layer_norm(x, self.attention_norm), self.qkv)
+        q, k, v = _heads(z, heads, [self.dqk, self.dqk, self.dv])
+        attended = attend_by_length(q, k, v, seq_offsets, self._attend)
+        x = x + self._drop(_linear(_join(attended, heads), self.output))
+        hidden = self._drop(torch.relu(_linear(_layer_norm(x, self.ffn_norm), self.ffn_in)))
+        return x + self._drop(_linear(hidden, self.ffn_out)), None
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, sequence: Tensor) -> Tensor:
+        scores = (q @ k.transpose(1, 2)).float() / self.dqk**0.5
+        shares = torch.softmax(scores.masked_fill(~_causal(scores), -torch.inf), dim=-1)
+        return self._drop(shares).to(v.dtype) @ v
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class HSTUBlock(nn.Module):
+    """[u, v, q, k] = SiLU(norm(x) W_uvqk);  A = SiLU(q·k + bias) / N;  x' = dropout(u ⊙ norm(A v)) W_o + b_o + x.
+
+    HSTU (arXiv 2402.17152, equations 1 to 3). The bias of (i, j) is w_pos[j − i + N − 1] + w_ts[bucket(τ_{i+1} − τ_j)],
+    shared by the heads, with FuXi-α's buckets; norms are layer norms without scale.
+    """
+
+    def __init__(self, dim: int, max_seq_len: int, num_heads: int, dqk: int, dv: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.max_seq_len, self.num_heads, self.dqk, self.dv = max_seq_len, num_heads, dqk, dv
+        self.dropout = dropout
+        self.uvqk = nn.Parameter(torch.empty(dim, num_heads * 2 * (dv + dqk)).normal_(std=0.02))
+        self.ts_weights = nn.Parameter(torch.empty(NUM_TIME_BUCKETS).normal_(std=0.02))
+        self.pos_weights = nn.Parameter(torch.empty(2 * max_seq_len - 1).normal_(std=0.02))
+        self.output = nn.Linear(num_heads * dv, dim)
+        nn.init.xavier_uniform_(self.output.weight)
+
+    def forward(
+        self, x: Tensor, seq_offsets: Tensor, timestamps: Tensor, plan: Any = None
+    ) -> tuple[Tensor, Routing | None]:
+        """(M, T, d) → (M, T, d) and no routing; ``timestamps`` (T + B,) int64 s, each sequence with one entry more."""
+        normed = F.layer_norm(x, x.shape[-1:], eps=EPS)
+        projected = F.silu(normed @ self.uvqk.to(x.dtype))
+        gate, rest = projected.split([self.num_heads * self.dv, projected.shape[-1] - self.num_heads * self.dv], dim=-1)
+        v, q, k = _heads(rest, self.num_heads, [self.dv, self.dqk, self.dqk])
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, sequence: Tensor) -> Tensor:
+            logits = (q @ k.transpose(1, 2)).float() + self._bias(sequence, q.shape[1], seq_offsets, timestamps)
+            weights = F.silu(logits).masked_fill(~_causal(logits), 0) / self.max_seq_len
+            return weights.to(v.dtype) @ v
+
+        attended = _join(attend_by_length(q, k, v, seq_offsets, attend), self.num_heads)
+        gated = gate * F.layer_norm(attended, attended.shape[-1:], eps=EPS)
+        return _linear(F.dropout(gated, self.dropout, self.training), self.output) + x, None
+
+    def _bias(self, sequence: Tensor, n: int, seq_offsets: Tensor, timestamps: Tensor) -> Tensor:
+        """(S, n, n) for the sequences of a chunk, (S,) int64."""
+        position = torch.arange(n, device=timestamps.device)
+        length = seq_offsets.diff()[sequence][:, None]
+        start = (seq_offsets[sequence] + sequence)[:, None]  # a sequence of L tokens has L + 1 times
+        times = timestamps[start + torch.minimum(position, length)]
+        following = timestamps[start + torch.minimum(position + 1, length)]
+        bucket = time_bucket(following[:, :, None] - times[:, None, :])
+        distance = position[None, :] - position[:, None] + self.max_seq_len - 1
+        return self.ts_weights[bucket] + self.pos_weights[distance]
+
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+def attend_by_length(q: Tensor, k: Tensor, v: Tensor, seq_offsets: Tensor, attend: Attend) -> Tensor:
+    """Runs ``attend`` over padded chunks of sequences of similar length.
+
+    Args:
+        q, k: (G, T, dqk); v: (G, T, dv).
+        seq_offsets: (B + 1,) int64.
+        attend: q, k (S, n, dqk), v (S, n, dv) of one chunk and which sequences it holds, (S,) int64 → (S, n, dv). It must be
+            causal: the padding stands at the end. S is at most the smaller of B and `ROWS_AT_ONCE`.
+
+    Returns:
+        (G, T, dv), of the tokens alone.
+    """
+    num_groups, num_tokens, _ = q.shape
+    lengths = seq_offsets.diff()
+    row_length = lengths.repeat(num_groups)
+    sequence = torch.arange(lengths.numel(), device=q.device).repeat(num_groups)
+    group_start = torch.arange(num_groups, device=q.device)[:, None] * num_tokens
+    row_start = (seq_offsets[:-1] + group_start).flatten()
+    order = torch.argsort(row_length, stable=True)
+    order = order[row_length[order] > 0]
+    q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    places, results = [], []
+    for rows in order.split(max(1, min(lengths.numel(), ROWS_AT_ONCE))):
+        longest = int(row_length[rows[-1]]) if rows.numel() else 0  # no token at all: every weight still has a gradient
+        position = torch.arange(longest, device=q.device)
+        inside = position < row_length[rows][:, None]
+        token = row_start[rows][:, None] + position.where(inside, 0)
+        y = checkpoint(attend, q[token], k[token], v[token], sequence[rows], use_reentrant=False)
+        places.append(token[inside])
+        results.append(y[inside])
+    result = torch.zeros_like(v).index_copy(0, torch.cat(places), torch.cat(results))
+    return result.unflatten(0, (num_groups, num_tokens))
+
+
+def _causal(scores: Tensor) -> Tensor:
+    return torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+
+
+def _heads(x: Tensor, num_heads: int, widths: list[int]) -> list[Tensor]:
+    """(M, T, Σ H·width) → for each width (M·H, T, width)."""
+    parts = x.split([num_heads * width for width in widths], dim=-1)
+    return [part.unflatten(-1, (num_heads, -1)).transpose(1, 2).flatten(0, 1) for part in parts]
+
+
+def _join(x: Tensor, num_heads: int) -> Tensor:
+    """(M·H, T, dv) → (M, T, H·dv)"""
+    return x.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2)
+
+
+def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
+    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
+
+
+def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 
 def popularity_order(counts: Tensor) -> Tensor:

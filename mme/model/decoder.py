@@ -1,4 +1,4 @@
-"""The decoder that all views share: input views, the stack of FuXi blocks, and what the routers decided.
+"""The decoder that all views share: input views, the stack of blocks, and what the routers decided.
 
 Legend: B sequences, N max_seq_len, T tokens, M views, d view width, U distinct items of a batch.
 """
@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import plan_attention
 from mme.config import Config
+from mme.model.baselines import HSTUBlock, SASRecBlock
 from mme.model.fuxi_block import FuxiBlock
 from mme.model.moe import DenseFFN, MixtureOfExperts, Routing
 from mme.model.multi_embedding import InputViews
@@ -31,38 +32,14 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Config) -> None:
         super().__init__()
-        model, backend = config.model, config.kernels.backend
-        self.backend = backend
+        model = config.model
+        self.backend = config.kernels.backend
         self.dtype = getattr(torch, config.train.precision)
         self.recompute = config.train.recompute == "blocks"
         self.max_seq_len = config.data.max_seq_len
         self.inputs = InputViews(model.num_tables, model.view_dim, self.max_seq_len, model.dropout, model.positions)
-        head_dim = model.view_dim // model.num_heads
-        hidden_dim = max(1, round(model.ffn_multiplier * model.view_dim))
-        with_experts = set(model.moe.placement or range(model.num_blocks)) if model.moe.num_experts else set()
-        self.blocks = nn.ModuleList(
-            FuxiBlock(
-                model.view_dim,
-                self.max_seq_len,
-                model.num_heads,
-                model.dqk or head_dim,
-                model.dv or head_dim,
-                MixtureOfExperts(
-                    model.moe.num_experts,
-                    model.moe.top_k,
-                    model.view_dim,
-                    hidden_dim,
-                    model.moe.renormalize,
-                    backend,
-                    model.moe.capacity_factor,
-                )
-                if block in with_experts
-                else DenseFFN(model.view_dim, hidden_dim, backend),
-                model.dropout,
-                backend,
-            )
-            for block in range(model.num_blocks)
-        )
+        self.block = model.block
+        self.blocks = nn.ModuleList(_block(config, index) for index in range(model.num_blocks))
 
     def forward(self, item_rows: Tensor, item_index: Tensor, seq_offsets: Tensor, timestamps: Tensor) -> DecoderOutput:
         """
@@ -75,7 +52,9 @@ class Decoder(nn.Module):
         The blocks compute in `train.precision`, each with its weights cast; what they learn stays float32.
         """
         x = self.inputs(item_rows, item_index, seq_offsets).to(self.dtype)
-        plan = plan_attention(seq_offsets, self.max_seq_len, timestamps, backend=self.backend)
+        plan = None
+        if self.block == "fuxi":
+            plan = plan_attention(seq_offsets, self.max_seq_len, timestamps, backend=self.backend)
         routing = []
         for block in self.blocks:
             if self.recompute and self.training:
@@ -89,3 +68,23 @@ class Decoder(nn.Module):
     def moe_layers(self) -> list[MixtureOfExperts]:
         """The mixtures of experts, by block."""
         return [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
+
+
+def _block(config: Config, index: int) -> nn.Module:
+    """The ``index``-th block, of the kind that `model.block` names."""
+    model, moe, backend = config.model, config.model.moe, config.kernels.backend
+    dim, max_seq_len = model.view_dim, config.data.max_seq_len
+    dqk, dv = model.dqk or dim // model.num_heads, model.dv or dim // model.num_heads
+    hidden_dim = max(1, round(model.ffn_multiplier * dim))
+    if model.block == "sasrec":
+        return SASRecBlock(dim, model.num_heads, dqk, dv, hidden_dim, model.dropout)
+    if model.block == "hstu":
+        return HSTUBlock(dim, max_seq_len, model.num_heads, dqk, dv, model.dropout)
+    ffn: DenseFFN | MixtureOfExperts
+    if moe.num_experts and (not moe.placement or index in moe.placement):
+        ffn = MixtureOfExperts(
+            moe.num_experts, moe.top_k, dim, hidden_dim, moe.renormalize, backend, moe.capacity_factor
+        )
+    else:
+        ffn = DenseFFN(dim, hidden_dim, backend)
+    return FuxiBlock(dim, max_seq_len, model.num_heads, dqk, dv, ffn, model.dropout, backend)

@@ -1,0 +1,154 @@
+"""SASRec and HSTU blocks against dense float64 definitions, one padded sequence at a time, and what a chunk may hold."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mme.config import load_config
+from mme.errors import UserError
+from mme.model.baselines import ROWS_AT_ONCE, HSTUBlock, SASRecBlock
+from mme.model.decoder import Decoder
+
+NUM_VIEWS, DIM, HEADS, DQK, DV, N = 3, 8, 2, 3, 5, 9
+LENGTHS = [4, 0, 9, 1, 7]
+
+
+def make(kind: str) -> nn.Module:
+    torch.manual_seed(1)
+    block = SASRecBlock(DIM, HEADS, DQK, DV, 12) if kind == "sasrec" else HSTUBlock(DIM, N, HEADS, DQK, DV)
+    with torch.no_grad():
+        for parameter in block.parameters():  # biases, scales and time weights must matter
+            parameter.copy_(torch.randn_like(parameter) * 0.5)
+    return block.double()
+
+
+def inputs(lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(NUM_VIEWS, sum(lengths), DIM, generator=generator, dtype=torch.float64)
+    gaps = [torch.randint(1, 100_000, (length + 1,), generator=generator) for length in lengths]
+    return x, torch.tensor([0, *lengths]).cumsum(0), torch.cat([gap.cumsum(0) for gap in gaps])
+
+
+def layer_norm(x: Tensor) -> Tensor:
+    centred = x - x.mean()
+    return centred / (centred.square().mean() + 1e-6).sqrt()
+
+
+def dense_sasrec(w: dict[str, Tensor], x: Tensor, times: list[int]) -> Tensor:
+    """One view of one sequence (L, d), token by token as the paper's equations read."""
+    normed = torch.stack([layer_norm(t) for t in x]) * w["attention_norm.weight"] + w["attention_norm.bias"]
+    projected = normed @ w["qkv.weight"].T + w["qkv.bias"]
+    rows = []
+    for i in range(len(x)):
+        heads = []
+        for h in range(HEADS):
+            q = projected[i, h * DQK : (h + 1) * DQK]
+            k = projected[: i + 1, (HEADS + h) * DQK : (HEADS + h + 1) * DQK]
+            v = projected[: i + 1, 2 * HEADS * DQK + h * DV : 2 * HEADS * DQK + (h + 1) * DV]
+            heads.append(torch.softmax(k @ q / math.sqrt(DQK), 0) @ v)
+        o = x[i] + w["output.weight"] @ torch.cat(heads) + w["output.bias"]
+        z = layer_norm(o) * w["ffn_norm.weight"] + w["ffn_norm.bias"]
+        hidden = (w["ffn_in.weight"] @ z + w["ffn_in.bias"]).clamp(min=0)
+        rows.append(o + w["ffn_out.weight"] @ hidden + w["ffn_out.bias"])
+    return torch.stack(rows)
+
+
+def dense_hstu(w: dict[str, Tensor], x: Tensor, times: list[int]) -> Tensor:
+    projected = torch.stack([layer_norm(t) for t in x]) @ w["uvqk"]
+    projected = projected * torch.sigmoid(projected)
+    u, v, q, k = projected.split([HEADS * DV, HEADS * DV, HEADS * DQK, HEADS * DQK], dim=1)
+    rows = []
+    for i in range(len(x)):
+        heads = []
+        for h in range(HEADS):
+            total = torch.zeros(DV, dtype=x.dtype)
+            for j in range(i + 1):
+                bucket = min(int(math.log(max(abs(times[i + 1] - times[j]), 1)) / 0.301), 128)
+                logit = q[i, h * DQK : (h + 1) * DQK] @ k[j, h * DQK : (h + 1) * DQK]
+                logit = logit + w["ts_weights"][bucket] + w["pos_weights"][j - i + N - 1]
+                total = total + logit * torch.sigmoid(logit) / N * v[j, h * DV : (h + 1) * DV]
+            heads.append(total)
+        rows.append(w["output.weight"] @ (u[i] * layer_norm(torch.cat(heads))) + w["output.bias"] + x[i])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("kind", ["sasrec", "hstu"])
+def test_block_and_all_gradients_are_those_of_the_dense_definition(kind: str) -> None:
+    block = make(kind)
+    x, offsets, times = inputs(LENGTHS)
+    x.requires_grad_()
+    y, routing = block(x, offsets, times)
+    assert routing is None
+    direction = torch.randn_like(y)
+    named: dict[str, Tensor] = dict(block.named_parameters())
+    gradients = torch.autograd.grad(y, [x, *named.values()], direction)
+
+    dense = dense_sasrec if kind == "sasrec" else dense_hstu
+    parts = [
+        torch.cat(
+            [
+                dense(named, x[view, start:end], times[start + b : end + b + 1].tolist())
+                for b, (start, end) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:], strict=False))
+                if end > start
+            ]
+        )
+        for view in range(NUM_VIEWS)
+    ]
+    expected = torch.stack(parts)
+    torch.testing.assert_close(y, expected, rtol=1e-6, atol=1e-6)
+    wanted = torch.autograd.grad(expected, [x, *named.values()], direction)
+    for name, got, want in zip(["x", *named], gradients, wanted, strict=True):
+        assert want.abs().max() > 0, name
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * float(want.abs().max()), msg=name)
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation makes."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self.elements = max(self.elements, result.numel())
+        return result
+
+
+@pytest.mark.parametrize("kind", ["sasrec", "hstu"])
+def test_no_tensor_is_larger_than_the_scores_of_a_chunk(kind: str) -> None:
+    lengths = [200] * 3
+    block = SASRecBlock(4, 2, 2, 2, 4) if kind == "sasrec" else HSTUBlock(4, 200, 2, 2, 2)
+    x = torch.randn(4, sum(lengths), 4, requires_grad=True)  # 8 groups of 3 sequences
+    times = torch.arange(sum(lengths) + 3)
+    with Largest() as largest:
+        block(x, torch.tensor([0, *lengths]).cumsum(0), times)[0].sum().backward()
+    assert len(lengths) < ROWS_AT_ONCE
+    assert 200 * 200 <= largest.elements <= len(lengths) * 200 * 200
+
+
+@pytest.mark.parametrize("kind", ["sasrec", "hstu"])
+def test_a_batch_without_tokens_and_dropout(kind: str) -> None:
+    config = load_config(
+        None, ["data.path=unused", f"model.block={kind}", "model.moe.num_experts=0", "model.dropout=0.5"]
+    )
+    model = Decoder(config)
+    rows = torch.randn(4, 4, 16, requires_grad=True)
+    empty = model(rows, torch.zeros(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), torch.arange(2)).hidden
+    assert empty.shape == (0, 4, 16)
+    empty.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    batch = rows, torch.tensor([0, 1, 2]), torch.tensor([0, 3]), torch.arange(4)
+    assert not torch.equal(model(*batch).hidden, model(*batch).hidden)
+    model.eval()
+    torch.testing.assert_close(model(*batch).hidden, model(*batch).hidden, rtol=0, atol=0)
+
+
+def test_experts_belong_to_fuxi_blocks() -> None:
+    with pytest.raises(UserError, match=r"num_experts \(8\) must be 0 with model.block=hstu: only fuxi has experts"):
+        load_config(None, ["data.path=unused", "model.block=hstu"])
