@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kernels.backend import backend_for, resolve_backend
+from kernels.backend import backend_for, dot_precision, resolve_backend
 from kernels.relative_attention.plan import TilePlan, make_tile_plan
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS
 from kernels.relative_attention.tiled_op import TiledAttention, tiled_op
@@ -94,9 +94,10 @@ def relative_attention(
         return TiledAttention.apply(*operands, max_seq_len, plan)
     from kernels.relative_attention.triton_op import LaunchConfig, attention_op
 
-    lists = plan.lists(LaunchConfig.choose(q.shape[0], q.shape[2], v.shape[2], q.itemsize).block)
+    precision = dot_precision(q.dtype)
+    lists = plan.lists(LaunchConfig.choose(q.shape[0], q.shape[2], v.shape[2], q.itemsize, precision).block)
     work = (lists.query_items, lists.key_items, lists.counts)
-    return attention_op(*operands, seq_offsets, timestamps, *work, max_seq_len)
+    return attention_op(*operands, seq_offsets, timestamps, *work, max_seq_len, precision)
 
 
 def _check_batch(seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor) -> None:

@@ -13,7 +13,6 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.backend import dot_precision
 from kernels.relative_attention import triton_kernels
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS
 from kernels.relative_attention.tiled import sum_diagonals
@@ -37,12 +36,14 @@ class LaunchConfig:
     num_stages: int
 
     @classmethod
-    def choose(cls, num_groups: int, dqk: int, dv: int, itemsize: int) -> LaunchConfig:
+    def choose(cls, num_groups: int, dqk: int, dv: int, itemsize: int, precision: str) -> LaunchConfig:
         """Each branch is what compiles for sm_80 and sm_90 without a spill (`python -m kernels.aot`)."""
         width = max(16, triton.next_power_of_2(max(dqk, dv)))
         # Three accumulators of (block, width) float32 a group. The tile of buckets, int64 differences and gathers wants
         # most of the other registers: hence the short steps.
         groups = min(triton.next_power_of_2(num_groups), max(1, 128 // (itemsize * width)))
+        if itemsize == 4 and precision == "ieee":  # exact products run on vector units, their operands in registers
+            return cls(block=32 if width <= 64 else 16, step=16, groups=1, num_warps=8, num_stages=1)
         if width <= 16:
             return cls(block=64, step=16, groups=groups, num_warps=4, num_stages=2 if itemsize == 2 else 1)
         if width <= 64:
@@ -138,18 +139,19 @@ def attention_op(
     key_items: Tensor,
     counts: Tensor,
     max_seq_len: int,
+    precision: str,
 ) -> Tensor:
-    """(G, T, 3·dv); the lists are those of `LaunchConfig.choose`'s block."""
+    """(G, T, 3·dv); the lists are those of `LaunchConfig.choose`'s block for ``precision``, that of the products."""
     q, k, v, ts_weights, pos_weights, timestamps = _contiguous(q, k, v, ts_weights, pos_weights, timestamps)
     groups, num_tokens, dqk, dv = *q.shape, v.shape[2]
-    config = LaunchConfig.choose(groups, dqk, dv, q.itemsize)
+    config = LaunchConfig.choose(groups, dqk, dv, q.itemsize, precision)
     out = v.new_empty(groups, num_tokens, 3 * dv)
     group_blocks = triton.cdiv(groups, config.groups)
     if out.numel():
         triton_kernels.forward_kernel[(query_items.shape[0] * group_blocks,)](
             q, k, v, out, seq_offsets, timestamps, ts_weights, pos_weights, time_thresholds(q.device), query_items,
             num_tokens, max_seq_len, groups, group_blocks,
-            DQK=dqk, DV=dv, GROUPS=config.groups, BLOCK=config.block, STEP=config.step, PRECISION=dot_precision(q.dtype),
+            DQK=dqk, DV=dv, GROUPS=config.groups, BLOCK=config.block, STEP=config.step, PRECISION=precision,
             **config.launch(),
         )  # fmt: skip
     return out
@@ -174,6 +176,7 @@ def attention_backward_op(
     key_items: Tensor,
     counts: Tensor,
     max_seq_len: int,
+    precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, ts_weights and pos_weights."""
     grad, q, k, v, timestamps = _contiguous(grad, q, k, v, timestamps)
@@ -182,8 +185,8 @@ def attention_backward_op(
     dq, dk, d_values = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if not grad.numel():
         return dq, dk, d_values, torch.zeros_like(ts_weights), torch.zeros_like(pos_weights)
-    config = LaunchConfig.choose(groups, dqk, dv, q.itemsize)
-    block, precision, thresholds = config.block, dot_precision(q.dtype), time_thresholds(q.device)
+    config = LaunchConfig.choose(groups, dqk, dv, q.itemsize, precision)
+    block, thresholds = config.block, time_thresholds(q.device)
     launch, bias_launch = config.launch(), config.launch(bias_gradient=True)
     num_items, group_blocks = query_items.shape[0], triton.cdiv(groups, config.groups)
     triton_kernels.backward_query_kernel[(num_items * groups,)](
@@ -223,12 +226,13 @@ def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.max_seq_len = inputs
+    *tensors, ctx.max_seq_len, ctx.precision = inputs
     ctx.save_for_backward(*tensors)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return *attention_backward_op(grad, *ctx.saved_tensors, ctx.max_seq_len), None, None, None, None, None, None
+    gradients = attention_backward_op(grad, *ctx.saved_tensors, ctx.max_seq_len, ctx.precision)
+    return *gradients, None, None, None, None, None, None, None
 
 
 attention_op.register_autograd(_backward, setup_context=_setup_context)

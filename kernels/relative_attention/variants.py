@@ -17,7 +17,7 @@ KERNELS = (
     *BIAS_GRADIENT_KERNELS,
 )
 # (dtype, bytes, precision of products, groups, dqk, dv): 4 views of 16, one table of 50 (FuXi-α's) and heads of 64, 128
-# and 256 columns; float32 with TF32 products.
+# and 256 columns; float32 with TF32 and with exact products.
 SHAPES = (
     ("bf16", 2, "ieee", 4, 16, 16),
     ("bf16", 2, "ieee", 1, 50, 50),
@@ -26,6 +26,8 @@ SHAPES = (
     ("bf16", 2, "ieee", 1, 256, 256),
     ("fp32", 4, "tf32", 4, 16, 16),
     ("fp32", 4, "tf32", 1, 50, 50),
+    ("fp32", 4, "ieee", 4, 16, 16),
+    ("fp32", 4, "ieee", 1, 50, 50),
 )
 OF_DTYPE = ("p_q", "p_k", "p_v", "p_out", "p_grad", "p_dq", "p_dk", "p_dv")
 INT64 = ("p_offsets", "p_times", "p_items")
@@ -37,7 +39,7 @@ def aot_variants() -> list[Variant]:
 
 
 def _variant(kernel: Any, dtype: str, itemsize: int, precision: str, groups: int, dqk: int, dv: int) -> Variant:
-    config = LaunchConfig.choose(groups, dqk, dv, itemsize)
+    config = LaunchConfig.choose(groups, dqk, dv, itemsize, precision)
     values = {
         "DQK": dqk,
         "DV": dv,
@@ -60,5 +62,6 @@ def _variant(kernel: Any, dtype: str, itemsize: int, precision: str, groups: int
         else:
             types[name] = "*fp32" if name.startswith("p_") else "i32"
     launch = config.launch(bias_gradient=kernel in BIAS_GRADIENT_KERNELS)
-    name = f"{dtype} G={groups} dqk={dqk} dv={dv}"
+    exact = " exact" if dtype == "fp32" and precision == "ieee" else ""
+    name = f"{dtype}{exact} G={groups} dqk={dqk} dv={dv}"
     return Variant(kernel, name, types, constants, launch["num_warps"], launch["num_stages"])

@@ -20,7 +20,7 @@ attention = functools.partial(relative_attention, backend="triton")
 EDGES = {
     "empty sequences": ([0, 3, 0, 5, 0], 1, 8, 8),
     "no token": ([0, 0], 2, 4, 4),
-    "block and block ± 1": ([63, 64, 65], 1, 33, 40),
+    "block and block ± 1": ([31, 32, 33, 63, 64, 65], 1, 33, 40),
     "one giant among dwarfs": ([2, 135, 1], 1, 40, 40),
     "groups that share a program": ([20, 7], 3, 16, 9),
     "wide values": ([34], 1, 8, 200),
@@ -33,9 +33,9 @@ def on_device(case: Case) -> Case:
 
 
 @pytest.mark.parametrize("lengths, groups, dqk, dv", EDGES.values(), ids=EDGES)
-def test_edges(lengths: list[int], groups: int, dqk: int, dv: int) -> None:
+def test_edges(products: float, lengths: list[int], groups: int, dqk: int, dv: int) -> None:
     case = make_case(lengths, groups=groups, dqk=dqk, dv=dv, max_seq_len=max(*lengths, 1) + 3, longest_step=3.0)
-    assert_agrees(attention, on_device(case), torch.float32, 2e-6)
+    assert_agrees(attention, on_device(case), torch.float32, max(2e-6, products))
 
 
 @settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -101,11 +101,11 @@ def test_one_plan_and_repeats_bit_for_bit() -> None:
 
 def test_custom_operator_passes_opcheck() -> None:
     case = on_device(make_case([3, 0, 2], dqk=3, dv=4)).to(torch.float32)
-    block = LaunchConfig.choose(1, 3, 4, 4).block
+    block = LaunchConfig.choose(1, 3, 4, 4, "ieee").block
     lists = make_work_lists(case.seq_offsets, 5, case.max_seq_len, block)
     floats = [x.requires_grad_() for x in (case.q, case.k, case.v, case.ts_weights, case.pos_weights)]
     work = (lists.query_items, lists.key_items, lists.counts)
-    torch.library.opcheck(attention_op, (*floats, case.seq_offsets, case.timestamps, *work, case.max_seq_len))
+    torch.library.opcheck(attention_op, (*floats, case.seq_offsets, case.timestamps, *work, case.max_seq_len, "ieee"))
 
 
 def test_float64_is_refused() -> None:
