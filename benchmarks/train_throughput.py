@@ -91,12 +91,13 @@ def run_worker(arguments: list[str]) -> None:
 
     from mme.data.sequences import PreparedDataset
     from mme.distributed.groups import process_group
+    from mme.preemption import Preemption
     from mme.train import Training
 
     config_file, steps, repetitions, *overrides = arguments
     config = load_config(Path(config_file), [*overrides, "train.epochs=1000"])
     with process_group() as world:
-        training = Training(config, PreparedDataset.open(config.data.path), world)
+        training = Training(config, PreparedDataset.open(config.data.path), world, Preemption())
         batches = (batch for epoch in range(1000) for batch in training.loader.batches(epoch))
         rates, memory = [], []
         for repetition in range(int(repetitions) + 1):

@@ -94,7 +94,7 @@ class TrainConfig:
     lr_schedule: Literal["constant", "cosine"] = "constant"
     precision: Literal["float32", "bfloat16"] = "float32"  # of the decoder's and the loss's products; weights: float32
     recompute: Literal["none", "blocks"] = "none"  # blocks: backward runs each block again instead of keeping it
-    grad_clip: float = 0.0  # largest global norm of the decoder's gradient; 0: no limit
+    grad_clip: float = 0.0  # largest global norm of the gradient of decoder and tables; 0: no limit
     seed: int = 42
     eval_every: int = 0  # steps between evaluations on the validation split; 0: after each epoch
     checkpoint_every: int = 0  # steps between checkpoints; 0: with each evaluation

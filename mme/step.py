@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mme.config import Config
 from mme.data.batch import SequenceBatch
+from mme.distributed.clipping import clip_gradients
 from mme.distributed.engine import reduced_gradients, set_lr, spoil_gradients, was_skipped
 from mme.distributed.recommender import Recommender
 from mme.distributed.tables import mix_seed
@@ -55,6 +56,7 @@ class Gradients:
 
     Attributes:
         finite: the loss and every gradient, on all ranks.
+        ids: (U,) the items of those rows.
         looked_up: (U, M, d) the rows that this rank brought from the tables, with their history.
         item_rows: (U, M, d) their gradient.
     """
@@ -65,6 +67,7 @@ class Gradients:
     tokens: int
     counts: Tensor
     routing: list[Routing]
+    ids: Tensor
     looked_up: Tensor
     item_rows: Tensor
 
@@ -128,19 +131,24 @@ class TrainStep:
             tokens=int(tokens),
             counts=counts,
             routing=output.routing,
+            ids=items.ids,
             looked_up=looked_up,
             item_rows=item_rows.grad,
         )
 
     def update(self, gradients: Gradients) -> bool:
         """Steps decoder and tables; or, where a gradient is not finite, drops all and leaves every bit as it was."""
+        recommender, limit = self.recommender, self.config.train.grad_clip
         if not gradients.finite:
             spoil_gradients(self.engine)
+        elif limit:
+            decoder = reduced_gradients(self.engine)
+            clip_gradients(recommender.world, decoder, gradients.ids, gradients.item_rows, recommender.num_items, limit)
         self.engine.step()
         if was_skipped(self.engine):
             return False
         gradients.looked_up.backward(gradients.item_rows)
-        self.recommender.tables.step()
+        recommender.tables.step()
         return True
 
     def _balance(self, routing: list[Routing], counts: Tensor, tokens: Tensor) -> Tensor:

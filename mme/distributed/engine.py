@@ -33,7 +33,6 @@ def initialize_engine(decoder: nn.Module, config: Config) -> Any:
         optimizer=optimizer,
         config={
             "train_micro_batch_size_per_gpu": 1,  # the engine needs a number; our batches are jagged
-            "gradient_clipping": train.grad_clip,
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": config.parallel.zero_stage,

@@ -139,3 +139,27 @@ def test_bfloat16_is_near_float32(alone: Any, zero_stage: int) -> None:
     for name, gradient in found.items():
         assert gradient.dtype == torch.float32
         assert (gradient - gradients[name]).norm() <= 0.03 * gradients[name].norm() + 1e-6, name
+
+
+@pytest.mark.parametrize(
+    "split, overrides",
+    [
+        ([[0, 1, 2, 3, 4]], []),
+        ([[0, 3], [1, 2, 4]], ["parallel.zero_stage=2"]),
+        ([[0, 1, 2, 3, 4], []], ["parallel.expert_parallel_size=1", "parallel.table_sharding=data_parallel"]),
+    ],
+    ids=["alone", "two", "one without sequences"],
+)
+def test_clipping_scales_by_the_norm_of_decoder_and_tables_together(
+    alone: Any, split: list[list[int]], overrides: list[str]
+) -> None:
+    _, decoder_gradients, moved = alone  # tables by plain gradient descent at a rate of 10
+    ((_, _, parts),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], ["train.table_lr=1e-30"])
+    start = {name: weight for name, weight in whole([parts]).items() if name.startswith("tables/")}
+    table_gradients = {name: (weight - moved[name]) / 10 for name, weight in start.items()}
+    gradients = [*decoder_gradients.values(), *table_gradients.values()]
+    norm = torch.stack([gradient.double().square().sum() for gradient in gradients]).sum().sqrt().item()
+    results = run_on(len(split), one_step, split, [f"train.grad_clip={norm / 4}", *overrides])
+    weights = whole([parts for _, _, parts in results])
+    for name, weight in start.items():
+        torch.testing.assert_close(weights[name], weight - 10 * table_gradients[name] / 4, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,60 @@
+"""One limit for the gradient of everything that learns: decoder, experts and item tables.
+
+The norm is that of the gradient of the global batch. The decoder's reduced gradients lie in parts on the ranks, each number
+once, experts included. The tables' lie as rows by the item on every rank that looked it up, so rows of one item first meet
+on one rank and add up: ‖Σ g‖ is not Σ ‖g‖. This exchange is made only where a limit is set.
+
+Legend: U distinct items that a rank looked up, M tables, d view width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mme.distributed.groups import World
+
+
+def clip_gradients(
+    world: World, decoder: list[Tensor], ids: Tensor, rows: Tensor, num_items: int, limit: float
+) -> float:
+    """Scales all gradients, in place, so that their norm is at most ``limit``; returns the norm before.
+
+    Args:
+        decoder: this rank's parts of the decoder's gradient, averaged over the ranks.
+        ids: (U,) int64, rising; rows: (U, M, d) their gradient on this rank, to be averaged over the ranks.
+    """
+    squares = sum((part.double().square().sum() for part in decoder), rows.new_zeros((), dtype=torch.float64))
+    squares = squares + sum_over_ranks(world, ids, rows, num_items).double().div_(world.size).square_().sum()
+    norm = float(world.sum(squares).sqrt())
+    factor = limit / (norm + 1e-6)
+    if factor < 1:
+        for part in [*decoder, rows]:
+            part.mul_(factor)
+    return norm
+
+
+def sum_over_ranks(world: World, ids: Tensor, rows: Tensor, num_items: int) -> Tensor:
+    """The rows of a range of items, each summed over the ranks in the order of the ranks; the ranges cover all items."""
+    if world.size == 1:
+        return rows
+    borders = torch.arange(1, world.size, device=ids.device) * num_items // world.size
+    cuts = torch.searchsorted(ids, borders).tolist()
+    sent = [end - start for start, end in zip([0, *cuts], [*cuts, ids.numel()], strict=True)]
+    counts = torch.tensor(sent, device=ids.device)
+    received_counts = torch.empty_like(counts)
+    dist.all_to_all_single(received_counts, counts)
+    received = received_counts.tolist()
+
+    def exchange(values: Tensor) -> list[Tensor]:
+        arrived = values.new_empty(sum(received), *values.shape[1:])
+        dist.all_to_all_single(arrived, values.contiguous(), received, sent)
+        return list(arrived.split(received))
+
+    ids_by_rank, rows_by_rank = exchange(ids), exchange(rows)
+    distinct, place = torch.cat(ids_by_rank).unique(return_inverse=True)
+    total = rows.new_zeros(distinct.numel(), *rows.shape[1:])
+    for where, values in zip(place.split(received), rows_by_rank, strict=True):
+        total[where] += values  # one rank's items are distinct
+    return total
