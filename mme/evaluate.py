@@ -13,6 +13,7 @@ from mme.data.sequences import EvaluationLoader, PreparedDataset
 from mme.distributed.checkpoint import load_weights
 from mme.distributed.groups import process_group
 from mme.distributed.recommender import Recommender
+from mme.insight import insight
 from mme.metrics import rank_metrics
 from mme.model.baselines import popularity_ranks
 from mme.ranking import Ranker
@@ -30,11 +31,68 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """The records of `metrics.jsonl` for the model and for popularity on one split, the same on every rank.
 
+    On the test split the model's record says under ``insight`` what it has learned, see `mme.insight`.
     ``before_batch`` is called before each batch, on every rank; what it raises ends the evaluation.
     """
+    model, popularity = _records(recommender, dataset, config, split, step, before_batch)
+    if split == "test":
+        data = config.data
+        counts = dataset.training_counts(data.protocol, data.global_time_test_fraction).to(recommender.world.device)
+        histories = _loader(recommender, dataset, config, split).batches()
+        model["insight"] = insight(recommender, counts, histories, before_batch)
+    return [model, popularity]
+
+
+def _records(
+    recommender: Recommender,
+    dataset: PreparedDataset,
+    config: Config,
+    split: str,
+    step: int,
+    before_batch: Callable[[], Any] = lambda: None,
+) -> list[dict[str, Any]]:
+    data = config.data
+    by_model = target_ranks(recommender, dataset, config, split, before_batch)
+    common = {
+        "step": step,
+        "split": split,
+        "protocol": data.protocol,
+        "sort_rule": dataset.info["sort_rule"],
+        "targets_sha256": dataset.targets_sha256(data.protocol, split, data.global_time_test_fraction),
+        "users": by_model["popularity"].numel(),
+    }
+    return [common | {"model": name} | rank_metrics(ranks) for name, ranks in by_model.items()]
+
+
+def target_ranks(
+    recommender: Recommender,
+    dataset: PreparedDataset,
+    config: Config,
+    split: str,
+    before_batch: Callable[[], Any] = lambda: None,
+) -> dict[str, torch.Tensor]:
+    """The rank of each user's target, (users,) int64, by the model and then by popularity; the same on every rank.
+
+    The order of the users depends on the data, the split and the number of processes alone. ``before_batch``: see
+    `evaluate`.
+    """
     world, data = recommender.world, config.data
-    fraction = data.global_time_test_fraction
-    loader = EvaluationLoader(
+    loader = _loader(recommender, dataset, config, split)
+    ranker = Ranker(recommender)
+    counts = dataset.training_counts(data.protocol, data.global_time_test_fraction).to(world.device)
+    model_ranks, popular_ranks = [counts[:0]], [counts[:0]]
+    for batch in loader.batches():
+        before_batch()
+        batch = batch.to(world.device)
+        model_ranks.append(ranker.target_ranks(batch.sequences, batch.seen_ids, batch.seen_offsets, batch.targets))
+        local = popularity_ranks(counts, batch.targets, batch.seen_ids, batch.seen_offsets)
+        popular_ranks.append(torch.cat(world.gather(local)))
+    return {MODELS[config.model.block]: torch.cat(model_ranks), "popularity": torch.cat(popular_ranks)}
+
+
+def _loader(recommender: Recommender, dataset: PreparedDataset, config: Config, split: str) -> EvaluationLoader:
+    world, data = recommender.world, config.data
+    return EvaluationLoader(
         dataset,
         data.protocol,
         split,
@@ -42,27 +100,8 @@ def evaluate(
         batch_size=data.eval_batch_size,
         rank=world.rank,
         world_size=world.size,
-        global_time_test_fraction=fraction,
+        global_time_test_fraction=data.global_time_test_fraction,
     )
-    ranker = Ranker(recommender)
-    counts = dataset.training_counts(data.protocol, fraction).to(world.device)
-    model_ranks, popular_ranks = [], []
-    for batch in loader.batches():
-        before_batch()
-        batch = batch.to(world.device)
-        model_ranks.append(ranker.target_ranks(batch.sequences, batch.seen_ids, batch.seen_offsets, batch.targets))
-        local = popularity_ranks(counts, batch.targets, batch.seen_ids, batch.seen_offsets)
-        popular_ranks.append(torch.cat(world.gather(local)))
-    common = {
-        "step": step,
-        "split": split,
-        "protocol": data.protocol,
-        "sort_rule": dataset.info["sort_rule"],
-        "targets_sha256": dataset.targets_sha256(data.protocol, split, fraction),
-        "users": sum(ranks.numel() for ranks in model_ranks),
-    }
-    by_model = {MODELS[config.model.block]: model_ranks, "popularity": popular_ranks}
-    return [common | {"model": name} | rank_metrics(torch.cat(ranks)) for name, ranks in by_model.items()]
 
 
 def evaluate_run(run: Path, checkpoint: int | None) -> dict[str, Any]:
@@ -76,5 +115,5 @@ def evaluate_run(run: Path, checkpoint: int | None) -> dict[str, Any]:
         dataset = PreparedDataset.open(Path(config.data.path))
         recommender = Recommender(config, dataset.num_items, world)
         step = load_weights(run, checkpoint, recommender)
-        model, popularity = evaluate(recommender, dataset, config, "test", step)
+        model, popularity = _records(recommender, dataset, config, "test", step)
     return {"run": str(run), "checkpoint": step, **model, "popularity": popularity}

@@ -1,7 +1,6 @@
 """report.html of a run: results beside the baseline, curves, expert load, configuration, in one file without any other.
 
-Everything comes from the run's folder (metrics.jsonl, config.yaml) and, where it is still there, the data set's
-dataset.json. What a run has not recorded is left out.
+From the run's folder and, if it is still there, the data's dataset.json; what a run has not recorded is left out.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ from rich.table import Table
 from mme.charts import Line, heat_map, line_chart, smoothed
 from mme.config import Config, load_config
 from mme.errors import UserError
+from mme.insight_page import insight_section
 from mme.metrics_file import METRICS_FILE, name_in_errors, read_metrics
 from mme.monitor import duration, starved_experts
 from mme.report_style import STYLE
@@ -143,6 +143,7 @@ def _page(run: Run) -> str:
         _results_section(run),
         _curves(run),
         _experts(run),
+        insight_section(_first([*run.results.values()]).get("insight", {})),
         _parameters(run),
         _setup(run),
     ]
@@ -158,9 +159,8 @@ def _page(run: Run) -> str:
 def _header(run: Run, name: str) -> str:
     model, info = run.config.model, _first(run.of_kind("run"))
     experts = f"{model.moe.num_experts} experts (top {model.moe.top_k})" if model.moe.num_experts else "dense FFN"
-    kind = {"fuxi": "", "hstu": "HSTU ", "sasrec": "SASRec "}[model.block]
-    ffn = "" if model.block == "hstu" else f", {experts}"
-    shape = f"M = {model.num_tables} tables, D = {model.embedding_dim}, {model.num_blocks} {kind}blocks{ffn}"
+    kind = {"fuxi": "blocks, " + experts, "hstu": "HSTU blocks", "sasrec": "SASRec blocks"}[model.block]
+    shape = f"M = {model.num_tables} tables, D = {model.embedding_dim}, {model.num_blocks} {kind}"
     processes = info.get("world_size")
     where = [
         str(info.get("time", ""))[:16].replace("T", " "),

@@ -222,3 +222,29 @@ def test_chart_places_points_and_scales_by_round_ticks() -> None:
 )
 def test_ticks(low: float, high: float, expected: list[float]) -> None:
     assert ticks(low, high) == pytest.approx(expected)
+
+
+def test_what_the_model_learned_is_shown(tmp_path: Path) -> None:
+    share = [[[0.25, 0.75]] * 3]
+    groups = {"groups": ["a", "b", "<c>"], "share": share}
+    learned = {
+        "singular_values": [[4.0, 2.0], [3.0, 0.0]],
+        "effective_rank": [1.89, 1.0],
+        "similarity": [[1.0, 0.125], [0.125, 1.0]],
+        "routing": {"blocks": [1], "view": groups, "popularity": groups, "position": groups},
+        "time_weights": [[0.5, 0.25]],
+        "position_weights": [[0.5, 0.25]],
+    }
+    record = evaluation("fuxi-mme", "test", 200, 0.11) | {"insight": learned}
+    page = Page(write_report(write_run(tmp_path / "run", [*train_records(), record])))
+    for text in [
+        "What the model learned",
+        "Effective rank of the tables, of 2 possible: 1.9, 1.0",
+        "12.5",
+        "block 1, <c>",
+    ]:
+        assert text in page.text
+    plain = evaluation("fuxi-mme", "test", 200, 0.11)
+    without = Page(write_report(write_run(tmp_path / "other", [*train_records(), plain])))
+    assert "What the model learned" not in without.text
+    assert page.counts["svg"] == without.counts["svg"] + 3

@@ -1,0 +1,244 @@
+"""How accurate Fuxi-MME is beside its baselines and without either of its two parts, over seeds.
+
+    python -m benchmarks.accuracy --data quickstart
+    python -m benchmarks.accuracy --data ml-latest-small --input ratings.parquet --seed 42 --seed 43 --seed 44
+    python -m benchmarks.accuracy --data quickstart --model fuxi-alpha --model fuxi-mme --epochs 2
+
+Every model is trained by `mme train` in a process of its own, one after another, on the same split, for the same number
+of epochs, with item tables of the same number of parameters, and tested at the checkpoint that the validation split chose
+(leave_two_out). A run that is finished is not trained again; one that was stopped goes on from its checkpoint.
+
+The test pairs users: the NDCG@10 of each, mean over the seeds, against that of the model compared with. Two-sided p by
+random signs of the differences.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import torch
+import typer
+from torch import Tensor
+
+from benchmarks.user_ranks import RANKS_FILE
+from mme.config import Config, load_config
+from mme.errors import UserError
+from mme.metrics_file import METRICS_FILE, read_metrics
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+NUM_VIEWS, WIDTH = 4, 64
+# The hidden width of an FFN or expert is WIDTH in every model: ffn_multiplier counts view widths.
+ONE_TABLE = [f"model.embedding_dim={WIDTH}", "model.num_tables=1", "model.ffn_multiplier=1"]
+MANY_TABLES = [f"model.embedding_dim={WIDTH}", f"model.num_tables={NUM_VIEWS}", f"model.ffn_multiplier={NUM_VIEWS}"]
+DENSE, EXPERTS = ["model.moe.num_experts=0"], ["model.moe.num_experts=8", "model.moe.top_k=2"]
+MODELS = {
+    "sasrec": [*ONE_TABLE, *DENSE, "model.block=sasrec"],
+    "hstu": [*ONE_TABLE, *DENSE, "model.block=hstu"],
+    "fuxi-alpha": [*ONE_TABLE, *DENSE],
+    "multi-embedding": [*MANY_TABLES, *DENSE],
+    "moe": [*ONE_TABLE, *EXPERTS],
+    "fuxi-mme": [*MANY_TABLES, *EXPERTS],
+}
+COMPARED_WITH = "fuxi-alpha"
+METRICS = ["hr@10", "hr@50", "ndcg@10", "ndcg@50", "mrr"]
+DATA = ["quickstart", "ml-latest-small"]
+NUM_FLIPS = 10_000
+
+
+def main(
+    data: Annotated[str, typer.Option(help="quickstart (embedded) or ml-latest-small (needs --input).")] = "quickstart",
+    input_file: Annotated[Optional[Path], typer.Option("--input", help="MovieLens ml-latest-small as Parquet.")] = None,  # noqa: UP045
+    model: Annotated[Optional[list[str]], typer.Option(help=f"Of {', '.join(MODELS)}; default: all.")] = None,  # noqa: UP045
+    seed: Annotated[Optional[list[int]], typer.Option(help="May be repeated; default: 42, 43, 44.")] = None,  # noqa: UP045
+    epochs: Annotated[Optional[int], typer.Option(help="Default: as the data's configuration says.")] = None,  # noqa: UP045
+    setting: Annotated[Optional[list[str]], typer.Option("--set", help="key.path=value, for every model.")] = None,  # noqa: UP045
+    processes: Annotated[int, typer.Option(help="Processes of a run.")] = 1,
+    work: Annotated[Path, typer.Option(help="Data sets and runs.")] = Path("runs/accuracy"),
+    output: Annotated[Optional[Path], typer.Option(help="Stem of the .json and .md; default: in --work.")] = None,  # noqa: UP045
+) -> None:
+    """Trains what is not trained yet, prints the table and writes it as JSON and Markdown."""
+    models, seeds = model or list(MODELS), seed or [42, 43, 44]
+    try:
+        for name in models:
+            if name not in MODELS:
+                raise UserError(f"--model {name}: expected one of {', '.join(MODELS)}")
+        common = [*([f"train.epochs={epochs}"] if epochs else []), *(setting or [])]
+        dataset = prepare(data, input_file, work)
+        runs = {name: [train(name, one, data, dataset, common, work, processes) for one in seeds] for name in models}
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+    rows = summarise(runs)
+    stem = output or work / data
+    about = {
+        "data": data,
+        "seeds": seeds,
+        "settings": common,
+        "processes": processes,
+        "processor": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "compared_with": COMPARED_WITH if COMPARED_WITH in runs else None,
+    }
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".json").write_text(json.dumps(about | {"models": rows}, indent=2) + "\n")
+    page = markdown(about, rows)
+    stem.with_suffix(".md").write_text(page)
+    print(page)
+
+
+def prepare(data: str, input_file: Path | None, work: Path) -> Path:
+    """The folder of the prepared data set, made where it is not there yet."""
+    folder = work / "data" / data
+    if data not in DATA:
+        raise UserError(f"--data {data}: expected one of {', '.join(DATA)}")
+    if (folder / "dataset.json").exists():
+        return folder
+    if data == "quickstart":
+        source = ["--synthetic", "quickstart"]
+    elif input_file is None:
+        raise UserError(f"--data {data}: --input is required, the ratings as Parquet (user_id, item_id, timestamp)")
+    else:
+        source = ["--input", str(input_file), "--format", "parquet"]
+    _run([sys.executable, "-m", "mme", "prepare", *source, "--output", str(folder)])
+    return folder
+
+
+def train(
+    name: str, seed: int, data: str, dataset: Path, common: list[str], work: Path, processes: int
+) -> dict[str, Any]:
+    """One finished run: its test records and ranks, trained now unless they are there already."""
+    folder = work / "runs" / data / name / f"seed-{seed}"
+    path = REPOSITORY / "configs" / f"{data}.yaml"
+    overrides = [
+        f"data.path={dataset}",
+        "data.protocol=leave_two_out",
+        *MODELS[name],
+        *common,
+        f"train.seed={seed}",
+        f"output_dir={folder}",
+    ]
+    config = load_config(path, overrides)
+    if (folder / "config.yaml").exists() and load_config(folder / "config.yaml") != config:
+        raise UserError(f"{folder}: has another configuration than this run would: choose another --work")
+    if not (folder / RANKS_FILE).exists():
+        started = time.perf_counter()
+        launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        command = [sys.executable, *(launch if processes > 1 else []), "-m", "mme", "train", "--config", str(path)]
+        _run([*command, *overrides])
+        _run([sys.executable, "-m", "benchmarks.user_ranks", str(folder)])
+        print(f"{data} {name} seed {seed}: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    return read_run(folder, config)
+
+
+def read_run(folder: Path, config: Config) -> dict[str, Any]:
+    """The model's and popularity's last test records, parameters, seconds in steps, and the ranks of the users."""
+    records = read_metrics(folder / METRICS_FILE)
+    tests = {record["model"]: record for record in records if record.get("split") == "test"}
+    ranks = json.loads((folder / RANKS_FILE).read_text())
+    (name,) = set(ranks) - {"popularity"}
+    steps = [record for record in records if record["kind"] == "train"]
+    return {
+        "seed": config.train.seed,
+        "model": tests[name],
+        "popularity": tests["popularity"],
+        "parameters": next(record["parameters"] for record in records if record["kind"] == "run"),
+        "step_ms": statistics.median(record["step_ms"] for record in steps),
+        "ranks": torch.tensor(ranks[name]),
+        "popularity_ranks": torch.tensor(ranks["popularity"]),
+    }
+
+
+def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+    """Model → mean and spread of each metric over the seeds, and how it compares with FuXi-α; popularity first.
+
+    Raises:
+        UserError: two runs were not tested on the same targets.
+    """
+    targets = {run[kind]["targets_sha256"] for of_model in runs.values() for run in of_model for kind in ("model",)}
+    if len(targets) != 1:
+        raise UserError(f"the runs were tested on {len(targets)} different lists of targets")
+    first = next(iter(runs.values()))[0]
+    gains = {"popularity": ndcg_at_10(first["popularity_ranks"])}
+    rows: dict[str, dict[str, Any]] = {
+        "popularity": {metric: {"mean": first["popularity"][metric], "std": None} for metric in METRICS}
+    }
+    for name, of_model in runs.items():
+        gains[name] = torch.stack([ndcg_at_10(run["ranks"]) for run in of_model]).mean(0)
+        rows[name] = {metric: _mean_and_std([run["model"][metric] for run in of_model]) for metric in METRICS} | {
+            "parameters": of_model[0]["parameters"],
+            "seeds": {str(run["seed"]): {"step": run["model"]["step"]} | _metrics(run["model"]) for run in of_model},
+            "step_ms": statistics.median(run["step_ms"] for run in of_model),
+        }
+    if COMPARED_WITH in runs:
+        for name in set(gains) - {COMPARED_WITH}:
+            baseline = gains[COMPARED_WITH].mean().item()
+            rows[name]["lift"] = gains[name].mean().item() / baseline - 1 if baseline else None
+            rows[name]["p"] = paired_p(gains[name] - gains[COMPARED_WITH])
+    return rows
+
+
+def ndcg_at_10(ranks: Tensor) -> Tensor:
+    """(users,) int64 ranks from 1 → (users,) float64 NDCG@10 of each."""
+    return torch.where(ranks <= 10, 1 / torch.log2(ranks.double() + 1), 0.0)
+
+
+def paired_p(differences: Tensor, num_flips: int = NUM_FLIPS) -> float:
+    """Two-sided p of the mean of ``differences`` (users,) being 0, by ``num_flips`` random choices of their signs.
+
+    Counting the signs as found among them, p is at least 1 / (num_flips + 1).
+    """
+    generator = torch.Generator().manual_seed(0)
+    nonzero = differences[differences != 0].double()
+    observed, as_large = nonzero.sum().abs(), 0
+    for start in range(0, num_flips, 1000):
+        size = min(1000, num_flips - start)
+        signs = torch.randint(2, (size, nonzero.numel()), generator=generator).double() * 2 - 1
+        as_large += int(((signs @ nonzero).abs() >= observed * (1 - 1e-9)).sum())
+    return (as_large + 1) / (num_flips + 1)
+
+
+def markdown(about: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
+    """The table as Markdown."""
+    seeds = ", ".join(map(str, about["seeds"]))
+    lines = [
+        f"{about['data']}, leave_two_out, seeds {seeds}, mean ± standard deviation over the seeds; lift and p of NDCG@10 "
+        f"beside {COMPARED_WITH}, p over users.",
+        "",
+        f"| model | {' | '.join(metric.upper() for metric in METRICS)} | lift | p |",
+        "|---|" + "---|" * (len(METRICS) + 2),
+    ]
+    for name, row in rows.items():
+        cells = [_cell(row[metric]) for metric in METRICS]
+        lift, p = row.get("lift"), row.get("p")
+        cells += ["" if lift is None else f"{lift:+.1%}", "" if p is None else f"{p:.4f}"]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: dict[str, Any]) -> str:
+    return f"{value['mean']:.4f}" + ("" if value["std"] is None else f" ± {value['std']:.4f}")
+
+
+def _mean_and_std(values: list[float]) -> dict[str, float | None]:
+    return {"mean": statistics.mean(values), "std": statistics.stdev(values) if len(values) > 1 else None}
+
+
+def _metrics(record: dict[str, Any]) -> dict[str, float]:
+    return {metric: record[metric] for metric in METRICS}
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, stdout=sys.stderr)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,79 @@
+"""The accuracy table: its arithmetic, and every model of it trained by the real command."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.accuracy import MODELS, ndcg_at_10, paired_p
+from mme.config import load_config
+from mme.data.synthetic import prepare_synthetic
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+SMALL = ["data.max_seq_len=16", "data.batch_size=32", "train.log_every=1", "train.keep_checkpoints=1"]
+
+
+def test_ndcg_of_a_user_is_that_of_the_rank() -> None:
+    assert ndcg_at_10(torch.tensor([1, 3, 10, 11])).tolist() == pytest.approx([1, 0.5, 0.289065, 0])
+
+
+def test_p_is_that_of_all_choices_of_signs() -> None:
+    # Of the 2⁶ choices only all plus and all minus reach the sum: p = 2 / 64.
+    assert paired_p(torch.tensor([1.0, 2, 3, 4, 5, 6, 0, 0])) == pytest.approx(2 / 64, abs=0.006)
+    assert paired_p(torch.tensor([1.0, -1, 2, -2])) == 1
+    assert paired_p(torch.zeros(5)) == 1
+    assert paired_p(torch.ones(50)) == pytest.approx(1 / 10_001)
+
+
+def test_models_have_tables_of_the_same_number_of_parameters() -> None:
+    configs = {name: load_config(None, ["data.path=unused", *overrides]) for name, overrides in MODELS.items()}
+    assert {config.model.num_tables * config.model.view_dim for config in configs.values()} == {64}
+    assert {name: (c.model.num_tables, c.model.moe.num_experts) for name, c in configs.items()} == {
+        "sasrec": (1, 0),
+        "hstu": (1, 0),
+        "fuxi-alpha": (1, 0),
+        "multi-embedding": (4, 0),
+        "moe": (1, 8),
+        "fuxi-mme": (4, 8),
+    }
+
+
+def run_table(work: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    settings = [part for setting in SMALL for part in ("--set", setting)]
+    command = [sys.executable, "-m", "benchmarks.accuracy", "--work", str(work), "--epochs", "1", *settings, *options]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+
+
+@pytest.mark.slow
+def test_every_model_trains_and_a_stopped_table_goes_on(tmp_path: Path) -> None:
+    prepare_synthetic("quickstart", tmp_path / "data" / "quickstart", users=100, items=120, seed=3)
+    done = run_table(tmp_path, "--seed", "1")
+    assert done.returncode == 0, done.stderr
+    table = json.loads((tmp_path / "quickstart.json").read_text())
+    assert list(table["models"]) == ["popularity", *MODELS]
+    for name in MODELS:
+        assert 0 < table["models"][name]["p"] <= 1 if name != "fuxi-alpha" else "p" not in table["models"][name]
+        assert table["models"][name]["parameters"]["item tables"] == 64 * 120
+
+    # One run lost its end: it alone is trained again, from its checkpoint, and the table is the same.
+    lost = tmp_path / "runs" / "quickstart" / "hstu" / "seed-1"
+    (lost / "test_ranks.json").unlink()
+    shutil.rmtree(tmp_path / "runs" / "quickstart" / "moe" / "seed-1" / "checkpoints")  # not needed any more
+    page = (tmp_path / "quickstart.md").read_text()
+    again = run_table(tmp_path, "--seed", "1")
+    assert again.returncode == 0, again.stderr
+    trained = [line for line in again.stderr.splitlines() if line.startswith("quickstart ")]
+    assert len(trained) == 1
+    assert trained[0].startswith("quickstart hstu seed 1: ")
+    assert (tmp_path / "quickstart.md").read_text() == page
+    other = run_table(tmp_path, "--seed", "1", "--set", "train.lr=0.5", "--model", "hstu")
+    assert other.returncode == 2
+    assert "has another configuration" in other.stderr

@@ -1,0 +1,77 @@
+"""What a model is said to have learned equals what the whole tables and every routing decision say, on any split."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from mme.data.batch import EvaluationBatch
+from mme.distributed.groups import World
+from mme.distributed.recommender import Recommender
+from mme.insight import insight
+from mme.model.loss import compact
+from tests.distributed.processes import run_on
+from tests.distributed.test_step import NUM_ITEMS, configuration, sequences
+
+SPLITS = {1: [[0, 1, 2, 3, 4]], 2: [[0, 1, 2], [3, 4]]}
+COUNTS = torch.arange(NUM_ITEMS, 0, -1)  # item 0 is the most popular
+
+
+def learned(world: World) -> tuple[dict[str, Any], Any]:
+    recommender = Recommender(configuration(), NUM_ITEMS, world)
+    with torch.no_grad():
+        for shard in recommender.tables.weights():
+            if shard.name == "item_1":  # the second table: of rank 1 but for a little
+                shard.tensor[:, 1:] *= 1e-3
+    batch = sequences(SPLITS[world.size][world.rank])
+    empty = torch.zeros(0, dtype=torch.int64)
+    found = insight(recommender, COUNTS, [EvaluationBatch(batch, empty, empty, empty)])
+    if world.size > 1:
+        return found, None
+    with torch.no_grad():
+        rows = recommender.tables.lookup(torch.arange(NUM_ITEMS))
+        ids, (index,) = compact([batch.item_ids], NUM_ITEMS)
+        output = recommender.decoder(rows[ids], index, batch.seq_offsets, batch.timestamps)
+    return found, (rows, batch.item_ids, [routing.experts for routing in output.routing])
+
+
+def test_figures_equal_those_of_the_whole() -> None:
+    ((found, (rows, item_ids, experts)),) = run_on(1, learned)
+    num_views = rows.shape[1]
+    for view in range(num_views):
+        values = torch.linalg.svdvals(rows[:, view].double())
+        torch.testing.assert_close(torch.tensor(found["singular_values"][view]).double(), values, rtol=1e-3, atol=1e-6)
+        share = values / values.sum()
+        assert found["effective_rank"][view] == pytest.approx(float((-share * share.log()).sum().exp()), rel=1e-3)
+    assert found["effective_rank"][1] < 1.1 < 2 < found["effective_rank"][0]
+
+    centred = (rows - rows.mean(0)).double()
+    kernels = [centred[:, view] @ centred[:, view].T for view in range(num_views)]
+    for a in range(num_views):
+        for b in range(num_views):
+            cka = (kernels[a] * kernels[b]).sum() / (kernels[a].norm() * kernels[b].norm())
+            assert found["similarity"][a][b] == pytest.approx(float(cka), rel=1e-4)
+
+    routing = found["routing"]
+    assert routing["blocks"] == list(range(len(experts)))
+    for block, chosen in enumerate(experts):
+        by_view = chosen.view(num_views, item_ids.numel(), -1)
+        for view in range(num_views):
+            wanted = [(by_view[view] == expert).double().mean().item() for expert in range(4)]
+            assert routing["view"]["share"][block][view] == pytest.approx(wanted, rel=1e-4)
+        for part in range(10):
+            of_part = by_view[:, item_ids * 10 // NUM_ITEMS == part]
+            if of_part.numel():
+                wanted = [(of_part == expert).double().mean().item() for expert in range(4)]
+                assert routing["popularity"]["share"][block][part] == pytest.approx(wanted, rel=1e-4)
+    assert len(found["time_weights"][0]) == 129
+
+    for sharded, _ in run_on(2, learned):
+        assert sharded["routing"] == routing
+        assert sharded["time_weights"] == found["time_weights"]
+        for a, b in zip(sharded["singular_values"], found["singular_values"], strict=True):
+            assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
+        for a, b in zip(sharded["similarity"], found["similarity"], strict=True):
+            assert a == pytest.approx(b, rel=1e-6)
