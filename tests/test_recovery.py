@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -16,13 +17,26 @@ from typing import Any
 import psutil
 import pytest
 
+from mme.config import load_config
+from mme.data.sequences import PreparedDataset
 from mme.data.synthetic import prepare_synthetic
+from mme.distributed.groups import World
+from mme.errors import Preempted
 from mme.metrics_file import read_metrics
+from mme.preemption import Preemption
+from mme.train import Training
+from tests.distributed.processes import run_on
 from tests.test_train import SMALL, losses, metrics
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
 # Checkpoints at almost every step, so that kills meet them, too.
-OFTEN = ["train.checkpoint_every=2", "train.eval_every=7", "data.batch_size=4", "train.epochs=4"]
+OFTEN = [
+    "train.checkpoint_every=2",
+    "train.eval_every=7",
+    "data.batch_size=4",
+    "data.eval_batch_size=4",
+    "train.epochs=4",
+]
 PATIENCE_S = 120
 
 
@@ -117,6 +131,38 @@ def test_sigterm_saves_and_the_same_command_goes_on(data: Path, whole: Path, tmp
     step = losses(run)[-1][0]
     assert line == f"asked to stop: saved at step {step}; the same command goes on from there"
     assert (run / "checkpoints" / f"step_{step}" / "index.json").exists()
+    with started(data, run) as job:
+        assert job.wait(PATIENCE_S) == 0
+    check_same(run, whole)
+
+
+def stop_while_it_evaluates(world: World, data: str, run: str) -> str:
+    """Trains until the second evaluation, in which this process sends itself SIGTERM."""
+    config = load_config(QUICKSTART, [f"data.path={data}", f"output_dir={run}", *SMALL, *OFTEN])
+    with Preemption() as preemption:
+        training = Training(config, PreparedDataset.open(Path(data)), world, preemption)
+        beat, evaluated = training.watchdog.beat, []
+
+        def beat_and_stop(doing: str) -> None:
+            beat(doing)
+            evaluated.append(doing)
+            if evaluated.count("evaluating step 14") == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        training.watchdog.beat = beat_and_stop  # type: ignore[method-assign]
+        with pytest.raises(Preempted) as stopped:
+            training.run()
+    assert evaluated.count("evaluating step 14") < 10  # of 13 batches of each of 2 ranks
+    return str(stopped.value)
+
+
+@pytest.mark.slow
+def test_sigterm_in_an_evaluation_leaves_it_to_the_next_start(data: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (message, _) = run_on(2, stop_while_it_evaluates, str(data), str(run))
+    assert message == "asked to stop: saved at step 14; the same command goes on from there"
+    assert json.loads((run / "checkpoints" / "step_14" / "index.json").read_text())["progress"]["evaluate"]
+    assert [line["step"] for line in metrics(run, "valid")] == [7, 7]
     with started(data, run) as job:
         assert job.wait(PATIENCE_S) == 0
     check_same(run, whole)

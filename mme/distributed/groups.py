@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mme.errors import JobError, Preempted
+
 PATIENCE_S = 600.0  # how long a collective waits for the other ranks
 STORE_ANSWERS_WITHIN_S = 10.0
 
@@ -79,12 +81,19 @@ def process_group(patience_s: float = PATIENCE_S) -> Iterator[World]:
     # build leaves behind. gloo serves the CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+    all_here = False
     try:
         yield World(rank, size, device, _own_store(size))
-        # gloo's threads drop the tensors of the last collective after it has ended, for which they need Python's lock;
-        # a process that left at once would abort ("terminate called without an active exception"). To wait lets them.
-        dist.barrier()
+        all_here = True
+    except (JobError, Preempted):
+        all_here = True
+        raise
     finally:
+        if all_here:
+            # gloo's threads drop the tensors of the last collective after it has ended, for which they need Python's
+            # lock; a process that left at once would abort ("terminate called without an active exception"). To wait
+            # lets them.
+            dist.barrier()
         dist.destroy_process_group()
 
 
