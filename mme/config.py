@@ -92,6 +92,7 @@ class TrainConfig:
     beta2: float = 0.98
     warmup_steps: int = 0
     lr_schedule: Literal["constant", "cosine"] = "constant"
+    micro_batches: int = 1  # parts in which a rank's batch passes through the decoder, one after another
     precision: Literal["float32", "bfloat16"] = "float32"  # of the decoder's and the loss's products; weights: float32
     recompute: Literal["none", "blocks"] = "none"  # blocks: backward runs each block again instead of keeping it
     grad_clip: float = 0.0  # largest global norm of the gradient of decoder and tables; 0: no limit
@@ -175,7 +176,7 @@ def validate(config: Config) -> None:
     _require_positive("data", data, ["max_seq_len", "batch_size", "eval_batch_size"])
     _require_positive("model", model, ["num_tables", "embedding_dim", "num_blocks", "num_heads", "ffn_multiplier"])
     _require_positive("loss", loss, ["num_negatives", "temperature"])
-    _require_positive("train", train, ["lr", "log_every", "keep_checkpoints"])
+    _require_positive("train", train, ["lr", "log_every", "keep_checkpoints", "micro_batches"])
     for section, key, value in [
         ("data", "tokens_per_batch", data.tokens_per_batch),
         ("model", "dqk", model.dqk),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ from mme.distributed.clipping import clip_gradients
 from mme.distributed.engine import reduced_gradients, set_lr, spoil_gradients, was_skipped
 from mme.distributed.recommender import Recommender
 from mme.distributed.tables import mix_seed
-from mme.model.loss import NextItemLoss
+from mme.model.loss import BatchItems, NextItemLoss
 from mme.model.moe import Routing, load_balance_loss, router_z_loss
 from mme.non_finite import is_spoiled
 
@@ -72,6 +72,16 @@ class Gradients:
     item_rows: Tensor
 
 
+class _Part(NamedTuple):
+    """One part of a rank's batch after its backward: the sum of its losses, the choices of all ranks as in
+    `StepResult.counts`, the tokens of the whole global batch, and this rank's routing."""
+
+    losses: Tensor
+    counts: Tensor
+    tokens: Tensor
+    routing: list[Routing]
+
+
 class TrainStep:
     """Computes the global loss and its gradients from each rank's part of a global batch, and applies them."""
 
@@ -102,39 +112,52 @@ class TrainStep:
     def backward(self, step: int, batch: SequenceBatch, votes: Sequence[bool] = ()) -> Gradients:
         """Everything up to the gradients of the global mean: the decoder's in the engine, the looked-up rows' returned."""
         world, train = self.recommender.world, self.config.train
-        batch = batch.to(world.device)
+        parts = [part.to(world.device) for part in batch.split(train.micro_batches)]
         seed = mix_seed(train.seed, step, world.rank)
         torch.manual_seed(seed)
-        items = self.loss.items_of(batch, torch.Generator(world.device).manual_seed(seed))
+        items = self.loss.items_of(parts, torch.Generator(world.device).manual_seed(seed))
 
         self.engine.train()
-        looked_up = self.recommender.tables.lookup(items.ids)
+        looked_up = self.recommender.tables.lookup(items[0].ids)
         # Backward stops here: the tables' own, which may update them at once, waits until all is known to be finite.
         item_rows = looked_up.detach().requires_grad_()
-        output = self.engine(item_rows, items.inputs, batch.seq_offsets, batch.timestamps)
-        losses = self.loss(output.hidden, item_rows, items)
-
-        counts = torch.stack([r.counts for r in output.routing]) if output.routing else batch.seq_offsets.new_zeros(0)
-        totals = world.sum(torch.cat([counts.flatten(), batch.seq_offsets[-1:]]))
-        counts, tokens = totals[:-1].view(counts.shape), totals[-1].clamp(min=1)
-        total = losses.sum() / tokens + self._balance(output.routing, counts, tokens)
-        self.engine.backward(total * world.size)  # DeepSpeed and TorchRec average gradients over the ranks
+        done = []
+        for number, (part, part_items) in enumerate(zip(parts, items, strict=True), 1):
+            if len(parts) > 1:
+                self.engine.set_gradient_accumulation_boundary(number == len(parts))
+            done.append(self._part(part, part_items, item_rows, batch.num_tokens))
         assert item_rows.grad is not None
+        losses, counts = torch.stack([part.losses for part in done]), torch.stack([part.counts for part in done]).sum(0)
         spoiled = is_spoiled([item_rows.grad, *reduced_gradients(self.engine)], world.size)
-        own = [losses.detach().double().sum(), spoiled.double(), *(losses.new_tensor(vote).double() for vote in votes)]
+        own = [losses.sum(), spoiled.double(), *(losses.new_tensor(vote) for vote in votes)]
         loss, spoiled, *given = world.sum(torch.stack(own)).tolist()
-        loss /= int(tokens)
+        tokens = int(done[0].tokens)
+        loss /= tokens
         return Gradients(
             loss=loss,
             finite=math.isfinite(loss) and not spoiled,
             votes=tuple(vote > 0 for vote in given),
-            tokens=int(tokens),
+            tokens=tokens,
             counts=counts,
-            routing=output.routing,
-            ids=items.ids,
+            routing=[Routing.of_parts(list(blocks)) for blocks in zip(*(part.routing for part in done), strict=True)],
+            ids=items[0].ids,
             looked_up=looked_up,
             item_rows=item_rows.grad,
         )
+
+    def _part(self, part: SequenceBatch, items: BatchItems, item_rows: Tensor, num_tokens: int) -> _Part:
+        """Forward and backward of one part of this rank's batch, which has ``num_tokens`` in all."""
+        world = self.recommender.world
+        output = self.engine(item_rows, items.inputs, part.seq_offsets, part.timestamps)
+        losses = self.loss(output.hidden, item_rows, items)
+        counts = torch.stack([r.counts for r in output.routing]) if output.routing else part.seq_offsets.new_zeros(0)
+        sizes = counts.new_tensor([part.num_tokens, num_tokens])
+        *summed, part_tokens, tokens = world.sum(torch.cat([counts.flatten(), sizes])).split([counts.numel(), 1, 1])
+        counts, part_tokens, tokens = summed[0].view(counts.shape), part_tokens[0].clamp(min=1), tokens[0].clamp(min=1)
+        balance = self._balance(output.routing, counts, part_tokens) * (part_tokens / tokens)
+        total = losses.sum() / tokens + balance
+        self.engine.backward(total * world.size)  # DeepSpeed and TorchRec average gradients over the ranks
+        return _Part(losses.detach().double().sum(), counts, tokens, output.routing)
 
     def update(self, gradients: Gradients) -> bool:
         """Steps decoder and tables; or, where a gradient is not finite, drops all and leaves every bit as it was."""

@@ -12,6 +12,7 @@ Worked example, three histories of lengths [2, 0, 3]:
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
@@ -49,6 +50,23 @@ class SequenceBatch:
         """The same batch on ``device``; copies run beside the computation where memory is pinned."""
         moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()}
         return replace(self, **moved)
+
+    def split(self, num_parts: int) -> list[SequenceBatch]:
+        """As many batches of whole sequences, in order, with as equal numbers of them as can be; some may be empty."""
+        borders = [self.num_sequences * part // num_parts for part in range(num_parts + 1)]
+        parts = []
+        for first, last in itertools.pairwise(borders):
+            start, end = self.seq_offsets[[first, last]].tolist()
+            parts.append(
+                SequenceBatch(
+                    item_ids=self.item_ids[start:end],
+                    seq_offsets=self.seq_offsets[first : last + 1] - start,
+                    timestamps=self.timestamps[start + first : end + last],
+                    target_ids=self.target_ids[start:end],
+                    user_rows=self.user_rows[first:last],
+                )
+            )
+        return parts
 
 
 @dataclass(frozen=True)

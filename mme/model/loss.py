@@ -28,7 +28,7 @@ FULL_SOFTMAX_TOKENS = 1024  # tokens whose logits over the catalogue exist at on
 
 @dataclass(frozen=True)
 class BatchItems:
-    """The distinct items that a training step needs, and where each use of them points.
+    """The distinct items that a training step needs, and where each use of them in a part of its batch points.
 
     Attributes:
         ids: (U,) int64, distinct item indices, rising.
@@ -55,17 +55,20 @@ class NextItemLoss:
         self.group_size = self.loss.negative_group_size if shared else 1
         self.logit_offset = math.log(REFERENCE_NEGATIVES / self.loss.num_negatives) if shared else 0.0
 
-    def items_of(self, batch: SequenceBatch, generator: torch.Generator) -> BatchItems:
-        """The items of ``batch`` and of its negatives, drawn by ``generator``."""
+    def items_of(self, parts: list[SequenceBatch], generator: torch.Generator) -> list[BatchItems]:
+        """The items of each part of a batch and of its negatives, drawn by ``generator``; the parts share their ``ids``."""
         if self.loss.kind == "full_softmax":
-            ids = torch.arange(self.num_items, device=batch.item_ids.device)
-            return BatchItems(ids, batch.item_ids, batch.target_ids, None)
-        groups = math.ceil(batch.num_tokens / self.group_size) if self.group_size else min(1, batch.num_tokens)
-        negatives = torch.randint(
-            self.num_items, (groups, self.loss.num_negatives), generator=generator, device=batch.item_ids.device
-        )
-        ids, (inputs, targets, negatives) = compact([batch.item_ids, batch.target_ids, negatives], self.num_items)
-        return BatchItems(ids, inputs, targets, negatives)
+            ids = torch.arange(self.num_items, device=parts[0].item_ids.device)
+            return [BatchItems(ids, part.item_ids, part.target_ids, None) for part in parts]
+        uses = []
+        for part in parts:
+            groups = math.ceil(part.num_tokens / self.group_size) if self.group_size else min(1, part.num_tokens)
+            negatives = torch.randint(
+                self.num_items, (groups, self.loss.num_negatives), generator=generator, device=part.item_ids.device
+            )
+            uses += [part.item_ids, part.target_ids, negatives]
+        ids, rows = compact(uses, self.num_items)
+        return [BatchItems(ids, *rows[start : start + 3]) for start in range(0, len(rows), 3)]
 
     def __call__(self, hidden: Tensor, item_rows: Tensor, items: BatchItems) -> Tensor:
         """

@@ -44,6 +44,25 @@ class Routing:
     counts: Tensor
     dropped: Tensor | None = None
 
+    @classmethod
+    def of_parts(cls, parts: list[Routing]) -> Routing:
+        """What a router decided for a batch, from the parts of it."""
+        if len(parts) == 1:
+            return parts[0]
+        num_views = parts[0].counts.shape[0]
+
+        def by_view(name: str) -> Tensor:
+            values = [getattr(part, name).unflatten(0, (num_views, -1)) for part in parts]
+            return torch.cat(values, dim=1).flatten(0, 1)
+
+        rows = {name: by_view(name) for name in ("probabilities", "logits", "experts", "weights")}
+        dropped = [part.dropped for part in parts if part.dropped is not None]
+        return cls(
+            **rows,
+            counts=torch.stack([part.counts for part in parts]).sum(0),
+            dropped=torch.stack(dropped).sum(0) if dropped else None,
+        )
+
 
 class Dispatcher(Protocol):
     """Brings rows sorted by expert to the ranks that own the experts, and the results back."""

@@ -105,6 +105,17 @@ def test_a_process_without_sequences(alone: Any) -> None:
     check(alone, [[0, 1, 2, 3, 4], []])
 
 
+@pytest.mark.parametrize(
+    "split, zero_stage", [([[0, 1, 2, 3, 4]], 1), ([[0, 3], [1, 2, 4]], 1), ([[0, 1, 2, 4], [3]], 2)]
+)
+def test_a_batch_in_parts(split: list[list[int]], zero_stage: int) -> None:
+    """As in one piece, but for the balance of the routers, which is of each part's own counts; some parts are empty."""
+    no_balance = "model.moe.load_balance_coef=0"
+    ((loss, gradients, weights),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], [no_balance])
+    in_one = (loss, whole([gradients]), whole([weights]))
+    check(in_one, split, no_balance, "train.micro_batches=3", f"parallel.zero_stage={zero_stage}")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("expert_parallel_size", [1, 2, 4])
 @pytest.mark.parametrize("table_sharding", ["row_wise", "column_wise"])
