@@ -12,3 +12,4 @@ python -m benchmarks.attention --lengths "$lengths" --skewed --json "$results/at
 python -m benchmarks.sampled_softmax --json "$results/sampled_softmax.json"
 python -m benchmarks.expert_ffn --json "$results/expert_ffn.json"
 python -m benchmarks.expert_ffn --skewed --json "$results/expert_ffn_skewed.json"
+python -m benchmarks.elementwise --json "$results/elementwise.json"

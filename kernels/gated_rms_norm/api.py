@@ -56,7 +56,7 @@ def _norm(name: str, a: Tensor, u: Tensor | None, eps: float, dropout_p: float, 
         raise ValueError(f"{name} has dtype {a.dtype}, expected a floating one")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p ({dropout_p}) must be at least 0 and below 1")
-    dropped = round(dropout_p * DROPOUT_STEPS)
+    dropped = min(round(dropout_p * DROPOUT_STEPS), DROPOUT_STEPS - 1)  # what stays is divided by its share
     if backend_for(backend, name, a) == "torch":
         return torch_norm(a, u, eps, dropped)
     # Here, not above: the triton package need not be installed where it does not run.
