@@ -12,8 +12,6 @@ diagonal and recomputation count as none. The roofline is the matrix rate measur
 from __future__ import annotations
 
 import functools
-import json
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -21,11 +19,9 @@ from typing import Annotated, Any, Optional
 import torch
 import torch.nn.functional as F
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from benchmarks.roofline import matrix_rate, timed
+from benchmarks.roofline import matrix_rate, publish, run_header, timed
 from kernels import plan_attention, relative_attention
 from kernels.relative_attention.reference import time_bucket
 
@@ -153,27 +149,15 @@ def padded_attention(
 def report(
     rows: list[dict[str, Any]], device: torch.device, dtype: torch.dtype, peak: float, path: Path | None
 ) -> None:
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    header = {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "dtype": str(dtype).removeprefix("torch."),
-        "matrix_tflops": peak,
-    }
-    title = (
-        f"Relative attention on {name}, {header['dtype']}, {header['threads']} threads, matrices at {peak:.3g} TFLOP/s"
-    )
-    table = Table(title=title)
-    for column in ("longest", "sequences", "groups × width", "form", "pass", "ms", "± ms", "GFLOP", "share of peak"):
-        table.add_column(column, justify="left" if column in ("form", "pass") else "right")
-    for row in rows:
-        counted = (f"{row['gflop']:.2f}", f"{row['roofline_share']:.0%}") if row["gflop"] else ("", "")
-        shape = (str(row["longest"]), str(row["sequences"]), f"{row['groups']} × {row['width']}")
-        table.add_row(*shape, row["form"], row["pass"], f"{row['ms']:.2f}", f"{row['spread_ms']:.2f}", *counted)
-    Console(width=110).print(table)
-    if path is not None:
-        path.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")
+    cells = [
+        (str(row["longest"]), str(row["sequences"]), f"{row['groups']} × {row['width']}", row["form"], row["pass"])
+        + (f"{row['ms']:.2f}", f"{row['spread_ms']:.2f}")
+        + ((f"{row['gflop']:.2f}", f"{row['roofline_share']:.0%}") if row["gflop"] else ("", ""))
+        + (f"{row['peak_mem_gib']:.3f}" if "peak_mem_gib" in row else "",)
+        for row in rows
+    ]
+    columns = ("longest", "sequences", "groups × width", "form", "pass", "ms", "± ms", "GFLOP", "of peak", "GiB")
+    publish("Relative attention", run_header(device, dtype, matrix_tflops=peak), columns, cells, rows, path)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ the same run, over the time; what the caches hold makes a share above 100% possi
 from __future__ import annotations
 
 import functools
-import json
-import platform
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -20,11 +18,9 @@ from typing import Annotated, Any, Optional
 import torch
 import torch.nn.functional as F
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from benchmarks.roofline import memory_rate, timed
+from benchmarks.roofline import memory_rate, publish, run_header, timed
 from kernels import gated_rms_norm, rms_norm, silu_split
 from kernels.backend import triton_installed
 
@@ -154,29 +150,23 @@ def check_agreement(name: str, forms: dict[str, Form], inputs: list[Tensor], dty
 def report(
     figures: list[dict[str, Any]], device: torch.device, dtype: torch.dtype, memory_gbs: float, path: Path | None
 ) -> None:
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    header: dict[str, Any] = {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "dtype": str(dtype).removeprefix("torch."),
-        "memory_gbs": memory_gbs,
-        "dropout": DROPOUT,
-    }
-    title = (
-        f"Norms and split SiLU on {name}, {header['dtype']}, {header['threads']} threads; memory at "
-        f"{memory_gbs:.3g} GB/s"
-    )
-    table = Table(title=title)
-    for column in ("operation", "rows", "width", "form", "pass", "ms", "± ms", "GB", "of memory"):
-        table.add_column(column, justify="left" if column in ("operation", "form", "pass") else "right")
-    for row in figures:
-        shape = (row["operation"], str(row["rows"]), str(row["width"]), row["form"], row["pass"])
-        times = (f"{row['ms']:.3f}", f"{row['spread_ms']:.3f}", f"{row['gbyte']:.4f}")
-        table.add_row(*shape, *times, f"{row['memory_share']:.0%}")
-    Console(width=120).print(table)
-    if path is not None:
-        path.write_text(json.dumps(header | {"rows": figures}, indent=1) + "\n")
+    cells = [
+        (
+            row["operation"],
+            str(row["rows"]),
+            str(row["width"]),
+            row["form"],
+            row["pass"],
+            f"{row['ms']:.3f}",
+            f"{row['spread_ms']:.3f}",
+            f"{row['gbyte']:.4f}",
+            f"{row['memory_share']:.0%}",
+        )
+        for row in figures
+    ]
+    columns = ("operation", "rows", "width", "form", "pass", "ms", "± ms", "GB", "of memory")
+    header = run_header(device, dtype, memory_gbs=memory_gbs, dropout=DROPOUT)
+    publish("Norms and split SiLU", header, columns, cells, figures, path)
 
 
 if __name__ == "__main__":

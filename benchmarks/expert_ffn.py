@@ -14,8 +14,6 @@ their gradients. The bound is the longer of both at the rates measured in the sa
 from __future__ import annotations
 
 import functools
-import json
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -23,11 +21,9 @@ from typing import Annotated, Any, Optional
 import torch
 import torch.nn.functional as F
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from benchmarks.roofline import matrix_rate, memory_rate, timed
+from benchmarks.roofline import matrix_rate, memory_rate, publish, run_header, timed
 from kernels import expert_ffn, routed_expert_ffn
 from kernels.backend import triton_installed
 from kernels.expert_ffn.routing import sorted_copies, weighted_choices
@@ -152,33 +148,23 @@ def check_agreement(
 def report(
     figures: list[dict[str, Any]], device: torch.device, dtype: torch.dtype, run: dict[str, Any], path: Path | None
 ) -> None:
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    header: dict[str, Any] = {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "dtype": str(dtype).removeprefix("torch."),
-        **run,
-    }
-    title = (
-        f"Expert FFN on {name}, {header['dtype']}, {header['threads']} threads; matrices at "
-        f"{run['matrix_tflops']:.3g} TFLOP/s, memory at {run['memory_gbs']:.3g} GB/s"
-    )
-    table = Table(title=title)
-    for column in ("rows", "experts", "d × f", "form", "pass", "ms", "± ms", "GFLOP", "GB", "of bound"):
-        table.add_column(column, justify="left" if column in ("form", "pass") else "right")
-    for figure in figures:
-        shape = (str(figure["rows"]), str(figure["experts"]), f"{figure['d']} × {figure['f']}")
-        times = (
-            f"{figure['ms']:.2f}",
-            f"{figure['spread_ms']:.2f}",
-            f"{figure['gflop']:.2f}",
-            f"{figure['gbyte']:.2f}",
+    cells = [
+        (
+            str(row["rows"]),
+            str(row["experts"]),
+            f"{row['d']} × {row['f']}",
+            row["form"],
+            row["pass"],
+            f"{row['ms']:.2f}",
+            f"{row['spread_ms']:.2f}",
+            f"{row['gflop']:.2f}",
+            f"{row['gbyte']:.2f}",
+            f"{row['roofline_share']:.0%}",
         )
-        table.add_row(*shape, figure["form"], figure["pass"], *times, f"{figure['roofline_share']:.0%}")
-    Console(width=120).print(table)
-    if path is not None:
-        path.write_text(json.dumps(header | {"rows": figures}, indent=1) + "\n")
+        for row in figures
+    ]
+    columns = ("rows", "experts", "d × f", "form", "pass", "ms", "± ms", "GFLOP", "GB", "of bound")
+    publish("Expert FFN", run_header(device, dtype, **run), columns, cells, figures, path)
 
 
 if __name__ == "__main__":

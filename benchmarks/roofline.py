@@ -5,12 +5,17 @@ python -m benchmarks.roofline
 
 from __future__ import annotations
 
+import json
+import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
+from rich.table import Table
 
 
 def timed(run: Callable[[], Any], device: torch.device, seconds: float) -> dict[str, float]:
@@ -51,6 +56,35 @@ def memory_rate(device: torch.device, seconds: float) -> float:
     source = torch.ones((1 << 30) if device.type == "cuda" else (1 << 26), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2e-6 * source.numel() / timed(lambda: target.copy_(source), device, seconds)["ms"]
+
+
+def run_header(device: torch.device, dtype: torch.dtype, **figures: Any) -> dict[str, Any]:
+    """What a result is worth nothing without: the device, its threads, the version and the dtype; then ``figures``."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
+    return {
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "dtype": str(dtype).removeprefix("torch."),
+        **figures,
+    }
+
+
+def publish(
+    what: str, header: dict[str, Any], columns: Sequence[str], cells: Iterable[Sequence[str]],
+    rows: list[dict[str, Any]], path: Path | None,
+) -> None:  # fmt: skip
+    """Prints ``cells`` as a table, headed by the device and the rates that it reached, and writes ``rows`` as JSON."""
+    rates = {"matrix_tflops": "matrices at {:.3g} TFLOP/s", "memory_gbs": "memory at {:.3g} GB/s"}
+    reached = [text.format(header[name]) for name, text in rates.items() if name in header]
+    table = Table(title=f"{what} on {', '.join([header['device'], header['dtype'], *reached])}")
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("operation", "form", "pass") else "right")
+    for line in cells:
+        table.add_row(*line)
+    Console(width=120).print(table)
+    if path is not None:
+        path.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")
 
 
 def main() -> None:

@@ -13,8 +13,6 @@ caches serve make a share above 100% possible.
 from __future__ import annotations
 
 import functools
-import json
-import platform
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -22,11 +20,9 @@ from typing import Annotated, Any, Optional
 import torch
 import torch.nn.functional as F
 import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from benchmarks.roofline import matrix_rate, memory_rate, timed
+from benchmarks.roofline import matrix_rate, memory_rate, publish, run_header, timed
 from kernels import sampled_softmax_loss
 from kernels.backend import triton_installed
 from kernels.sampled_softmax.torch_form import MASKED_LOGIT
@@ -159,30 +155,24 @@ def eager_loss(hidden: Tensor, items: Tensor, targets: Tensor, negatives: Tensor
 def report(
     rows: list[dict[str, Any]], device: torch.device, dtype: torch.dtype, rates: dict[str, float], path: Path | None
 ) -> None:
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
-    header: dict[str, Any] = {
-        "device": name,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "dtype": str(dtype).removeprefix("torch."),
-        **rates,
-    }
-    title = (
-        f"Sampled softmax on {name}, {header['dtype']}, {header['threads']} threads; matrices at "
-        f"{rates['matrix_tflops']:.3g} TFLOP/s, memory at {rates['memory_gbs']:.3g} GB/s"
-    )
-    table = Table(title=title)
+    cells = [
+        (
+            str(row["tokens"]),
+            f"{row['group']} × {row['negatives']}",
+            str(row["width"]),
+            row["form"],
+            row["pass"],
+            f"{row['ms']:.2f}",
+            f"{row['spread_ms']:.2f}",
+            f"{row['gflop']:.2f}",
+            f"{row['gbyte']:.2f}",
+            f"{row['roofline_share']:.0%}",
+            f"{row['step_mem_gib']:.3f}" if "step_mem_gib" in row else "",
+        )
+        for row in rows
+    ]
     columns = ("tokens", "group × n", "width", "form", "pass", "ms", "± ms", "GFLOP", "GB", "of bound", "step GiB")
-    for column in columns:
-        table.add_column(column, justify="left" if column in ("form", "pass") else "right")
-    for row in rows:
-        shape = (str(row["tokens"]), f"{row['group']} × {row['negatives']}", str(row["width"]))
-        figures = (f"{row['ms']:.2f}", f"{row['spread_ms']:.2f}", f"{row['gflop']:.2f}", f"{row['gbyte']:.2f}")
-        memory = f"{row['step_mem_gib']:.3f}" if "step_mem_gib" in row else ""
-        table.add_row(*shape, row["form"], row["pass"], *figures, f"{row['roofline_share']:.0%}", memory)
-    Console(width=120).print(table)
-    if path is not None:
-        path.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")
+    publish("Sampled softmax", run_header(device, dtype, **rates), columns, cells, rows, path)
 
 
 if __name__ == "__main__":

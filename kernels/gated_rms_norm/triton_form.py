@@ -80,7 +80,8 @@ def norm_backward_kernel(
 def _launch(width: int, dropped: int, gated: bool) -> dict[str, Any]:
     padded = max(16, triton.next_power_of_2(width))
     rows = max(1, min(64, TILE // padded))
-    return {"W": width, "ROWS": rows, "WIDTH": padded, "DROPPED": dropped, "GATED": gated, "num_warps": 4}
+    num_warps = 4 if padded < 1024 else 8
+    return {"W": width, "ROWS": rows, "WIDTH": padded, "DROPPED": dropped, "GATED": gated, "num_warps": num_warps}
 
 
 @torch.library.custom_op("kernels::gated_rms_norm", mutates_args=())

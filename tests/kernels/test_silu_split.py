@@ -120,3 +120,8 @@ def test_same_bits_from_run_to_run() -> None:
 def test_custom_operator_passes_opcheck() -> None:
     projected, _ = operands(2, 3, 2, 4, 5)
     torch.library.opcheck(silu_split_op, (projected.requires_grad_(), 2, 2, 4, 5))
+
+
+def test_a_projection_of_the_wrong_width_is_named() -> None:
+    with pytest.raises(ValueError, match=r"projected has shape \(3, 4\), expected \(2 views · T, 12\)"):
+        silu_split(torch.zeros(3, 4, device=DEVICE), 2, 1, 2, 2)
