@@ -24,7 +24,7 @@ from launcher.job import Job
 from mme.config import Config
 from mme.errors import UserError
 
-FLOAT = 4  # bytes: weights, states and activations are float32
+FLOAT = 4  # bytes: weights, their gradients and optimizer states are float32
 INT64 = 8
 
 
@@ -33,15 +33,16 @@ class Gpu:
     """Published peaks of one GPU (SXM) and of its links, a direction."""
 
     memory: float  # bytes
-    float32_flops: float  # without tensor cores: training is in float32
+    float32_flops: float  # without tensor cores
+    bfloat16_flops: float  # with them, dense
     memory_bytes_per_s: float
     nvlink_bytes_per_s: float
     network_bytes_per_s: float  # one InfiniBand port a GPU
 
 
 GPUS = {
-    "a100-80g": Gpu(80e9, 19.5e12, 2.04e12, 300e9, 25e9),  # HDR, 200 Gbit/s
-    "h100-80g": Gpu(80e9, 67e12, 3.35e12, 450e9, 50e9),  # NDR, 400 Gbit/s
+    "a100-80g": Gpu(80e9, 19.5e12, 312e12, 2.04e12, 300e9, 25e9),  # HDR, 200 Gbit/s
+    "h100-80g": Gpu(80e9, 67e12, 989e12, 3.35e12, 450e9, 50e9),  # NDR, 400 Gbit/s
 }
 EFFICIENCY = 0.5  # share of the peaks that kernels and links are taken to reach
 RUNTIME_BYTES = 2e9  # CUDA context, NCCL's buffers, cuBLAS workspace
@@ -58,6 +59,18 @@ class Shape:
     ranks: int
     ranks_per_node: int
     items: int
+
+    def __post_init__(self) -> None:
+        if self.config.model.block != "fuxi":
+            raise UserError(f"model.block ({self.config.model.block}): the plan knows fuxi alone")
+
+    @property
+    def activation_bytes(self) -> int:
+        """Of one number in the decoder."""
+        return 2 if self.config.train.precision == "bfloat16" else FLOAT
+
+    def flops_of(self, gpu: Gpu) -> float:
+        return gpu.bfloat16_flops if self.config.train.precision == "bfloat16" else gpu.float32_flops
 
     @property
     def tokens(self) -> int:
@@ -192,15 +205,23 @@ def memory_parts(shape: Shape) -> dict[str, float]:
     dense, experts = shape.dense_parameters * FLOAT, shape.expert_parameters * FLOAT
     copies = shape.ranks // shape.expert_parallel_size
     # Kept for backward by a block: x, x̂, uvqk before and after SiLU, attention, its norm, u ⊙ norm, o and z.
-    attention = shape.rows * (4 * d + 2 * (4 * v + 2 * qk) + 3 * 3 * v) * FLOAT * model.num_blocks
+    # Blocks that backward computes again keep their input alone, and one of them at a time all of this.
+    recompute = config.train.recompute == "blocks"
+    number = shape.activation_bytes / config.train.micro_batches
+    of_block = shape.rows * (4 * d + 2 * (4 * v + 2 * qk) + 3 * 3 * v) * number
+    attention = of_block + (model.num_blocks - 1) * (shape.rows * d * number if recompute else of_block)
     # By experts: the rows sent, received and returned, k for each token and view; hidden activations are recomputed.
     top_k = model.moe.top_k
-    ffn = shape.rows * d * FLOAT * (3 * top_k * shape.expert_blocks + (model.num_blocks - shape.expert_blocks))
+    with_experts, dense_ffn = shape.expert_blocks, model.num_blocks - shape.expert_blocks
+    if recompute:
+        with_experts, dense_ffn = min(with_experts, 1), 0 if with_experts else 1
+    ffn = shape.rows * d * number * (3 * top_k * with_experts + dense_ffn)
     logits_per_token = 1024 if config.loss.kind == "full_softmax" else config.loss.num_negatives + 1
     logits = (
         2
         * FLOAT
         * (logits_per_token * shape.items if config.loss.kind == "full_softmax" else logits_per_token * shape.tokens)
+        / config.train.micro_batches
     )
     return {
         "item tables": table,
@@ -221,10 +242,10 @@ def time_parts(shape: Shape, nnodes: int, gpu: Gpu) -> dict[str, float]:
     """Seconds of a training step, by part."""
     config, model = shape.config, shape.config.model
     d, (qk, v), n = model.view_dim, shape.head_widths, config.data.max_seq_len
-    sequences, blocks = shape.tokens / n, model.num_blocks
+    sequences, blocks, number = shape.tokens / n, model.num_blocks, shape.activation_bytes
 
     def compute(flops: float, num_bytes: float) -> float:
-        return max(flops / gpu.float32_flops, num_bytes / gpu.memory_bytes_per_s) / EFFICIENCY
+        return max(flops / shape.flops_of(gpu), num_bytes / gpu.memory_bytes_per_s) / EFFICIENCY
 
     def exchange(num_bytes: float, ranks: int) -> float:
         """An all-to-all in which each rank sends ``num_bytes``, evenly to ``ranks``."""
@@ -253,17 +274,17 @@ def time_parts(shape: Shape, nnodes: int, gpu: Gpu) -> dict[str, float]:
         if sharded
         else reduce(shape.table_elements * FLOAT, shape.ranks),
         "projections": compute(
-            3 * 2 * shape.rows * projections * blocks, 3 * shape.rows * (2 * d + 7 * v + 2 * qk) * FLOAT * blocks
+            3 * 2 * shape.rows * projections * blocks, 3 * shape.rows * (2 * d + 7 * v + 2 * qk) * number * blocks
         ),
         "attention": compute(
-            3.5 * 2 * pairs * (qk + 3 * v) * blocks, 3 * shape.rows * (2 * qk + 4 * v) * FLOAT * blocks
+            3.5 * 2 * pairs * (qk + 3 * v) * blocks, 3 * shape.rows * (2 * qk + 4 * v) * number * blocks
         ),
-        "FFN, experts": compute(4 * 2 * hidden_rows * 3 * d * shape.hidden, 4 * 2 * hidden_rows * d * FLOAT),
-        "experts: exchange": exchange(4 * shape.rows * top_k * d * FLOAT, shape.expert_parallel_size)
+        "FFN, experts": compute(4 * 2 * hidden_rows * 3 * d * shape.hidden, 4 * 2 * hidden_rows * d * number),
+        "experts: exchange": exchange(4 * shape.rows * top_k * d * number, shape.expert_parallel_size)
         * shape.expert_blocks,
         "loss": compute(
             3 * 2 * shape.tokens * scored * model.embedding_dim,
-            3 * min(gathered, shape.tokens * scored) * model.embedding_dim * FLOAT,
+            3 * min(gathered, shape.tokens * scored) * model.embedding_dim * number,
         ),
         "gradients: all-reduce": reduce(shape.dense_parameters * FLOAT, shape.ranks)
         + reduce(shape.expert_parameters * FLOAT, shape.ranks // shape.expert_parallel_size),
@@ -275,7 +296,7 @@ def assumptions(shape: Shape, gpu: Gpu) -> list[str]:
     """What the figures rest on, for the reader."""
     return [
         f"a cost model, not a measurement: nothing in it was fitted to a GPU; {EFFICIENCY:.0%} of the published peaks "
-        f"({gpu.float32_flops / 1e12:.1f} TFLOP/s float32, {gpu.memory_bytes_per_s / 1e12:.2f} TB/s, "
+        f"({shape.flops_of(gpu) / 1e12:.1f} TFLOP/s {shape.config.train.precision}, {gpu.memory_bytes_per_s / 1e12:.2f} TB/s, "
         f"NVLink {gpu.nvlink_bytes_per_s / 1e9:.0f} GB/s, network {gpu.network_bytes_per_s / 1e9:.0f} GB/s a GPU)",
         f"every rank has {shape.tokens:,} tokens (sequences of full length: the worst case), experts and table shards "
         f"are evenly loaded, {shape.distinct_items:,} distinct items a step (uniform draws)",

@@ -9,6 +9,7 @@ import pytest
 
 from launcher.plan import GPUS, Shape, memory_parts, time_parts
 from mme.config import load_config
+from mme.errors import UserError
 from tests.launcher.command_line import CONFIG, REPOSITORY, launch, the_error
 
 
@@ -40,6 +41,23 @@ def test_sharded_parts_shrink_with_the_ranks_and_the_others_do_not() -> None:
     assert eight["decoder and its gradients"] == one["decoder and its gradients"]
     whole = memory_parts(shape(8, "parallel.table_sharding=data_parallel"))
     assert whole["item tables"] == one["item tables"] == 100_000 * 64 * 4
+
+
+def test_precision_recomputation_and_parts_take_less_memory() -> None:
+    def kept(*overrides: str) -> float:
+        return memory_parts(shape(1, "model.num_blocks=8", *overrides))["activations: attention"]
+
+    assert kept("train.precision=bfloat16") == pytest.approx(kept() / 2)
+    assert kept("train.micro_batches=4") == pytest.approx(kept() / 4)
+    assert kept() / 8 < kept("train.recompute=blocks") < kept() / 3
+    gpu = GPUS["h100-80g"]
+    float32, bfloat16 = (time_parts(shape(1, f"train.precision={p}"), 1, gpu) for p in ("float32", "bfloat16"))
+    assert bfloat16["attention"] < float32["attention"]
+
+
+def test_other_blocks_are_refused() -> None:
+    with pytest.raises(UserError, match=r"model\.block \(sasrec\): the plan knows fuxi alone"):
+        shape(1, "model.block=sasrec", "model.moe.num_experts=0")
 
 
 def test_a_node_more_brings_the_network_in() -> None:
