@@ -43,7 +43,8 @@ class LaunchConfig:
         # most of the other registers: hence the short steps.
         groups = min(triton.next_power_of_2(num_groups), max(1, 128 // (itemsize * width)))
         if itemsize == 4 and precision == "ieee":  # exact products run on vector units, their operands in registers
-            return cls(block=32 if width <= 64 else 16, step=16, groups=1, num_warps=8, num_stages=1)
+            aligned = width <= 64 and dqk % 16 == dv % 16 == 0
+            return cls(block=32 if aligned else 16, step=16, groups=1, num_warps=8, num_stages=1)
         if width <= 16:
             return cls(block=64, step=16, groups=groups, num_warps=4, num_stages=2 if itemsize == 2 else 1)
         if width <= 64:
