@@ -157,3 +157,28 @@ def test_backends_are_never_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
         relative_attention(**arguments(), backend="triton")
     with pytest.raises(ValueError, match=r"backend \('cuda'\) must be one of auto, torch, triton"):
         relative_attention(**arguments(), backend="cuda")
+
+
+def test_the_longest_sequence() -> None:
+    """16,384 tokens beside a short one: some rows of each, against the definition row by row in float64."""
+    longest, width = 16_384, 4
+    random = torch.Generator().manual_seed(0)
+    lengths = [longest, 3]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    q, k, v = (torch.randn(1, sum(lengths), width, generator=random) for _ in range(3))
+    steps = torch.exp(13 * torch.rand(sum(lengths) + 2, generator=random)).long()
+    times = 1_500_000_000 + steps.cumsum(0)
+    ts_weights, pos_weights = (torch.randn(size, generator=random) for size in (129, 2 * longest - 1))
+    out = relative_attention(q, k, v, offsets, longest, times, ts_weights, pos_weights)
+    for row in (0, 1, 63, 64, 8191, 16_000, 16_383, 16_384, 16_386):
+        start, extra = (0, 0) if row < longest else (longest, 1)
+        keys = torch.arange(start, row + 1)
+        seconds = times[row + 1 + extra] - times[keys + extra]
+        weights = (
+            pos_weights[keys - row + longest - 1],
+            ts_weights[time_bucket(seconds)],
+            torch.nn.functional.silu(q[0, row].double() @ k[0, keys].double().T) / longest,
+        )
+        expected = torch.cat([weight.double() @ v[0, keys].double() for weight in weights])
+        error = (out[0, row].double() - expected).norm() / expected.norm()
+        assert error < 1e-5, (row, error)
