@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mme.config import Config, save_config, validate_world_size
+from mme.data.balance import attention_equals_rest_at
 from mme.data.batch import SequenceBatch
 from mme.data.sequences import PreparedDataset, TrainLoader
 from mme.distributed import checkpoint
@@ -237,4 +238,5 @@ def train_loader(dataset: PreparedDataset, config: Config, world: World) -> Trai
         world_size=world.size,
         seed=config.train.seed,
         global_time_test_fraction=data.global_time_test_fraction,
+        attention_equals_rest_at=attention_equals_rest_at(config.model),
     )

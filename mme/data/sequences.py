@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mme.data.balance import deal, sequence_cost
 from mme.data.batch import EvaluationBatch, SequenceBatch
 from mme.data.layout import INFO_FILE, ITEMS_FILE
 from mme.data.prefetch import prefetch
@@ -40,10 +41,6 @@ SPLITS = {
     "leave_two_out": ["valid", "test"],
     "global_time": ["valid", "test"],
 }
-
-# Cost of a sequence of L tokens: L · (L + this). Outside attention a token of a view of width d takes about 36 d²
-# multiply-adds in a block (projections, FFN of four view widths), inside it 4 d L: equal at L = 9 d, 576 at d = 64.
-_ATTENTION_EQUALS_REST_AT = 576
 
 
 @dataclass(frozen=True)
@@ -188,8 +185,9 @@ class TrainLoader:
         world_size: int = 1,
         seed: int = 0,
         global_time_test_fraction: float = 0.1,
+        attention_equals_rest_at: int = 528,
     ) -> None:
-        self.dataset = dataset
+        self.dataset, self.attention_equals_rest_at = dataset, attention_equals_rest_at
         self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
         self.rank, self.world_size, self.seed = rank, world_size, seed
         train_end = dataset.train_ends(protocol, global_time_test_fraction)
@@ -212,7 +210,8 @@ class TrainLoader:
         """This rank's sequences of one global batch."""
         order, bounds = self._epoch(epoch)
         chosen = order[bounds[index] : bounds[index + 1]]
-        chosen = chosen[deal(sequence_cost(self.lengths[chosen]), self.world_size) == self.rank]
+        costs = sequence_cost(self.lengths[chosen], self.attention_equals_rest_at)
+        chosen = chosen[deal(costs, self.world_size) == self.rank]
         return _assemble(self.dataset, self.user_rows[chosen], self.starts[chosen], self.lengths[chosen])
 
     def _compute_epoch(self, epoch: int) -> tuple[IntArray, IntArray]:
@@ -272,30 +271,6 @@ class EvaluationLoader:
             seen_ids=_int64(self.dataset.items[seen]),
             seen_offsets=_int64(seen_offsets),
         )
-
-
-def sequence_cost(lengths: IntArray) -> IntArray:
-    """What sequences of these lengths cost, in a unit of its own: linear work and attention's square."""
-    return lengths * (lengths + _ATTENTION_EQUALS_REST_AT)
-
-
-def deal(costs: IntArray, world_size: int) -> IntArray:
-    """The rank of each sequence: numbers that differ by one at most, costs as even as that allows.
-
-    From the costliest down, each next ``world_size`` sequences go one to a rank, the costliest of them to the rank
-    that has least so far.
-    """
-    ranks = np.zeros(costs.size, dtype=np.int64)
-    if world_size == 1:
-        return ranks
-    order = np.argsort(-costs, kind="stable")
-    load = np.zeros(world_size, dtype=np.int64)
-    for begin in range(0, costs.size, world_size):
-        group = order[begin : begin + world_size]
-        lightest = np.argsort(load, kind="stable")[: group.size]
-        ranks[group] = lightest
-        load[lightest] += costs[group]
-    return ranks
 
 
 def _assemble(dataset: PreparedDataset, rows: IntArray, starts: IntArray, lengths: IntArray) -> SequenceBatch:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from mme.data.prefetch import prefetch
-from mme.data.sequences import EvaluationLoader, PreparedDataset, TrainLoader, deal, sequence_cost
+from mme.data.sequences import EvaluationLoader, PreparedDataset, TrainLoader
 from mme.data.writer import DatasetWriter
 from mme.errors import UserError
 
@@ -192,16 +192,6 @@ def test_hash_of_targets_tells_other_targets(folder: Path) -> None:
     assert dataset.targets_sha256("leave_two_out", "test", FRACTION) == hashlib.sha256(text.encode()).hexdigest()
     hashes = {dataset.targets_sha256(p, s, FRACTION) for p in PROTOCOLS for s in dataset.splits(p)}
     assert len(hashes) == 5
-
-
-def test_dealing_is_even_where_one_sequence_is_a_giant() -> None:
-    lengths = np.array([4000] + [100] * 255)
-    ranks = deal(sequence_cost(lengths), 4)
-    assert np.bincount(ranks).tolist() == [64] * 4
-    lengths = np.random.default_rng(0).integers(1, 400, 512)
-    costs = sequence_cost(lengths)
-    load = np.bincount(deal(costs, 8), weights=costs)
-    assert load.max() / load.mean() < 1.01
 
 
 def test_prefetch_passes_errors_on_and_ends_its_thread() -> None:

@@ -1,0 +1,53 @@
+"""What a sequence costs, and sequences dealt over the ranks so that none waits long for another."""
+
+from __future__ import annotations
+
+import heapq
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mme.config import ModelConfig
+
+IntArray = NDArray[np.int64]
+
+
+def attention_equals_rest_at(model: ModelConfig) -> int:
+    """The length L, in tokens, at which attention costs a sequence as much as everything else in a block.
+
+    Multiply-adds a token of a FuXi block and view of width d with H heads: H (dqk + 3 dv) L of attention (scores, three
+    channels of values); outside it d H (7 dv + 2 dqk) of projections and three matrices of d · ffn_multiplier d for
+    each of the k chosen experts (one FFN without experts).
+    """
+    dim, heads = model.view_dim, model.num_heads
+    dqk, dv = model.dqk or dim // heads, model.dv or dim // heads
+    chosen = model.moe.top_k if model.moe.num_experts else 1
+    rest = dim * heads * (7 * dv + 2 * dqk) + 3 * model.ffn_multiplier * dim**2 * chosen
+    return max(1, round(rest / (heads * (dqk + 3 * dv))))
+
+
+def sequence_cost(lengths: IntArray, equal_at: int) -> IntArray:
+    """What sequences of these lengths cost, in a unit of its own: L · (L + ``equal_at``)."""
+    return lengths * (lengths + equal_at)
+
+
+def deal(costs: IntArray, world_size: int) -> IntArray:
+    """The rank of each sequence: from the costliest down, each goes to the rank that has least so far.
+
+    No rank is left without a sequence where there are as many as ranks; of equal ranks the first is chosen.
+    """
+    ranks = np.zeros(costs.size, dtype=np.int64)
+    if world_size == 1:
+        return ranks
+    loads = [(0, rank) for rank in range(world_size)]
+    for place in np.argsort(-costs, kind="stable"):
+        load, rank = loads[0]
+        ranks[place] = rank
+        heapq.heapreplace(loads, (load + int(costs[place]), rank))
+    return ranks
+
+
+def straggler_share(costs: IntArray, ranks: IntArray, world_size: int) -> float:
+    """The share of the costliest rank's time that the ranks wait for it on average: (max − mean) / max."""
+    load = np.bincount(ranks, weights=costs, minlength=world_size)
+    return float(1 - load.mean() / load.max())

@@ -1,0 +1,36 @@
+"""Costs that follow the model's widths, and the straggler's share on skewed lengths."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mme.config import ModelConfig, MoEConfig
+from mme.data.balance import attention_equals_rest_at, deal, sequence_cost, straggler_share
+
+RANKS = 8
+
+
+def test_cost_follows_the_models_widths() -> None:
+    narrow = attention_equals_rest_at(ModelConfig(embedding_dim=64, num_tables=1))
+    assert narrow == 528
+    assert attention_equals_rest_at(ModelConfig(embedding_dim=128, num_tables=1)) == 2 * narrow
+    dense = ModelConfig(embedding_dim=64, num_tables=1, moe=MoEConfig(num_experts=0))
+    assert attention_equals_rest_at(dense) < narrow
+    assert sequence_cost(np.array([0, 1, 10]), 5).tolist() == [0, 6, 150]
+
+
+def test_stragglers_share_is_below_5_percent_on_skewed_lengths() -> None:
+    lengths = np.minimum(np.random.default_rng(0).zipf(1.3, 20 * RANKS * 32), 1024).astype(np.int64)
+    before, after = [], []
+    for chosen in np.split(lengths, 20):
+        costs = sequence_cost(chosen, 528)
+        before.append(straggler_share(costs, np.arange(costs.size) % RANKS, RANKS))
+        after.append(straggler_share(costs, deal(costs, RANKS), RANKS))
+    assert np.mean(before) > 0.2
+    assert np.mean(after) < 0.05
+
+
+def test_a_giant_has_its_rank_to_itself_and_no_rank_is_empty() -> None:
+    ranks = deal(sequence_cost(np.array([4000] + [100] * 255), 528), 4)
+    assert np.bincount(ranks).tolist() == [1, 85, 85, 85]
+    assert deal(np.zeros(5, dtype=np.int64) + 1, 5).tolist() == [0, 1, 2, 3, 4]
