@@ -1,0 +1,60 @@
+"""Tokens a second that one reader assembles on one core: python -m benchmarks.data_loading --output FILE.json."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mme.data.sequences import PreparedDataset, TrainLoader
+
+NUM_ITEMS, NUM_USERS, REPEATS = 100_000, 50_000, 5
+
+
+def skewed_dataset() -> PreparedDataset:
+    """Histories of log-normal length, median 100 events, at most 2,000."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(np.log(100), 1.0, NUM_USERS), 3, 2000).astype(np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    items = rng.integers(NUM_ITEMS, size=offsets[-1]).astype(np.int32)
+    info = {"num_items": NUM_ITEMS, "num_users": NUM_USERS, "num_events": items.size}
+    return PreparedDataset(Path("skewed"), info, items, np.arange(items.size), offsets)
+
+
+def measure(dataset: PreparedDataset, max_seq_len: int, world_size: int) -> dict[str, Any]:
+    """Median tokens a second of rank 0 over epochs, each batch assembled in the calling thread."""
+    loader = TrainLoader(dataset, "leave_two_out", max_seq_len=max_seq_len, batch_size=128, world_size=world_size)
+    rates = []
+    for epoch in range(REPEATS):
+        started = time.perf_counter()
+        tokens = sum(loader.batch(epoch, index).num_tokens for index in range(loader.num_batches(epoch)))
+        rates.append(tokens / (time.perf_counter() - started))
+    return {"max_seq_len": max_seq_len, "world_size": world_size, "tokens_per_s": round(statistics.median(rates))}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    output: Path = parser.parse_args().output
+    torch.set_num_threads(1)
+    dataset = skewed_dataset()
+    results = [measure(dataset, max_seq_len, world) for max_seq_len in (200, 1000) for world in (1, 8)]
+    record = {
+        "what": "one reader, one core, batches of 128 sequences a rank from memory",
+        "machine": {"processor": platform.machine(), "torch": torch.__version__},
+        "repeats": REPEATS,
+        "results": results,
+    }
+    output.write_text(json.dumps(record, indent=2) + "\n")
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()
