@@ -32,6 +32,7 @@ def initialize_engine(decoder: nn.Module, config: Config) -> Any:
         model=decoder,
         optimizer=optimizer,
         config={
+            "gradient_clipping": 0.0,  # DeepSpeed's default is 1; ours is in `clipping.py`
             "train_micro_batch_size_per_gpu": 1,  # the engine needs a number; our batches are jagged
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from deepspeed.utils import safe_get_full_grad
+from deepspeed.utils import safe_get_full_grad, safe_get_full_optimizer_state
 from torch import Tensor
 
 from mme.config import Config, load_config
 from mme.data.batch import SequenceBatch
-from mme.distributed.engine import initialize_engine
+from mme.distributed.engine import initialize_engine, reduced_gradients
 from mme.distributed.groups import World
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import weight_pieces
@@ -174,3 +174,28 @@ def test_clipping_scales_by_the_norm_of_decoder_and_tables_together(
     weights = whole([parts for _, _, parts in results])
     for name, weight in start.items():
         torch.testing.assert_close(weights[name], weight - 10 * table_gradients[name] / 4, rtol=1e-4, atol=1e-6)
+
+
+def first_moments(world: World, factor: float, overrides: list[str]) -> list[tuple[str, Tensor, Tensor]]:
+    """Name, gradient and first moment of each decoder weight after one step whose gradients were ``factor`` times as large."""
+    config = configuration(*overrides)
+    recommender = Recommender(config, NUM_ITEMS, world)
+    step = TrainStep(config, recommender, initialize_engine(recommender.decoder, config), total_steps=2)
+    gradients = step.backward(0, sequences([0, 1, 2, 3, 4]))
+    for gradient in [gradients.item_rows, *reduced_gradients(step.engine)]:
+        gradient.mul_(factor)
+    given = {name: safe_get_full_grad(p).clone() for name, p in recommender.decoder.named_parameters()}
+    step.update(gradients)
+    return [
+        (name, given[name], safe_get_full_optimizer_state(p, "exp_avg"))
+        for name, p in recommender.decoder.named_parameters()
+    ]
+
+
+@pytest.mark.parametrize("limit", [0.0, 0.5])
+def test_adam_gets_the_whole_gradient_unless_a_limit_is_set(limit: float) -> None:
+    ((entries),) = run_on(1, first_moments, 1e3, [f"train.grad_clip={limit}"])
+    scales = {name: (moment.norm() / (0.1 * gradient.norm())).item() for name, gradient, moment in entries}
+    smallest, largest = min(scales.values()), max(scales.values())
+    assert smallest == pytest.approx(largest, rel=1e-4)
+    assert largest < 0.01 if limit else smallest == pytest.approx(1, rel=1e-4)
