@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from torch import Tensor
 from mme.errors import JobError, Preempted
 
 PATIENCE_S = 600.0  # how long a collective waits for the other ranks
+LEAVE_S = 0.3  # between the last collective and the end of the group
 STORE_ANSWERS_WITHIN_S = 10.0
 
 
@@ -91,9 +93,10 @@ def process_group(patience_s: float = PATIENCE_S) -> Iterator[World]:
     finally:
         if all_here:
             # gloo's threads drop the tensors of the last collective after it has ended, for which they need Python's
-            # lock; a process that left at once would abort ("terminate called without an active exception"). To wait
-            # lets them.
+            # lock; a process that left at once would abort ("terminate called without an active exception"). A wait lets
+            # them: nothing tells when they have.
             dist.barrier()
+            time.sleep(LEAVE_S)
         dist.destroy_process_group()
 
 
