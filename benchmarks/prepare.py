@@ -31,6 +31,7 @@ from rich.table import Table
 
 ROWS_PER_FILE = 10_000_000
 ROWS_AT_ONCE = 1_000_000
+SECONDS_BETWEEN_LOOKS = 0.01
 FIRST_SECOND = 1_600_000_000
 PRIME = 1_000_003  # spreads the ids, so that rank and id have nothing to do with each other
 
@@ -101,7 +102,11 @@ def measure(num_events: int, folder: Path, memory_limit: str, min_item_events: i
     command = [sys.executable, "-m", "mme", "prepare", "--format", "parquet", *options, "--output", str(folder / "set")]
     started = time.perf_counter()
     child = subprocess.Popen([*command, "--input", *map(str, paths)], stdout=subprocess.DEVNULL)
-    _, status, usage = os.wait4(child.pid, 0)
+    peak_rss_kib, ended = 0, 0
+    while not ended:
+        peak_rss_kib = max(peak_rss_kib, _peak_rss_kib(child.pid))
+        time.sleep(SECONDS_BETWEEN_LOOKS)
+        ended, status, usage = os.wait4(child.pid, os.WNOHANG)
     elapsed_s = time.perf_counter() - started
     if status:
         raise SystemExit(f"mme prepare ended with {os.waitstatus_to_exitcode(status)}")
@@ -111,7 +116,7 @@ def measure(num_events: int, folder: Path, memory_limit: str, min_item_events: i
         "elapsed_s": round(elapsed_s, 2),
         "events_per_s": round(num_events / elapsed_s),
         "cpu_s": round(usage.ru_utime + usage.ru_stime, 2),
-        "peak_rss_gib": round(usage.ru_maxrss / 2**20, 3),
+        "peak_rss_gib": round(peak_rss_kib / 2**20, 3),
         "input_bytes": sum(path.stat().st_size for path in paths),
         "num_users": info["num_users"],
         "num_items": info["num_items"],
@@ -119,6 +124,12 @@ def measure(num_events: int, folder: Path, memory_limit: str, min_item_events: i
         "duplicate_rows": info["duplicate_rows"],
         "longest_history": info["statistics"]["events_per_user"]["max"],
     }
+
+
+def _peak_rss_kib(pid: int) -> int:
+    """Highest resident set of a process up to now; 0 at its end. The ru_maxrss of a child begins at its parent's."""
+    with open(f"/proc/{pid}/status") as file:
+        return next((int(line.split()[1]) for line in file if line.startswith("VmHWM")), 0)
 
 
 def _processor() -> str:
