@@ -1,17 +1,17 @@
-"""Tokens a second that one reader assembles on one core: python -m benchmarks.data_loading --output FILE.json."""
+"""Tokens a second that one reader assembles on one core: python -m benchmarks.data_loading --json F."""
 
 from __future__ import annotations
 
-import argparse
 import json
 import platform
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Optional
 
 import numpy as np
 import torch
+import typer
 
 from mme.data.sequences import PreparedDataset, TrainLoader
 
@@ -39,10 +39,8 @@ def measure(dataset: PreparedDataset, max_seq_len: int, world_size: int) -> dict
     return {"max_seq_len": max_seq_len, "world_size": world_size, "tokens_per_s": round(statistics.median(rates))}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output", type=Path, required=True)
-    output: Path = parser.parse_args().output
+def main(json_path: Annotated[Optional[Path], typer.Option("--json")] = None) -> None:  # noqa: UP045
+    """Prints the figures and, with --json, writes them."""
     torch.set_num_threads(1)
     dataset = skewed_dataset()
     results = [measure(dataset, max_seq_len, world) for max_seq_len in (200, 1000) for world in (1, 8)]
@@ -52,9 +50,10 @@ def main() -> None:
         "repeats": REPEATS,
         "results": results,
     }
-    output.write_text(json.dumps(record, indent=2) + "\n")
+    if json_path is not None:
+        json_path.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(results))
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

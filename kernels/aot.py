@@ -8,7 +8,6 @@ tensor-core instructions are read from the machine code by the `cuobjdump` that 
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
@@ -17,7 +16,9 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Optional
+
+import typer
 
 from kernels.variant import Variant
 
@@ -32,29 +33,33 @@ MODULES = (
 SHARED_LIMIT_KIB = {80: 163, 90: 227}
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m kernels.aot", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--arch", type=int, action="append", help="compute capability, such as 80 or 90; may be repeated"
-    )
-    parser.add_argument("--json", type=Path, help="where the list goes; default: standard output")
-    parser.add_argument("--only", default="", help="regular expression on the kernel and variant names")
-    options = parser.parse_args()
+def main(
+    arch: Annotated[
+        Optional[list[int]],  # noqa: UP045  (typer on Python 3.10)
+        typer.Option(help="Compute capability, such as 80 or 90; may be repeated. Default: both."),
+    ] = None,
+    json_path: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--json", help="Where the list goes; default: standard output."),
+    ] = None,
+    only: Annotated[str, typer.Option(help="Regular expression on the kernel and variant names.")] = "",
+) -> None:
+    """Compiles every kernel variant in use for these GPUs and lists what the code needs, as JSON."""
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1 replaces the compiler by the interpreter: unset it")
+        print("error: TRITON_INTERPRET=1 replaces the compiler by the interpreter: unset it", file=sys.stderr)
+        raise typer.Exit(2)
     variants = [variant for module in MODULES for variant in importlib.import_module(module).aot_variants()]
-    variants = [variant for variant in variants if re.search(options.only, f"{variant.kernel.__name__} {variant.name}")]
+    variants = [variant for variant in variants if re.search(only, f"{variant.kernel.__name__} {variant.name}")]
     rows = []
     for variant in variants:
-        for arch in options.arch or sorted(SHARED_LIMIT_KIB):
-            rows.append(compile_variant(variant, arch))
+        for one in arch or sorted(SHARED_LIMIT_KIB):
+            rows.append(compile_variant(variant, one))
             print(" ".join(f"{name}={value}" for name, value in rows[-1].items()), file=sys.stderr, flush=True)
     text = json.dumps(rows, indent=1) + "\n"
-    if options.json is None:
+    if json_path is None:
         sys.stdout.write(text)
     else:
-        options.json.write_text(text)
-    return 0
+        json_path.write_text(text)
 
 
 def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
@@ -126,4 +131,4 @@ def _disassemble(cubin: bytes) -> tuple[str, str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    typer.run(main)
