@@ -1,8 +1,8 @@
 """The public function of sampled softmax: checks, choice of the backend.
 
-With unit vectors h_t and e_i, temperature τ and offset o, the logits of token t are
+With unit vectors h_t and e_i, temperature τ, offset o and an item's own bias b_i, the logits of token t are
 
-    z_t0 = ⟨h_t, e_target⟩ / τ,    z_tj = ⟨h_t, e_neg(t,j)⟩ / τ + o  (−5e4 where the negative is the target)
+    z_t0 = ⟨h_t, e_target⟩ / τ,    z_tj = ⟨h_t, e_neg(t,j)⟩ / τ + o + b_neg(t,j)  (−5e4 where the negative is the target)
     loss_t = ln Σ_j exp z_tj − z_t0
 
     d h_t = Σ_j g_tj e_j,    d e_i = Σ over the (t, j) that name i of g_tj h_t,    g = (softmax(z) − 1[j = 0]) · grad / τ
@@ -32,6 +32,7 @@ def sampled_softmax_loss(
     group_size: int = 1,
     temperature: float = 0.05,
     logit_offset: float = 0.0,
+    item_bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """The loss of each token.
@@ -44,6 +45,8 @@ def sampled_softmax_loss(
             checked on a GPU, where that would wait for it.
         group_size: consecutive tokens that share their negatives; 0: all tokens share one row.
         temperature: τ. logit_offset: added to the negatives' logits.
+        item_bias: (U,) float32, added to the logit of each negative by its row, such as −log of how often it is expected
+            among the negatives; no gradient flows to it. None: nothing is added.
         backend: ``auto`` (triton on CUDA for what it takes, torch elsewhere), ``torch``, or ``triton``, which takes
             float32, bfloat16 and float16 and widths to 512.
 
@@ -54,22 +57,24 @@ def sampled_softmax_loss(
         ValueError: an argument is wrong, or the backend cannot run here; the message names it.
     """
     chosen = backend_for(backend, "hidden", hidden)
-    _check_operands(hidden, items, targets, negatives, group_size)
+    _check_operands(hidden, items, targets, negatives, item_bias, group_size)
     if hidden.shape[1] > TRITON_WIDTH and backend == "triton":
         raise ValueError(f"hidden has width {hidden.shape[1]}; the triton backend takes widths to {TRITON_WIDTH}")
     if chosen == "triton" and hidden.shape[1] <= TRITON_WIDTH:
         # Here, not above: the triton package need not be installed where it does not run.
         from kernels.sampled_softmax.triton_op import loss_op
 
-        loss, _ = loss_op(hidden, items, targets, negatives, group_size, temperature, logit_offset)
+        loss, _ = loss_op(hidden, items, targets, negatives, item_bias, group_size, temperature, logit_offset)
         return loss
     size = group_size or max(1, hidden.shape[0])
     if size == 1:
-        return OwnNegatives.apply(hidden, items, targets, negatives, temperature, logit_offset)
-    return SharedNegatives.apply(hidden, items, targets, negatives, size, temperature, logit_offset)
+        return OwnNegatives.apply(hidden, items, targets, negatives, item_bias, temperature, logit_offset)
+    return SharedNegatives.apply(hidden, items, targets, negatives, item_bias, size, temperature, logit_offset)
 
 
-def _check_operands(hidden: Tensor, items: Tensor, targets: Tensor, negatives: Tensor, group_size: int) -> None:
+def _check_operands(
+    hidden: Tensor, items: Tensor, targets: Tensor, negatives: Tensor, item_bias: Tensor | None, group_size: int
+) -> None:
     if hidden.dim() != 2 or not hidden.is_floating_point():
         raise ValueError(f"hidden must be floating and (T, D), not {hidden.dtype} of shape {tuple(hidden.shape)}")
     if items.dim() != 2 or items.shape[1] != hidden.shape[1]:
@@ -91,6 +96,13 @@ def _check_operands(hidden: Tensor, items: Tensor, targets: Tensor, negatives: T
     for name, tensor in (("targets", targets), ("negatives", negatives)):
         if tensor.dtype != torch.int64:
             raise ValueError(f"{name} has dtype {tensor.dtype}, expected torch.int64")
-    for name, tensor in (("items", items), ("targets", targets), ("negatives", negatives)):
-        if tensor.device != hidden.device:
+    if item_bias is not None and (item_bias.shape != items.shape[:1] or item_bias.dtype != torch.float32):
+        raise ValueError(
+            f"item_bias has shape {tuple(item_bias.shape)} and dtype {item_bias.dtype}, expected ({items.shape[0]},) and "
+            "torch.float32"
+        )
+    for name, tensor in (
+        ("items", items), ("targets", targets), ("negatives", negatives), ("item_bias", item_bias)
+    ):  # fmt: skip
+        if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device}; hidden is on {hidden.device}")

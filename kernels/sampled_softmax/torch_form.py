@@ -29,6 +29,7 @@ class OwnNegatives(torch.autograd.Function):
         items: Tensor,
         targets: Tensor,
         negatives: Tensor,
+        item_bias: Tensor | None,
         temperature: float,
         logit_offset: float,
     ) -> Tensor:
@@ -42,7 +43,7 @@ class OwnNegatives(torch.autograd.Function):
             logits[start : start + TOKENS_AT_ONCE] = torch.bmm(
                 hidden[start : start + TOKENS_AT_ONCE, None], vectors.transpose(1, 2)
             )
-        logits = _finish_logits(logits.squeeze(1), rows[:, :1] == rows[:, 1:], temperature, logit_offset)
+        logits = _finish_logits(logits.squeeze(1), targets, negatives, item_bias, temperature, logit_offset)
         log_sum = torch.logsumexp(logits, dim=1)
         loss = log_sum - logits[:, 0]
         ctx.save_for_backward(hidden, items, rows, _slopes(logits, log_sum))
@@ -63,7 +64,7 @@ class OwnNegatives(torch.autograd.Function):
         bags = (counts.cumsum(0) - counts).int()
         sorted_weights = weights.index_select(0, order)
         grad_items = F.embedding_bag(token, hidden, bags, mode="sum", per_sample_weights=sorted_weights)
-        return grad_hidden, grad_items, None, None, None, None
+        return grad_hidden, grad_items, None, None, None, None, None
 
 
 class SharedNegatives(torch.autograd.Function):
@@ -76,6 +77,7 @@ class SharedNegatives(torch.autograd.Function):
         items: Tensor,
         targets: Tensor,
         negatives: Tensor,
+        item_bias: Tensor | None,
         group_size: int,
         temperature: float,
         logit_offset: float,
@@ -89,8 +91,8 @@ class SharedNegatives(torch.autograd.Function):
         logits = logits[:num_tokens]
         logits[:, 0] = (hidden * items.index_select(0, targets)).sum(-1)
         group = torch.arange(num_tokens, device=hidden.device) // group_size
-        same = negatives.index_select(0, group) == targets[:, None]
-        logits = _finish_logits(logits, same, temperature, logit_offset)
+        own = negatives.index_select(0, group)
+        logits = _finish_logits(logits, targets, own, item_bias, temperature, logit_offset)
         log_sum = torch.logsumexp(logits, dim=1)
         loss = log_sum - logits[:, 0]
         ctx.save_for_backward(hidden, items, targets, negatives, _slopes(logits, log_sum))
@@ -110,16 +112,20 @@ class SharedNegatives(torch.autograd.Function):
         grad_items = torch.zeros_like(items)
         grad_items.index_add_(0, negatives.flatten(), grad_vectors.flatten(0, 1))
         grad_items.index_add_(0, targets, weights[:, :1] * hidden)
-        return grad_hidden, grad_items, None, None, None, None, None
+        return grad_hidden, grad_items, None, None, None, None, None, None
 
 
-def _finish_logits(logits: Tensor, same: Tensor, temperature: float, logit_offset: float) -> Tensor:
-    """Products (T, 1 + n) → logits, in float32 or wider; ``same`` (T, n) marks negatives that are the target."""
+def _finish_logits(
+    logits: Tensor, targets: Tensor, own: Tensor, item_bias: Tensor | None, temperature: float, logit_offset: float
+) -> Tensor:
+    """Products (T, 1 + n) → logits, in float32 or wider; ``own`` (T, n) are the negatives of each token."""
     logits = logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
     logits.mul_(1 / temperature)
     if logit_offset:
         logits[:, 1:] += logit_offset
-    logits[:, 1:].masked_fill_(same, MASKED_LOGIT)
+    if item_bias is not None:
+        logits[:, 1:] += item_bias.index_select(0, own.flatten()).view(own.shape)
+    logits[:, 1:].masked_fill_(own == targets[:, None], MASKED_LOGIT)
     return logits
 
 

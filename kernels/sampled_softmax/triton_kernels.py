@@ -10,7 +10,8 @@ sums                a program per item adds up its partial rows in the order giv
 Every partial sum has its own place in memory: gradients are the same bit for bit from run to run. Backward has the
 logits' log-sum of each token and computes logits again.
 
-Layout: hidden (T, D), items (U, D), contiguous; addresses in int64. Entry t·slots + j is slot j of token t; slot 0 is its
+Layout: hidden (T, D), items (U, D), contiguous; addresses in int64; p_bias is None where items
+have no bias. Entry t·slots + j is slot j of token t; slot 0 is its
 target.
 
 Legend: T tokens, D width, U items, n negatives; z logits; i_ indices, m_ masks, p_ pointers, b_ blocks of values.
@@ -56,19 +57,28 @@ def _store_rows(p, value, i_row, m_row, D: tl.constexpr):
 
 
 @triton.jit
-def _own_tile(p_items, p_negatives, i_slot, num_negatives, b_h, target, scale, offset, D: tl.constexpr):
+def _offsets(p_bias, i_row, m_row, offset):
+    """(rows,) what is added to the logits of these negatives."""
+    b_offset = tl.full(i_row.shape, 0.0, tl.float32) + offset
+    if p_bias is not None:
+        b_offset += tl.load(p_bias + i_row, mask=m_row, other=0.0)
+    return b_offset
+
+
+@triton.jit
+def _own_tile(p_items, p_negatives, p_bias, i_slot, num_negatives, b_h, target, scale, offset, D: tl.constexpr):
     """The negatives' rows (STEP, columns) and logits (STEP,), −∞ beyond n."""
     m_slot = i_slot < num_negatives
     i_row = tl.load(p_negatives + i_slot, mask=m_slot, other=0)
     b_e = _load_rows(p_items, i_row, m_slot, D).to(tl.float32)
-    z = tl.sum(b_e * b_h[None, :], axis=1) * scale + offset
+    z = tl.sum(b_e * b_h[None, :], axis=1) * scale + _offsets(p_bias, i_row, m_slot, offset)
     z = tl.where(i_row == target, _MASKED, z)
     return b_e, tl.where(m_slot, z, float("-inf"))
 
 
 @triton.jit
 def forward_own_kernel(
-    p_hidden, p_items, p_targets, p_negatives, p_loss, p_log_sum, num_negatives, group_size, scale, offset,
+    p_hidden, p_items, p_targets, p_negatives, p_bias, p_loss, p_log_sum, num_negatives, group_size, scale, offset,
     D: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     i_token = tl.cast(tl.program_id(0), tl.int64)
@@ -81,7 +91,7 @@ def forward_own_kernel(
     total = tl.zeros([STEP], tl.float32)
     for start in range(0, num_negatives, STEP):
         i_slot = start + tl.arange(0, STEP)
-        _, z = _own_tile(p_items, p_negatives, i_slot, num_negatives, b_h, target, scale, offset, D)
+        _, z = _own_tile(p_items, p_negatives, p_bias, i_slot, num_negatives, b_h, target, scale, offset, D)
         next_largest = tl.maximum(largest, z)
         total = total * tl.exp(largest - next_largest) + tl.exp(z - next_largest)
         largest = next_largest
@@ -93,7 +103,7 @@ def forward_own_kernel(
 
 @triton.jit
 def backward_hidden_own_kernel(
-    p_hidden, p_items, p_targets, p_negatives, p_log_sum, p_grad, p_d_hidden,
+    p_hidden, p_items, p_targets, p_negatives, p_bias, p_log_sum, p_grad, p_d_hidden,
     num_negatives, group_size, scale, offset,
     D: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -106,7 +116,7 @@ def backward_hidden_own_kernel(
     b_sum = tl.zeros([STEP, triton.next_power_of_2(max(D, 16))], tl.float32)
     for start in range(0, num_negatives, STEP):
         i_slot = start + tl.arange(0, STEP)
-        b_e, z = _own_tile(p_items, p_negatives, i_slot, num_negatives, b_h, target, scale, offset, D)
+        b_e, z = _own_tile(p_items, p_negatives, p_bias, i_slot, num_negatives, b_h, target, scale, offset, D)
         b_sum += tl.exp(z - log_sum)[:, None] * b_e
     b_target = _load_row(p_items, target, D)
     slope = tl.exp(tl.sum(b_h * b_target, axis=0) * scale - log_sum) - 1.0
@@ -116,7 +126,7 @@ def backward_hidden_own_kernel(
 
 @triton.jit
 def backward_items_kernel(
-    p_hidden, p_items, p_targets, p_log_sum, p_grad, p_partial, p_order, p_starts, p_pieces, p_piece_starts,
+    p_hidden, p_items, p_targets, p_bias, p_log_sum, p_grad, p_partial, p_order, p_starts, p_pieces, p_piece_starts,
     num_items, slots, scale, offset,
     D: tl.constexpr, PIECE: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
@@ -126,6 +136,8 @@ def backward_items_kernel(
         return
     start = tl.load(p_starts + i_item) + (i_piece - tl.load(p_piece_starts + i_item)) * PIECE
     end = tl.minimum(start + PIECE, tl.load(p_starts + i_item + 1))
+    if p_bias is not None:
+        offset += tl.load(p_bias + i_item)
     b_e = _load_row(p_items, i_item, D) * scale
     b_sum = tl.zeros([STEP, triton.next_power_of_2(max(D, 16))], tl.float32)
     for first in range(start, end, STEP):
@@ -173,16 +185,16 @@ def _block_of_tokens(token_blocks, group_size, num_tokens, BLOCK: tl.constexpr):
 
 @triton.jit
 def _shared_tile(
-    b_first, b_second, i_row, i_target, m_tile, scale, offset, log_sum, PRECISION: tl.constexpr
+    b_first, b_second, i_row, i_target, m_tile, scale, b_offset, log_sum, PRECISION: tl.constexpr
 ):  # fmt: skip
     """Softmax's values of a tile whose rows and columns are (tokens, negatives), or the other way round; 0 where masked."""
-    z = tl.dot(b_first, tl.trans(b_second), input_precision=PRECISION) * scale + offset
+    z = tl.dot(b_first, tl.trans(b_second), input_precision=PRECISION) * scale + b_offset
     return tl.where(m_tile & (i_row != i_target), tl.exp(z - log_sum), 0.0)
 
 
 @triton.jit
 def forward_shared_kernel(
-    p_hidden, p_items, p_targets, p_negatives, p_loss, p_log_sum,
+    p_hidden, p_items, p_targets, p_negatives, p_bias, p_loss, p_log_sum,
     num_tokens, num_negatives, group_size, token_blocks, scale, offset,
     D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -199,7 +211,8 @@ def forward_shared_kernel(
         m_slot = i_slot < num_negatives
         i_row = tl.load(p_negatives + i_slot, mask=m_slot, other=0).to(tl.int32)
         b_e = _load_rows(p_items, i_row, m_slot, D)
-        z = tl.dot(b_h, tl.trans(b_e), input_precision=PRECISION) * scale + offset
+        b_offset = _offsets(p_bias, i_row, m_slot, offset)
+        z = tl.dot(b_h, tl.trans(b_e), input_precision=PRECISION) * scale + b_offset[None, :]
         z = tl.where(i_row[None, :] == target[:, None], _MASKED, z)
         z = tl.where(m_slot[None, :], z, float("-inf"))
         next_largest = tl.maximum(largest, tl.max(z, axis=1))
@@ -212,7 +225,7 @@ def forward_shared_kernel(
 
 @triton.jit
 def backward_hidden_shared_kernel(
-    p_hidden, p_items, p_targets, p_negatives, p_log_sum, p_grad, p_d_hidden,
+    p_hidden, p_items, p_targets, p_negatives, p_bias, p_log_sum, p_grad, p_d_hidden,
     num_tokens, num_negatives, group_size, token_blocks, scale, offset,
     D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -230,8 +243,10 @@ def backward_hidden_shared_kernel(
         m_slot = i_slot < num_negatives
         i_row = tl.load(p_negatives + i_slot, mask=m_slot, other=0).to(tl.int32)
         b_e = _load_rows(p_items, i_row, m_slot, D)
+        b_offset = _offsets(p_bias, i_row, m_slot, offset)
         b_p = _shared_tile(
-            b_h, b_e, i_row[None, :], target[:, None], m_slot[None, :], scale, offset, log_sum[:, None], PRECISION
+            b_h, b_e, i_row[None, :], target[:, None], m_slot[None, :], scale, b_offset[None, :], log_sum[:, None],
+            PRECISION,
         )
         b_d = tl.dot(b_p.to(b_e.dtype), b_e, b_d, input_precision=PRECISION)
     weight = tl.load(p_grad + i_token, mask=m_token, other=0.0) * scale
@@ -240,7 +255,7 @@ def backward_hidden_shared_kernel(
 
 @triton.jit
 def backward_negatives_kernel(
-    p_hidden, p_items, p_targets, p_negatives, p_log_sum, p_grad, p_partial,
+    p_hidden, p_items, p_targets, p_negatives, p_bias, p_log_sum, p_grad, p_partial,
     num_tokens, num_negatives, group_size, first_group, splits, split_tokens, negative_blocks, scale, offset,
     D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -252,6 +267,7 @@ def backward_negatives_kernel(
         tl.int32
     )
     b_e = _load_rows(p_items, i_row, m_slot, D)
+    b_offset = _offsets(p_bias, i_row, m_slot, offset)
     start = (i_split % splits) * split_tokens
     end = tl.minimum(tl.minimum(start + split_tokens, group_size), num_tokens - i_group * group_size)
     b_d = tl.zeros([BLOCK, triton.next_power_of_2(max(D, 16))], tl.float32)
@@ -263,7 +279,8 @@ def backward_negatives_kernel(
         log_sum = tl.load(p_log_sum + i_token, mask=m_token, other=0.0)
         b_h = _load_rows(p_hidden, i_token, m_token, D)
         b_p = _shared_tile(
-            b_e, b_h, i_row[:, None], target[None, :], m_token[None, :], scale, offset, log_sum[None, :], PRECISION
+            b_e, b_h, i_row[:, None], target[None, :], m_token[None, :], scale, b_offset[:, None], log_sum[None, :],
+            PRECISION,
         )
         b_w = b_p * tl.load(p_grad + i_token, mask=m_token, other=0.0)[None, :]
         b_d = tl.dot(b_w.to(b_h.dtype), b_h, b_d, input_precision=PRECISION)

@@ -87,12 +87,13 @@ def loss_op(
     items: Tensor,
     targets: Tensor,
     negatives: Tensor,
+    item_bias: Tensor | None,
     group_size: int,
     temperature: float,
     logit_offset: float,
 ) -> tuple[Tensor, Tensor]:
     """The losses (T,) and, for backward, the log-sums (T,), both float32."""
-    operands = _contiguous(hidden, items, targets, negatives)
+    operands = (*_contiguous(hidden, items, targets, negatives), _bias(item_bias))
     num_tokens, width = hidden.shape
     size, num_negatives = min(group_size or num_tokens, num_tokens), negatives.shape[1]
     config = LaunchConfig.choose(width, hidden.itemsize, dot_precision(hidden.dtype), size)
@@ -125,6 +126,7 @@ def loss_backward_op(
     items: Tensor,
     targets: Tensor,
     negatives: Tensor,
+    item_bias: Tensor | None,
     log_sum: Tensor,
     group_size: int,
     temperature: float,
@@ -139,7 +141,8 @@ def loss_backward_op(
     d_items = torch.zeros_like(items, dtype=torch.float32)
     if not num_tokens:
         return d_hidden, d_items.to(items.dtype)
-    operands = (hidden, items, targets, negatives, log_sum, grad)
+    bias = _bias(item_bias)
+    operands = (hidden, items, targets, negatives, bias, log_sum, grad)
     scales = (1 / temperature, logit_offset)
     if size < SMALLEST_SHARED_GROUP:
         triton_kernels.backward_hidden_own_kernel[(num_tokens,)](
@@ -153,14 +156,14 @@ def loss_backward_op(
             if size > 1:
                 drawn = drawn.repeat_interleave(size, 0)[: part.stop - start]
             rows = torch.cat([targets[part, None].int(), drawn.int()], 1)
-            _add_entries(d_items, rows, hidden[part], items, targets[part], log_sum[part], grad[part], scales, config)
+            _add_entries(d_items, rows, hidden[part], items, targets[part], bias, log_sum[part], grad[part], scales, config)
     else:
         token_blocks = triton.cdiv(size, config.tokens)
         triton_kernels.backward_hidden_shared_kernel[(negatives.shape[0] * token_blocks,)](
             *operands, d_hidden, num_tokens, num_negatives, size, token_blocks, *scales,
             D=width, **config.shared(),
         )  # fmt: skip
-        _add_entries(d_items, targets[:, None], hidden, items, targets, log_sum, grad, scales, config)
+        _add_entries(d_items, targets[:, None], hidden, items, targets, bias, log_sum, grad, scales, config)
         _add_shared_negatives(d_items, operands, size, scales, config)
     return d_hidden, d_items.to(items.dtype)
 
@@ -171,6 +174,7 @@ def _add_entries(
     hidden: Tensor,
     items: Tensor,
     targets: Tensor,
+    bias: Tensor | None,
     log_sum: Tensor,
     grad: Tensor,
     scales: tuple[float, float],
@@ -187,17 +191,17 @@ def _add_entries(
     pieces = torch.searchsorted(piece_starts[1:], piece, right=True, out_int32=True)
     partial = torch.empty(most_pieces, width, dtype=torch.float32, device=rows.device)
     triton_kernels.backward_items_kernel[(most_pieces,)](
-        hidden, items, targets, log_sum, grad, partial, order, starts, pieces, piece_starts,
+        hidden, items, targets, bias, log_sum, grad, partial, order, starts, pieces, piece_starts,
         num_items, rows.shape[1], *scales, D=width, PIECE=PIECE, **config.own(),
     )  # fmt: skip
     triton_kernels.sum_rows_kernel[(num_items,)](partial, piece, piece_starts, d_items, D=width, **config.own())
 
 
 def _add_shared_negatives(
-    d_items: Tensor, operands: tuple[Tensor, ...], size: int, scales: tuple[float, float], config: LaunchConfig
+    d_items: Tensor, operands: tuple[Any, ...], size: int, scales: tuple[float, float], config: LaunchConfig
 ) -> None:
     """Adds the negatives' part for groups of ``size``: products of tiles into partial rows, these sorted by item."""
-    hidden, _, _, negatives, _, _ = operands
+    hidden, _, _, negatives, *_ = operands
     num_tokens, width = hidden.shape
     groups, num_negatives = negatives.shape
     if not num_negatives:
@@ -241,10 +245,14 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
     gradients = loss_backward_op(grad, *ctx.saved_tensors, ctx.group_size, ctx.temperature, ctx.logit_offset)
-    return *gradients, None, None, None, None, None
+    return *gradients, None, None, None, None, None, None
 
 
 loss_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _bias(item_bias: Tensor | None) -> Tensor | None:
+    return None if item_bias is None else item_bias.contiguous()
 
 
 def _contiguous(*tensors: Tensor) -> list[Tensor]:

@@ -30,7 +30,10 @@ INT32 = ("p_order", "p_starts", "p_pieces", "p_piece_starts")
 
 
 def aot_variants() -> list[Variant]:
-    """Every kernel for every width and dtype; the tiles for groups of 64 tokens, as they are by default, and of 16."""
+    """Every kernel for every width and dtype; the tiles for groups of 64 tokens, as they are by default, and of 16.
+
+    With items' own biases, which the log-Q correction has, those of bfloat16.
+    """
     variants = [
         _variant(kernel, *dtype, width, 1)
         for dtype in (BFLOAT16, FLOAT32)
@@ -38,12 +41,19 @@ def aot_variants() -> list[Variant]:
         for kernel in OWN_KERNELS
     ]
     groups = [(dtype, width, 64) for dtype in (BFLOAT16, TF32, FLOAT32) for width in WIDTHS] + [(BFLOAT16, 64, 16)]
+    variants += [_variant(kernel, *dtype, width, size) for dtype, width, size in groups for kernel in SHARED_KERNELS]
     return variants + [
-        _variant(kernel, *dtype, width, size) for dtype, width, size in groups for kernel in SHARED_KERNELS
+        _variant(kernel, *BFLOAT16, width, size, bias=True)
+        for width in WIDTHS
+        for kernels, size in ((OWN_KERNELS, 1), (SHARED_KERNELS, 64))
+        for kernel in kernels
+        if "p_bias" in kernel.arg_names
     ]
 
 
-def _variant(kernel: Any, dtype: str, itemsize: int, precision: str, width: int, group_size: int) -> Variant:
+def _variant(
+    kernel: Any, dtype: str, itemsize: int, precision: str, width: int, group_size: int, bias: bool = False
+) -> Variant:
     config = LaunchConfig.choose(width, itemsize, precision, group_size)
     label = f"sampled softmax {dtype} D={width}"
     if kernel in OWN_KERNELS:
@@ -52,7 +62,8 @@ def _variant(kernel: Any, dtype: str, itemsize: int, precision: str, width: int,
         label += f" {precision} g={group_size}"
         holds_negatives = kernel is triton_kernels.backward_negatives_kernel
         options = config.shared_negatives() if holds_negatives else config.shared()
-    values = options | {"D": width, "PIECE": PIECE}
+    label += " bias" if bias else ""
+    values = options | {"D": width, "PIECE": PIECE} | ({} if bias else {"p_bias": None})
     types: dict[str, str] = {}
     constants: dict[str, Any] = {}
     for name in kernel.arg_names:

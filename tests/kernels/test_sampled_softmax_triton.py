@@ -29,6 +29,7 @@ class Case:
     negatives: Tensor
     upstream: Tensor
     group_size: int
+    bias: Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Case:
         return replace(self, hidden=self.hidden.to(dtype), items=self.items.to(dtype))
@@ -57,6 +58,8 @@ def definition(case: Case, hidden: Tensor, items: Tensor) -> Tensor:
     own = case.negatives[torch.arange(tokens, device=DEVICE) // (case.group_size or max(1, tokens))]
     positive = (hidden * items[case.targets]).sum(1, keepdim=True) / TEMPERATURE
     negative = torch.einsum("td,tnd->tn", hidden, items[own]) / TEMPERATURE + OFFSET
+    if case.bias is not None:
+        negative = negative + case.bias.to(negative.dtype)[own]
     negative = negative.masked_fill(own == case.targets[:, None], MASKED_LOGIT)
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     return -torch.log_softmax(torch.cat([positive, negative], 1).to(wide), 1)[:, 0]
@@ -71,6 +74,7 @@ def triton_form(case: Case, hidden: Tensor, items: Tensor) -> Tensor:
         group_size=case.group_size,
         temperature=TEMPERATURE,
         logit_offset=OFFSET,
+        item_bias=case.bias,
         backend="triton",
     )
 
@@ -115,6 +119,12 @@ EDGES = {  # tokens, items, negatives, group size, width
 @pytest.mark.parametrize("shape", EDGES.values(), ids=EDGES)
 def test_edges(shape: tuple[int, int, int, int, int]) -> None:
     assert_agrees(make_case(*shape))
+
+
+@pytest.mark.parametrize("group", [1, 16, 0])
+def test_items_have_biases_of_their_own(group: int) -> None:
+    case = make_case(40, 12, 33, group, 24)
+    assert_agrees(replace(case, bias=torch.randn(12, device=DEVICE)))
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -177,9 +187,9 @@ def test_repeats_bit_for_bit_and_takes_strides(group: int) -> None:
 
 @pytest.mark.parametrize("group", [1, 8])
 def test_custom_operator_passes_opcheck(group: int) -> None:
-    case = make_case(10, 5, 4, group, 6).to(torch.float32)
+    case = replace(make_case(10, 5, 4, group, 6).to(torch.float32), bias=torch.randn(5, device=DEVICE))
     leaves = [case.hidden.requires_grad_(), case.items.requires_grad_()]
-    arguments = (*leaves, case.targets, case.negatives, group, TEMPERATURE, OFFSET)
+    arguments = (*leaves, case.targets, case.negatives, case.bias, group, TEMPERATURE, OFFSET)
     torch.library.opcheck(triton_op.loss_op, arguments)
 
 

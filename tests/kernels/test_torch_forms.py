@@ -76,24 +76,31 @@ def test_dropout_replays_in_backward_and_keeps_the_mean() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(
-    tokens=st.integers(0, 20), items=st.integers(1, 9), negatives=st.integers(1, 7), group=st.sampled_from([0, 1, 3, 8])
+    tokens=st.integers(0, 20),
+    items=st.integers(1, 9),
+    negatives=st.integers(1, 7),
+    group=st.sampled_from([0, 1, 3, 8]),
+    biased=st.booleans(),
 )
-def test_sampled_softmax(tokens: int, items: int, negatives: int, group: int) -> None:
+def test_sampled_softmax(tokens: int, items: int, negatives: int, group: int, biased: bool) -> None:
     size = group or max(1, tokens)
     groups = -(-tokens // size)
     drawn = torch.randint(items, (groups, negatives))
     targets = torch.randint(items, (tokens,))
     own = drawn[torch.arange(tokens) // size]
+    bias = torch.randn(items) if biased else None
 
     def definition(hidden: Tensor, vectors: Tensor) -> Tensor:
         positive = (hidden * vectors[targets]).sum(1, keepdim=True) / 0.3
         negative = torch.einsum("td,tnd->tn", hidden, vectors[own]) / 0.3 + 0.5
+        if bias is not None:
+            negative = negative + bias.double()[own]
         negative = negative.masked_fill(own == targets[:, None], -5e4)
         return -torch.log_softmax(torch.cat([positive, negative], 1), 1)[:, 0]
 
     def form(hidden: Tensor, vectors: Tensor) -> Tensor:
         return sampled_softmax_loss(
-            hidden, vectors, targets, drawn, group_size=group, temperature=0.3, logit_offset=0.5
+            hidden, vectors, targets, drawn, group_size=group, temperature=0.3, logit_offset=0.5, item_bias=bias
         )
 
     assert_same(form, definition, [leaf(tokens, 4), leaf(items, 4)])
@@ -109,3 +116,6 @@ def test_wrong_arguments_are_named() -> None:
         rms_norm(x, dropout_p=1.0)
     with pytest.raises(ValueError, match=r"negatives has shape \(2, 5\), expected \(3, n\)"):
         sampled_softmax_loss(x, x, torch.zeros(3, dtype=torch.int64), torch.zeros(2, 5, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"item_bias has shape \(2,\) and dtype torch.float32, expected \(3,\)"):
+        rows = torch.zeros(3, dtype=torch.int64)
+        sampled_softmax_loss(x, x, rows, rows[:, None], item_bias=torch.zeros(2))
