@@ -105,6 +105,9 @@ class TrainConfig:
         "stop"  # a loss or gradient that is not finite: end the job, or leave the step
     )
     hang_timeout_s: float = 600.0  # a rank without progress for so long ends the job, to be started again; 0: never
+    profile: int = 0  # steps to be profiled into the run's profile/; 0: none
+    profile_start: int = 10  # steps of this process before them
+    profile_ranks: list[int] = field(default_factory=lambda: [0])  # which processes; empty: all
     resume: bool = True  # go on from the newest complete checkpoint in output_dir, if there is one
 
 
@@ -176,7 +179,7 @@ def validate(config: Config) -> None:
     _require_positive("data", data, ["max_seq_len", "batch_size", "eval_batch_size"])
     _require_positive("model", model, ["num_tables", "embedding_dim", "num_blocks", "num_heads", "ffn_multiplier"])
     _require_positive("loss", loss, ["num_negatives", "temperature"])
-    _require_positive("train", train, ["lr", "log_every", "keep_checkpoints", "micro_batches"])
+    _require_positive("train", train, ["lr", "log_every", "keep_checkpoints", "micro_batches", "profile_start"])
     for section, key, value in [
         ("data", "tokens_per_batch", data.tokens_per_batch),
         ("model", "dqk", model.dqk),
@@ -188,7 +191,15 @@ def validate(config: Config) -> None:
         if value is not None and value <= 0:
             raise UserError(f"{section}.{key} ({value}) must be positive")
     for section, keys in {
-        "train": ["weight_decay", "warmup_steps", "grad_clip", "eval_every", "checkpoint_every", "hang_timeout_s"],
+        "train": [
+            "weight_decay",
+            "warmup_steps",
+            "grad_clip",
+            "eval_every",
+            "checkpoint_every",
+            "hang_timeout_s",
+            "profile",
+        ],
         "loss": ["negative_group_size"],
         "model.moe": ["num_experts", "capacity_factor", "load_balance_coef", "z_loss_coef"],
         "parallel": ["expert_parallel_size"],
@@ -240,7 +251,10 @@ def validate(config: Config) -> None:
 
 
 def validate_world_size(config: Config, world_size: int) -> None:
-    """Raises UserError where the experts cannot be spread over ``world_size`` processes as asked."""
+    """Raises UserError where experts or profile do not fit to ``world_size`` processes."""
+    for rank in config.train.profile_ranks:
+        if not 0 <= rank < world_size:
+            raise UserError(f"train.profile_ranks names rank {rank}: expected 0 to {world_size - 1}")
     size = config.parallel.expert_parallel_size
     if config.model.moe.num_experts and size and world_size % size:
         raise UserError(

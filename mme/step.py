@@ -25,6 +25,7 @@ from mme.distributed.tables import mix_seed
 from mme.model.loss import BatchItems, NextItemLoss
 from mme.model.moe import Routing, load_balance_loss, router_z_loss
 from mme.non_finite import is_spoiled
+from mme.regions import region
 
 
 @dataclass(frozen=True)
@@ -112,13 +113,14 @@ class TrainStep:
     def backward(self, step: int, batch: SequenceBatch, votes: Sequence[bool] = ()) -> Gradients:
         """Everything up to the gradients of the global mean: the decoder's in the engine, the looked-up rows' returned."""
         world, train = self.recommender.world, self.config.train
-        parts = [part.to(world.device) for part in batch.split(train.micro_batches)]
+        with region("data"):
+            parts = [part.to(world.device) for part in batch.split(train.micro_batches)]
         seed = mix_seed(train.seed, step, world.rank)
         torch.manual_seed(seed)
-        items = self.loss.items_of(parts, torch.Generator(world.device).manual_seed(seed))
-
+        with region("lookup"):
+            items = self.loss.items_of(parts, torch.Generator(world.device).manual_seed(seed))
+            looked_up = self.recommender.tables.lookup(items[0].ids)
         self.engine.train()
-        looked_up = self.recommender.tables.lookup(items[0].ids)
         # Backward stops here: the tables' own, which may update them at once, waits until all is known to be finite.
         item_rows = looked_up.detach().requires_grad_()
         done = []
@@ -128,7 +130,8 @@ class TrainStep:
             done.append(self._part(part, part_items, item_rows, batch.num_tokens))
         assert item_rows.grad is not None
         losses, counts = torch.stack([part.losses for part in done]), torch.stack([part.counts for part in done]).sum(0)
-        spoiled = is_spoiled([item_rows.grad, *reduced_gradients(self.engine)], world.size)
+        with region("optimizer"):
+            spoiled = is_spoiled([item_rows.grad, *reduced_gradients(self.engine)], world.size)
         own = [losses.sum(), spoiled.double(), *(losses.new_tensor(vote) for vote in votes)]
         loss, spoiled, *given = world.sum(torch.stack(own)).tolist()
         tokens = int(done[0].tokens)
@@ -149,16 +152,20 @@ class TrainStep:
         """Forward and backward of one part of this rank's batch, which has ``num_tokens`` in all."""
         world = self.recommender.world
         output = self.engine(item_rows, items.inputs, part.seq_offsets, part.timestamps)
-        losses = self.loss(output.hidden, item_rows, items)
+        with region("loss"):
+            losses = self.loss(output.hidden, item_rows, items)
         counts = torch.stack([r.counts for r in output.routing]) if output.routing else part.seq_offsets.new_zeros(0)
         sizes = counts.new_tensor([part.num_tokens, num_tokens])
         *summed, part_tokens, tokens = world.sum(torch.cat([counts.flatten(), sizes])).split([counts.numel(), 1, 1])
         counts, part_tokens, tokens = summed[0].view(counts.shape), part_tokens[0].clamp(min=1), tokens[0].clamp(min=1)
-        balance = self._balance(output.routing, counts, part_tokens) * (part_tokens / tokens)
-        total = losses.sum() / tokens + balance
-        self.engine.backward(total * world.size)  # DeepSpeed and TorchRec average gradients over the ranks
+        with region("loss"):
+            balance = self._balance(output.routing, counts, part_tokens) * (part_tokens / tokens)
+            total = losses.sum() / tokens + balance
+        with region("backward"):
+            self.engine.backward(total * world.size)  # DeepSpeed and TorchRec average gradients over the ranks
         return _Part(losses.detach().double().sum(), counts, tokens, output.routing)
 
+    @region("optimizer")
     def update(self, gradients: Gradients) -> bool:
         """Steps decoder and tables; or, where a gradient is not finite, drops all and leaves every bit as it was."""
         recommender, limit = self.recommender, self.config.train.grad_clip

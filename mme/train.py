@@ -22,13 +22,18 @@ from mme.distributed.checkpoint_writer import CheckpointWriter
 from mme.distributed.engine import initialize_engine
 from mme.distributed.groups import PATIENCE_S, World, process_group
 from mme.distributed.recommender import Recommender
-from mme.errors import Preempted
+from mme.errors import Preempted, UserError
 from mme.evaluate import evaluate
 from mme.monitor import Monitor
 from mme.non_finite import FOLDER, MOST_IN_A_ROW, NonFiniteError, save_batch
 from mme.preemption import Preemption
+from mme.profile import FOLDER as PROFILE_FOLDER
+from mme.profile import StepProfile
+from mme.regions import each_in_region, region
 from mme.step import StepResult, TrainStep
 from mme.watchdog import Watchdog
+
+Batch = tuple[Progress, SequenceBatch, bool]  # where training stands, what is next, whether it ends its epoch
 
 
 def train(config: Config) -> list[dict[str, Any]]:
@@ -56,6 +61,12 @@ class Training:
         self.engine = initialize_engine(self.recommender.decoder, config)
         self.loader = train_loader(dataset, config, world)
         self.total_steps = self._total_steps()
+        needed = config.train.profile_start + config.train.profile
+        if config.train.profile and needed > self.total_steps:
+            raise UserError(
+                f"train.profile_start ({config.train.profile_start}) + train.profile ({config.train.profile}) must not "
+                f"exceed the steps of the run ({self.total_steps})"
+            )
         self.step = TrainStep(config, self.recommender, self.engine, self.total_steps)
         self.skipped = self.skipped_in_a_row = 0
         self.select_split = "valid" if "valid" in dataset.splits(config.data.protocol) else "test"
@@ -74,7 +85,7 @@ class Training:
             progress = self._start(monitor)
             if progress.evaluate:
                 self._evaluate_and_save(monitor, progress)
-            for at, batch, last_of_epoch in self._batches(progress):
+            for at, batch, last_of_epoch in self._profiled(self._batches(progress), progress, monitor):
                 started = time.perf_counter()
                 self.watchdog.beat(f"training step {at.step + 1}")
                 result = self.step(at.step, batch, self.skipped, [self.preemption.requested, *writer.votes()])
@@ -111,17 +122,34 @@ class Training:
         )
         return progress
 
-    def _batches(self, progress: Progress) -> Iterator[tuple[Progress, SequenceBatch, bool]]:
+    def _batches(self, progress: Progress) -> Iterator[Batch]:
         """Where training stands, the batch to train on next, and whether it is the last of its epoch."""
         step, epoch, start = progress.step, progress.epoch, progress.batch
         while step < self.total_steps:
             num_batches = self.loader.num_batches(epoch)
-            for index, batch in enumerate(self.loader.batches(epoch, start), start):
+            for index, batch in enumerate(each_in_region("data", self.loader.batches(epoch, start)), start):
                 if step == self.total_steps:
                     return
                 yield Progress(step, epoch, index), batch, index + 1 == num_batches
                 step += 1
             epoch, start = epoch + 1, 0
+
+    def _profiled(self, batches: Iterator[Batch], progress: Progress, monitor: Monitor) -> Iterator[Batch]:
+        """``batches``, with a profile of the steps that `train.profile` asks for on this rank."""
+        train, ranks = self.config.train, self.config.train.profile_ranks
+        if not train.profile or (ranks and self.world.rank not in ranks):
+            return batches
+        left = self.total_steps - progress.step
+        if train.profile_start + train.profile > left:
+            monitor.note(
+                f"no profile: {left:,} steps are left, {train.profile_start + train.profile:,} are needed for one"
+            )
+            return batches
+        folder = self.run_folder / PROFILE_FOLDER
+        profile = StepProfile(
+            train.profile, train.profile_start, folder, self.world.rank, self.world.device, monitor.note
+        )
+        return profile.each(batches)
 
     def _record(self, monitor: Monitor, step: int, epoch: int, result: StepResult, step_s: float) -> None:
         extra = {"skipped_steps": self.skipped}
@@ -173,6 +201,7 @@ class Training:
         due = step % train.eval_every == 0 if train.eval_every else last_of_epoch
         return Progress(step, epoch, batch, self.skipped, evaluate=due or step == self.total_steps)
 
+    @region("checkpoint")
     def _save_where_due(self, monitor: Monitor, progress: Progress, stop: bool) -> None:
         every = self.config.train.checkpoint_every
         if stop:
@@ -206,6 +235,7 @@ class Training:
             monitor.evaluation(record)
         return records
 
+    @region("evaluation")
     def _evaluate(self, split: str, step: int) -> list[dict[str, Any]]:
         """Raises Preempted, on all ranks, where one of them has been asked to stop."""
 

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS, time_bucket
 from mme.model.moe import Routing
+from mme.regions import region
 
 ROWS_AT_ONCE = 32  # sequences of one group in a chunk; more would pad more, fewer would launch more
 EPS = 1e-6
@@ -49,12 +50,14 @@ class SASRecBlock(nn.Module):
     ) -> tuple[Tensor, Routing | None]:
         """(M, T, d) → (M, T, d) and no routing; ``seq_offsets`` (B + 1,) int64. Times and plan are not looked at."""
         heads = self.num_heads
-        z = _linear(_layer_norm(x, self.attention_norm), self.qkv)
-        q, k, v = _heads(z, heads, [self.dqk, self.dqk, self.dv])
-        attended = attend_by_length(q, k, v, seq_offsets, self._attend)
-        x = x + self._drop(_linear(_join(attended, heads), self.output))
-        hidden = self._drop(torch.relu(_linear(_layer_norm(x, self.ffn_norm), self.ffn_in)))
-        return x + self._drop(_linear(hidden, self.ffn_out)), None
+        with region("attention"):
+            z = _linear(_layer_norm(x, self.attention_norm), self.qkv)
+            q, k, v = _heads(z, heads, [self.dqk, self.dqk, self.dv])
+            attended = attend_by_length(q, k, v, seq_offsets, self._attend)
+            x = x + self._drop(_linear(_join(attended, heads), self.output))
+        with region("experts"):
+            hidden = self._drop(torch.relu(_linear(_layer_norm(x, self.ffn_norm), self.ffn_in)))
+            return x + self._drop(_linear(hidden, self.ffn_out)), None
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, sequence: Tensor) -> Tensor:
         scores = (q @ k.transpose(1, 2)).float() / self.dqk**0.5
@@ -82,6 +85,7 @@ class HSTUBlock(nn.Module):
         self.output = nn.Linear(num_heads * dv, dim)
         nn.init.xavier_uniform_(self.output.weight)
 
+    @region("attention")
     def forward(
         self, x: Tensor, seq_offsets: Tensor, timestamps: Tensor, plan: Any = None
     ) -> tuple[Tensor, Routing | None]:

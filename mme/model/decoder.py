@@ -17,6 +17,7 @@ from mme.model.baselines import HSTUBlock, SASRecBlock
 from mme.model.fuxi_block import FuxiBlock
 from mme.model.moe import DenseFFN, MixtureOfExperts, Routing
 from mme.model.multi_embedding import InputViews
+from mme.regions import region
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,12 @@ class Decoder(nn.Module):
 
         The blocks compute in `train.precision`, each with its weights cast; what they learn stays float32.
         """
-        x = self.inputs(item_rows, item_index, seq_offsets).to(self.dtype)
+        with region("lookup"):
+            x = self.inputs(item_rows, item_index, seq_offsets).to(self.dtype)
         plan = None
         if self.block == "fuxi":
-            plan = plan_attention(seq_offsets, self.max_seq_len, timestamps, backend=self.backend)
+            with region("attention"):
+                plan = plan_attention(seq_offsets, self.max_seq_len, timestamps, backend=self.backend)
         routing = []
         for block in self.blocks:
             if self.recompute and self.training:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kernels import gated_rms_norm, relative_attention, rms_norm, silu_split
 from mme.model.moe import DenseFFN, MixtureOfExperts, Routing
+from mme.regions import region
 
 NUM_TIME_BUCKETS = 129
 
@@ -65,24 +66,26 @@ class FuxiBlock(nn.Module):
         num_views, num_tokens, dim = x.shape
         rows = x.reshape(-1, dim)
         dropout = self.dropout if self.training else 0.0
-        normed = rms_norm(rows, backend=self.backend)
-        projected = normed @ self.uvqk.to(rows.dtype)
-        u, v, q, k = silu_split(projected, num_views, self.num_heads, self.dv, self.dqk, backend=self.backend)
-        attended = relative_attention(
-            q,
-            k,
-            v,
-            seq_offsets,
-            self.max_seq_len,
-            timestamps,
-            self.ts_weights,
-            self.pos_weights,
-            backend=self.backend,
-            plan=plan,
-        )
-        attended = attended.unflatten(0, (num_views, self.num_heads)).transpose(1, 2).flatten(2).flatten(0, 1)
-        gated = gated_rms_norm(u, attended, dropout_p=dropout, backend=self.backend)
-        o = F.linear(gated, self.output.weight.to(rows.dtype), self.output.bias.to(rows.dtype)) + rows
-        z = rms_norm(o, dropout_p=dropout, backend=self.backend)
+        with region("attention"):
+            normed = rms_norm(rows, backend=self.backend)
+            projected = normed @ self.uvqk.to(rows.dtype)
+            u, v, q, k = silu_split(projected, num_views, self.num_heads, self.dv, self.dqk, backend=self.backend)
+            attended = relative_attention(
+                q,
+                k,
+                v,
+                seq_offsets,
+                self.max_seq_len,
+                timestamps,
+                self.ts_weights,
+                self.pos_weights,
+                backend=self.backend,
+                plan=plan,
+            )
+            attended = attended.unflatten(0, (num_views, self.num_heads)).transpose(1, 2).flatten(2).flatten(0, 1)
+            gated = gated_rms_norm(u, attended, dropout_p=dropout, backend=self.backend)
+            o = F.linear(gated, self.output.weight.to(rows.dtype), self.output.bias.to(rows.dtype)) + rows
+            z = rms_norm(o, dropout_p=dropout, backend=self.backend)
         y, routing = self.ffn(z, num_views)
-        return (y + o).view(num_views, num_tokens, dim), routing
+        with region("experts"):
+            return (y + o).view(num_views, num_tokens, dim), routing

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from kernels import expert_ffn, routed_expert_ffn
 from kernels.expert_ffn.routing import sorted_copies, weighted_choices
+from mme.regions import region
 
 
 @dataclass(frozen=True)
@@ -92,11 +93,13 @@ class GatedExperts(nn.Module):
             for expert in weight:
                 nn.init.xavier_uniform_(expert)
 
+    @region("experts")
     def forward(self, rows: Tensor, expert_offsets: Tensor) -> Tensor:
         """(R, d) sorted by expert → (R, d); row r belongs to expert e where expert_offsets[e] ≤ r < [e + 1]."""
         weights = self._weights(rows.dtype)
         return expert_ffn(rows, expert_offsets, *weights, backend=self.backend, check_offsets=False)
 
+    @region("experts")
     def mixture(self, z: Tensor, order: Tensor, choice_weights: Tensor, expert_offsets: Tensor) -> Tensor:
         """(R, d) → the weighted sums of its rows' choices, see `kernels.routed_expert_ffn`."""
         weights = self._weights(z.dtype)
@@ -146,6 +149,7 @@ class MixtureOfExperts(nn.Module):
         self.experts = GatedExperts(num_experts, dim, hidden_dim, backend)
         self.dispatcher: Dispatcher | None = None
 
+    @region("routing")
     def forward(self, z: Tensor, num_views: int) -> tuple[Tensor, Routing]:
         """z (R, d), view-major → (R, d) and the routing."""
         routing = self.route(z, num_views)
