@@ -75,7 +75,17 @@ class LossConfig:
     negatives: Literal["per_token", "shared"] = "per_token"
     num_negatives: int = 128
     negative_group_size: int = 64  # shared: consecutive tokens with one set of negatives; 0: the whole batch
+    # Drawn from all items alike, by how often they occur in training, or from the targets of the rank's batch.
+    sampling: Literal["uniform", "popularity", "in_batch"] = "uniform"
+    popularity_power: float = 0.75  # popularity: an item is drawn in proportion to its training events to this power
+    uniform_share: float = 0.0  # popularity, in_batch: this share of the negatives is uniform all the same
+    log_q_correction: bool = False  # subtract ln of how often an item is expected among the negatives from its logit
     temperature: float = 0.05
+
+    @property
+    def needs_training_counts(self) -> bool:
+        """Whether negatives or their correction depend on how often each item occurs in training."""
+        return self.sampling == "popularity" or (self.sampling == "in_batch" and self.log_q_correction)
 
 
 @dataclass
@@ -200,7 +210,7 @@ def validate(config: Config) -> None:
             "hang_timeout_s",
             "profile",
         ],
-        "loss": ["negative_group_size"],
+        "loss": ["negative_group_size", "popularity_power"],
         "model.moe": ["num_experts", "capacity_factor", "load_balance_coef", "z_loss_coef"],
         "parallel": ["expert_parallel_size"],
     }.items():
@@ -212,6 +222,12 @@ def validate(config: Config) -> None:
         raise UserError("train.steps and train.epochs are both null: one must say when to stop")
     if not 0 <= model.dropout < 1:
         raise UserError(f"model.dropout ({model.dropout}) must be at least 0 and below 1")
+    if not 0 <= loss.uniform_share <= 1:
+        raise UserError(f"loss.uniform_share ({loss.uniform_share}) must lie between 0 and 1")
+    if loss.kind == "full_softmax" and (loss.sampling != "uniform" or loss.log_q_correction):
+        raise UserError(
+            "loss.kind=full_softmax has no negatives: loss.sampling and loss.log_q_correction go with sampled_softmax"
+        )
     if not 0 < data.global_time_test_fraction < 1:
         raise UserError(
             f"data.global_time_test_fraction ({data.global_time_test_fraction}) must lie between 0 and 1, both excluded"

@@ -84,12 +84,22 @@ class _Part(NamedTuple):
 
 
 class TrainStep:
-    """Computes the global loss and its gradients from each rank's part of a global batch, and applies them."""
+    """Computes the global loss and its gradients from each rank's part of a global batch, and applies them.
 
-    def __init__(self, config: Config, recommender: Recommender, engine: Any, total_steps: int) -> None:
+    ``training_counts``: see `mme.model.negatives.NegativeSampler`.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        recommender: Recommender,
+        engine: Any,
+        total_steps: int,
+        training_counts: Tensor | None = None,
+    ) -> None:
         self.config, self.recommender, self.engine = config, recommender, engine
         self.total_steps = total_steps
-        self.loss = NextItemLoss(config, recommender.num_items)
+        self.loss = NextItemLoss(config, recommender.num_items, training_counts)
 
     def __call__(self, step: int, batch: SequenceBatch, skipped: int = 0, votes: Sequence[bool] = ()) -> StepResult:
         """The ``step``-th step, from 0, on this rank's part of the batch; it may be empty.

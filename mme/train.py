@@ -67,7 +67,10 @@ class Training:
                 f"train.profile_start ({config.train.profile_start}) + train.profile ({config.train.profile}) must not "
                 f"exceed the steps of the run ({self.total_steps})"
             )
-        self.step = TrainStep(config, self.recommender, self.engine, self.total_steps)
+        counts = None
+        if config.loss.needs_training_counts:
+            counts = dataset.training_counts(config.data.protocol, config.data.global_time_test_fraction)
+        self.step = TrainStep(config, self.recommender, self.engine, self.total_steps, counts)
         self.skipped = self.skipped_in_a_row = 0
         self.select_split = "valid" if "valid" in dataset.splits(config.data.protocol) else "test"
 

@@ -56,12 +56,20 @@ def metrics(run: Path, split: str) -> list[dict[str, Any]]:
     return [line for line in records(run, "eval") if line["split"] == split]
 
 
-def test_a_stopped_run_goes_on_bit_for_bit(data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        pytest.param(["loss.sampling=popularity", "loss.log_q_correction=true"], marks=pytest.mark.slow),
+    ],
+    ids=["as configured", "popularity"],
+)
+def test_a_stopped_run_goes_on_bit_for_bit(data: Path, tmp_path: Path, overrides: list[str]) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    done = train(data, whole)
+    done = train(data, whole, *overrides)
     assert done.returncode == 0, done.stderr
-    assert train(data, stopped, "train.steps=5").returncode == 0  # in the middle of an epoch of seven
-    assert train(data, stopped).returncode == 0
+    assert train(data, stopped, "train.steps=5", *overrides).returncode == 0  # in the middle of an epoch of seven
+    assert train(data, stopped, *overrides).returncode == 0
     assert losses(stopped) == losses(whole)
     assert len(losses(whole)) == 14
     assert metrics(stopped, "valid")[-2:] == metrics(whole, "valid")[-2:]
@@ -86,8 +94,9 @@ def test_a_stopped_run_goes_on_bit_for_bit(data: Path, tmp_path: Path) -> None:
         ],
         ["model.moe.placement=[1]", "model.score_norm=per_view", "parallel.zero_stage=2", "train.grad_clip=1"],
         ["train.precision=bfloat16", "train.recompute=blocks", "model.moe.capacity_factor=1", "train.log_every=1"],
+        ["loss.sampling=in_batch", "loss.uniform_share=0.5", "loss.log_q_correction=true", "train.micro_batches=2"],
     ],
-    ids=["shared", "full softmax", "fuxi-alpha", "placement", "bfloat16 within capacity"],
+    ids=["shared", "full softmax", "fuxi-alpha", "placement", "bfloat16 within capacity", "in batch"],
 )
 def test_two_processes_repeat_their_losses(data: Path, tmp_path: Path, overrides: list[str]) -> None:
     runs = [tmp_path / "first", tmp_path / "second"]

@@ -101,8 +101,7 @@ def _check_operands(
             f"item_bias has shape {tuple(item_bias.shape)} and dtype {item_bias.dtype}, expected ({items.shape[0]},) and "
             "torch.float32"
         )
-    for name, tensor in (
-        ("items", items), ("targets", targets), ("negatives", negatives), ("item_bias", item_bias)
-    ):  # fmt: skip
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device}; hidden is on {hidden.device}")
+    operands = {"items": items, "targets": targets, "negatives": negatives, "item_bias": item_bias}
+    for name, operand in operands.items():
+        if operand is not None and operand.device != hidden.device:
+            raise ValueError(f"{name} is on {operand.device}; hidden is on {hidden.device}")

@@ -245,7 +245,14 @@ def backward_hidden_shared_kernel(
         b_e = _load_rows(p_items, i_row, m_slot, D)
         b_offset = _offsets(p_bias, i_row, m_slot, offset)
         b_p = _shared_tile(
-            b_h, b_e, i_row[None, :], target[:, None], m_slot[None, :], scale, b_offset[None, :], log_sum[:, None],
+            b_h,
+            b_e,
+            i_row[None, :],
+            target[:, None],
+            m_slot[None, :],
+            scale,
+            b_offset[None, :],
+            log_sum[:, None],
             PRECISION,
         )
         b_d = tl.dot(b_p.to(b_e.dtype), b_e, b_d, input_precision=PRECISION)
@@ -279,7 +286,14 @@ def backward_negatives_kernel(
         log_sum = tl.load(p_log_sum + i_token, mask=m_token, other=0.0)
         b_h = _load_rows(p_hidden, i_token, m_token, D)
         b_p = _shared_tile(
-            b_e, b_h, i_row[:, None], target[None, :], m_token[None, :], scale, b_offset[:, None], log_sum[None, :],
+            b_e,
+            b_h,
+            i_row[:, None],
+            target[None, :],
+            m_token[None, :],
+            scale,
+            b_offset[:, None],
+            log_sum[None, :],
             PRECISION,
         )
         b_w = b_p * tl.load(p_grad + i_token, mask=m_token, other=0.0)[None, :]

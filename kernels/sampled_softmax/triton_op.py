@@ -156,7 +156,9 @@ def loss_backward_op(
             if size > 1:
                 drawn = drawn.repeat_interleave(size, 0)[: part.stop - start]
             rows = torch.cat([targets[part, None].int(), drawn.int()], 1)
-            _add_entries(d_items, rows, hidden[part], items, targets[part], bias, log_sum[part], grad[part], scales, config)
+            _add_entries(
+                d_items, rows, hidden[part], items, targets[part], bias, log_sum[part], grad[part], scales, config
+            )
     else:
         token_blocks = triton.cdiv(size, config.tokens)
         triton_kernels.backward_hidden_shared_kernel[(negatives.shape[0] * token_blocks,)](

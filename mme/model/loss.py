@@ -1,8 +1,8 @@
 """Next-item prediction: sampled softmax with own or shared negatives, or softmax over the whole catalogue.
 
-Position t of a sequence predicts item t + 1 among that item and negatives drawn uniformly from all items; a negative
-equal to the target is masked. With n shared negatives each negative logit gets + ln(128 / n), so that losses compare
-(the published protocol has 128).
+Position t of a sequence predicts item t + 1 among that item and negatives (`negatives`: uniform, by popularity or in
+batch); a negative equal to the target is masked. With n shared negatives each negative logit gets + ln(128 / n), so that
+losses compare (the published protocol has 128); with the log-Q correction − ln of how often its item is expected instead.
 
 Legend: B sequences, T tokens, M views, d view width, D = M·d, U distinct items of a batch, n negatives of a token.
 """
@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import sampled_softmax_loss
 from mme.config import Config
 from mme.data.batch import SequenceBatch
+from mme.model.negatives import NegativeSampler
 from mme.model.scoring import normalize_views
 
 REFERENCE_NEGATIVES = 128
@@ -35,40 +36,43 @@ class BatchItems:
         inputs: (T,) int64, row in ``ids`` of each token's item.
         targets: (T,) int64, row of each token's next item.
         negatives: (groups, n) int64, rows of the negatives; None for the full softmax.
+        negative_bias: (U,) float32, added to an item's logit as a negative; None: nothing is.
     """
 
     ids: Tensor
     inputs: Tensor
     targets: Tensor
     negatives: Tensor | None
+    negative_bias: Tensor | None = None
 
 
 class NextItemLoss:
-    """Draws the negatives of a batch and computes the loss of each token."""
+    """Draws the negatives of a batch and computes the loss of each token; ``training_counts``: see `NegativeSampler`."""
 
-    def __init__(self, config: Config, num_items: int) -> None:
+    def __init__(self, config: Config, num_items: int, training_counts: Tensor | None = None) -> None:
         self.loss = config.loss
         self.score_norm = config.model.score_norm
         self.backend = config.kernels.backend
         self.num_items = num_items
         shared = self.loss.negatives == "shared"
         self.group_size = self.loss.negative_group_size if shared else 1
-        self.logit_offset = math.log(REFERENCE_NEGATIVES / self.loss.num_negatives) if shared else 0.0
+        self.sampler = NegativeSampler(self.loss, num_items, training_counts)
+        scaled = shared and not self.loss.log_q_correction
+        self.logit_offset = math.log(REFERENCE_NEGATIVES / self.loss.num_negatives) if scaled else 0.0
 
     def items_of(self, parts: list[SequenceBatch], generator: torch.Generator) -> list[BatchItems]:
         """The items of each part of a batch and of its negatives, drawn by ``generator``; the parts share their ``ids``."""
         if self.loss.kind == "full_softmax":
             ids = torch.arange(self.num_items, device=parts[0].item_ids.device)
             return [BatchItems(ids, part.item_ids, part.target_ids, None) for part in parts]
+        batch_targets = torch.cat([part.target_ids for part in parts])
         uses = []
         for part in parts:
             groups = math.ceil(part.num_tokens / self.group_size) if self.group_size else min(1, part.num_tokens)
-            negatives = torch.randint(
-                self.num_items, (groups, self.loss.num_negatives), generator=generator, device=part.item_ids.device
-            )
-            uses += [part.item_ids, part.target_ids, negatives]
+            uses += [part.item_ids, part.target_ids, self.sampler.draw(groups, batch_targets, generator)]
         ids, rows = compact(uses, self.num_items)
-        return [BatchItems(ids, *rows[start : start + 3]) for start in range(0, len(rows), 3)]
+        bias = self.sampler.negative_log_counts(ids) if self.loss.log_q_correction else None
+        return [BatchItems(ids, *rows[start : start + 3], negative_bias=bias) for start in range(0, len(rows), 3)]
 
     def __call__(self, hidden: Tensor, item_rows: Tensor, items: BatchItems) -> Tensor:
         """
@@ -91,6 +95,7 @@ class NextItemLoss:
             group_size=self.group_size,
             temperature=self.loss.temperature,
             logit_offset=self.logit_offset,
+            item_bias=items.negative_bias,
             backend=self.backend,
         )
 

@@ -20,6 +20,7 @@ from tests.distributed.processes import run_on
 
 NUM_ITEMS = 40
 LENGTHS = [5, 3, 10, 1, 7]
+POPULAR = 7  # the only item that negatives by popularity are, so that they are the same on any number of processes
 
 
 def sequences(wanted: list[int]) -> SequenceBatch:
@@ -51,7 +52,8 @@ def one_step(world: World, split: list[list[int]], overrides: list[str]) -> tupl
     """The loss, this rank's parts of the decoder's gradients before the update, and of all weights after it."""
     config = configuration(*overrides)
     recommender = Recommender(config, NUM_ITEMS, world)
-    step = TrainStep(config, recommender, initialize_engine(recommender.decoder, config), total_steps=2)
+    counts = torch.arange(NUM_ITEMS) == POPULAR
+    step = TrainStep(config, recommender, initialize_engine(recommender.decoder, config), 2, counts)
     step._set_lr(0)
     result = step.backward(0, sequences(split[world.rank]))
     parameters = {f"decoder/{name}": p for name, p in recommender.decoder.named_parameters()}
@@ -114,6 +116,12 @@ def test_a_batch_in_parts(split: list[list[int]], zero_stage: int) -> None:
     ((loss, gradients, weights),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], [no_balance])
     in_one = (loss, whole([gradients]), whole([weights]))
     check(in_one, split, no_balance, "train.micro_batches=3", f"parallel.zero_stage={zero_stage}")
+
+
+def test_negatives_by_popularity_with_their_correction() -> None:
+    options = ["loss.kind=sampled_softmax", "loss.sampling=popularity", "loss.log_q_correction=true"]
+    ((loss, gradients, weights),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], options)
+    check((loss, whole([gradients]), whole([weights])), [[0, 3], [1, 2, 4]], *options)
 
 
 @pytest.mark.slow

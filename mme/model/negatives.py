@@ -1,0 +1,111 @@
+"""Where the negatives of sampled softmax come from, and how often each item is expected among them.
+
+With n negatives of a token, of which n_u are drawn from all I items alike and the others by a probability p, item i is
+expected q_i = n_u / I + (n − n_u) · p_i times. p is
+
+    popularity   p_i ∝ (training events of i)^power, drawn from an alias table
+    in_batch     the targets of a rank's batch, each as likely as any other; over many batches that is p_i ∝ training events
+
+The log-Q correction subtracts ln q_i from the logit of a negative. The target is a candidate with certainty, so its own
+expected count is 1 and its logit stays. Then the sum of the softmax is on average that over the whole catalogue, whatever
+p, as long as every item has some chance:
+
+    E[exp z_target + Σ_negatives exp z_i / q_i] = Σ_all exp z_i
+
+Sources: Bengio & Senécal, "Adaptive Importance Sampling to Accelerate Training of a Neural Probabilistic Language Model"
+(2008); Yi et al., "Sampling-Bias-Corrected Neural Modeling for Large Corpus Item Recommendations" (2019), for in-batch
+negatives; Yang et al., "Mixed Negative Sampling for Learning Two-tower Neural Networks in Recommendations" (2020), for
+their mixture with uniform ones. The alias table: Walker (1977), filled in one sweep as in Hübschle-Schneider & Sanders,
+"Parallel Weighted Random Sampling" (2019).
+
+Legend: I items, n negatives of a token.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mme.config import LossConfig
+
+
+class NegativeSampler:
+    """Draws negatives as `loss.sampling` says.
+
+    Args:
+        training_counts: (I,) how often each item occurs in the training events; None: not needed, see
+            `LossConfig.needs_training_counts`.
+    """
+
+    def __init__(self, loss: LossConfig, num_items: int, training_counts: Tensor | None) -> None:
+        self.num_items, self.in_batch = num_items, loss.sampling == "in_batch"
+        of_all = 1.0 if loss.sampling == "uniform" else loss.uniform_share
+        self.num_uniform = round(of_all * loss.num_negatives)
+        self.num_others = loss.num_negatives - self.num_uniform
+        self.alias_table: tuple[Tensor, Tensor] | None = None
+        self.expected_counts: Tensor | None = None
+        if not loss.needs_training_counts:
+            return
+        if training_counts is None:
+            raise ValueError(f"loss.sampling={loss.sampling} needs the items' training counts")
+        weights = training_counts.cpu().double().numpy() ** (1.0 if self.in_batch else loss.popularity_power)
+        weights[training_counts.cpu().numpy() == 0] = 0  # to the power 0 too
+        probabilities = weights / weights.sum()
+        if not self.in_batch:
+            keep, alias = build_alias_table(probabilities)
+            self.alias_table = torch.from_numpy(keep).float(), torch.from_numpy(alias)
+        self.expected_counts = torch.from_numpy(self.num_uniform / num_items + self.num_others * probabilities)
+
+    def draw(self, groups: int, batch_targets: Tensor, generator: torch.Generator) -> Tensor:
+        """(groups, n) int64 items, on the device of ``batch_targets``, the targets of the rank's whole batch."""
+        device = batch_targets.device
+        parts = []
+        if self.num_uniform:
+            shape = (groups, self.num_uniform)
+            parts.append(torch.randint(self.num_items, shape, generator=generator, device=device))
+        shape = (groups, self.num_others)
+        if self.num_others and self.in_batch:
+            place = torch.randint(max(1, batch_targets.numel()), shape, generator=generator, device=device)
+            parts.append(batch_targets[place])
+        elif self.num_others:
+            parts.append(self._by_popularity(shape, generator, device))
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+    def negative_log_counts(self, ids: Tensor) -> Tensor:
+        """−ln q of each of ``ids``, float32; 0 for an item that is never drawn."""
+        if self.expected_counts is None:  # all are uniform
+            return torch.full(ids.shape, -math.log(self.num_uniform / self.num_items), device=ids.device)
+        self.expected_counts = self.expected_counts.to(ids.device)
+        counts = self.expected_counts[ids]
+        return torch.where(counts > 0, -counts.log(), 0).float()
+
+    def _by_popularity(self, shape: tuple[int, int], generator: torch.Generator, device: torch.device) -> Tensor:
+        assert self.alias_table is not None
+        keep, alias = self.alias_table = self.alias_table[0].to(device), self.alias_table[1].to(device)
+        place = torch.randint(self.num_items, shape, generator=generator, device=device)
+        stays = torch.rand(shape, generator=generator, device=device) < keep[place]
+        return torch.where(stays, place, alias[place])
+
+
+def build_alias_table(probabilities: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    """Two arrays (I,): item i, drawn with probability 1 / I, stays with probability keep[i], else becomes alias[i].
+
+    Light items (below 1 / I) are filled up by heavy ones, both in their order: what is owed up to a light item tells by
+    whom, and a heavy item that has given all it had to spare is filled up by the next one.
+    """
+    share = probabilities * probabilities.size
+    light, heavy = np.flatnonzero(share < 1), np.flatnonzero(share >= 1)
+    owed = np.append(0, np.cumsum(1 - share[light]))  # up to and including each light item, after a 0
+    spare = np.cumsum(share[heavy] - 1)
+    keep, alias = np.where(share < 1, share, 1.0), np.arange(share.size)
+    alias[light] = heavy[np.searchsorted(spare, owed[:-1]).clip(max=heavy.size - 1)]
+    # The last heavy item has no next one: what rounding leaves there stays its own.
+    empty_after = np.searchsorted(owed, spare[:-1], side="right").clip(max=light.size)
+    overdrawn = np.maximum(owed[empty_after] - spare[:-1], 0)
+    keep[heavy[:-1]] = 1 - overdrawn
+    alias[heavy[:-1]] = np.where(overdrawn > 0, heavy[1:], heavy[:-1])
+    return keep, alias
