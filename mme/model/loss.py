@@ -72,7 +72,8 @@ class NextItemLoss:
             uses += [part.item_ids, part.target_ids, self.sampler.draw(groups, batch_targets, generator)]
         ids, rows = compact(uses, self.num_items)
         bias = self.sampler.negative_log_counts(ids) if self.loss.log_q_correction else None
-        return [BatchItems(ids, *rows[start : start + 3], negative_bias=bias) for start in range(0, len(rows), 3)]
+        by_part = zip(rows[::3], rows[1::3], rows[2::3], strict=True)
+        return [BatchItems(ids, inputs, targets, negatives, bias) for inputs, targets, negatives in by_part]
 
     def __call__(self, hidden: Tensor, item_rows: Tensor, items: BatchItems) -> Tensor:
         """
