@@ -5,27 +5,34 @@ from __future__ import annotations
 import json
 import platform
 import statistics
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import numpy as np
+import pyarrow as pa
 import torch
 import typer
 
-from mme.data.sequences import PreparedDataset, TrainLoader
+from mme.data.dataset import PreparedDataset
+from mme.data.sequences import TrainLoader
+from mme.data.writer import DatasetWriter
 
 NUM_ITEMS, NUM_USERS, REPEATS = 100_000, 50_000, 5
 
 
-def skewed_dataset() -> PreparedDataset:
+def skewed_dataset(folder: Path) -> PreparedDataset:
     """Histories of log-normal length, median 100 events, at most 2,000."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(np.log(100), 1.0, NUM_USERS), 3, 2000).astype(np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    items = rng.integers(NUM_ITEMS, size=offsets[-1]).astype(np.int32)
-    info = {"num_items": NUM_ITEMS, "num_users": NUM_USERS, "num_events": items.size}
-    return PreparedDataset(Path("skewed"), info, items, np.arange(items.size), offsets)
+    items = rng.integers(NUM_ITEMS, size=offsets[-1])
+    with DatasetWriter(folder) as writer:
+        writer.add(pa.array(np.arange(NUM_USERS)), offsets, items, np.arange(items.size))
+        counts = np.bincount(items, minlength=NUM_ITEMS)
+        writer.finish({"name": "skewed", "sort_rule": "generated"}, pa.array(np.arange(NUM_ITEMS)), counts)
+    return PreparedDataset.open(folder)
 
 
 def measure(dataset: PreparedDataset, max_seq_len: int, world_size: int) -> dict[str, Any]:
@@ -42,10 +49,11 @@ def measure(dataset: PreparedDataset, max_seq_len: int, world_size: int) -> dict
 def main(json_path: Annotated[Optional[Path], typer.Option("--json")] = None) -> None:  # noqa: UP045
     """Prints the figures and, with --json, writes them."""
     torch.set_num_threads(1)
-    dataset = skewed_dataset()
-    results = [measure(dataset, max_seq_len, world) for max_seq_len in (200, 1000) for world in (1, 8)]
+    with tempfile.TemporaryDirectory() as folder:
+        dataset = skewed_dataset(Path(folder) / "skewed")
+        results = [measure(dataset, max_seq_len, world) for max_seq_len in (200, 1000) for world in (1, 8)]
     record = {
-        "what": "one reader, one core, batches of 128 sequences a rank from memory",
+        "what": "one reader, one core, batches of 128 sequences a rank from the flat file",
         "machine": {"processor": platform.machine(), "torch": torch.__version__},
         "repeats": REPEATS,
         "results": results,

@@ -89,7 +89,7 @@ def run_worker(arguments: list[str]) -> None:
     import psutil
     import torch
 
-    from mme.data.sequences import PreparedDataset
+    from mme.data.dataset import PreparedDataset
     from mme.distributed.groups import process_group
     from mme.preemption import Preemption
     from mme.train import Training
@@ -97,7 +97,7 @@ def run_worker(arguments: list[str]) -> None:
     config_file, steps, repetitions, *overrides = arguments
     config = load_config(Path(config_file), [*overrides, "train.epochs=1000"])
     with process_group() as world:
-        training = Training(config, PreparedDataset.open(config.data.path), world, Preemption())
+        training = Training(config, PreparedDataset.open(config.data.path, config.data.cache_dir), world, Preemption())
         batches = (batch for epoch in range(1000) for batch in training.loader.batches(epoch))
         rates, memory = [], []
         for repetition in range(int(repetitions) + 1):

@@ -13,7 +13,7 @@ from pathlib import Path
 import typer
 
 from mme.config import load_config
-from mme.data.sequences import PreparedDataset
+from mme.data.dataset import PreparedDataset
 from mme.distributed.checkpoint import load_weights
 from mme.distributed.groups import process_group
 from mme.distributed.recommender import Recommender
@@ -26,7 +26,7 @@ def main(run: Path) -> None:
     """Ranks the test users' targets and keeps the ranks in the run's folder."""
     config = load_config(run / "config.yaml")
     with process_group() as world:
-        dataset = PreparedDataset.open(Path(config.data.path))
+        dataset = PreparedDataset.open(config.data.path, config.data.cache_dir)
         recommender = Recommender(config, dataset.num_items, world)
         load_weights(run, None, recommender)
         ranks = target_ranks(recommender, dataset, config, "test")

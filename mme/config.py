@@ -30,6 +30,10 @@ class DataConfig:
     batch_size: int = 128  # sequences per rank
     tokens_per_batch: Optional[int] = None  # tokens per rank; replaces batch_size where given
     eval_batch_size: int = 256  # histories per rank
+    windows: Literal["newest", "sliding"] = "newest"  # of a longer history: the newest N tokens, or all in windows
+    window_stride: Optional[int] = None  # sliding: tokens from one window to the next; default: max_seq_len
+    readers: int = 1  # threads that assemble batches ahead
+    cache_dir: Optional[str] = None  # where the flat file of the events is kept; default: in the data set's folder
 
 
 @dataclass
@@ -186,7 +190,7 @@ def validate(config: Config) -> None:
         config.train,
         config.parallel,
     )
-    _require_positive("data", data, ["max_seq_len", "batch_size", "eval_batch_size"])
+    _require_positive("data", data, ["max_seq_len", "batch_size", "eval_batch_size", "readers"])
     _require_positive("model", model, ["num_tables", "embedding_dim", "num_blocks", "num_heads", "ffn_multiplier"])
     _require_positive("loss", loss, ["num_negatives", "temperature"])
     _require_positive("train", train, ["lr", "log_every", "keep_checkpoints", "micro_batches", "profile_start"])
@@ -245,6 +249,13 @@ def validate(config: Config) -> None:
         raise UserError(
             f"data.tokens_per_batch ({data.tokens_per_batch}) must be at least data.max_seq_len ({data.max_seq_len})"
         )
+    if data.window_stride is not None:
+        if data.windows != "sliding":
+            raise UserError(f"data.window_stride ({data.window_stride}) needs data.windows=sliding")
+        if not 1 <= data.window_stride <= data.max_seq_len:
+            raise UserError(
+                f"data.window_stride ({data.window_stride}) must be between 1 and data.max_seq_len ({data.max_seq_len})"
+            )
     if moe.num_experts and not 1 <= moe.top_k <= moe.num_experts:
         raise UserError(f"model.moe.top_k ({moe.top_k}) must be between 1 and num_experts ({moe.num_experts})")
     if moe.num_experts and parallel.expert_parallel_size and moe.num_experts % parallel.expert_parallel_size:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from mme.config import Config, load_config
-from mme.data.sequences import EvaluationLoader, PreparedDataset
+from mme.data.dataset import PreparedDataset
+from mme.data.sequences import EvaluationLoader
 from mme.distributed.checkpoint import load_weights
 from mme.distributed.groups import process_group
 from mme.distributed.recommender import Recommender
@@ -83,7 +84,6 @@ def target_ranks(
     model_ranks, popular_ranks = [counts[:0]], [counts[:0]]
     for batch in loader.batches():
         before_batch()
-        batch = batch.to(world.device)
         model_ranks.append(ranker.target_ranks(batch.sequences, batch.seen_ids, batch.seen_offsets, batch.targets))
         local = popularity_ranks(counts, batch.targets, batch.seen_ids, batch.seen_offsets)
         popular_ranks.append(torch.cat(world.gather(local)))
@@ -100,6 +100,8 @@ def _loader(recommender: Recommender, dataset: PreparedDataset, config: Config, 
         batch_size=data.eval_batch_size,
         rank=world.rank,
         world_size=world.size,
+        readers=data.readers,
+        device=world.device,
         global_time_test_fraction=data.global_time_test_fraction,
     )
 
@@ -112,7 +114,7 @@ def evaluate_run(run: Path, checkpoint: int | None) -> dict[str, Any]:
     """
     config = load_config(run / "config.yaml")
     with process_group() as world:
-        dataset = PreparedDataset.open(Path(config.data.path))
+        dataset = PreparedDataset.open(config.data.path, config.data.cache_dir)
         recommender = Recommender(config, dataset.num_items, world)
         step = load_weights(run, checkpoint, recommender)
         model, popularity = _records(recommender, dataset, config, "test", step)

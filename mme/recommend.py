@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mme.config import load_config
 from mme.data.batch import SequenceBatch
-from mme.data.sequences import PreparedDataset
+from mme.data.parts import read_info
 from mme.distributed.checkpoint import load_weights
 from mme.distributed.groups import World, process_group
 from mme.distributed.recommender import Recommender
@@ -40,10 +40,10 @@ def recommend(run: Path, users: Path, top_k: int, output: Path) -> int:
     """
     config = load_config(run / "config.yaml")
     with process_group() as world:
-        dataset = PreparedDataset.open(Path(config.data.path))
+        num_items = read_info(Path(config.data.path))["num_items"]
         catalogue = _raw_item_ids(Path(config.data.path))
         histories = _read_histories(users, catalogue)
-        recommender = Recommender(config, dataset.num_items, world)
+        recommender = Recommender(config, num_items, world)
         load_weights(run, None, recommender)
         ranker = Ranker(recommender)
         results = []

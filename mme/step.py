@@ -75,11 +75,11 @@ class Gradients:
 
 class _Part(NamedTuple):
     """One part of a rank's batch after its backward: the sum of its losses, the choices of all ranks as in
-    `StepResult.counts`, the tokens of the whole global batch, and this rank's routing."""
+    `StepResult.counts`, the targets of the whole global batch, and this rank's routing."""
 
     losses: Tensor
     counts: Tensor
-    tokens: Tensor
+    targets: Tensor
     routing: list[Routing]
 
 
@@ -137,14 +137,14 @@ class TrainStep:
         for number, (part, part_items) in enumerate(zip(parts, items, strict=True), 1):
             if len(parts) > 1:
                 self.engine.set_gradient_accumulation_boundary(number == len(parts))
-            done.append(self._part(part, part_items, item_rows, batch.num_tokens))
+            done.append(self._part(part, part_items, item_rows, batch))
         assert item_rows.grad is not None
         losses, counts = torch.stack([part.losses for part in done]), torch.stack([part.counts for part in done]).sum(0)
         with region("optimizer"):
             spoiled = is_spoiled([item_rows.grad, *reduced_gradients(self.engine)], world.size)
         own = [losses.sum(), spoiled.double(), *(losses.new_tensor(vote) for vote in votes)]
         loss, spoiled, *given = world.sum(torch.stack(own)).tolist()
-        tokens = int(done[0].tokens)
+        tokens = int(done[0].targets)
         loss /= tokens
         return Gradients(
             loss=loss,
@@ -158,22 +158,24 @@ class TrainStep:
             item_rows=item_rows.grad,
         )
 
-    def _part(self, part: SequenceBatch, items: BatchItems, item_rows: Tensor, num_tokens: int) -> _Part:
-        """Forward and backward of one part of this rank's batch, which has ``num_tokens`` in all."""
+    def _part(self, part: SequenceBatch, items: BatchItems, item_rows: Tensor, batch: SequenceBatch) -> _Part:
+        """Forward and backward of one part of this rank's batch."""
         world = self.recommender.world
         output = self.engine(item_rows, items.inputs, part.seq_offsets, part.timestamps)
         with region("loss"):
             losses = self.loss(output.hidden, item_rows, items)
+            if part.trained is not None:
+                losses = losses.masked_fill(~part.trained, 0.0)
         counts = torch.stack([r.counts for r in output.routing]) if output.routing else part.seq_offsets.new_zeros(0)
-        sizes = counts.new_tensor([part.num_tokens, num_tokens])
-        *summed, part_tokens, tokens = world.sum(torch.cat([counts.flatten(), sizes])).split([counts.numel(), 1, 1])
-        counts, part_tokens, tokens = summed[0].view(counts.shape), part_tokens[0].clamp(min=1), tokens[0].clamp(min=1)
+        sizes = counts.new_tensor([part.num_tokens, batch.num_tokens, batch.num_targets])
+        summed, sizes = world.sum(torch.cat([counts.flatten(), sizes])).split([counts.numel(), 3])
+        counts, (part_tokens, tokens, targets) = summed.view(counts.shape), sizes.clamp(min=1)
         with region("loss"):
             balance = self._balance(output.routing, counts, part_tokens) * (part_tokens / tokens)
-            total = losses.sum() / tokens + balance
+            total = losses.sum() / targets + balance
         with region("backward"):
             self.engine.backward(total * world.size)  # DeepSpeed and TorchRec average gradients over the ranks
-        return _Part(losses.detach().double().sum(), counts, tokens, output.routing)
+        return _Part(losses.detach().double().sum(), counts, targets, output.routing)
 
     @region("optimizer")
     def update(self, gradients: Gradients) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,7 +16,8 @@ from torch import Tensor
 from mme.config import Config, save_config, validate_world_size
 from mme.data.balance import attention_equals_rest_at
 from mme.data.batch import SequenceBatch
-from mme.data.sequences import PreparedDataset, TrainLoader
+from mme.data.dataset import PreparedDataset
+from mme.data.sequences import TrainLoader
 from mme.distributed import checkpoint
 from mme.distributed.checkpoint import Progress
 from mme.distributed.checkpoint_writer import CheckpointWriter
@@ -46,7 +48,7 @@ def train(config: Config) -> list[dict[str, Any]]:
     patience_s = max(PATIENCE_S, config.train.hang_timeout_s + 120)
     with Preemption() as preemption, process_group(patience_s) as world:
         validate_world_size(config, world.size)
-        dataset = PreparedDataset.open(Path(config.data.path))
+        dataset = PreparedDataset.open(config.data.path, config.data.cache_dir)
         return Training(config, dataset, world, preemption).run()
 
 
@@ -127,15 +129,11 @@ class Training:
 
     def _batches(self, progress: Progress) -> Iterator[Batch]:
         """Where training stands, the batch to train on next, and whether it is the last of its epoch."""
-        step, epoch, start = progress.step, progress.epoch, progress.batch
-        while step < self.total_steps:
-            num_batches = self.loader.num_batches(epoch)
-            for index, batch in enumerate(each_in_region("data", self.loader.batches(epoch, start)), start):
-                if step == self.total_steps:
-                    return
-                yield Progress(step, epoch, index), batch, index + 1 == num_batches
-                step += 1
-            epoch, start = epoch + 1, 0
+        steps = range(progress.step, self.total_steps)
+        with closing(self.loader.stream(progress.epoch, progress.batch)) as stream:
+            for step, batch in zip(steps, each_in_region("data", stream), strict=False):
+                last_of_epoch = batch.index + 1 == self.loader.num_batches(batch.epoch)
+                yield Progress(step, batch.epoch, batch.index), batch.sequences, last_of_epoch
 
     def _profiled(self, batches: Iterator[Batch], progress: Progress, monitor: Monitor) -> Iterator[Batch]:
         """``batches``, with a profile of the steps that `train.profile` asks for on this rank."""
@@ -267,9 +265,12 @@ def train_loader(dataset: PreparedDataset, config: Config, world: World) -> Trai
         max_seq_len=data.max_seq_len,
         batch_size=data.batch_size,
         tokens_per_batch=data.tokens_per_batch,
+        window_stride=(data.window_stride or data.max_seq_len) if data.windows == "sliding" else None,
         rank=world.rank,
         world_size=world.size,
         seed=config.train.seed,
+        readers=data.readers,
+        device=world.device,
         global_time_test_fraction=data.global_time_test_fraction,
         attention_equals_rest_at=attention_equals_rest_at(config.model),
     )

@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from mme.config import load_config
-from mme.data.sequences import PreparedDataset
+from mme.data.dataset import PreparedDataset
 from mme.data.synthetic import prepare_synthetic
 from mme.distributed.groups import World
 from mme.errors import Preempted

@@ -30,6 +30,7 @@ class SequenceBatch:
             seq_offsets[b] + b: the times of its tokens, then the time of the event to be predicted.
         target_ids: (T,) int64, the item that follows each token.
         user_rows: (B,) int64, the row of each sequence's user in the prepared data set.
+        trained: (T,) bool, tokens whose target is trained on, the others are only its context; None: all are.
     """
 
     item_ids: Tensor
@@ -37,6 +38,7 @@ class SequenceBatch:
     timestamps: Tensor
     target_ids: Tensor
     user_rows: Tensor
+    trained: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -46,13 +48,23 @@ class SequenceBatch:
     def num_tokens(self) -> int:
         return self.item_ids.numel()
 
+    @property
+    def num_targets(self) -> int:
+        """How many tokens are trained on."""
+        return self.num_tokens if self.trained is None else int(self.trained.sum())
+
+    def tensors(self) -> list[Tensor]:
+        return [value for value in vars(self).values() if value is not None]
+
     def to(self, device: torch.device) -> SequenceBatch:
-        """The same batch on ``device``; copies run beside the computation where memory is pinned."""
-        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items()}
+        """The same batch on ``device``; to a GPU by way of pinned memory, so that the copy runs beside other work."""
+        moved = {name: _move(value, device) for name, value in vars(self).items() if value is not None}
         return replace(self, **moved)
 
     def split(self, num_parts: int) -> list[SequenceBatch]:
         """As many batches of whole sequences, in order, with as equal numbers of them as can be; some may be empty."""
+        if num_parts == 1:
+            return [self]  # reads no offset, for which a GPU would have to be waited for
         borders = [self.num_sequences * part // num_parts for part in range(num_parts + 1)]
         parts = []
         for first, last in itertools.pairwise(borders):
@@ -64,6 +76,7 @@ class SequenceBatch:
                     timestamps=self.timestamps[start + first : end + last],
                     target_ids=self.target_ids[start:end],
                     user_rows=self.user_rows[first:last],
+                    trained=None if self.trained is None else self.trained[start:end],
                 )
             )
         return parts
@@ -86,7 +99,17 @@ class EvaluationBatch:
     seen_ids: Tensor
     seen_offsets: Tensor
 
+    def tensors(self) -> list[Tensor]:
+        return [*self.sequences.tensors(), self.targets, self.seen_ids, self.seen_offsets]
+
     def to(self, device: torch.device) -> EvaluationBatch:
-        return EvaluationBatch(
-            self.sequences.to(device), self.targets.to(device), self.seen_ids.to(device), self.seen_offsets.to(device)
-        )
+        """As `SequenceBatch.to`."""
+        rest = (_move(tensor, device) for tensor in (self.targets, self.seen_ids, self.seen_offsets))
+        return EvaluationBatch(self.sequences.to(device), *rest)
+
+
+def _move(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on ``device``, to a GPU by a copy that the host does not wait for."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The names of a training set's files and its format's number; what they hold: `mme.data.sequences`."""
+"""The names of a training set's files and its format's number; what they hold: `mme.data.parts`."""
 
 from __future__ import annotations
 

@@ -1,55 +1,69 @@
-"""Batches assembled ahead in a background thread."""
+"""Batches made ahead: assembled by reader threads, copied to the device beside the computation."""
 
 from __future__ import annotations
 
-import queue
-import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
 
 Element = TypeVar("Element")
 
-_END = object()
-_POLL_S = 0.1
+AHEAD = 2  # elements a reader makes that nobody has asked for yet
 
 
-def prefetch(source: Iterator[Element], ahead: int = 2) -> Iterator[Element]:
-    """The elements of ``source``, up to ``ahead`` of them made before they are asked for.
+def prefetch(
+    makers: Iterable[Callable[[], Element]], readers: int = 1, device: torch.device | None = None
+) -> Generator[Element, None, None]:
+    """What each of ``makers`` makes, in their order, whatever the number of threads that make them.
 
-    An exception in ``source`` is raised where its element would have come. Closing the iterator, or letting go of it,
-    ends the thread.
+    At most `AHEAD` elements a reader wait to be taken. An exception of a maker is raised where its element would have
+    come. Closing the iterator, or letting go of it, ends the threads.
+
+    Args:
+        device: where the elements are wanted, which then have ``to`` and ``tensors`` as a `SequenceBatch` has; None:
+            where they are made.
     """
-    ready: queue.Queue[Any] = queue.Queue(maxsize=ahead)
-    stop = threading.Event()
+    copies = _Copies(device) if device is not None and device.type == "cuda" else None
+    waiting: deque[Future[Any]] = deque()
 
-    def put(entry: tuple[Any, BaseException | None]) -> None:
-        while not stop.is_set():
-            try:
-                ready.put(entry, timeout=_POLL_S)
-                return
-            except queue.Full:  # the consumer is slower, or has gone: look at `stop` again
-                continue
+    def take() -> Element:
+        element = waiting.popleft().result()
+        return copies.finish(*element) if copies else element
 
-    def produce() -> None:
+    with ThreadPoolExecutor(readers, thread_name_prefix="reader") as pool:
         try:
-            for element in source:
-                put((element, None))
-                if stop.is_set():
-                    return
-            put((_END, None))
-        except BaseException as error:  # raised again by the consumer
-            put((_END, error))
+            for make in makers:
+                waiting.append(pool.submit(copies.start, make) if copies else pool.submit(make))
+                if len(waiting) > AHEAD * readers:
+                    yield take()
+            while waiting:
+                yield take()
+        finally:
+            for future in waiting:
+                future.cancel()
 
-    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
-    thread.start()
-    try:
-        while True:
-            element, error = ready.get()
-            if error is not None:
-                raise error
-            if element is _END:
-                return
-            yield element
-    finally:
-        stop.set()
-        thread.join()
+
+class _Copies:
+    """Copies from pinned memory on a stream of their own, so that no kernel of the training waits for one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.cuda.Stream(device)
+
+    def start(self, make: Callable[[], Any]) -> tuple[Any, torch.cuda.Event]:
+        """In a reader: makes an element and begins its copy; the event tells when that is done."""
+        made = make()
+        with torch.cuda.stream(self._stream):
+            return made.to(self._device), self._stream.record_event()
+
+    def finish(self, copied: Any, event: torch.cuda.Event) -> Any:
+        """In the consumer: what its stream does from here on finds the copy done."""
+        stream = torch.cuda.current_stream(self._device)
+        stream.wait_event(event)
+        tensors: list[Tensor] = copied.tensors()
+        for tensor in tensors:
+            tensor.record_stream(stream)  # its memory goes back to the other stream's pool only after this one's use
+        return copied

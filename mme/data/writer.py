@@ -1,4 +1,4 @@
-"""Writes a training set's folder (layout: `mme.data.sequences`), whole or not at all."""
+"""Writes a training set's folder (layout: `mme.data.parts`), whole or not at all."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from mme.data.dataset import PreparedDataset
 from mme.data.prepare import add_events, prepare
-from mme.data.sequences import PreparedDataset
 from mme.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

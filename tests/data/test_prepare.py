@@ -17,8 +17,8 @@ import pytest
 
 from mme.data import event_store
 from mme.data import writer as writer_module
+from mme.data.dataset import PreparedDataset
 from mme.data.prepare import prepare
-from mme.data.sequences import PreparedDataset
 from mme.errors import UserError
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"

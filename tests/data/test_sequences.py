@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import threading
-from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from mme.data.prefetch import prefetch
-from mme.data.sequences import EvaluationLoader, PreparedDataset, TrainLoader
+from mme.data.dataset import PreparedDataset
+from mme.data.sequences import EvaluationLoader, TrainLoader
 from mme.data.writer import DatasetWriter
 from mme.errors import UserError
 
@@ -66,16 +66,16 @@ def cut(histories: Histories, protocol: str) -> list[tuple[int, dict[str, int]]]
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-@pytest.mark.parametrize("tokens_per_batch", [None, 20])
-def test_every_sequence_is_trained_on_once_an_epoch(
-    folder: Path, histories: Histories, protocol: str, world_size: int, tokens_per_batch: int | None
+@pytest.mark.parametrize(("tokens_per_batch", "stride"), [(None, None), (20, None), (None, 10), (20, 4)])
+def test_every_target_is_trained_on_once_an_epoch(
+    folder: Path, histories: Histories, protocol: str, world_size: int, tokens_per_batch: int | None, stride: int | None
 ) -> None:
+    """Of each user's newest window, or with a stride of the whole history; each with as much history as there is."""
     dataset, max_seq_len = PreparedDataset.open(folder), 10
     expected = {}
     for user, ((items, times), (n, _)) in enumerate(zip(histories, cut(histories, protocol), strict=True)):
-        if n >= 2:
-            begin = max(0, n - 1 - max_seq_len)
-            expected[user] = (items[begin : n - 1], items[begin + 1 : n], times[begin:n])
+        for target in range(1, n) if stride else range(max(1, n - max_seq_len), n):
+            expected[user, target] = (items[target - 1], items[target], times[target - 1], times[target])
     found = {}
     numbers = set()
     for rank in range(world_size):
@@ -85,6 +85,7 @@ def test_every_sequence_is_trained_on_once_an_epoch(
             max_seq_len=max_seq_len,
             batch_size=3,
             tokens_per_batch=tokens_per_batch,
+            window_stride=stride,
             rank=rank,
             world_size=world_size,
             seed=1,
@@ -95,17 +96,65 @@ def test_every_sequence_is_trained_on_once_an_epoch(
         numbers.add(len(batches))
         for batch in batches:
             assert batch.seq_offsets.dtype == batch.item_ids.dtype == batch.timestamps.dtype == torch.int64
+            trained = torch.ones_like(batch.item_ids).bool() if batch.trained is None else batch.trained
+            assert batch.num_targets == trained.sum()
             offsets = batch.seq_offsets.tolist()
             for place, user in enumerate(batch.user_rows.tolist()):
                 begin, end = offsets[place], offsets[place + 1]
-                assert user not in found
-                found[user] = (
-                    batch.item_ids[begin:end].tolist(),
-                    batch.target_ids[begin:end].tolist(),
-                    batch.timestamps[begin + place : end + place + 1].tolist(),
-                )
+                assert 1 <= end - begin <= max_seq_len
+                times = batch.timestamps[begin + place : end + place + 1].tolist()
+                token_items, targets = batch.item_ids[begin:end].tolist(), batch.target_ids[begin:end].tolist()
+                assert token_items[1:] == targets[:-1]
+                last = place_of(histories[user], token_items, targets[-1], times)
+                for token in range(end - begin):
+                    target = last - (end - begin - 1 - token)
+                    history = min(target, max_seq_len)
+                    # A stride of S leaves each target N - S tokens of history, where it has as many.
+                    assert (
+                        token + 1 >= (min(history, max_seq_len - stride + 1) if stride else 1)
+                        or not trained[begin + token]
+                    )
+                    if trained[begin + token]:
+                        assert (user, target) not in found
+                        found[user, target] = (token_items[token], targets[token], times[token], times[token + 1])
     assert found == expected
     assert len(numbers) == 1
+
+
+def place_of(history: tuple[list[int], list[int]], items: list[int], target: int, times: list[int]) -> int:
+    """Where in the history the window ends whose items, last target and times these are."""
+    wanted = list(zip([*items, target], times, strict=True))
+    events = list(zip(*history, strict=True))
+    (end,) = (n for n in range(len(events) + 1) if events[max(0, n - len(wanted)) : n] == wanted)
+    return end - 1
+
+
+@pytest.mark.parametrize("tokens_per_batch", [None, 20])
+def test_the_stream_goes_on_from_any_place_whatever_the_readers(folder: Path, tokens_per_batch: int | None) -> None:
+    dataset = PreparedDataset.open(folder)
+
+    def taken(readers: int, epoch: int, start: int, number: int) -> list[tuple[int, int, list[int]]]:
+        loader = TrainLoader(
+            dataset,
+            "leave_one_out",
+            max_seq_len=10,
+            batch_size=4,
+            tokens_per_batch=tokens_per_batch,
+            seed=2,
+            readers=readers,
+        )
+        with closing(loader.stream(epoch, start)) as stream:
+            return [(b.epoch, b.index, b.sequences.user_rows.tolist()) for b in itertools.islice(stream, number)]
+
+    whole = taken(1, 0, 0, 12)
+    assert {epoch for epoch, _, _ in whole} >= {0, 1, 2}
+    assert taken(3, 0, 0, 12) == whole
+    for place in (3, 5, 8):
+        epoch, index, _ = whole[place]
+        assert taken(2, epoch, index, 12 - place) == whole[place:]
+    first = [users for epoch, _, batch in whole if epoch == 0 for users in batch]
+    second = [users for epoch, _, batch in whole if epoch == 1 for users in batch]
+    assert sorted(first) == sorted(second) and first != second
 
 
 def test_global_batches_do_not_depend_on_the_number_of_processes(folder: Path) -> None:
@@ -188,30 +237,11 @@ def test_hash_of_targets_tells_other_targets(folder: Path) -> None:
 
     dataset = PreparedDataset.open(folder)
     rows, positions = dataset.targets("leave_two_out", "test", FRACTION)
-    text = "".join(f"{row + 100}\ti{dataset.items[at]}\n" for row, at in zip(rows, positions, strict=True))
+    items = dataset.read(positions, np.ones_like(positions))["item"]
+    text = "".join(f"{row + 100}\ti{item}\n" for row, item in zip(rows, items, strict=True))
     assert dataset.targets_sha256("leave_two_out", "test", FRACTION) == hashlib.sha256(text.encode()).hexdigest()
     hashes = {dataset.targets_sha256(p, s, FRACTION) for p in PROTOCOLS for s in dataset.splits(p)}
     assert len(hashes) == 5
-
-
-def test_prefetch_passes_errors_on_and_ends_its_thread() -> None:
-    def failing() -> Iterator[int]:
-        yield 1
-        raise UserError("a bad row")
-
-    def endless() -> Iterator[int]:
-        while True:
-            yield 1
-
-    elements = prefetch(failing())
-    assert next(elements) == 1
-    with pytest.raises(UserError, match="a bad row"):
-        next(elements)
-    running = prefetch(endless())
-    assert next(running) == 1
-    assert any(thread.name == "prefetch" for thread in threading.enumerate())
-    running.close()  # type: ignore[attr-defined]
-    assert not any(thread.name == "prefetch" for thread in threading.enumerate())
 
 
 def rewrite(part: Path, **columns: object) -> None:
@@ -255,6 +285,29 @@ def truncate(folder: Path) -> None:
     part.write_bytes(part.read_bytes()[:200])
 
 
+def damage_part(folder: Path) -> None:
+    info = json.loads((folder / "dataset.json").read_text())
+    del info["parts"][1]["events"]
+    (folder / "dataset.json").write_text(json.dumps(info))
+
+
+def add_user(folder: Path) -> None:
+    table = pq.read_table(folder / "part-00001.parquet")
+    pq.write_table(pa.concat_tables([table, table[:1]]), folder / "part-00001.parquet")
+
+
+def add_event(folder: Path, change: int = 1) -> None:
+    lists = pq.read_table(folder / "part-00001.parquet").to_pydict()
+    for name in ("item_ids", "timestamps"):
+        last = lists[name][-1]
+        lists[name][-1] = last + last[-1:] if change > 0 else last[:-1]
+    rewrite(folder / "part-00001.parquet", item_ids=lists["item_ids"], timestamps=lists["timestamps"])
+
+
+def remove_event(folder: Path) -> None:
+    add_event(folder, -1)
+
+
 def damage_counts(folder: Path) -> None:
     info = json.loads((folder / "dataset.json").read_text())
     (folder / "dataset.json").write_text(json.dumps(info | {"num_events": 7}))
@@ -273,11 +326,18 @@ def damage_counts(folder: Path) -> None:
         (lambda folder: (folder / "dataset.json").unlink(), r"dataset.json: no such file"),
         (lambda folder: (folder / "dataset.json").write_text("{"), r"dataset.json: not JSON"),
         (lambda folder: (folder / "dataset.json").write_text("{}"), r"dataset.json: no name"),
+        (damage_part, r"dataset.json: no parts\[1\].events \(int\)"),
+        (add_user, r"part-00001.parquet: \d+ rows, dataset.json says \d+"),
+        (add_event, r"part-00001.parquet: more than the \d+ events that dataset.json says"),
+        (remove_event, r"part-00001.parquet: \d+ events, dataset.json says \d+"),
         (lambda folder: (folder / "items.parquet").unlink(), r"items.parquet: no such file"),
         (damage_counts, r"dataset.json: num_events is 7, its parts hold \d+"),
     ],
 )
-def test_damage_is_named_by_file_and_row(folder: Path, damage: object, message: str) -> None:
+@pytest.mark.parametrize("opened_before", [False, True])
+def test_damage_is_named_by_file_and_row(folder: Path, damage: object, message: str, opened_before: bool) -> None:
+    if opened_before:  # the events lie in the flat file by now
+        PreparedDataset.open(folder)
     damage(folder)  # type: ignore[operator]
     with pytest.raises(UserError, match=message):
         PreparedDataset.open(folder)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from mme.data.sequences import EvaluationLoader, PreparedDataset
+from mme.data.dataset import PreparedDataset
+from mme.data.sequences import EvaluationLoader
 from mme.data.synthetic import prepare_synthetic
 from mme.errors import UserError
 from mme.metrics import rank_metrics
@@ -27,11 +28,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]
 def test_counts_sessions_and_no_repeats(made: tuple[Path, dict[str, Any]]) -> None:
     dataset = PreparedDataset.open(made[0])
     assert (dataset.num_users, dataset.num_items) == (1200, 2000)
+    events = dataset.read(np.array([0]), np.array([dataset.num_events]))
     assert 45 <= dataset.num_events / 1200 <= 55
-    pairs = np.repeat(np.arange(1200), np.diff(dataset.user_offsets)) * 2000 + dataset.items
+    pairs = np.repeat(np.arange(1200), np.diff(dataset.user_offsets)) * 2000 + events["item"]
     assert np.unique(pairs).size == dataset.num_events
     same_user = np.diff(np.repeat(np.arange(1200), np.diff(dataset.user_offsets))) == 0
-    gaps = np.diff(dataset.timestamps)[same_user]
+    gaps = np.diff(events["timestamp"])[same_user]
     assert not ((gaps > HOUR_S / 2) & (gaps < 2 * HOUR_S)).any()  # inside a session or between two, nothing else
     assert 0.1 < (gaps > HOUR_S).mean() < 0.2
 
@@ -43,9 +45,11 @@ def ranks_by_recent_neighbours(dataset: PreparedDataset, keep: str) -> torch.Ten
     `history`: always the whole history.
     """
     ends = dataset.train_ends("leave_two_out", 0.1)
+    events = dataset.read(np.array([0]), np.array([dataset.num_events]))
     together = np.zeros((dataset.num_items, dataset.num_items))
     for begin, end in zip(dataset.user_offsets[:-1], ends, strict=True):
-        items, session = dataset.items[begin:end], np.cumsum(np.diff(dataset.timestamps[begin:end], prepend=0) > HOUR_S)
+        items, times = events["item"][begin:end], events["timestamp"][begin:end]
+        session = np.cumsum(np.diff(times, prepend=0) > HOUR_S)
         first, second = np.nonzero(session[:, None] == session)
         np.add.at(together, (items[first], items[second]), 1.0)
     popularity = dataset.training_counts("leave_two_out", 0.1).numpy() + 1.0
@@ -53,13 +57,13 @@ def ranks_by_recent_neighbours(dataset: PreparedDataset, keep: str) -> torch.Ten
     ranks = []
     for row, place in zip(*dataset.targets("leave_two_out", "test", 0.1), strict=True):
         begin = dataset.user_offsets[row]
-        items = dataset.items[begin:place]
-        breaks = np.flatnonzero(np.diff(dataset.timestamps[begin : place + 1]) > HOUR_S)
+        items = events["item"][begin:place]
+        breaks = np.flatnonzero(np.diff(events["timestamp"][begin : place + 1]) > HOUR_S)
         recent = items[breaks[-1] + 1 :] if breaks.size else items
         used = recent if keep == "session" and recent.size else items
         scores = likeness[used].mean(0) + 0.5 * np.log(popularity)
         scores[items] = -np.inf
-        ranks.append(1 + int((scores > scores[dataset.items[place]]).sum()))
+        ranks.append(1 + int((scores > scores[events["item"][place]]).sum()))
     return torch.tensor(ranks)
 
 

@@ -1,0 +1,175 @@
+"""A prepared training set (layout: `mme.data.parts`): its events on demand, and how each protocol cuts it."""
+
+from __future__ import annotations
+
+import hashlib
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from mme.data.event_file import EventFile, Records, open_event_file
+from mme.data.layout import ITEMS_FILE
+from mme.data.parts import IntArray, read_info, read_user_ids
+
+SPLITS = {
+    "leave_one_out": ["test"],
+    "leave_two_out": ["valid", "test"],
+    "global_time": ["valid", "test"],
+}
+TIME_BUCKETS = 1 << 16  # that a pass over all times counts in
+
+
+class PreparedDataset:
+    """A training set on disk. In memory are some 8 bytes a user for each thing asked about them, and of the events what
+    is being read.
+
+    Attributes:
+        info: what dataset.json holds.
+        user_offsets: (num_users + 1,) int64, the events of user row u are user_offsets[u] to user_offsets[u + 1] of the
+            flat events: user after user, oldest first.
+    """
+
+    def __init__(self, folder: Path, info: dict[str, Any], events: EventFile) -> None:
+        self.folder, self.info, self._events = folder, info, events
+        self.user_offsets = events.user_offsets
+        # Passes over all events, asked for at each evaluation and the same each time.
+        self._num_older = lru_cache(maxsize=1)(self._compute_num_older)
+        self._training_counts = lru_cache(maxsize=1)(self._compute_training_counts)
+        self._targets_sha256 = lru_cache(maxsize=4)(self._compute_targets_sha256)
+
+    @classmethod
+    def open(cls, path: str | Path, cache_dir: str | Path | None = None) -> PreparedDataset:
+        """Opens a folder written by `mme prepare`; the first time it is read and checked as a whole.
+
+        Args:
+            cache_dir: where the flat file of the events is kept (`mme.data.event_file`); None: in the folder.
+
+        Raises:
+            UserError: the folder, dataset.json or a part is missing, damaged or not what dataset.json says, an item is
+                out of range, a timestamp falls or a value is null; the message names the file and row (from 0).
+        """
+        folder = Path(path)
+        info = read_info(folder)
+        return cls(folder, info, open_event_file(folder, info, None if cache_dir is None else Path(cache_dir)))
+
+    @property
+    def num_items(self) -> int:
+        return self.info["num_items"]
+
+    @property
+    def num_users(self) -> int:
+        return self.info["num_users"]
+
+    @property
+    def num_events(self) -> int:
+        return self.info["num_events"]
+
+    def read(self, starts: IntArray, lengths: IntArray) -> Records:
+        """The events (``item``, ``timestamp``) at ``starts[i]`` … ``starts[i] + lengths[i] - 1`` of each range, in turn.
+
+        Raises:
+            ReadError: they can't be read any more.
+        """
+        return self._events.read(starts, lengths)
+
+    def splits(self, protocol: str) -> list[str]:
+        """The splits that have targets, besides training."""
+        return SPLITS[protocol]
+
+    def train_ends(self, protocol: str, fraction: float) -> IntArray:
+        """(num_users,) where each user's training events end (excluded), in the flat events."""
+        begin, end = self.user_offsets[:-1], self.user_offsets[1:]
+        if protocol == "global_time":
+            num_older = self._num_older(fraction)
+            return begin + num_older - (num_older >= 2)
+        return np.maximum(begin, end - (1 if protocol == "leave_one_out" else 2))
+
+    def targets(self, protocol: str, split: str, fraction: float) -> tuple[IntArray, IntArray]:
+        """User rows that have a target in ``split``, and the target's position in the flat events."""
+        begin, end = self.user_offsets[:-1], self.user_offsets[1:]
+        if protocol == "global_time":
+            num_older = self._num_older(fraction)
+            has_one = num_older >= 2 if split == "valid" else (num_older >= 1) & (begin + num_older < end)
+            position = begin + num_older - (1 if split == "valid" else 0)
+        else:
+            # Of leave_two_out the same users are validated and tested.
+            has_one = end - begin >= (2 if protocol == "leave_one_out" else 3)
+            position = end - (2 if split == "valid" else 1)
+        rows = np.flatnonzero(has_one)
+        return rows, position[rows]
+
+    def training_counts(self, protocol: str, fraction: float) -> Tensor:
+        """(num_items,) int64, how often each item occurs in the training events."""
+        return self._training_counts(protocol, fraction)
+
+    def targets_sha256(self, protocol: str, split: str, fraction: float) -> str:
+        """SHA-256 of the lines "user_id<TAB>item_id<LF>" in raw ids, UTF-8, in the order of the users' rows.
+
+        Raw ids make it the same for any numbering of the items, so that results of different programs compare.
+        """
+        return self._targets_sha256(protocol, split, fraction)
+
+    def _compute_training_counts(self, protocol: str, fraction: float) -> Tensor:
+        counts = np.zeros(self.num_items, np.int64)
+        train_end = self.train_ends(protocol, fraction)
+        for first, last, events in self._events.scan():
+            begin = self.user_offsets[first]
+            ends = np.repeat(train_end[first:last] - begin, np.diff(self.user_offsets[first : last + 1]))
+            np.add.at(counts, events["item"][np.arange(events.size) < ends], 1)
+        return torch.from_numpy(counts)
+
+    def _compute_targets_sha256(self, protocol: str, split: str, fraction: float) -> str:
+        rows, positions = self.targets(protocol, split, fraction)
+        raw_items = pq.read_table(self.folder / ITEMS_FILE, columns=["item_index", "item_id"]).sort_by("item_index")
+        digest = hashlib.sha256()
+        first = 0
+        for part in self.info["parts"]:
+            for user_ids in read_user_ids(self.folder, part):
+                here = slice(*np.searchsorted(rows, [first, first + len(user_ids)]))
+                items = self.read(positions[here], np.ones_like(positions[here]))["item"]
+                lines = pc.binary_join_element_wise(
+                    user_ids.take(pa.array(rows[here] - first)).cast(pa.string()),
+                    raw_items["item_id"].take(pa.array(items)).combine_chunks().cast(pa.string()),
+                    "\t",
+                )
+                digest.update("".join(f"{line}\n" for line in lines.to_pylist()).encode())
+                first += len(user_ids)
+        return digest.hexdigest()
+
+    def _compute_num_older(self, fraction: float) -> IntArray:
+        """(num_users,) how many events each user has before the cut-off of `global_time`."""
+        num_older = np.zeros(self.num_users, np.int64)
+        cut_off = self._time_at(min(int(self.num_events * (1 - fraction)), self.num_events - 1))
+        for first, last, events in self._events.scan():
+            older = np.concatenate([[0], np.cumsum(events["timestamp"] < cut_off)])
+            bounds = self.user_offsets[first : last + 1] - self.user_offsets[first]
+            num_older[first:last] = np.diff(older[bounds])
+        return num_older
+
+    def _time_at(self, place: int) -> int:
+        """The time at ``place`` of all times in order: the bucket that holds it is found and cut into buckets again."""
+        lowest, highest = [], []
+        for _, _, events in self._events.scan():
+            if events.size:
+                lowest.append(int(events["timestamp"].min()))
+                highest.append(int(events["timestamp"].max()))
+        low, high = min(lowest, default=0), max(highest, default=0)
+        while low < high:
+            width = -(-(high - low + 1) // TIME_BUCKETS)
+            counts = np.zeros(TIME_BUCKETS, np.int64)
+            for _, _, events in self._events.scan():
+                times = events["timestamp"]
+                inside = times[(times >= low) & (times <= high)]
+                counts += np.bincount((inside - low) // width, minlength=TIME_BUCKETS)
+            reached = np.cumsum(counts)
+            bucket = int(np.searchsorted(reached, place, side="right"))
+            place -= int(reached[bucket - 1]) if bucket else 0
+            low, high = low + bucket * width, min(high, low + (bucket + 1) * width - 1)
+        return low

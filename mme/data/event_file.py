@@ -1,0 +1,216 @@
+"""All events of a training set in one flat file, so that any sequence is one read from the disk.
+
+Parquet is compressed by row groups: to take a sequence out of one, all of it is decoded. So the first job that opens a
+set lays its events out once, 12 bytes each, in a file of its own, and every later read takes just the bytes that it
+asks for. A process keeps nothing of the events in memory but what it reads at the moment; the processes of a machine
+share the pages that the kernel keeps of the file.
+
+    SHA.events      num_events records (item int32, timestamp int64), user after user, oldest first
+                    num_users + 1 int64: where the events of each user begin, and the end
+
+SHA is of dataset.json and of the parts' names, sizes and times of change: a set that changes gets another file, and the
+older one is removed. The file appears when all is in it. Whoever comes while it is being written waits.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mme.data.layout import INFO_FILE
+from mme.data.parts import IntArray, read_part
+from mme.errors import UserError
+
+RECORD = np.dtype([("item", "<i4"), ("timestamp", "<i8")])
+CACHE_FOLDER = ".cache"
+MOST_THREADS = 4  # that lay out parts beside each other
+EVENTS_AT_ONCE = 1 << 20  # of a pass over all events
+
+Records = NDArray[np.void]
+
+
+class ReadError(Exception):
+    """The flat file can't be read any more, on this process at least. It is removed: the next start lays it out anew."""
+
+
+class EventFile:
+    """A complete file, open for reading; any thread may read.
+
+    Attributes:
+        user_offsets: (num_users + 1,) int64, the events of user row u are user_offsets[u] to user_offsets[u + 1].
+    """
+
+    def __init__(self, path: Path, num_users: int, num_events: int, num_items: int) -> None:
+        self.path, self.num_events, self.num_items = path, num_events, num_items
+        self._file = path.open("rb", buffering=0)
+        self.user_offsets: IntArray = np.empty(num_users + 1, np.int64)
+        self._fill(self.user_offsets.view(np.uint8).data, num_events * RECORD.itemsize)
+        if self.user_offsets[0] or self.user_offsets[-1] != num_events or (np.diff(self.user_offsets) < 0).any():
+            raise self._error("the users' offsets do not rise from 0 to the number of events")
+
+    def read(self, starts: IntArray, lengths: IntArray) -> Records:
+        """The events ``starts[i]`` … ``starts[i] + lengths[i] - 1`` of each range, one range after another.
+
+        Raises:
+            ReadError: the file is damaged.
+        """
+        records = np.empty(int(lengths.sum()), RECORD)
+        view = records.view(np.uint8).data
+        place = 0
+        for start, size in zip((starts * RECORD.itemsize).tolist(), (lengths * RECORD.itemsize).tolist(), strict=True):
+            self._fill(view[place : place + size], start)
+            place += size
+        items = records["item"]
+        if items.size and not (items.min() >= 0 and items.max() < self.num_items):
+            raise self._error(f"an item index that is not in 0 to {self.num_items - 1}")
+        return records
+
+    def scan(self) -> Iterator[tuple[int, int, Records]]:
+        """All events in order: first user row, last (excluded), their events; about `EVENTS_AT_ONCE` at a time."""
+        first, num_users = 0, self.user_offsets.size - 1
+        while first < num_users:
+            begin = self.user_offsets[first]
+            last = int(np.searchsorted(self.user_offsets, begin + EVENTS_AT_ONCE, side="right")) - 1
+            last = min(max(last, first + 1), num_users)
+            yield first, last, self.read(np.array([begin]), np.array([self.user_offsets[last] - begin]))
+            first = last
+
+    def _fill(self, buffer: memoryview, offset: int) -> None:
+        while buffer:
+            try:
+                count = os.preadv(self._file.fileno(), [buffer], offset)
+            except OSError as error:
+                raise self._error(error.strerror or "can't be read") from error
+            if not count:
+                raise self._error(f"ends before byte {offset + len(buffer)}")
+            buffer, offset = buffer[count:], offset + count
+
+    def _error(self, what: str) -> ReadError:
+        try:
+            self.path.unlink(missing_ok=True)
+        except OSError as error:
+            return ReadError(f"{self.path}: damaged: {what}; remove it ({error.strerror}), then start again")
+        return ReadError(f"{self.path}: damaged: {what}; it is removed, and the next start writes it anew")
+
+
+def open_event_file(folder: Path, info: dict[str, Any], cache_dir: Path | None = None) -> EventFile:
+    """The flat file of the set in ``folder``, written first where there is none of this very set.
+
+    Args:
+        info: what the set's dataset.json holds.
+        cache_dir: where the file is kept; None: in the set's own folder.
+
+    Raises:
+        UserError: a part is missing, damaged or not what dataset.json says, or the file can't be written.
+    """
+    cache = folder / CACHE_FOLDER if cache_dir is None else cache_dir
+    # In a folder that sets share, the names tell whose a file is.
+    prefix = "" if cache_dir is None else f"{folder.name}-{_sha256(os.path.abspath(folder).encode())[:8]}-"
+    path = cache / f"{prefix}{_identity(folder, info)}.events"
+    num_events, num_users = info["num_events"], info["num_users"]
+    size = num_events * RECORD.itemsize + (num_users + 1) * 8
+    if not _is_whole(path, size):
+        with _writable(cache, size), _lock(cache / f"{prefix}lock"):
+            if not _is_whole(path, size):
+                for older in cache.glob(f"{prefix}*.events*"):
+                    older.unlink(missing_ok=True)
+                _write(folder, info, path)
+    return EventFile(path, num_users, num_events, info["num_items"])
+
+
+def _identity(folder: Path, info: dict[str, Any]) -> str:
+    parts = []
+    for part in info["parts"]:
+        try:
+            status = (folder / part["file"]).stat()
+        except OSError as error:
+            raise UserError(f"{folder / part['file']}: no such file, though {INFO_FILE} names it") from error
+        parts.append((part["file"], status.st_size, status.st_mtime_ns))
+    return _sha256((folder / INFO_FILE).read_bytes() + repr((RECORD.descr, parts)).encode())[:16]
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _is_whole(path: Path, size: int) -> bool:
+    try:
+        return path.stat().st_size == size
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+@contextmanager
+def _writable(cache: Path, size: int) -> Iterator[None]:
+    """The folder, there and with room for ``size`` bytes; what the disk refuses as one line."""
+    elsewhere = "data.cache_dir=FOLDER puts the flat file of the events elsewhere"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        need = f"{size / 1e9:.1f} GB are needed, {_free(cache) / 1e9:.1f} are free"
+        raise UserError(f"{cache}: can't be written to: {error.strerror} ({need}); {elsewhere}") from error
+
+
+def _free(folder: Path) -> int:
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Held by one process at a time; the kernel releases it when its holder dies."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write(folder: Path, info: dict[str, Any], path: Path) -> None:
+    """Lays out all parts, several at a time, each in its place."""
+    partial_file = path.with_name(f"{path.name}.partial")
+    ends = np.cumsum([0] + [part["events"] for part in info["parts"]])
+    try:
+        with partial_file.open("wb", buffering=0) as file, ThreadPoolExecutor(_threads()) as pool:
+            lay_out = partial(_lay_out, folder, info["num_items"], file.fileno())
+            lengths = list(pool.map(lay_out, info["parts"], ends[:-1].tolist()))
+            offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
+            _write_at(file.fileno(), offsets, int(ends[-1]) * RECORD.itemsize)
+            os.fsync(file.fileno())
+        os.replace(partial_file, path)
+    finally:
+        partial_file.unlink(missing_ok=True)
+
+
+def _threads() -> int:
+    return min(MOST_THREADS, len(os.sched_getaffinity(0)))
+
+
+def _lay_out(folder: Path, num_items: int, descriptor: int, part: dict[str, Any], first_event: int) -> IntArray:
+    """Writes one part's events; returns how many each of its users has."""
+    lengths = [np.zeros(0, np.int64)]
+    place = first_event * RECORD.itemsize
+    for piece in read_part(folder, part, num_items):
+        records = np.empty(piece.items.size, RECORD)
+        records["item"], records["timestamp"] = piece.items, piece.timestamps
+        _write_at(descriptor, records, place)
+        place += records.nbytes
+        lengths.append(piece.lengths)
+    return np.concatenate(lengths)
+
+
+def _write_at(descriptor: int, values: NDArray[Any], offset: int) -> None:
+    data = values.view(np.uint8).data
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count

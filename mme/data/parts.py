@@ -1,0 +1,164 @@
+"""A training set's description and its Parquet parts, read piece by piece and checked.
+
+A prepared data set is a folder that `mme prepare` writes:
+
+    dataset.json    name, num_users, num_items, num_events, sort_rule, parts: [{file, users, events}], …
+    part-00000.parquet …  one row a user: user_id (raw), item_ids (list of item indices), timestamps (list of seconds,
+                    never falling)
+    items.parquet   one row an item: item_index (from 0, without a gap), item_id (raw), count (events)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mme.data.layout import INFO_FILE, ITEMS_FILE
+from mme.errors import UserError
+
+IntArray = NDArray[np.int64]
+
+EVENTS_AT_ONCE = 1 << 18  # of a part, in memory
+EVENT_COLUMNS = ("item_ids", "timestamps")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Whole users of a part, one after another.
+
+    Attributes:
+        lengths: (users,) int64 events of each.
+        items: (events,) int64 item indices.
+        timestamps: (events,) int64 seconds, never falling within a user.
+    """
+
+    lengths: IntArray
+    items: IntArray
+    timestamps: IntArray
+
+
+def read_info(folder: Path) -> dict[str, Any]:
+    """What dataset.json holds.
+
+    Raises:
+        UserError: the folder, dataset.json or items.parquet is missing, or dataset.json is not what `mme prepare` writes.
+    """
+    path = folder / INFO_FILE
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder: expected a training set, made by `mme prepare`")
+    try:
+        info = json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file: expected a training set's folder, made by `mme prepare`") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); run `mme prepare` again") from error
+    _require(path, "", info, {"name": str, "num_users": int, "num_items": int, "num_events": int})
+    _require(path, "", info, {"sort_rule": str, "parts": list})
+    for number, part in enumerate(info["parts"]):
+        _require(path, f"parts[{number}].", part, {"file": str, "users": int, "events": int})
+    for key, of_part in (("num_users", "users"), ("num_events", "events")):
+        found = sum(part[of_part] for part in info["parts"])
+        if info[key] != found:
+            raise UserError(f"{path}: {key} is {info[key]}, its parts hold {found}")
+    if not (folder / ITEMS_FILE).is_file():
+        raise UserError(f"{folder / ITEMS_FILE}: no such file: expected the item ids; run `mme prepare` again")
+    return info
+
+
+def read_part(folder: Path, part: dict[str, Any], num_items: int) -> Iterator[Piece]:
+    """The users of one part in order, about `EVENTS_AT_ONCE` events at a time.
+
+    Raises:
+        UserError: the file is missing, damaged or not what ``part`` says, an item is out of range, a timestamp falls or a
+            value is null; the message names the file and the row, from 0.
+    """
+    path = folder / part["file"]
+    row = events = 0
+    for batch in _batches(path, part):
+        piece = _check(path, row, batch, num_items)
+        row, events = row + piece.lengths.size, events + piece.items.size
+        if events > part["events"]:
+            raise UserError(f"{path}: more than the {part['events']} events that {INFO_FILE} says")
+        yield piece
+    if events < part["events"]:
+        raise UserError(f"{path}: {events} events, {INFO_FILE} says {part['events']}")
+
+
+def read_user_ids(folder: Path, part: dict[str, Any]) -> Iterator[pa.Array]:
+    """The raw ids of one part's users in order, a piece at a time."""
+    path = folder / part["file"]
+    with _readable(path), pq.ParquetFile(path) as file:
+        for batch in file.iter_batches(EVENTS_AT_ONCE, columns=["user_id"], use_threads=False):
+            yield batch.column(0)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns what goes wrong while a part is read into one line."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file, though {INFO_FILE} names it") from error
+    except (pa.ArrowException, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: not a readable Parquet file, perhaps truncated ({reason})") from error
+
+
+def _require(path: Path, place: str, found: Any, kinds: dict[str, type]) -> None:
+    for key, kind in kinds.items():
+        if not isinstance(found, dict) or not isinstance(found.get(key), kind):
+            raise UserError(f"{path}: no {place}{key} ({kind.__name__}); run `mme prepare` again")
+
+
+def _batches(path: Path, part: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+    with _readable(path), pq.ParquetFile(path) as file:
+        for name in EVENT_COLUMNS:
+            if name not in file.schema_arrow.names:
+                raise UserError(f"{path}: no column {name!r} (found: {', '.join(file.schema_arrow.names)})")
+            kind = file.schema_arrow.field(name).type
+            if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type):
+                raise UserError(f"{path}: column {name!r} holds {kind}, expected list<int64>")
+        if file.metadata.num_rows != part["users"]:
+            raise UserError(f"{path}: {file.metadata.num_rows} rows, {INFO_FILE} says {part['users']}")
+        rows = max(1, EVENTS_AT_ONCE * part["users"] // max(part["events"], 1))
+        yield from file.iter_batches(rows, columns=list(EVENT_COLUMNS), use_threads=False)
+
+
+def _check(path: Path, first_row: int, batch: pa.RecordBatch, num_items: int) -> Piece:
+    columns = {name: batch.column(name) for name in EVENT_COLUMNS}
+    for name, column in columns.items():
+        if column.null_count:
+            row = first_row + pc.index(pc.is_null(column), True).as_py()
+            raise UserError(f"{path}: row {row}: {name} is null, expected a list")
+    lengths, other = (np.asarray(pc.list_value_length(column), dtype=np.int64) for column in columns.values())
+    unequal = np.flatnonzero(lengths != other)
+    if unequal.size:
+        raise UserError(f"{path}: row {first_row + unequal[0]}: not as many timestamps as item_ids")
+    row_of_event = np.repeat(np.arange(first_row, first_row + lengths.size), lengths)
+    arrays = []
+    for name, column in columns.items():
+        values = column.flatten()
+        if values.null_count:
+            row = row_of_event[pc.index(pc.is_null(values), True).as_py()]
+            raise UserError(f"{path}: row {row}: {name} has a null, expected an integer for every event")
+        arrays.append(np.asarray(values).astype(np.int64, copy=False))
+    items, times = arrays
+    wrong = np.flatnonzero((items < 0) | (items >= num_items))
+    if wrong.size:
+        row, item = row_of_event[wrong[0]], items[wrong[0]]
+        raise UserError(f"{path}: row {row}: item index {item}, expected 0 to {num_items - 1}")
+    falls = np.flatnonzero((np.diff(times) < 0) & (np.diff(row_of_event) == 0))
+    if falls.size:
+        before, after = times[falls[0]], times[falls[0] + 1]
+        raise UserError(f"{path}: row {row_of_event[falls[0]]}: timestamp {after} follows {before}, expected no fall")
+    return Piece(lengths, items, times)

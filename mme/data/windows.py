@@ -1,0 +1,75 @@
+"""Which stretches of the users' training events are the sequences that are trained on.
+
+A user with n training events has n - 1 targets, each an event with the one before it as its last token.
+
+    newest    one sequence a user: the newest min(n - 1, N) tokens; older targets are not trained on
+    sliding   every target once: the newest N tokens, then windows that end S tokens earlier each time, until the oldest
+              event is reached. With S < N a window begins with N - S tokens that only give context: their targets
+              belong to the window before, in which they have more history. The oldest window trains on all that it has.
+
+N = 4, S = 2, tokens t0 … t6 (7 targets):
+
+    t3 t4 t5 t6      trained: t5 t6
+    t1 t2 t3 t4      trained: t3 t4
+    t0 t1 t2         trained: all three
+
+Legend: N max_seq_len, S stride.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from mme.data.parts import IntArray
+
+
+class Sequences(NamedTuple):
+    """Some sequences, all (B,) int64.
+
+    Attributes:
+        rows: of the users.
+        starts: first token's place in the flat events.
+        lengths: tokens.
+        context: how many of them, the first ones, are not trained on.
+    """
+
+    rows: IntArray
+    starts: IntArray
+    lengths: IntArray
+    context: IntArray
+
+
+class Windows:
+    """Numbers the sequences of a set, user after user, those of one user from the newest on."""
+
+    def __init__(self, begins: IntArray, ends: IntArray, max_seq_len: int, stride: int | None) -> None:
+        """
+        Args:
+            begins: (users,) place of each user's first training event in the flat events. ends: of the last one, excluded.
+            stride: S, from 1 to ``max_seq_len``; None: only the newest window.
+        """
+        self.begins, self.max_seq_len, self.stride = begins, max_seq_len, stride
+        self.num_tokens = np.maximum(ends - begins - 1, 0)
+        count = (self.num_tokens > 0).astype(np.int64)
+        if stride is not None:
+            count += -(-np.maximum(self.num_tokens - max_seq_len, 0) // stride)
+        self._after = np.cumsum(count)  # (users,) number of the first sequence of the next user
+
+    def __len__(self) -> int:
+        return int(self._after[-1]) if self._after.size else 0
+
+    def take(self, numbers: IntArray) -> Sequences:
+        """The sequences with these numbers."""
+        rows = np.searchsorted(self._after, numbers, side="right")
+        older = np.zeros_like(numbers)  # how many windows of the user are newer
+        stride = self.stride or self.max_seq_len
+        if self.stride is not None:
+            older = numbers - np.where(rows > 0, self._after[rows - 1], 0)
+        ends = self.num_tokens[rows] - older * stride
+        lengths = np.minimum(ends, self.max_seq_len)
+        begins = ends - lengths
+        has_older = (begins > 0) & (self.stride is not None)
+        context = np.where(has_older, lengths - stride, 0)
+        return Sequences(rows, self.begins[rows] + begins, lengths, context)

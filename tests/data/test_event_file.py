@@ -1,0 +1,222 @@
+"""The flat file of a set's events: written once, whole or not at all, never another set's, and its faults named."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from mme.data import event_file
+from mme.data.dataset import PreparedDataset
+from mme.data.event_file import RECORD, ReadError
+from mme.data.sequences import TrainLoader
+from mme.data.writer import DatasetWriter
+from mme.errors import UserError
+
+NUM_ITEMS = 50
+ROOT = os.geteuid() == 0
+
+
+def write_set(path: Path, seed: int, events_per_part: int = 300) -> list[tuple[list[int], list[int]]]:
+    """A set in several parts; items and times of each user."""
+    rng = np.random.default_rng(seed)
+    histories = [(rng.integers(NUM_ITEMS, size=n), np.sort(rng.integers(10**6, size=n))) for n in range(1, 60)]
+    with DatasetWriter(path, events_per_part) as writer:
+        for user, (items, times) in enumerate(histories):
+            writer.add(pa.array([user]), np.array([0, items.size]), items, times)
+        writer.finish({"name": "t", "sort_rule": "stable"}, pa.array(range(NUM_ITEMS)), np.ones(NUM_ITEMS, int))
+    return [(items.tolist(), times.tolist()) for items, times in histories]
+
+
+def read_all(dataset: PreparedDataset) -> list[tuple[list[int], list[int]]]:
+    events = dataset.read(dataset.user_offsets[:-1], np.diff(dataset.user_offsets))
+    bounds = dataset.user_offsets[1:-1]
+    return [(part["item"].tolist(), part["timestamp"].tolist()) for part in np.split(events, bounds)]
+
+
+def event_files(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.events*"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_set(tmp_path / "set", seed=1)
+    return tmp_path / "set"
+
+
+def test_holds_every_event_and_is_written_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    histories = write_set(tmp_path / "set", seed=1)
+    assert len(list((tmp_path / "set").glob("part-*"))) > 4
+    assert read_all(PreparedDataset.open(tmp_path / "set")) == histories
+    (file,) = event_files(tmp_path / "set")
+    monkeypatch.setattr(event_file, "_write", None)  # not called again
+    assert read_all(PreparedDataset.open(tmp_path / "set")) == histories
+    assert event_files(tmp_path / "set") == [file]
+
+
+def test_another_set_in_the_same_place_gets_its_own(folder: Path) -> None:
+    """Prepared anew; and a part changed behind the manifest's back, which is read and checked again."""
+    running = PreparedDataset.open(folder)
+    before, (older,) = read_all(running), event_files(folder)
+    histories = write_set(folder, seed=2)
+    assert read_all(PreparedDataset.open(folder)) == histories != before
+    assert read_all(running) == before  # a job that has the older one open goes on with it
+    (file,) = event_files(folder)
+    assert file != older
+    part = folder / "part-00001.parquet"
+    part.write_bytes(part.read_bytes()[:-9] + b"?" * 9)
+    with pytest.raises(UserError, match=r"part-00001.parquet: not a readable Parquet file, perhaps truncated"):
+        PreparedDataset.open(folder)
+
+
+def test_in_a_folder_of_its_own_that_sets_share(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    histories = {name: write_set(tmp_path / name / "set", seed) for seed, name in enumerate("ab")}
+    for _ in range(2):
+        for name, expected in histories.items():
+            assert read_all(PreparedDataset.open(tmp_path / name / "set", cache)) == expected
+    assert len(event_files(cache)) == 2
+    assert not event_files(tmp_path / "a") and not event_files(tmp_path / "b")
+    histories["a"] = write_set(tmp_path / "a" / "set", 7)
+    for name, expected in histories.items():
+        assert read_all(PreparedDataset.open(tmp_path / name / "set", cache)) == expected
+    assert len(event_files(cache)) == 2  # the older one of a is gone
+
+
+def test_two_at_once_write_one_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written, writing = [], event_file._write
+
+    def slow(*arguments: Any) -> None:
+        written.append(arguments)
+        writing(*arguments)
+
+    monkeypatch.setattr(event_file, "_write", slow)
+    opened: list[PreparedDataset] = []
+    threads = [threading.Thread(target=lambda: opened.append(PreparedDataset.open(folder))) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(opened) == 6 and len(written) == 1
+    assert all(read_all(dataset) == read_all(opened[0]) for dataset in opened)
+
+
+KILLED_WHILE_WRITING = """
+import os, signal, sys
+from mme.data import event_file
+from mme.data.dataset import PreparedDataset
+write, calls = os.pwrite, []
+def dies(*arguments):
+    calls.append(arguments)
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(*arguments)
+os.pwrite = dies
+PreparedDataset.open(sys.argv[1])
+"""
+
+
+def test_killed_while_writing_the_next_goes_on(tmp_path: Path) -> None:
+    histories = write_set(tmp_path / "set", seed=1)
+    command = [sys.executable, "-c", KILLED_WHILE_WRITING, str(tmp_path / "set")]
+    assert subprocess.run(command).returncode == -signal.SIGKILL
+    (left,) = event_files(tmp_path / "set")
+    assert left.name.endswith(".partial")
+    assert read_all(PreparedDataset.open(tmp_path / "set")) == histories
+    (file,) = event_files(tmp_path / "set")
+    assert file.suffix == ".events"
+
+
+def test_no_space_is_one_line_and_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_space(*arguments: Any) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(event_file.os, "pwrite", no_space)
+    message = (
+        r"can't be written to: No space left on device \(0.0 GB are needed, [\d.]+ are free\); data.cache_dir=FOLDER"
+    )
+    with pytest.raises(UserError, match=message):
+        PreparedDataset.open(folder)
+    assert not event_files(folder)
+
+
+def test_a_folder_that_can_not_be_written_to(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"file/cache: can't be written to: Not a directory"):
+        PreparedDataset.open(folder, tmp_path / "file" / "cache")
+
+
+@pytest.mark.skipif(ROOT, reason="root may write anywhere")
+def test_a_set_that_is_read_only(folder: Path, tmp_path: Path) -> None:
+    folder.chmod(0o555)
+    with pytest.raises(UserError, match=r"set/.cache: can't be written to: Permission denied"):
+        PreparedDataset.open(folder)
+    assert PreparedDataset.open(folder, tmp_path / "cache").num_users == 59
+
+
+def loader(folder: Path, readers: int = 2) -> TrainLoader:
+    return TrainLoader(PreparedDataset.open(folder), "leave_one_out", max_seq_len=10, batch_size=2, readers=readers)
+
+
+def test_cut_off_while_it_is_read(folder: Path) -> None:
+    """One line, and what is left of the file goes, so that the next start mends it."""
+    batches = loader(folder).batches(0)
+    next(batches)
+    (file,) = event_files(folder)
+    os.truncate(file, 100)
+    with pytest.raises(ReadError, match=r"\.events: damaged: ends before byte \d+; it is removed, and the next start"):
+        list(batches)
+    assert not event_files(folder)
+    assert sum(batch.num_sequences for batch in loader(folder).batches(0)) == 57
+
+
+def test_removed_while_it_is_read(folder: Path) -> None:
+    """The job goes on with the file that it has open; the next start writes another."""
+    batches = loader(folder).batches(0)
+    shutil.rmtree(folder / event_file.CACHE_FOLDER)
+    assert sum(batch.num_sequences for batch in batches) == 57
+    assert sum(batch.num_sequences for batch in loader(folder).batches(0)) == 57
+
+
+def test_an_item_that_can_not_be(folder: Path) -> None:
+    PreparedDataset.open(folder)
+    (file,) = event_files(folder)
+    with file.open("r+b") as bytes_:
+        bytes_.seek(200 * RECORD.itemsize)
+        bytes_.write(np.array([(NUM_ITEMS, 0)], RECORD).tobytes())
+    with pytest.raises(ReadError, match=r"damaged: an item index that is not in 0 to 49"):
+        list(loader(folder).batches(0))
+    assert not event_files(folder)
+
+
+def test_offsets_that_can_not_be(folder: Path) -> None:
+    PreparedDataset.open(folder)
+    (file,) = event_files(folder)
+    with file.open("r+b") as bytes_:
+        bytes_.seek(-16, os.SEEK_END)
+        bytes_.write(b"\xff" * 8)
+    with pytest.raises(ReadError, match=r"damaged: the users' offsets do not rise"):
+        PreparedDataset.open(folder)
+    assert PreparedDataset.open(folder).num_users == 59
+
+
+def test_a_bad_disk_is_named_with_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = loader(folder).batches(0)
+    next(batches)
+
+    def fails(*arguments: Any) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(event_file.os, "preadv", fails)
+    with pytest.raises(ReadError, match=r"\.events: damaged: Input/output error"):
+        list(batches)
