@@ -1,12 +1,27 @@
-"""Tokens a second that one reader assembles on one core: python -m benchmarks.data_loading --json F."""
+"""Do the readers keep up? Tokens a second of one on one core, the share of a step spent waiting, memory by events.
+
+    python -m benchmarks.data_loading
+    python -m benchmarks.data_loading --millions 1 --millions 10 --millions 100 --json benchmarks/results/data_loading_cpu.json
+
+Training sets of histories of log-normal length (median 60 events, mean about 100, one of 200,000) are written to disk and
+read by the loader that trains: positions, dealing over the ranks, reading, assembling. Each measurement is a process of
+its own. The flat file is read from the kernel's cache (warm) and after it has been dropped from there (cold).
+"""
 
 from __future__ import annotations
 
 import json
-import platform
+import multiprocessing
+import os
+import shutil
 import statistics
+import subprocess
+import sys
 import tempfile
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -14,53 +29,232 @@ import numpy as np
 import pyarrow as pa
 import torch
 import typer
+from rich.console import Console
+from rich.table import Table
 
+from benchmarks.prepare import processor
+from launcher.plan import GPUS, Shape, time_parts
+from mme.config import load_config
+from mme.data.balance import deal, sequence_cost, straggler_share
 from mme.data.dataset import PreparedDataset
 from mme.data.sequences import TrainLoader
 from mme.data.writer import DatasetWriter
 
-NUM_ITEMS, NUM_USERS, REPEATS = 100_000, 50_000, 5
+USERS_AT_ONCE = 20_000
+LONGEST = 200_000
+BATCH_SIZE = 128  # sequences of a rank
+SECONDS = 4.0  # of a measurement
+SETTINGS = [(1, 200), (8, 200), (64, 200), (512, 200), (8, 1000)]  # ranks, max_seq_len
+H100_CONFIG = Path("configs/ml-20m.yaml")
+H100_ITEMS = 100_000
 
 
-def skewed_dataset(folder: Path) -> PreparedDataset:
-    """Histories of log-normal length, median 100 events, at most 2,000."""
+def main(
+    millions: Annotated[Optional[list[float]], typer.Option(help="Millions of events; may be repeated.")] = None,  # noqa: UP045
+    folder: Annotated[Optional[Path], typer.Option(help="Where to work; about 20 bytes an event.")] = None,  # noqa: UP045
+    output: Annotated[Optional[Path], typer.Option("--json", help="Where to write the figures.")] = None,  # noqa: UP045
+) -> None:
+    """Measures and prints speed, waiting and memory."""
+    results: dict[str, Any] = {"processor": processor(), "torch": torch.__version__, "batch_size": BATCH_SIZE}
+    results["memory"] = []
+    sizes = sorted(round(size * 1e6) for size in millions or [1, 10])
+    for num_events in sizes:
+        work = Path(tempfile.mkdtemp(dir=folder))
+        try:
+            write_set(work / "set", num_events)
+            results["memory"].append(in_process(memory_of, work / "set"))
+            if num_events == sizes[-1]:
+                results["reader"] = [in_process(reader_rate, work / "set", *setting) for setting in SETTINGS]
+                results["straggler"] = in_process(stragglers, work / "set")
+        finally:
+            shutil.rmtree(work)
+    results["training"] = waiting_share()
+    results["h100"] = appetite(results["reader"])
+    _print(results)
+    if output:
+        output.write_text(json.dumps(results, indent=2) + "\n")
+
+
+def write_set(folder: Path, num_events: int) -> None:
+    """A training set of about ``num_events`` events, items of skewed popularity."""
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(np.log(100), 1.0, NUM_USERS), 3, 2000).astype(np.int64)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    items = rng.integers(NUM_ITEMS, size=offsets[-1])
+    num_items = max(num_events // 1000, 1000)
+    counts = np.zeros(num_items, np.int64)
     with DatasetWriter(folder) as writer:
-        writer.add(pa.array(np.arange(NUM_USERS)), offsets, items, np.arange(items.size))
-        counts = np.bincount(items, minlength=NUM_ITEMS)
-        writer.finish({"name": "skewed", "sort_rule": "generated"}, pa.array(np.arange(NUM_ITEMS)), counts)
-    return PreparedDataset.open(folder)
+        written = user = 0
+        while written < num_events:
+            lengths = np.clip(rng.lognormal(np.log(60), 1.0, USERS_AT_ONCE), 3, 5000).astype(np.int64)
+            lengths = lengths[: 1 + int(np.searchsorted(np.cumsum(lengths), num_events - written))]
+            if not written:
+                lengths[0] = LONGEST
+            offsets = np.concatenate([[0], np.cumsum(lengths)])
+            items = (num_items * rng.random(offsets[-1]) ** 3).astype(np.int64)
+            times = 1_600_000_000 + np.arange(offsets[-1])
+            writer.add(pa.array(np.arange(user, user + lengths.size)), offsets, items, times)
+            counts += np.bincount(items, minlength=num_items)
+            written, user = written + int(offsets[-1]), user + lengths.size
+        writer.finish({"name": "skewed", "sort_rule": "generated"}, pa.array(np.arange(num_items)), counts)
 
 
-def measure(dataset: PreparedDataset, max_seq_len: int, world_size: int) -> dict[str, Any]:
-    """Median tokens a second of rank 0 over epochs, each batch assembled in the calling thread."""
-    loader = TrainLoader(dataset, "leave_two_out", max_seq_len=max_seq_len, batch_size=128, world_size=world_size)
-    rates = []
-    for epoch in range(REPEATS):
-        started = time.perf_counter()
-        tokens = sum(loader.batch(epoch, index).num_tokens for index in range(loader.num_batches(epoch)))
-        rates.append(tokens / (time.perf_counter() - started))
-    return {"max_seq_len": max_seq_len, "world_size": world_size, "tokens_per_s": round(statistics.median(rates))}
+def in_process(function: Any, *arguments: Any) -> Any:
+    """What ``function`` returns in a fresh process."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(function, arguments)
 
 
-def main(json_path: Annotated[Optional[Path], typer.Option("--json")] = None) -> None:  # noqa: UP045
-    """Prints the figures and, with --json, writes them."""
+def loader_of(dataset: PreparedDataset, world_size: int, max_seq_len: int) -> TrainLoader:
+    return TrainLoader(dataset, "leave_two_out", max_seq_len=max_seq_len, batch_size=BATCH_SIZE, world_size=world_size)
+
+
+def reader_rate(folder: Path, world_size: int, max_seq_len: int) -> dict[str, Any]:
+    """Tokens a second that one reader assembles for one of ``world_size`` ranks, on one core."""
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
+    dataset = PreparedDataset.open(folder)
+    loader = loader_of(dataset, world_size, max_seq_len)
+    figures: dict[str, Any] = {"world_size": world_size, "max_seq_len": max_seq_len}
+    for name, cold in (("warm", False), ("cold", True)):
+        rates: list[float] = []
+        loader.batch(0, 0)  # the epoch's order is drawn
+        if cold:
+            with dataset.events.path.open("rb") as file:
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        begun = time.process_time()
+        end = time.perf_counter() + SECONDS
+        index = all_tokens = 0
+        while time.perf_counter() < end:
+            started, tokens = time.perf_counter(), 0
+            for _ in range(max(1, 64 // world_size)):
+                tokens += loader.batch(0, index % loader.num_batches(0)).num_tokens
+                index += 1
+            rates.append(tokens / (time.perf_counter() - started))
+            all_tokens += tokens
+        low, median, high = statistics.quantiles(rates, n=4)
+        figures[name] = {
+            "tokens_per_s": round(median),
+            "quartiles": [round(low), round(high)],
+            "tokens_per_cpu_s": round(all_tokens / (time.process_time() - begun)),
+        }
+    return figures
+
+
+@contextmanager
+def peak_anonymous_mib() -> Iterator[list[float]]:
+    """The most memory of its own that the process has meanwhile above what it began with, as the list's only entry."""
+
+    def now() -> float:
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) for line in file if line.startswith("RssAnon")) / 1024
+
+    begin, peak, stop = now(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(0.002):
+            peak[0] = max(peak[0], now() - begin)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        stop.set()
+        thread.join()
+        peak[0] = round(max(peak[0], now() - begin), 1)
+
+
+def memory_of(folder: Path) -> dict[str, Any]:
+    """What a rank's memory grows by, and the seconds it takes, to open the set first and again, to read batches of one
+    of 8 ranks and to evaluate (training counts and the targets' hash); and the cut of `global_time`."""
+    info = json.loads((folder / "dataset.json").read_text())
+    figures: dict[str, Any] = {"events": info["num_events"], "users": info["num_users"]}
+
+    def measured(name: str, work: Any) -> Any:
+        started = time.perf_counter()
+        with peak_anonymous_mib() as peak:
+            result = work()
+        figures[name] = {"seconds": round(time.perf_counter() - started, 2), "anonymous_mib": peak[0]}
+        return result
+
+    measured("first_open", lambda: PreparedDataset.open(folder))
+    dataset = measured("second_open", lambda: PreparedDataset.open(folder))
+    figures["flat_file_bytes"] = dataset.events.path.stat().st_size
+
+    def train() -> None:
+        loader = loader_of(dataset, 8, 200)
+        for _ in zip(range(200), loader.stream(), strict=False):
+            pass
+
+    def evaluate() -> None:
+        dataset.training_counts("leave_two_out", 0.1)
+        dataset.targets_sha256("leave_two_out", "test", 0.1)
+
+    measured("200_batches_of_one_of_8_ranks", train)
+    measured("counts_and_hash", evaluate)
+    measured("global_time_cut", lambda: dataset.train_ends("global_time", 0.1))
+    return figures
+
+
+def stragglers(folder: Path) -> list[dict[str, Any]]:
+    """The share of the slowest rank's cost that the ranks wait on average, dealt in turn and by cost; 40 batches."""
+    dataset = PreparedDataset.open(folder)
+    results = []
+    for world_size, max_seq_len in ((8, 200), (8, 1000), (64, 1000)):
+        lengths = loader_of(dataset, 1, max_seq_len).windows.take(np.arange(dataset.num_users // 2)).lengths
+        lengths = np.random.default_rng(0).choice(lengths, (40, world_size * BATCH_SIZE))
+        shares = []
+        for costs in sequence_cost(lengths, 528):
+            in_turn = np.arange(costs.size) % world_size
+            shares.append([straggler_share(costs, ranks, world_size) for ranks in (in_turn, deal(costs, world_size))])
+        before, after = np.mean(shares, axis=0).tolist()
+        results.append({"world_size": world_size, "max_seq_len": max_seq_len, "before": before, "after": after})
+    return results
+
+
+def waiting_share() -> dict[str, Any]:
+    """Whole training steps of the quick start on two CPU processes, by `benchmarks.train_throughput`."""
     with tempfile.TemporaryDirectory() as folder:
-        dataset = skewed_dataset(Path(folder) / "skewed")
-        results = [measure(dataset, max_seq_len, world) for max_seq_len in (200, 1000) for world in (1, 8)]
-    record = {
-        "what": "one reader, one core, batches of 128 sequences a rank from the flat file",
-        "machine": {"processor": platform.machine(), "torch": torch.__version__},
-        "repeats": REPEATS,
-        "results": results,
+        result = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "benchmarks.train_throughput", "--json", str(result)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        figures = json.loads(result.read_text())
+    return {key: figures[key] for key in ("setting", "processes", "tokens_per_s", "waiting_share")}
+
+
+def appetite(rates: list[dict[str, Any]]) -> dict[str, Any]:
+    """How much of what `launcher plan` predicts an H100 of a node of eight to train one reader would feed."""
+    config = load_config(H100_CONFIG, [f"data.batch_size={BATCH_SIZE}"])
+    shape = Shape(config, 8, 8, H100_ITEMS)
+    wanted = shape.tokens / sum(time_parts(shape, 1, GPUS["h100-80g"]).values())
+    (given,) = (r["warm"]["tokens_per_s"] for r in rates if (r["world_size"], r["max_seq_len"]) == (8, 200))
+    return {
+        "assumption": f"launcher plan of {H100_CONFIG}, one node of 8 × h100-80g, {H100_ITEMS:,} items",
+        "tokens_per_s_of_one_h100": round(wanted),
+        "h100s_fed_by_one_reader": round(given / wanted, 2),
     }
-    if json_path is not None:
-        json_path.write_text(json.dumps(record, indent=2) + "\n")
-    print(json.dumps(results))
+
+
+def _print(results: dict[str, Any]) -> None:
+    console = Console()
+    table = Table(title="one reader on one core, million tokens/s")
+    for column in ("ranks", "max_seq_len", "warm", "quartiles", "of CPU time", "cold"):
+        table.add_column(column, justify="right")
+    for row in results["reader"]:
+        warm = row["warm"]
+        quartiles = " – ".join(f"{value / 1e6:.2f}" for value in warm["quartiles"])
+        rates = (warm["tokens_per_s"], warm["tokens_per_cpu_s"], row["cold"]["tokens_per_s"])
+        first, *rest = (f"{rate / 1e6:.2f}" for rate in rates)
+        table.add_row(str(row["world_size"]), str(row["max_seq_len"]), first, quartiles, *rest)
+    console.print(table)
+    table = Table(title="growth of a rank's anonymous memory, MiB (seconds)")
+    steps = [name for name, value in results["memory"][0].items() if isinstance(value, dict)]
+    for column in ("events", "users", *(name.replace("_", " ") for name in steps)):
+        table.add_column(column, justify="right")
+    for row in results["memory"]:
+        cells = (f"{row[name]['anonymous_mib']:,.0f} ({row[name]['seconds']:.2f})" for name in steps)
+        table.add_row(f"{row['events']:,}", f"{row['users']:,}", *cells)
+    console.print(table)
+    for name in ("straggler", "training", "h100"):
+        console.print(f"{name}: {results[name]}", highlight=False)
 
 
 if __name__ == "__main__":

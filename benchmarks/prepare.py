@@ -54,7 +54,7 @@ def main(
     _print(results)
     if output:
         about = {
-            "processor": _processor(),
+            "processor": processor(),
             "memory_limit": memory_limit,
             "min_item_events": min_item_events,
             "duckdb": duckdb.__version__,
@@ -132,7 +132,7 @@ def _peak_rss_kib(pid: int) -> int:
         return next((int(line.split()[1]) for line in file if line.startswith("VmHWM")), 0)
 
 
-def _processor() -> str:
+def processor() -> str:
     with open("/proc/cpuinfo") as file:
         names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     return f"{len(names)} × {names[0]}" if names else platform.processor()

@@ -98,18 +98,23 @@ def run_worker(arguments: list[str]) -> None:
     config = load_config(Path(config_file), [*overrides, "train.epochs=1000"])
     with process_group() as world:
         training = Training(config, PreparedDataset.open(config.data.path, config.data.cache_dir), world, Preemption())
-        batches = (batch for epoch in range(1000) for batch in training.loader.batches(epoch))
-        rates, memory = [], []
+        batches = training.loader.stream()
+        rates, memory, waited_s, all_s = [], [], 0.0, 0.0
         for repetition in range(int(repetitions) + 1):
             started, tokens = time.perf_counter(), 0
             for step in range(int(steps)):
-                tokens += training.step(repetition * int(steps) + step, next(batches)).tokens
+                asked = time.perf_counter()
+                batch = next(batches).sequences
+                waited_s += time.perf_counter() - asked
+                tokens += training.step(repetition * int(steps) + step, batch).tokens
             rates.append(tokens / (time.perf_counter() - started))
+            all_s += time.perf_counter() - started
             memory.append(psutil.Process().memory_info().rss / 2**30)
         if world.rank == 0:
             result: dict[str, Any] = {
                 "tokens_per_s": statistics.median(rates[1:]),
                 "tokens_per_s_all": [round(rate, 1) for rate in rates[1:]],
+                "waiting_share": waited_s / all_s,  # of the time, for the data
                 "steps": int(steps) * int(repetitions),
                 "rss_gib_after_warm_up": round(memory[0], 3),
                 "rss_gib_at_end": round(memory[-1], 3),
@@ -127,13 +132,14 @@ def _processor() -> str:
 
 def _print(result: dict[str, Any]) -> None:
     table = Table(title=f"training throughput, {result['setting']}, {result['processes']} processes")
-    for column in ("tokens/s", "lowest", "highest", "GiB after warm-up", "GiB at the end"):
+    for column in ("tokens/s", "lowest", "highest", "waiting for data", "GiB after warm-up", "GiB at the end"):
         table.add_column(column, justify="right")
     rates = result["tokens_per_s_all"]
     table.add_row(
         f"{result['tokens_per_s']:,.0f}",
         f"{min(rates):,.0f}",
         f"{max(rates):,.0f}",
+        f"{result['waiting_share']:.2%}",
         str(result["rss_gib_after_warm_up"]),
         str(result["rss_gib_at_end"]),
     )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -39,11 +37,20 @@ def deal(costs: IntArray, world_size: int) -> IntArray:
     ranks = np.zeros(costs.size, dtype=np.int64)
     if world_size == 1:
         return ranks
-    loads = [(0, rank) for rank in range(world_size)]
-    for place in np.argsort(-costs, kind="stable"):
-        load, rank = loads[0]
-        ranks[place] = rank
-        heapq.heapreplace(loads, (load + int(costs[place]), rank))
+    order = np.argsort(-costs, kind="stable")
+    loads = np.zeros(world_size, dtype=np.int64)
+    place = 0
+    while place < order.size:
+        # Many at once, for with hundreds of ranks each has thousands to deal: the j-th next goes to the rank with the
+        # j-th smallest load, up to the first where one that has just been given a sequence has no more.
+        lightest = np.argsort(loads, kind="stable")[: order.size - place]
+        sequences = order[place : place + lightest.size]
+        before, after = loads[lightest], loads[lightest] + costs[sequences]
+        overtaken = np.flatnonzero(before[1:] >= np.minimum.accumulate(after)[:-1])
+        number = 1 + int(overtaken[0]) if overtaken.size else lightest.size
+        ranks[sequences[:number]] = lightest[:number]
+        loads[lightest[:number]] = after[:number]
+        place += number
     return ranks
 
 

@@ -32,12 +32,13 @@ class PreparedDataset:
 
     Attributes:
         info: what dataset.json holds.
+        events: the file that they are read from.
         user_offsets: (num_users + 1,) int64, the events of user row u are user_offsets[u] to user_offsets[u + 1] of the
             flat events: user after user, oldest first.
     """
 
     def __init__(self, folder: Path, info: dict[str, Any], events: EventFile) -> None:
-        self.folder, self.info, self._events = folder, info, events
+        self.folder, self.info, self.events = folder, info, events
         self.user_offsets = events.user_offsets
         # Passes over all events, asked for at each evaluation and the same each time.
         self._num_older = lru_cache(maxsize=1)(self._compute_num_older)
@@ -77,7 +78,7 @@ class PreparedDataset:
         Raises:
             ReadError: they can't be read any more.
         """
-        return self._events.read(starts, lengths)
+        return self.events.read(starts, lengths)
 
     def splits(self, protocol: str) -> list[str]:
         """The splits that have targets, besides training."""
@@ -119,7 +120,7 @@ class PreparedDataset:
     def _compute_training_counts(self, protocol: str, fraction: float) -> Tensor:
         counts = np.zeros(self.num_items, np.int64)
         train_end = self.train_ends(protocol, fraction)
-        for first, last, events in self._events.scan():
+        for first, last, events in self.events.scan():
             begin = self.user_offsets[first]
             ends = np.repeat(train_end[first:last] - begin, np.diff(self.user_offsets[first : last + 1]))
             np.add.at(counts, events["item"][np.arange(events.size) < ends], 1)
@@ -147,7 +148,7 @@ class PreparedDataset:
         """(num_users,) how many events each user has before the cut-off of `global_time`."""
         num_older = np.zeros(self.num_users, np.int64)
         cut_off = self._time_at(min(int(self.num_events * (1 - fraction)), self.num_events - 1))
-        for first, last, events in self._events.scan():
+        for first, last, events in self.events.scan():
             older = np.concatenate([[0], np.cumsum(events["timestamp"] < cut_off)])
             bounds = self.user_offsets[first : last + 1] - self.user_offsets[first]
             num_older[first:last] = np.diff(older[bounds])
@@ -156,7 +157,7 @@ class PreparedDataset:
     def _time_at(self, place: int) -> int:
         """The time at ``place`` of all times in order: the bucket that holds it is found and cut into buckets again."""
         lowest, highest = [], []
-        for _, _, events in self._events.scan():
+        for _, _, events in self.events.scan():
             if events.size:
                 lowest.append(int(events["timestamp"].min()))
                 highest.append(int(events["timestamp"].max()))
@@ -164,7 +165,7 @@ class PreparedDataset:
         while low < high:
             width = -(-(high - low + 1) // TIME_BUCKETS)
             counts = np.zeros(TIME_BUCKETS, np.int64)
-            for _, _, events in self._events.scan():
+            for _, _, events in self.events.scan():
                 times = events["timestamp"]
                 inside = times[(times >= low) & (times <= high)]
                 counts += np.bincount((inside - low) // width, minlength=TIME_BUCKETS)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import heapq
+
 import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mme.config import ModelConfig, MoEConfig
 from mme.data.balance import attention_equals_rest_at, deal, sequence_cost, straggler_share
@@ -34,3 +38,15 @@ def test_a_giant_has_its_rank_to_itself_and_no_rank_is_empty() -> None:
     ranks = deal(sequence_cost(np.array([4000] + [100] * 255), 528), 4)
     assert np.bincount(ranks).tolist() == [1, 85, 85, 85]
     assert deal(np.zeros(5, dtype=np.int64) + 1, 5).tolist() == [0, 1, 2, 3, 4]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 12) | st.integers(1, 10**6), max_size=60), st.integers(1, 9))
+def test_dealing_many_at_once_is_dealing_one_by_one(costs: list[int], world_size: int) -> None:
+    heap = [(0, rank) for rank in range(world_size)]
+    expected = [0] * len(costs)
+    for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
+        load, rank = heap[0]
+        expected[place] = rank
+        heapq.heapreplace(heap, (load + costs[place], rank))
+    assert deal(np.array(costs, dtype=np.int64), world_size).tolist() == expected
