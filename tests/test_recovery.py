@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import pytest
 
 from mme.config import load_config
 from mme.data.dataset import PreparedDataset
+from mme.data.event_file import CACHE_FOLDER
 from mme.data.synthetic import prepare_synthetic
 from mme.distributed.groups import World
 from mme.errors import Preempted
@@ -211,3 +214,28 @@ def test_a_frozen_worker_is_named_and_the_job_goes_on(data: Path, whole: Path, t
         frozen.kill()  # torchrun would, a minute later
         assert job.wait(PATIENCE_S) == 0, errors_of(run)
     check_same(run, whole)
+
+
+@pytest.mark.slow
+def test_data_damaged_in_use_are_named_and_laid_out_anew(data: Path, whole: Path, tmp_path: Path) -> None:
+    """The flat file of the events is cut off under the readers: one line, and the next attempt mends it and goes on."""
+    run, own = tmp_path / "run", tmp_path / "own"
+    shutil.copytree(data, own, ignore=shutil.ignore_patterns(CACHE_FOLDER))
+    with started(own, run) as job:
+        wait_until(lambda: reached(run, 3), job)
+        (file,) = (own / CACHE_FOLDER).glob("*.events")
+        os.truncate(file, 100)
+        assert job.wait(PATIENCE_S) == 0
+    assert re.search(r"error: .*\.events: damaged: ends before byte \d+; it is removed", errors_of(run))
+    check_same(run, whole)
+
+
+@pytest.mark.slow
+def test_a_part_that_is_gone_ends_the_job_at_once(data: Path, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(data, own)
+    (own / "part-00000.parquet").unlink()
+    with started(own, tmp_path / "run") as job:
+        assert job.wait(PATIENCE_S) == 2
+    (line,) = [line for line in errors_of(tmp_path / "run").splitlines() if line.startswith("error: ")]
+    assert line == f"error: {own}/part-00000.parquet: no such file, though dataset.json names it"

@@ -43,11 +43,11 @@ def deal(costs: IntArray, world_size: int) -> IntArray:
     while place < order.size:
         # Many at once, for with hundreds of ranks each has thousands to deal: the j-th next goes to the rank with the
         # j-th smallest load, up to the first where one that has just been given a sequence has no more.
-        lightest = np.argsort(loads, kind="stable")[: order.size - place]
+        lightest = loads.argsort(kind="stable")[: order.size - place]
         sequences = order[place : place + lightest.size]
         before, after = loads[lightest], loads[lightest] + costs[sequences]
-        overtaken = np.flatnonzero(before[1:] >= np.minimum.accumulate(after)[:-1])
-        number = 1 + int(overtaken[0]) if overtaken.size else lightest.size
+        overtaken = before[1:] >= np.minimum.accumulate(after)[:-1]
+        number = 1 + int(overtaken.argmax()) if overtaken.any() else lightest.size
         ranks[sequences[:number]] = lightest[:number]
         loads[lightest[:number]] = after[:number]
         place += number

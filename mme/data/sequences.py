@@ -103,9 +103,9 @@ class TrainLoader:
         """This rank's sequences of one global batch."""
         bounds = self._bounds(epoch)
         chosen = self._order(epoch)[bounds[index] : bounds[index + 1]].astype(np.int64)
-        costs = sequence_cost(self.windows.take(chosen).lengths, self.attention_equals_rest_at)
-        chosen = chosen[deal(costs, self.world_size) == self.rank]
-        rows, starts, lengths, context = self.windows.take(chosen)
+        whole = self.windows.take(chosen)
+        is_mine = deal(sequence_cost(whole.lengths, self.attention_equals_rest_at), self.world_size) == self.rank
+        rows, starts, lengths, context = (values[is_mine] for values in whole)
         return _assemble(self.dataset.read(starts, lengths + 1), rows, lengths, context)
 
     def _train_batch(self, epoch: int, index: int) -> TrainBatch:

@@ -55,21 +55,21 @@ class Windows:
         count = (self.num_tokens > 0).astype(np.int64)
         if stride is not None:
             count += -(-np.maximum(self.num_tokens - max_seq_len, 0) // stride)
-        self._after = np.cumsum(count)  # (users,) number of the first sequence of the next user
+        self._first = np.cumsum(count) - count  # (users,) number of each one's first sequence
+        self._rows = np.repeat(np.arange(count.size, dtype=np.int32), count)  # (sequences,)
 
     def __len__(self) -> int:
-        return int(self._after[-1]) if self._after.size else 0
+        return self._rows.size
 
     def take(self, numbers: IntArray) -> Sequences:
         """The sequences with these numbers."""
-        rows = np.searchsorted(self._after, numbers, side="right")
-        older = np.zeros_like(numbers)  # how many windows of the user are newer
-        stride = self.stride or self.max_seq_len
+        rows = self._rows[numbers].astype(np.int64)
+        ends = self.num_tokens[rows]
         if self.stride is not None:
-            older = numbers - np.where(rows > 0, self._after[rows - 1], 0)
-        ends = self.num_tokens[rows] - older * stride
+            ends -= self.stride * (numbers - self._first[rows])  # as many windows of the user are newer
         lengths = np.minimum(ends, self.max_seq_len)
         begins = ends - lengths
-        has_older = (begins > 0) & (self.stride is not None)
-        context = np.where(has_older, lengths - stride, 0)
+        context = np.zeros_like(lengths)
+        if self.stride is not None:
+            context[begins > 0] = self.max_seq_len - self.stride
         return Sequences(rows, self.begins[rows] + begins, lengths, context)

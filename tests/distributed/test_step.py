@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -207,3 +208,28 @@ def test_adam_gets_the_whole_gradient_unless_a_limit_is_set(limit: float) -> Non
     smallest, largest = min(scales.values()), max(scales.values())
     assert smallest == pytest.approx(largest, rel=1e-4)
     assert largest < 0.01 if limit else smallest == pytest.approx(1, rel=1e-4)
+
+
+def masked_steps(world: World, split: list[list[int]], keep: list[str]) -> list[tuple[float, int, Tensor]]:
+    """Loss, targets and this rank's gradient of the items, trained on the tokens that each of ``keep`` says."""
+    config = configuration("model.moe.load_balance_coef=0")
+    recommender = Recommender(config, NUM_ITEMS, world)
+    step = TrainStep(config, recommender, initialize_engine(recommender.decoder, config), total_steps=2)
+    results = []
+    for which in keep:
+        batch = sequences(split[world.rank])
+        late = torch.cat([torch.arange(LENGTHS[b]) >= min(4, b + 1) for b in split[world.rank]])
+        batch = replace(batch, trained={"late": late, "early": ~late, "all": None}[which])
+        gradients = step.backward(0, batch)
+        results.append((gradients.loss, gradients.tokens, gradients.item_rows.clone()))
+    return results
+
+
+def test_a_token_for_context_alone_has_no_loss() -> None:
+    """What the one half of the targets gives and what the other does add up to what all give."""
+    for late, early, whole_batch in run_on(2, masked_steps, [[0, 3], [1, 2, 4]], ["late", "early", "all"]):
+        assert late[1] + early[1] == whole_batch[1] == sum(LENGTHS)
+        assert 0 < late[1] < whole_batch[1]
+        assert late[0] * late[1] + early[0] * early[1] == pytest.approx(whole_batch[0] * whole_batch[1], rel=1e-6)
+        together = late[1] * late[2] + early[1] * early[2]
+        torch.testing.assert_close(together, whole_batch[1] * whole_batch[2], rtol=1e-4, atol=1e-5)
