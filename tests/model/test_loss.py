@@ -73,8 +73,9 @@ def test_a_view_counts_alike_in_per_view_scores() -> None:
     )
 
 
-def test_compact_numbers_the_distinct_ids() -> None:
-    ids, (first, second) = compact([torch.tensor([7, 3]), torch.tensor([[3, 9], [9, 9]])], 12)
+@pytest.mark.parametrize("num_items", [10, 10**9])  # by a table of them, by a sort of the ids
+def test_compact_numbers_the_distinct_ids(num_items: int) -> None:
+    ids, (first, second) = compact([torch.tensor([7, 3]), torch.tensor([[3, 9], [9, 9]])], num_items)
     assert ids.tolist() == [3, 7, 9]
     assert first.tolist() == [1, 0]
     assert second.tolist() == [[0, 2], [2, 2]]
