@@ -1,14 +1,14 @@
 """Sampled softmax in PyTorch, for the CPU and for what the Triton form does not take.
 
-With a group of one, logits are products of a row with its own gathered rows, a few tokens at a time, and both gradients
-are weighted sums of rows (`embedding_bag`); the sum into the items reads its entries sorted by item, so that it runs in a
-fixed order. In larger groups all are batched products.
+With a group of one, logits are products of a row with rows of its own, and both gradients are weighted sums of rows
+(`embedding_bag`); the sum into the items reads its entries sorted by item, so that it runs in a fixed order. In larger groups all are batched products.
 
 Legend: T tokens, D width, U distinct items, n negatives; see `api.py` for the definition.
 """
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -35,15 +35,8 @@ class OwnNegatives(torch.autograd.Function):
     ) -> Tensor:
         # 32-bit rows halve the time of the sort and of the weighted sums.
         rows = torch.cat([targets[:, None], negatives], dim=1).int()
-        num_tokens, width = rows.shape
-        logits = hidden.new_empty(num_tokens, 1, width)
-        for start in range(0, num_tokens, TOKENS_AT_ONCE):
-            part = rows[start : start + TOKENS_AT_ONCE]
-            vectors = items.index_select(0, part.flatten()).view(*part.shape, -1)
-            logits[start : start + TOKENS_AT_ONCE] = torch.bmm(
-                hidden[start : start + TOKENS_AT_ONCE, None], vectors.transpose(1, 2)
-            )
-        logits = _finish_logits(logits.squeeze(1), targets, negatives, item_bias, temperature, logit_offset)
+        logits = _products(hidden, items, rows)
+        logits = _finish_logits(logits, targets, negatives, item_bias, temperature, logit_offset)
         log_sum = torch.logsumexp(logits, dim=1)
         loss = log_sum - logits[:, 0]
         ctx.save_for_backward(hidden, items, rows, _slopes(logits, log_sum))
@@ -58,8 +51,9 @@ class OwnNegatives(torch.autograd.Function):
         flat = rows.flatten()
         bags = torch.arange(0, num_tokens * width, width, dtype=torch.int32, device=rows.device)
         grad_hidden = F.embedding_bag(flat, items, bags, mode="sum", per_sample_weights=weights)
-        order = torch.argsort(flat, stable=True)
-        token = (order // width).int()
+        # A stable sort goes digit by digit: half as many in 16 bits.
+        order = torch.argsort(flat.short() if items.shape[0] <= 2**15 else flat, stable=True)
+        token = torch.div(order.to(flat.dtype), width, rounding_mode="trunc")
         counts = torch.bincount(flat, minlength=items.shape[0])
         bags = (counts.cumsum(0) - counts).int()
         sorted_weights = weights.index_select(0, order)
@@ -113,6 +107,32 @@ class SharedNegatives(torch.autograd.Function):
         grad_items.index_add_(0, negatives.flatten(), grad_vectors.flatten(0, 1))
         grad_items.index_add_(0, targets, weights[:, :1] * hidden)
         return grad_hidden, grad_items, None, None, None, None, None, None
+
+
+def _products(hidden: Tensor, items: Tensor, rows: Tensor) -> Tensor:
+    """⟨h_t, e_rows[t, j]⟩, (T, 1 + n), in float32 or wider on a CPU."""
+    num_tokens, width = rows.shape
+    if hidden.device.type == "cpu" and width <= items.shape[0]:
+        # A sparse matrix that names the pairs: no row is copied, 2 to 2.6 times faster than below (D = 16 to 128). Its rows
+        # may name an item twice, but PyTorch allots no more entries than a dense matrix would have.
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        starts, shape = torch.arange(0, rows.numel() + 1, width, dtype=rows.dtype), (num_tokens, items.shape[0])
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta")
+            pairs = torch.sparse_csr_tensor(
+                starts, rows.flatten(), torch.zeros(rows.numel(), dtype=wide), shape, check_invariants=False
+            )
+        return torch.sparse.sampled_addmm(pairs, hidden.to(wide), items.to(wide).T, beta=0).values().view(rows.shape)
+    logits = hidden.new_empty(num_tokens, 1, width)
+    for start in range(0, num_tokens, TOKENS_AT_ONCE):
+        part = rows[start : start + TOKENS_AT_ONCE]
+        vectors = items.index_select(0, part.flatten()).view(*part.shape, -1)
+        torch.bmm(
+            hidden[start : start + TOKENS_AT_ONCE, None],
+            vectors.transpose(1, 2),
+            out=logits[start : start + TOKENS_AT_ONCE],
+        )
+    return logits.squeeze(1)
 
 
 def _finish_logits(
