@@ -1,15 +1,19 @@
-"""Which implementation of an operation runs: the Triton kernels or their PyTorch twin.
+"""Which implementation of an operation runs, the Triton kernels or their PyTorch twin; and how torch knows them.
 
 `auto` takes Triton on CUDA and PyTorch elsewhere. A backend asked for by name runs or raises: it never falls back.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import CustomOpDef
 
 BACKENDS = ("auto", "torch", "triton")
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,6 +63,25 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
+def operator(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """`torch.library.custom_op` for a function of tensors that changes none of them; it runs on its first tensor's device.
+
+    Triton launches on the current device, whatever the device of the tensors, and a custom operator does not set it.
+    """
+
+    def register(function: Callable[..., Any]) -> CustomOpDef:
+        @functools.wraps(function)
+        def on_its_device(first: Tensor, *others: Any) -> Any:
+            with torch.cuda.device_of(first):
+                return function(first, *others)
+
+        schema = torch.library.infer_schema(function, mutates_args=())
+        return torch.library.custom_op(name, on_its_device, mutates_args=(), schema=schema)
+
+    return register
+
+
+@torch.compiler.assume_constant_result
 def dot_precision(dtype: torch.dtype) -> str:
     """`tl.dot`'s. float32 products follow torch.set_float32_matmul_precision: "highest" is exact, the others allow TF32."""
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"

@@ -12,8 +12,9 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.backend import dot_precision
+from kernels.backend import dot_precision, operator
 from kernels.expert_ffn import triton_kernels, wide_kernels
+from kernels.expert_ffn.autograd import like, register_pair, save_inputs
 
 # Beyond these widths the tiles that fit on chip are so small that weights are read again more often than two passes
 # would write and read the hidden rows.
@@ -50,15 +51,15 @@ class LaunchConfig:
 
     @classmethod
     def choose(cls, dim: int, itemsize: int, precision: str) -> LaunchConfig:
-        """Each entry is the largest of those tried that compiles for sm_80 and sm_90 without a spill, those of exact
-        float32 with 40 bytes at most (`python -m kernels.aot`)."""
+        """Each entry is the largest of those tried that compiles for sm_80 and sm_90 without a spill
+        (`python -m kernels.aot`)."""
         width = max(16, triton.next_power_of_2(dim))
         narrow, wide = (TILES_BF16, WIDE_BF16) if itemsize == 2 else (TILES_FP32, WIDE_FP32)
-        tiles = narrow.get(width, wide)
-        if width <= 256 and itemsize == 4 and precision == "ieee":
-            tiles = TILES_EXACT[max(64, width)]
+        if itemsize == 4 and precision == "ieee":
+            narrow, wide, width = TILES_RAGGED_EXACT if dim % 16 else TILES_EXACT, WIDE_EXACT, max(64, width)
         elif width <= 256 and dim % 16:
-            tiles = TILES_RAGGED[max(64, width)]
+            narrow, width = TILES_RAGGED, max(64, width)
+        tiles = narrow.get(width, wide)
         forward, rows, weights = tiles[:3]
         return cls(Tiles(*forward), Tiles(*rows), Tiles(*weights), Tiles(*wide[3]))
 
@@ -66,6 +67,7 @@ class LaunchConfig:
 # By width: block, step, warps and stages of the three kernels.
 WIDE_BF16 = ((128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 3), (128, 128, 8, 3))
 WIDE_FP32 = ((128, 64, 8, 2), (64, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2))
+WIDE_EXACT = (*WIDE_FP32[:2], (32, 64, 8, 2), WIDE_FP32[3])
 TILES_BF16 = {
     16: ((128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 4, 2)),
     32: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)),
@@ -84,7 +86,7 @@ TILES_FP32 = {
 TILES_EXACT = {
     64: ((32, 32, 8, 1), (32, 16, 8, 1), (32, 32, 8, 1)),
     128: ((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
-    256: ((16, 16, 8, 1), *WIDE_FP32[1:3]),
+    256: ((16, 16, 4, 1), *WIDE_EXACT[1:3]),
 }
 # Rows that are no multiple of 16 columns are loaded an element at a time, with an address each.
 TILES_RAGGED = {
@@ -92,6 +94,7 @@ TILES_RAGGED = {
     128: ((32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     256: ((32, 16, 8, 1), *WIDE_FP32[1:3]),
 }
+TILES_RAGGED_EXACT = TILES_EXACT | {64: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1))}
 
 
 @dataclass(frozen=True)
@@ -133,11 +136,7 @@ def _contiguous(*tensors: Tensor) -> list[Tensor]:
     return [tensor.contiguous() for tensor in tensors]
 
 
-def _like(tensor: Tensor) -> Tensor:
-    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-
-@torch.library.custom_op("kernels::expert_ffn", mutates_args=())
+@operator("kernels::expert_ffn")
 def expert_ffn_op(x: Tensor, expert_offsets: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
     """`kernels.expert_ffn` after its checks."""
     x, expert_offsets, w1, w3, w2 = _contiguous(x, expert_offsets, w1, w3, w2)
@@ -153,12 +152,7 @@ def expert_ffn_op(x: Tensor, expert_offsets: Tensor, w1: Tensor, w3: Tensor, w2:
     return y
 
 
-@expert_ffn_op.register_fake
-def _(x: Tensor, *_: Any) -> Tensor:
-    return _like(x)
-
-
-@torch.library.custom_op("kernels::expert_ffn_backward", mutates_args=())
+@operator("kernels::expert_ffn_backward")
 def expert_ffn_backward_op(
     grad: Tensor, x: Tensor, expert_offsets: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -173,12 +167,10 @@ def expert_ffn_backward_op(
     return _wide_backward(shape, grad, x, expert_offsets, w1, w3, w2)
 
 
-@expert_ffn_backward_op.register_fake
-def _(grad: Tensor, x: Tensor, expert_offsets: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
-    return tuple(_like(tensor) for tensor in (x, *weights))
+register_pair(expert_ffn_op, expert_ffn_backward_op)
 
 
-@torch.library.custom_op("kernels::routed_expert_ffn", mutates_args=())
+@operator("kernels::routed_expert_ffn")
 def routed_expert_ffn_op(
     x: Tensor, order: Tensor, choice_weights: Tensor, expert_offsets: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
 ) -> Tensor:
@@ -192,10 +184,10 @@ def routed_expert_ffn_op(
 
 @routed_expert_ffn_op.register_fake
 def _(x: Tensor, *_: Any) -> Tensor:
-    return _like(x)
+    return like(x)
 
 
-@torch.library.custom_op("kernels::routed_expert_ffn_backward", mutates_args=())
+@operator("kernels::routed_expert_ffn_backward")
 def routed_expert_ffn_backward_op(
     grad: Tensor,
     x: Tensor,
@@ -218,16 +210,7 @@ def routed_expert_ffn_backward_op(
 def _(
     grad: Tensor, x: Tensor, order: Tensor, choice_weights: Tensor, expert_offsets: Tensor, *weights: Tensor
 ) -> tuple[Tensor, ...]:
-    return tuple(_like(tensor) for tensor in (x, choice_weights, *weights))
-
-
-def _save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    dx, *d_weights = expert_ffn_backward_op(grad, *ctx.saved_tensors)
-    return dx, None, *d_weights
+    return tuple(like(tensor) for tensor in (x, choice_weights, *weights))
 
 
 def _differentiate_routed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -235,8 +218,7 @@ def _differentiate_routed(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return dx, None, d_choice, None, *d_weights
 
 
-expert_ffn_op.register_autograd(_differentiate, setup_context=_save_inputs)
-routed_expert_ffn_op.register_autograd(_differentiate_routed, setup_context=_save_inputs)
+routed_expert_ffn_op.register_autograd(_differentiate_routed, setup_context=save_inputs)
 
 
 def _forward(

@@ -14,7 +14,8 @@ NUM_EXPERTS = 8
 SHAPES = (
     ("bf16", 2, "ieee", (16, 32, 50, 64, 100, 128, 256, 512)),
     ("fp32", 4, "tf32", (16, 50, 64, 128, 256, 512)),
-    ("fp32", 4, "ieee", (50, 64, 128, 256)),
+    ("fp32", 4, "ieee", (50, 64, 128, 256, 512)),
+    ("fp16", 2, "ieee", (64, 512)),
 )
 FLOAT32 = ("p_partial", "p_choice_weights", "p_d_choice")
 SIZES = ("hidden_dim", "inner_dim", "out_dim", "inner_stride", "out_stride", "left_dim", "right_dim")

@@ -19,7 +19,7 @@ def torch_norm(a: Tensor, u: Tensor | None, eps: float, dropped: int) -> Tensor:
 
 def dropout_mask(shape: torch.Size, dropped: int, device: torch.device) -> tuple[Tensor, float]:
     """(mask of what stays, bool; the factor for it)."""
-    bits = torch.empty(-(-shape.numel() // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
+    bits = torch.randint(-(2**63), 2**63 - 1, (-(-shape.numel() // 4),), device=device)
     mask = bits.view(torch.int16)[: shape.numel()].view(shape) >= dropped - 32_768
     return mask, 65_536 / (65_536 - dropped)
 

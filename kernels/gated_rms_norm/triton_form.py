@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import operator
 from kernels.variant import Variant
 
 TILE = 2048  # elements that a program of 4 warps holds of each operand
@@ -84,7 +85,7 @@ def _launch(width: int, dropped: int, gated: bool) -> dict[str, Any]:
     return {"W": width, "ROWS": rows, "WIDTH": padded, "DROPPED": dropped, "GATED": gated, "num_warps": num_warps}
 
 
-@torch.library.custom_op("kernels::gated_rms_norm", mutates_args=())
+@operator("kernels::gated_rms_norm")
 def norm_op(
     a: Tensor,
     u: Optional[Tensor],  # noqa: UP045  (torch.library reads the annotation)
@@ -107,7 +108,7 @@ def _(a: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return y, a.new_empty(a.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("kernels::gated_rms_norm_backward", mutates_args=())
+@operator("kernels::gated_rms_norm_backward")
 def norm_backward_op(
     grad: Tensor,
     a: Tensor,

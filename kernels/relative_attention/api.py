@@ -95,7 +95,7 @@ def relative_attention(
     from kernels.relative_attention.triton_op import LaunchConfig, attention_op
 
     precision = dot_precision(q.dtype)
-    lists = plan.lists(LaunchConfig.choose(q.shape[0], q.shape[2], v.shape[2], q.itemsize, precision).block)
+    lists = plan.lists(LaunchConfig.block_for(q.shape[2], v.shape[2], q.itemsize, precision))
     work = (lists.query_items, lists.key_items, lists.counts)
     return attention_op(*operands, seq_offsets, timestamps, *work, max_seq_len, precision)
 

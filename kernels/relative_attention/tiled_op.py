@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.backend import operator
 from kernels.relative_attention import tiled
 from kernels.relative_attention.plan import TilePlan, make_tile_plan
 
@@ -37,7 +38,7 @@ class TiledAttention(torch.autograd.Function):
         return *_backward(grad, ctx.saved_tensors, ctx.max_seq_len, ctx.plan), None, None
 
 
-@torch.library.custom_op("kernels::relative_attention_tiled", mutates_args=())
+@operator("kernels::relative_attention_tiled")
 def tiled_op(
     q: Tensor,
     k: Tensor,
@@ -58,7 +59,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return q.new_empty(v.shape[0], v.shape[1], 3 * v.shape[2])
 
 
-@torch.library.custom_op("kernels::relative_attention_tiled_backward", mutates_args=())
+@operator("kernels::relative_attention_tiled_backward")
 def tiled_backward_op(
     grad: Tensor,
     q: Tensor,

@@ -13,6 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.backend import operator
 from kernels.relative_attention import triton_kernels
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS
 from kernels.relative_attention.tiled import sum_diagonals
@@ -38,20 +39,24 @@ class LaunchConfig:
     @classmethod
     def choose(cls, num_groups: int, dqk: int, dv: int, itemsize: int, precision: str) -> LaunchConfig:
         """Each branch is what compiles for sm_80 and sm_90 without a spill (`python -m kernels.aot`)."""
-        width = max(16, triton.next_power_of_2(max(dqk, dv)))
-        # Three accumulators of (block, width) float32 a group. The tile of buckets, int64 differences and gathers wants
-        # most of the other registers: hence the short steps.
-        groups = min(triton.next_power_of_2(num_groups), max(1, 128 // (itemsize * width)))
+        width = max(dqk, dv)
+        block = cls.block_for(dqk, dv, itemsize, precision)
         if itemsize == 4 and precision == "ieee":  # exact products run on vector units, their operands in registers
-            aligned = width <= 64 and dqk % 16 == dv % 16 == 0
-            return cls(block=32 if aligned else 16, step=16, groups=1, num_warps=8, num_stages=1)
+            return cls(block, step=16, groups=1, num_warps=8, num_stages=1)
         if width <= 16:
-            return cls(block=64, step=16, groups=groups, num_warps=4, num_stages=2 if itemsize == 2 else 1)
-        if width <= 64:
-            return cls(block=64, step=16, groups=1, num_warps=8, num_stages=1)
-        if width <= 128:
-            return cls(block=32, step=32, groups=1, num_warps=8, num_stages=1)
-        return cls(block=32, step=16, groups=1, num_warps=8, num_stages=1)
+            # Three accumulators of (block, width) float32 a group. The tile of buckets, int64 differences and gathers
+            # wants most of the other registers: hence the short steps.
+            groups = min(triton.next_power_of_2(num_groups), 8 // itemsize)
+            return cls(block, step=16, groups=groups, num_warps=4, num_stages=2 if itemsize == 2 else 1)
+        return cls(block, step=32 if 64 < width <= 128 else 16, groups=1, num_warps=8, num_stages=1)
+
+    @staticmethod
+    def block_for(dqk: int, dv: int, itemsize: int, precision: str) -> int:
+        """``block`` of the choice: compared, not computed, so that torch.compile takes sizes that it knows as symbols."""
+        width = max(dqk, dv)
+        if itemsize == 4 and precision == "ieee":
+            return 32 if width <= 64 and dqk % 16 == dv % 16 == 0 else 16
+        return 64 if width <= 64 else 32
 
     def launch(self, bias_gradient: bool = False) -> dict[str, int]:
         """The launch options; the two kernels of bias gradients hold one small tile, and spill on 8 warps for sm_80."""
@@ -127,7 +132,7 @@ def time_thresholds(device: torch.device) -> Tensor:
     return high.view(torch.float32).to(device)
 
 
-@torch.library.custom_op("kernels::relative_attention", mutates_args=())
+@operator("kernels::relative_attention")
 def attention_op(
     q: Tensor,
     k: Tensor,
@@ -163,7 +168,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
     return v.new_empty(v.shape[0], v.shape[1], 3 * v.shape[2])
 
 
-@torch.library.custom_op("kernels::relative_attention_backward", mutates_args=())
+@operator("kernels::relative_attention_backward")
 def attention_backward_op(
     grad: Tensor,
     q: Tensor,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kernels.backend import backend_for
-from kernels.sampled_softmax.torch_form import OwnNegatives, SharedNegatives
+from kernels.sampled_softmax.torch_form import own_negatives, shared_negatives
 
 TRITON_WIDTH = 512  # a program holds whole rows of accumulators
 
@@ -68,8 +68,8 @@ def sampled_softmax_loss(
         return loss
     size = group_size or max(1, hidden.shape[0])
     if size == 1:
-        return OwnNegatives.apply(hidden, items, targets, negatives, item_bias, temperature, logit_offset)
-    return SharedNegatives.apply(hidden, items, targets, negatives, item_bias, size, temperature, logit_offset)
+        return own_negatives(hidden, items, targets, negatives, item_bias, temperature, logit_offset)[0]
+    return shared_negatives(hidden, items, targets, negatives, item_bias, size, temperature, logit_offset)[0]
 
 
 def _check_operands(

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.backend import dot_precision
+from kernels.backend import dot_precision, operator
 from kernels.sampled_softmax import triton_kernels
 
 # Below this many tokens a group's negatives are gathered for each token: a tile of 16 rows would stand half empty, and
@@ -81,7 +81,7 @@ class LaunchConfig:
         return {"BLOCK": block, "STEP": step, "PRECISION": self.precision, "num_warps": 4, "num_stages": 2}
 
 
-@torch.library.custom_op("kernels::sampled_softmax_loss", mutates_args=())
+@operator("kernels::sampled_softmax_loss")
 def loss_op(
     hidden: Tensor,
     items: Tensor,
@@ -119,7 +119,7 @@ def _(hidden: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     return loss, torch.empty_like(loss)
 
 
-@torch.library.custom_op("kernels::sampled_softmax_loss_backward", mutates_args=())
+@operator("kernels::sampled_softmax_loss_backward")
 def loss_backward_op(
     grad: Tensor,
     hidden: Tensor,

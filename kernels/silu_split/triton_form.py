@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.backend import operator
 from kernels.variant import Variant
 
 TILE = 4096  # elements of a program of 4 warps
@@ -102,7 +103,7 @@ def _launch(num_heads: int, dv: int, dqk: int) -> dict[str, Any]:
     return {"HEADS": num_heads, "DV": dv, "DQK": dqk, "ROWS": rows, "num_warps": 4}
 
 
-@torch.library.custom_op("kernels::silu_split", mutates_args=())
+@operator("kernels::silu_split")
 def silu_split_op(
     projected: Tensor, num_views: int, num_heads: int, dv: int, dqk: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -121,7 +122,7 @@ def _(projected: Tensor, num_views: int, num_heads: int, dv: int, dqk: int) -> t
     return _empty_parts(projected, num_views, num_heads, dv, dqk)
 
 
-@torch.library.custom_op("kernels::silu_split_backward", mutates_args=())
+@operator("kernels::silu_split_backward")
 def silu_split_backward_op(
     projected: Tensor, du: Tensor, d_values: Tensor, dq: Tensor, dk: Tensor, num_views: int, num_heads: int
 ) -> Tensor:
