@@ -17,7 +17,7 @@ import typer
 from launcher import kubernetes as kubernetes_job
 from launcher import slurm as slurm_job
 from launcher import torchrun
-from launcher.job import Job, default_processes, require_dataset
+from launcher.job import NODES_MEET_WITHIN_S, Job, default_processes, require_dataset
 from mme.errors import UserError
 
 # typer reads the annotations and Python 3.10 shows Optional[X] and X | None to it alike.
@@ -47,6 +47,9 @@ ClusterGpus = Annotated[
 Endpoint = Annotated[
     Optional[str],
     typer.Option(metavar="HOST:PORT", help="Where the nodes meet: a free port of one of them, the same on every node."),
+]
+EndpointTimeout = Annotated[
+    int, typer.Option("--rdzv-timeout", min=1, help="Seconds that nodes wait for each other, also after a restart.")
 ]
 Restarts = Annotated[
     int, typer.Option(min=0, help="How often the workers start again, from the last checkpoint, after one has died.")
@@ -95,6 +98,7 @@ def run(
     nnodes: Nodes = 1,
     nproc_per_node: Processes = None,
     rdzv_endpoint: Endpoint = None,
+    rdzv_timeout: EndpointTimeout = NODES_MEET_WITHIN_S,
     max_restarts: Restarts = 3,
     dry_run: DryRun = False,
 ) -> None:
@@ -117,6 +121,7 @@ def run(
             nproc_per_node or default_processes(),
             max_restarts,
             rdzv_endpoint,
+            rdzv_timeout,
         )
         settings = job.load()
         if dry_run:

@@ -12,6 +12,7 @@ from mme.config import Config, load_config, validate_world_size
 from mme.errors import UserError
 
 CPU_PROCESSES = 2  # processes of a node without a GPU, unless asked otherwise
+NODES_MEET_WITHIN_S = 900  # nodes of a cluster start minutes apart
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Job:
     nproc_per_node: int
     max_restarts: int
     rdzv_endpoint: str | None = None  # HOST:PORT where the nodes meet; None: this node alone, on a free port
+    rdzv_timeout_s: int = NODES_MEET_WITHIN_S  # how long nodes wait for each other, at first and after a restart
 
     @property
     def train_arguments(self) -> list[str]:

@@ -31,8 +31,8 @@ from launcher.job import Job, split_endpoint
 from mme.errors import UserError
 
 RDZV_ID = "mme"
-NODES_MEET_AFTER_S = 900  # nodes of a cluster start minutes apart
 HOST_KNOWN_AFTER_S = 60
+UNANSWERED_S = 30  # beyond the time that torchrun may take to connect to the rendezvous and then to wait for the nodes
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 USER_ERROR = 2
 INTERRUPTED = 130
@@ -43,6 +43,11 @@ PR_SET_PDEATHSIG = 1  # sys/prctl.h
 LOG_LINE = re.compile(r"^[IWEC]\d{4} [\d:.]+ \d+ \S*torch/distributed/")
 WORKER_FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 LAST_WORDS = "torch.distributed.elastic."  # the module of the exceptions with which torchrun ends
+# What torch's C++ writes of a connection, with its stack: the exception that follows is told in one line.
+NATIVE_LINE = re.compile(r"\[[IWE]\d{4} .*\] \[c10d\] |Exception raised from |frame #\d+: |<omitting python frames>")
+TRACEBACK = "Traceback (most recent call last):"
+FOLLOWS = ("The above exception was the direct cause", "During handling of the above exception")
+NOT_MET = re.compile(r"torch\.distributed\.elastic\.rendezvous\.api\.Rendezvous(\w+)Error")
 
 
 def command(job: Job, module: list[str] | None = None) -> list[str]:
@@ -56,7 +61,7 @@ def command(job: Job, module: list[str] | None = None) -> list[str]:
         line += ["--standalone"]
     else:
         line += ["--nnodes", str(job.nnodes), "--rdzv-backend", "c10d", "--rdzv-id", RDZV_ID]
-        settings = f"join_timeout={NODES_MEET_AFTER_S},read_timeout={NODES_MEET_AFTER_S}"
+        settings = f"join_timeout={job.rdzv_timeout_s},read_timeout={job.rdzv_timeout_s}"
         line += ["--rdzv-conf", settings + (",is_host=true" if _hosts_unawares(job.rdzv_endpoint) else "")]
         line += ["--rdzv-endpoint", job.rdzv_endpoint]
         address = local_address(job.rdzv_endpoint)
@@ -164,12 +169,14 @@ def run(job: Job, *, resumes: bool, module: list[str] | None = None, run_folder:
     workers that start again go on from a checkpoint.
     """
     if job.nnodes > 1:
-        _say(f"waiting for {job.nnodes} nodes at {job.rdzv_endpoint}, at most {NODES_MEET_AFTER_S // 60} minutes")
+        _say(f"waiting for {job.nnodes} nodes at {job.rdzv_endpoint}, at most {job.rdzv_timeout_s} s")
     while True:
         before = _newest_checkpoint(run_folder)
-        status = _run_once(job, resumes, module)
+        status, watch = _run_once(job, resumes, module)
         reached = _newest_checkpoint(run_folder)
-        if status != 1 or not resumes or not job.max_restarts or reached <= before:
+        if watch.alone or status != 1 or not resumes or not job.max_restarts or reached <= before:
+            if status == 1 and resumes and job.nnodes > 1:
+                _say("the same command on all nodes goes on from the last complete checkpoint")
             return status
         _say(f"the job got on to the checkpoint of step {reached} meanwhile: torchrun starts again")
 
@@ -181,7 +188,7 @@ def _newest_checkpoint(run_folder: Path | None) -> int:
     return max((int(name) for name in names if name.isdigit()), default=-1)
 
 
-def _run_once(job: Job, resumes: bool, module: list[str] | None) -> int:
+def _run_once(job: Job, resumes: bool, module: list[str] | None) -> tuple[int, _Watch]:
     process = subprocess.Popen(
         command(job, module),
         env={"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, **environment(job)},
@@ -194,7 +201,9 @@ def _run_once(job: Job, resumes: bool, module: list[str] | None) -> int:
     )
     stopping = _Stopping(process)
     before = {number: signal.signal(number, stopping.pass_on) for number in PASSED_ON}
-    watch = _Watch(process, job.max_restarts, resumes, stopping)
+    watch = _Watch(process, job, resumes, stopping)
+    if job.nnodes > 1:
+        threading.Thread(target=watch.give_up_without_workers, daemon=True).start()
     try:
         assert process.stderr is not None
         watch.follow(process.stderr)
@@ -203,12 +212,12 @@ def _run_once(job: Job, resumes: bool, module: list[str] | None) -> int:
         for number, handler in before.items():
             signal.signal(number, handler)
     if stopping.received is not None:
-        return 128 + stopping.received
+        return 128 + stopping.received, watch
     if watch.stopped_for is not None:
-        return watch.stopped_for
-    if status < 0:
+        return watch.stopped_for, watch
+    if status < 0 and not watch.alone:
         _say(f"torchrun was killed by signal {-status} ({signal.Signals(-status).name})")
-    return 1 if status else 0
+    return 1 if status else 0, watch
 
 
 def _end_with_parent() -> None:
@@ -259,10 +268,11 @@ class _Watch:
     """Reads torchrun's standard error: shows what workers wrote, understands what torchrun wrote."""
 
     process: subprocess.Popen[str]
-    max_restarts: int
+    job: Job
     resumes: bool
     stopping: _Stopping
     failures: int = 0
+    alone: bool = False  # the other nodes did not come
     stopped_for: int | None = None  # the status of the worker for which nothing is started again
     error_shown: bool = False
 
@@ -278,6 +288,9 @@ class _Watch:
             _say("a worker refused its input or configuration: its log in output_dir says why")
 
     def _on_log_line(self, line: str) -> None:
+        if (not_met := NOT_MET.match(line)) and self.stopping.received is None and self.stopped_for is None:
+            self.alone = not_met[1] == "Timeout"
+            self._say_not_met(not_met[1])
         failed = WORKER_FAILED.search(line)
         if failed is None or self.stopped_for is not None:
             return
@@ -291,31 +304,65 @@ class _Watch:
         if status < 0:
             ended = f"was killed by signal {-status} ({signal.Signals(-status).name})"
         after = "no restart is left"
-        if self.failures <= self.max_restarts:
+        if self.failures <= self.job.max_restarts:
             where = "go on from the last complete checkpoint" if self.resumes else "begin anew"
-            after = f"all workers start again and {where} (restart {self.failures} of {self.max_restarts})"
+            nodes = f"once all {self.job.nnodes} nodes are there, " if self.job.nnodes > 1 else ""
+            after = f"{nodes}all workers start again and {where} (restart {self.failures} of {self.job.max_restarts})"
         _say(f"worker {local_rank} of this node {ended}; {after}")
+
+    def give_up_without_workers(self) -> None:
+        """Ends torchrun where it has long had no workers: on a node that is cut off it waits for an answer for ever."""
+        limit_s, alive_at = 2 * self.job.rdzv_timeout_s + UNANSWERED_S, time.monotonic()
+        while self.process.poll() is None:
+            with suppress(psutil.Error):
+                workers = psutil.Process(self.process.pid).children()
+                if any(worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
+                    alive_at = time.monotonic()
+            if time.monotonic() - alive_at > limit_s:
+                self.alone = True
+                self._say_not_met("Connection")
+                self.process.kill()
+            time.sleep(1)
+
+    def _say_not_met(self, why: str) -> None:
+        endpoint, nodes = self.job.rdzv_endpoint, self.job.nnodes
+        ended = {
+            "Timeout": f"fewer than {nodes} nodes came to {endpoint} within {self.job.rdzv_timeout_s} s: a node is down, "
+            "cut off or was not started",
+            "Connection": f"the rendezvous at {endpoint} does not answer: its node is down, cut off or has given up",
+        }
+        _say(ended.get(why, f"the rendezvous at {endpoint} was closed: another node has given up, and says why"))
 
 
 def own_lines(stream: IO[str], on_log_line: Callable[[str], None]) -> Iterator[str]:
-    """The lines of ``stream`` that torchrun did not write; its log lines go to ``on_log_line``."""
-    held: list[str] = []  # a traceback, until its last line tells whose it is
+    """The lines of ``stream`` that torchrun did not write; its log lines and last words go to ``on_log_line``."""
+    held: list[str] = []  # a traceback, with those that it followed from, until the line after it tells whose it is
+    complete = False
     for line in stream:
         if LOG_LINE.match(line):
             on_log_line(line)
+        elif NATIVE_LINE.match(line):
+            continue
         elif held and line.startswith(LAST_WORDS):
+            on_log_line(line)
             for _ in stream:  # the summary of the failed workers, the last that torchrun writes
                 pass
             return
-        elif line.startswith("Traceback (most recent call last):"):
-            yield from held
-            held = [line]
-        elif held and line[:1].isspace():
+        elif held and (line[:1].isspace() or line.startswith(FOLLOWS)):
             held.append(line)
+        elif held and not complete:
+            held.append(line)
+            complete = True
+        elif held and line.startswith(TRACEBACK) and any(text.startswith(FOLLOWS) for text in held[-3:]):
+            held.append(line)
+            complete = False
         else:
             yield from held
-            yield line
-            held = []
+            held, complete = [], False
+            if line.startswith(TRACEBACK):
+                held = [line]
+            else:
+                yield line
     yield from held
 
 

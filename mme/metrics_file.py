@@ -2,6 +2,7 @@
 
 {"kind": "run",     "step": 0, "world_size": 2, "device": …, "parameters": {part: count}, "versions": {…}, …}
 {"kind": "train",   "step": 10, "epoch": 0, "loss": 6.91…, "tokens_per_s": …, "lr": …, "step_ms": …, …}
+            on several processes "wait_ms", "straggler_ms" and "slowest_rank" too (`mme.distributed.waiting`)
 {"kind": "experts", "step": 10, "blocks": [0, 1], "load": [block][view][expert], sums of 1 over the experts, …}
 {"kind": "eval",    "step": 100, "model": "fuxi-mme", "split": "valid", "protocol": …, "ndcg@10": …, …}
 """
@@ -18,7 +19,7 @@ from typing import Any
 from mme.errors import UserError
 
 METRICS_FILE = "metrics.jsonl"
-FIGURES = {"step", "epoch", "loss", "tokens_per_s", "lr", "step_ms", "mrr", "users"}
+FIGURES = {"step", "epoch", "loss", "tokens_per_s", "lr", "step_ms", "wait_ms", "straggler_ms", "mrr", "users"}
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -31,6 +31,8 @@ PLAIN_LINE_EVERY_S = 10.0
 REDRAW_EVERY_S = 0.25
 # An expert that all views of a block together send less than this part of an even share is starved.
 STARVED_SHARE = 0.1
+# An expert that gets more than this part of the most that one can get, 1 / top_k, takes nearly all.
+GREEDY_SHARE = 0.9
 
 
 class Monitor:
@@ -66,7 +68,7 @@ class Monitor:
         self._resume_step = 0
         self._metrics: Any = None
         self._tensorboard: Any = None
-        self._starved: set[tuple[int, int]] = set()
+        self._warned: set[tuple[str, int, int]] = set()  # which experts
         self._constant: set[tuple[Any, Any]] = set()
         self._window_tokens: Any = 0
         self._window_s, self._window_steps = 0.0, 0
@@ -133,6 +135,10 @@ class Monitor:
             }
         )
 
+    def is_line_due(self, step: int) -> bool:
+        """Whether a line of metrics follows this step."""
+        return step % self.log_every == 0 or step == self.total_steps
+
     def train_step(
         self,
         step: int,
@@ -162,7 +168,7 @@ class Monitor:
         if self._started is None:
             self._started = (self._clock(), step)
         rate = float(self._window_tokens) / self._window_s if self._window_s > 0 else 0.0
-        if step % self.log_every == 0 or step == self.total_steps:
+        if self.is_line_due(step):
             # The loss is this step's own, not a mean over the lines' steps: a run that goes on from a checkpoint
             # between two lines then writes the same bits as one that was never stopped.
             value = float(loss)
@@ -206,6 +212,8 @@ class Monitor:
         entropy: list[list[float]] | None = None,
         blocks: Sequence[int] | None = None,
         dropped: list[list[float]] | None = None,
+        *,
+        top_k: int = 1,
     ) -> None:
         """Records how the routers spread the tokens.
 
@@ -214,6 +222,7 @@ class Monitor:
             entropy: [block][view], the mean entropy of the router's probabilities, in nats.
             blocks: which blocks of the decoder these are; default: all, in order.
             dropped: [block][view], the share of the routed tokens that found their expert full; None: nothing is dropped.
+            top_k: experts of a token: 1 / top_k is the most that one expert can get.
         """
         if self.rank != 0:
             return
@@ -235,11 +244,15 @@ class Monitor:
                     scalars[f"experts/{name}/block{block}_view{view}"] = value
         self._scalars(step, scalars)
         for block, expert, share in starved_experts(load):
-            if (block, expert) not in self._starved:
-                self._starved.add((block, expert))
-                self.note(
-                    f"warning: expert {expert} of block {blocks[block]} gets {share:.2%} of the tokens at step {step:,}"
-                )
+            self._warn_once("starved", blocks[block], expert, f"gets {share:.2%} of the tokens at step {step:,}")
+        for block, expert, share in greedy_experts(load, top_k):
+            found = f"takes {share:.1%} of the tokens, of {1 / top_k:.0%} possible, at step {step:,}"
+            self._warn_once("greedy", blocks[block], expert, found)
+
+    def _warn_once(self, kind: str, block: int, expert: int, found: str) -> None:
+        if (kind, block, expert) not in self._warned:
+            self._warned.add((kind, block, expert))
+            self.note(f"warning: expert {expert} of block {block} {found}")
 
     def note(self, text: str) -> None:
         """One line for the reader: shown by rank 0, kept in each rank's log."""
@@ -310,13 +323,20 @@ _NO_SCALAR = {"kind", "step"}
 
 def starved_experts(load: list[list[list[float]]]) -> list[tuple[int, int, float]]:
     """(index into ``load``, expert, share) of the experts that get less than STARVED_SHARE of an even share, views together."""
-    found = []
-    for block, views in enumerate(load):
-        for expert in range(len(views[0])):
-            share = sum(view[expert] for view in views) / len(views)
-            if share < STARVED_SHARE / len(views[0]):
-                found.append((block, expert, share))
-    return found
+    return [found for found in _mean_shares(load) if found[2] < STARVED_SHARE / len(load[0][0])]
+
+
+def greedy_experts(load: list[list[list[float]]], top_k: int) -> list[tuple[int, int, float]]:
+    """As `starved_experts`, those that get more than GREEDY_SHARE of the most that one can get, where not all must."""
+    return [found for found in _mean_shares(load) if found[2] > GREEDY_SHARE / top_k and len(load[0][0]) > top_k]
+
+
+def _mean_shares(load: list[list[list[float]]]) -> list[tuple[int, int, float]]:
+    return [
+        (block, expert, sum(shares) / len(shares))
+        for block, views in enumerate(load)
+        for expert, shares in enumerate(zip(*views, strict=True))
+    ]
 
 
 def duration(seconds: float) -> str:

@@ -6,7 +6,6 @@ From the run's folder and, if it is still there, the data's dataset.json; what a
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -15,15 +14,15 @@ from typing import Any
 
 from rich.table import Table
 
-from mme.charts import Line, heat_map, line_chart, smoothed
+from mme.charts import Line, line_chart, smoothed
 from mme.config import Config, load_config
 from mme.errors import UserError
+from mme.experts_page import expert_warnings, experts_section
 from mme.insight_page import insight_section
 from mme.metrics_file import METRICS_FILE, name_in_errors, read_metrics
-from mme.monitor import duration, starved_experts
+from mme.monitor import duration
 from mme.report_style import STYLE
 
-TAKES_ALL = 0.9  # of what one expert can get at most, 1 / top_k
 METRICS = ["hr@10", "hr@50", "ndcg@10", "ndcg@50", "mrr"]
 
 
@@ -142,7 +141,7 @@ def _page(run: Run) -> str:
         _warnings(run),
         _results_section(run),
         _curves(run),
-        _experts(run),
+        experts_section(run.of_kind("experts")),
         insight_section(_first([*run.results.values()]).get("insight", {})),
         _parameters(run),
         _setup(run),
@@ -202,7 +201,7 @@ def _training_s(train: Sequence[dict[str, Any]]) -> float:
 
 
 def _warnings(run: Run) -> str:
-    found = _expert_warnings(run)
+    found = expert_warnings(_last(run.of_kind("experts")), run.config.model.moe.top_k)
     lost = [record["step"] for record in run.of_kind("train") if record.get("loss") is None]
     if lost:
         found.append(f"The loss was not finite at step {lost[0]:,}.")
@@ -212,25 +211,6 @@ def _warnings(run: Run) -> str:
         return ""
     listed = "".join(f"<li>{escape(text)}</li>" for text in found)
     return f"<section class='warn'><h2>Warnings</h2><ul>{listed}</ul></section>"
-
-
-def _expert_warnings(run: Run) -> list[str]:
-    """Experts that get next to nothing, or nearly all that one can get, by the last record."""
-    last, top_k, found = _last(run.of_kind("experts")), run.config.model.moe.top_k, []
-    for index, expert, share in starved_experts(last.get("load", [])):
-        found.append(
-            f"Expert {expert} of block {last['blocks'][index]} is starved: it gets {share:.2%} of the tokens. A larger "
-            "model.moe.load_balance_coef or fewer experts would put it to use."
-        )
-    for block, views in zip(last.get("blocks", []), last.get("load", []), strict=True):
-        for expert, shares in enumerate(zip(*views, strict=True)):
-            share = sum(shares) / len(shares)
-            if len(views[0]) > top_k and share > TAKES_ALL / top_k:
-                found.append(
-                    f"Expert {expert} of block {block} takes nearly all: {share:.1%} of the tokens, of {1 / top_k:.0%} "
-                    "possible. A larger model.moe.load_balance_coef would spread them."
-                )
-    return found
 
 
 def _results_section(run: Run) -> str:
@@ -278,60 +258,18 @@ def _curves(run: Run) -> str:
         charts.append(line_chart(lines, title=f"Validation {metric.upper()}", from_zero=True))
     rate = _points(train, "tokens_per_s")
     charts.append(line_chart([Line("tokens/s", rate, colour=2)], title="Throughput, tokens/s", from_zero=True))
+    waits = [
+        Line(label, _points(train, key), colour=colour)
+        for colour, (key, label) in enumerate(
+            {
+                "wait_ms": "waiting in collectives, mean of the ranks",
+                "straggler_ms": "the slowest rank beyond the mean",
+            }.items()
+        )
+    ]
+    charts.append(line_chart(waits, title="Of a step, ms", from_zero=True))
     drawn = "".join(chart for chart in charts if chart)
     return f"<section><h2>Training</h2><div class='charts'>{drawn}</div></section>" if drawn else ""
-
-
-def _experts(run: Run) -> str:
-    records = run.of_kind("experts")
-    if not records:
-        return ""
-    last = records[-1]
-    blocks = last["blocks"]
-    rows, names = [], []
-    for block, views in enumerate(last["load"]):
-        for view, shares in enumerate(views):
-            rows.append(shares)
-            names.append(f"block {blocks[block]}, view {view}")
-    columns = [f"expert {expert}" for expert in range(len(rows[0]))]
-    lines = []
-    for block in range(len(last["load"])):
-        points = [(record["step"], _evenness(record["load"][block])) for record in records]
-        lines.append(Line(f"block {blocks[block]}", points, colour=block))
-    charts = [line_chart(lines, title="Evenness of the load (1: all experts alike)", from_zero=True)]
-    charts += [
-        line_chart(_mean_of_views(records, name), title=title, from_zero=True)
-        for name, title in {
-            "entropy": "Router entropy of a token, nats, mean of the views",
-            "dropped": "Share of the choices that found their expert full, mean of the views",
-        }.items()
-        if name in last
-    ]
-    return (
-        f"<section><h2>Experts</h2><p class='note'>Share of a view's routed tokens that each expert gets at step "
-        f"{last['step']:,}, in percent; an even share is {100 / len(rows[0]):.1f}.</p>{heat_map(rows, names, columns)}"
-        f"<div class='charts'>{''.join(chart for chart in charts if chart)}</div></section>"
-    )
-
-
-def _mean_of_views(records: list[dict[str, Any]], name: str) -> list[Line]:
-    """A line a block, of a figure recorded by block and view."""
-    recorded = [record for record in records if name in record]
-    return [
-        Line(
-            f"block {label}",
-            [(record["step"], sum(record[name][index]) / len(record[name][index])) for record in recorded],
-            colour=index,
-        )
-        for index, label in enumerate(recorded[-1]["blocks"])
-    ]
-
-
-def _evenness(views: list[list[float]]) -> float:
-    """Entropy of the experts' load, over the views together, as a share of the largest possible."""
-    load = [sum(view[expert] for view in views) / len(views) for expert in range(len(views[0]))]
-    entropy = -sum(share * math.log(share) for share in load if share > 0)
-    return entropy / math.log(len(load)) if len(load) > 1 else 1.0
 
 
 def _parameters(run: Run) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -24,6 +23,7 @@ from mme.distributed.checkpoint_writer import CheckpointWriter
 from mme.distributed.engine import initialize_engine
 from mme.distributed.groups import PATIENCE_S, World, process_group
 from mme.distributed.recommender import Recommender
+from mme.distributed.waiting import Pace
 from mme.errors import Preempted, UserError
 from mme.evaluate import evaluate
 from mme.monitor import Monitor
@@ -73,6 +73,7 @@ class Training:
         if config.loss.needs_training_counts:
             counts = dataset.training_counts(config.data.protocol, config.data.global_time_test_fraction)
         self.step = TrainStep(config, self.recommender, self.engine, self.total_steps, counts)
+        self.pace = Pace(world)
         self.skipped = self.skipped_in_a_row = 0
         self.select_split = "valid" if "valid" in dataset.splits(config.data.protocol) else "test"
 
@@ -86,23 +87,24 @@ class Training:
             log_every=config.train.log_every,
         )
         self.writer = writer = CheckpointWriter(self.run_folder, self.recommender, config.train.keep_checkpoints)
-        with monitor, self.watchdog, writer:
+        with monitor, self.watchdog, writer, self.pace:
             progress = self._start(monitor)
             if progress.evaluate:
                 self._evaluate_and_save(monitor, progress)
+            self.pace.begin_step()
             for at, batch, last_of_epoch in self._profiled(self._batches(progress), progress, monitor):
-                started = time.perf_counter()
                 self.watchdog.beat(f"training step {at.step + 1}")
                 result = self.step(at.step, batch, self.skipped, [self.preemption.requested, *writer.votes()])
                 if result.skipped:
                     self._on_non_finite(monitor, at.step + 1, batch, result)
                 else:
                     self.skipped_in_a_row = 0
-                self._record(monitor, at.step + 1, at.epoch, result, time.perf_counter() - started)
+                self._record(monitor, at.step + 1, at.epoch, result)
                 stop, *votes = result.votes
                 self._save_where_due(monitor, self._following(at, last_of_epoch), stop)
                 writer.after_step(*votes)
                 self.watchdog.beat(f"waiting for the batch of step {at.step + 2}")
+                self.pace.begin_step()
             writer.wait()
             return self._test(monitor)
 
@@ -152,19 +154,19 @@ class Training:
         )
         return profile.each(batches)
 
-    def _record(self, monitor: Monitor, step: int, epoch: int, result: StepResult, step_s: float) -> None:
-        extra = {"skipped_steps": self.skipped}
+    def _record(self, monitor: Monitor, step: int, epoch: int, result: StepResult) -> None:
+        step_s, is_line_due = self.pace.end_step(), monitor.is_line_due(step)
+        extra: dict[str, float] = {"skipped_steps": self.skipped}
+        if is_line_due and self.world.size > 1:
+            extra |= self.pace.over_ranks()
         monitor.train_step(
             step, epoch, loss=result.loss, tokens=result.tokens, step_s=step_s, lr=result.lr, extra=extra
         )
-        if (
-            result.routing
-            and not result.skipped
-            and (step % self.config.train.log_every == 0 or step == self.total_steps)
-        ):
+        if result.routing and not result.skipped and is_line_due:
             shares = result.counts / result.counts.sum(-1, keepdim=True).clamp(min=1)
-            blocks = sorted(set(self.config.model.moe.placement)) or None
-            monitor.experts(step, shares.tolist(), self._router_entropy(result).tolist(), blocks, self._dropped(result))
+            moe = self.config.model.moe
+            blocks, entropy = sorted(set(moe.placement)) or None, self._router_entropy(result).tolist()
+            monitor.experts(step, shares.tolist(), entropy, blocks, self._dropped(result), top_k=moe.top_k)
 
     def _dropped(self, result: StepResult) -> list[list[float]] | None:
         """[block][view] share of the choices of all ranks that found their expert full; None where nothing is dropped."""

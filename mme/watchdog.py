@@ -82,9 +82,11 @@ class Watchdog:
 
     def _verdict(self) -> str:
         """Which rank hangs, as far as the ranks' reports tell; all that report come to the same."""
-        reports = self._exchange_reports()
+        reports = self._reports_in_time()
         if reports is None:
-            return self._say({0: "its process, through which the ranks talk, does not answer"})
+            return self._say(
+                {0: "the ranks talk through it, and it does not answer: its process, or the network to it"}
+            )
         silent = [rank for rank in range(self.world.size) if rank not in reports]
         behind = min(report["beats"] for report in reports.values())
         slowest = [rank for rank, report in reports.items() if report["beats"] == behind]
@@ -96,8 +98,19 @@ class Watchdog:
         ranks = ", ".join(f"rank {rank} hangs ({how})" for rank, how in blamed.items())
         return f"{ranks}: no progress for {self.timeout_s:g} s; the ranks' stacks are in {self.folder}"
 
+    def _reports_in_time(self) -> dict[int, dict[str, Any]] | None:
+        """As `_exchange_reports`, of which a node that is cut off would wait for the end: the network's, not the store's."""
+        found: list[dict[int, dict[str, Any]] | None] = []
+        thread = threading.Thread(target=lambda: found.append(self._exchange_reports()), daemon=True)
+        thread.start()
+        thread.join(2 * ANSWER_WITHIN_S)
+        return found[0] if found else None
+
     def _exchange_reports(self) -> dict[int, dict[str, Any]] | None:
-        """What the ranks say of themselves, of those that answer; None where rank 0, which keeps it, does not."""
+        """What the ranks say of themselves, of those that answer; None where rank 0, which keeps it, does not.
+
+        The ranks look once a second: one that asks later than rank 0 may find it gone, with its report read.
+        """
         mine = {"beats": self._beats, "doing": self._doing, "waits": _waits_for_others()}
         reports = {self.world.rank: mine}
         store = self.world.store
@@ -110,7 +123,7 @@ class Watchdog:
                         reports[rank] = json.loads(store.get(f"hang/{rank}"))
                 time.sleep(0.1)
         except (dist.DistError, RuntimeError):
-            return None
+            return reports if 0 in reports else None
         # The ranks differ in when they ask: none leaves before the last one has seen all answers.
         time.sleep(max(0.0, until - time.monotonic()))
         return reports

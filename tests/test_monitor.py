@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mme.errors import UserError
 from mme.metrics_file import read_metrics
-from mme.monitor import Monitor, duration, starved_experts
+from mme.monitor import Monitor, duration, greedy_experts, starved_experts
 
 
 class Clock:
@@ -173,6 +173,18 @@ def test_starved_expert_is_noted_once(tmp_path: Path) -> None:
         monitor.experts(2, load, blocks=[3])
     assert shown(console).count("expert 2 of block 3 gets 0.50% of the tokens at step 1") == 1
     assert "step 2" not in shown(console)
+
+
+def test_an_expert_that_takes_all_is_noted_once(tmp_path: Path) -> None:
+    console = plain_console()
+    load = [[[0.48, 0.3, 0.22], [0.46, 0.3, 0.24]]]  # of two experts a token, one can get half of the choices
+    assert greedy_experts(load, 2) == [(0, 0, 0.47)]
+    assert greedy_experts(load, 1) == []
+    assert greedy_experts([[[0.5, 0.5]]], 2) == []  # each token must take both
+    with Monitor(tmp_path, total_steps=2, console=console) as monitor:
+        for step in (1, 2):
+            monitor.experts(step, load, blocks=[3], top_k=2)
+    assert shown(console) == "warning: expert 0 of block 3 takes 47.0% of the tokens, of 50% possible, at step 1\n"
 
 
 def test_warnings_of_libraries_go_to_the_log_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

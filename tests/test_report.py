@@ -63,6 +63,9 @@ def train_records() -> list[dict[str, Any]]:
             "tokens_per_s": 1e4,
             "lr": 1e-3,
             "step_ms": 50.0,
+            "wait_ms": 8.0,
+            "straggler_ms": 3.0,
+            "slowest_rank": 1,
         }
         for step in range(10, 210, 10)
     ]
@@ -122,14 +125,14 @@ def test_whole_report_is_self_contained_and_has_every_part(tmp_path: Path) -> No
     assert "3,000" in page.text and "75.0%" in page.text and "4,000" in page.text
     assert "2.13.0" in page.text and "lr: 0.004" in page.text
     assert "torchrun --nproc-per-node 2 -m mme train" in page.text
-    assert page.counts["svg"] == 6  # loss, two of validation, throughput, evenness, entropy
+    assert page.counts["svg"] == 7  # loss, two of validation, throughput, waiting, evenness, entropy
     assert "0:10" in page.text  # 200 steps of 50 ms
 
 
 def test_what_was_not_recorded_is_left_out(tmp_path: Path) -> None:
     page = Page(write_report(write_run(tmp_path / "run", train_records()[:1])))
     assert "No evaluation was recorded" in page.text
-    assert page.counts["svg"] == 2
+    assert page.counts["svg"] == 3
     assert "Experts" not in page.text and "Parameters" not in page.text and "Results" not in page.text
 
 

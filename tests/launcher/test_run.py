@@ -182,13 +182,31 @@ def test_a_signal_reaches_the_workers(tmp_path: Path) -> None:
     assert (tmp_path / "tries-0").read_text() == "x"
 
 
-def test_a_workers_traceback_passes_whole_beside_torchruns_lines() -> None:
-    mine = ["Traceback (most recent call last):\n", '  File "a.py", line 1\n', "ValueError: mine\n", "more\n"]
+def test_a_workers_tracebacks_pass_whole_beside_torchruns_lines() -> None:
+    mine = ["Traceback (most recent call last):\n", '  File "a.py", line 1\n', "ValueError: mine\n"]
+    follows = ["\n", "The above exception was the direct cause of the following exception:\n", "\n"]
     logged = "E1123 14:07:23.509000 18036 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1)\n"
-    wall = [mine[0], mine[1], "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n", "=====\n"]
+    native = ["[E1124 06:23:13.2517 socket.cpp:1028] [c10d] timed out\n", "frame #0: c10::Error::Error() + 0x9d\n"]
+    last = "torch.distributed.elastic.rendezvous.api.RendezvousConnectionError: failed\n"
     logs: list[str] = []
-    assert list(torchrun.own_lines([*mine, logged, *wall], logs.append)) == mine
-    assert logs == [logged]
+    lines = [*mine, *follows, *mine, logged, "more\n", *native, *mine, *follows, *mine[:2], last, "=====\n"]
+    assert list(torchrun.own_lines(lines, logs.append)) == [*mine, *follows, *mine, "more\n"]
+    assert logs == [logged, last]
+
+
+def test_nodes_that_do_not_come_are_told_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "dataset.json").write_text("{}")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    arguments = ["--nnodes", "2", "--rdzv-endpoint", endpoint, "--rdzv-timeout", "3", f"data.path={tmp_path}"]
+    done = launch("run", "--config", CONFIG, *arguments)
+    assert done.returncode == 1
+    assert done.stderr.splitlines() == [
+        f"launcher: waiting for 2 nodes at {endpoint}, at most 3 s",
+        f"launcher: fewer than 2 nodes came to {endpoint} within 3 s: a node is down, cut off or was not started",
+        "launcher: the same command on all nodes goes on from the last complete checkpoint",
+    ]
 
 
 def test_cores_are_shared_among_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:

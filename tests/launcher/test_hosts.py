@@ -1,0 +1,147 @@
+"""True multi-node jobs: hosts that are network namespaces of this machine, each with its own launcher and torchrun."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from mme.data.synthetic import prepare_synthetic
+from mme.metrics_file import read_metrics
+from tests.launcher.command_line import CONFIG, REPOSITORY
+from tests.launcher.hosts import Host, hosts, why_not
+from tests.test_train import SMALL, losses, metrics
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+
+PATIENCE_S = 300
+JOB = [*SMALL, "data.batch_size=4", "train.epochs=6", "train.checkpoint_every=2", "train.hang_timeout_s=20"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "small"
+    prepare_synthetic("quickstart", folder, users=100, items=120, seed=3)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run of one machine with four processes."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    subprocess.run(command(data, run, "--nproc-per-node", "4"), cwd=REPOSITORY, env=environment(), check=True)
+    return run
+
+
+def command(data: Path, run: Path, *options: str) -> list[str]:
+    launcher = [sys.executable, "-m", "launcher", "run", "--config", CONFIG, *options]
+    return [*launcher, f"data.path={data}", f"output_dir={run}", *JOB]
+
+
+def environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+
+
+@dataclass(frozen=True)
+class Node:
+    """A host with the launcher that runs on it."""
+
+    host: Host
+    launcher: subprocess.Popen[str]
+    errors: Path
+
+    @property
+    def said(self) -> str:
+        return self.errors.read_text()
+
+
+@contextmanager
+def cluster(count: int, data: Path, run: Path, *options: str) -> Iterator[list[Node]]:
+    """``count`` hosts with one process each that meet on the first."""
+    with hosts(count) as made:
+        endpoint = ["--rdzv-endpoint", f"{made[0].address}:29500"]
+        line = command(data, run, "--nnodes", str(count), "--nproc-per-node", "1", *endpoint, *options)
+        nodes = []
+        for host in made:
+            errors = run.parent / f"errors-{host.address}.txt"
+            with errors.open("w") as file:
+                launcher = host.start(line, cwd=REPOSITORY, env=environment(), stdout=subprocess.DEVNULL, stderr=file)
+            nodes.append(Node(host, launcher, errors))
+        try:
+            yield nodes
+        finally:
+            for node in nodes:
+                node.launcher.kill()
+                node.launcher.wait()
+
+
+def wait_until(condition: Callable[[], bool], nodes: list[Node]) -> None:
+    until = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < until, "\n".join(node.said for node in nodes)
+        time.sleep(0.02)
+
+
+def reached(run: Path, step: int) -> bool:
+    path = run / "metrics.jsonl"
+    return path.exists() and any(line["step"] >= step for line in read_metrics(path) if line["kind"] == "train")
+
+
+def end(nodes: list[Node]) -> list[int]:
+    """The exit statuses of the launchers, once all have ended."""
+    wait_until(lambda: all(node.launcher.poll() is not None for node in nodes), nodes)
+    return [node.launcher.returncode for node in nodes]
+
+
+def check_same(run: Path, alone: Path) -> None:
+    assert losses(run) == losses(alone)
+    assert metrics(run, "test") == metrics(alone, "test")
+
+
+def test_four_hosts_train_as_one_machine_with_four_processes(data: Path, alone: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with cluster(4, data, run) as nodes:
+        assert end(nodes) == [0] * 4, "\n".join(node.said for node in nodes)
+    check_same(run, alone)
+
+
+@pytest.mark.parametrize("number", [0, 2], ids=["where they meet", "another"])
+def test_a_host_that_is_cut_off_and_comes_back_costs_a_restart(
+    data: Path, alone: Path, tmp_path: Path, number: int
+) -> None:
+    run = tmp_path / "run"
+    with cluster(4, data, run) as nodes:
+        wait_until(lambda: reached(run, 3), nodes)
+        cut = nodes[number]
+        cut.host.plug("down")
+        others = [node for node in nodes if node is not cut]
+        again = "once all 4 nodes are there, all workers start again and go on from the last complete checkpoint"
+        wait_until(lambda: any(again in node.said for node in others), nodes)
+        cut.host.plug("up")
+        assert end(nodes) == [0] * 4, "\n".join(node.said for node in nodes)
+        assert any("hangs (" in node.said for node in others)
+    check_same(run, alone)
+
+
+def test_a_host_that_stays_cut_off_ends_the_job_on_both_sides(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with cluster(2, data, run, "--rdzv-timeout", "30") as nodes:
+        wait_until(lambda: reached(run, 3), nodes)
+        nodes[1].host.plug("down")
+        assert end(nodes) == [1, 1]
+        first, second = (node.said.splitlines() for node in nodes)
+    endpoint = f"{nodes[0].host.address}:29500"
+    missing = f"launcher: fewer than 2 nodes came to {endpoint} within 30 s: a node is down, cut off or was not started"
+    goes_on = "launcher: the same command on all nodes goes on from the last complete checkpoint"
+    assert first[-2:] == [missing, goes_on]
+    silent = f"launcher: the rendezvous at {endpoint} does not answer: its node is down, cut off or has given up"
+    assert second[-2:] == [silent, goes_on]
+    for said in (first, second):
+        assert not [line for line in said if "Traceback" in line or "c10d" in line]
