@@ -31,7 +31,8 @@ def is_spoiled(gradients: Iterable[Tensor], world_size: int) -> Tensor:
 
     Adam keeps squares: one that overflows would freeze its weight for the rest of the run.
     """
-    norm = torch.nn.utils.get_total_norm(gradients, norm_type=torch.inf)
+    present = [gradient for gradient in gradients if gradient.numel()]  # a rank without sequences looks no row up
+    norm = torch.nn.utils.get_total_norm(present, norm_type=torch.inf)
     return ~torch.isfinite((norm * world_size).square())
 
 

@@ -2,8 +2,9 @@
 
 Look up the rows of the batch's distinct items in the sharded tables once, pass all views through the shared decoder,
 score every next item against its negatives, add what keeps the experts in balance, and step tables and decoder if all
-gradients are finite. All that a step draws at random follows from (seed, step, rank), so a run that goes on from a checkpoint on as many processes
-repeats the bits of one that was never stopped.
+gradients are finite. All that a step draws at random follows from (seed, step) and, of negatives, the token, of dropout, the
+rank: a run that goes on from a checkpoint on as many processes repeats the bits of one that was never stopped, and its
+negatives are the same on any number of them.
 """
 
 from __future__ import annotations
@@ -125,10 +126,9 @@ class TrainStep:
         world, train = self.recommender.world, self.config.train
         with region("data"):
             parts = [part.to(world.device) for part in batch.split(train.micro_batches)]
-        seed = mix_seed(train.seed, step, world.rank)
-        torch.manual_seed(seed)
+        torch.manual_seed(mix_seed(train.seed, step, world.rank))
         with region("lookup"):
-            items = self.loss.items_of(parts, torch.Generator(world.device).manual_seed(seed))
+            items = self.loss.items_of(parts, mix_seed(train.seed, step))
             looked_up = self.recommender.tables.lookup(items[0].ids)
         self.engine.train()
         # Backward stops here: the tables' own, which may update them at once, waits until all is known to be finite.

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import sampled_softmax_loss
 from mme.config import Config
 from mme.data.batch import SequenceBatch
-from mme.model.negatives import NegativeSampler
+from mme.model.negatives import NegativeSampler, token_keys
 from mme.model.scoring import normalize_views
 
 REFERENCE_NEGATIVES = 128
@@ -63,8 +63,11 @@ class NextItemLoss:
         scaled = shared and not self.loss.log_q_correction
         self.logit_offset = math.log(REFERENCE_NEGATIVES / self.loss.num_negatives) if scaled else 0.0
 
-    def items_of(self, parts: list[SequenceBatch], generator: torch.Generator) -> list[BatchItems]:
-        """The items of each part of a batch and of its negatives, drawn by ``generator``; the parts share their ``ids``."""
+    def items_of(self, parts: list[SequenceBatch], seed: int) -> list[BatchItems]:
+        """The items of each part of a batch and of its negatives, which follow from ``seed``; the parts share their ``ids``.
+
+        A token's own negatives are the same in whatever batch and part it stands.
+        """
         if self.loss.kind == "full_softmax":
             ids = torch.arange(self.num_items, device=parts[0].item_ids.device)
             return [BatchItems(ids, part.item_ids, part.target_ids, None) for part in parts]
@@ -72,7 +75,9 @@ class NextItemLoss:
         uses = []
         for part in parts:
             groups = math.ceil(part.num_tokens / self.group_size) if self.group_size else min(1, part.num_tokens)
-            uses += [part.item_ids, part.target_ids, self.sampler.draw(groups, batch_targets, generator)]
+            first_tokens = torch.arange(groups, device=part.item_ids.device) * self.group_size
+            negatives = self.sampler.draw(token_keys(part, first_tokens, seed), batch_targets)
+            uses += [part.item_ids, part.target_ids, negatives]
         ids, rows = compact(uses, self.num_items)
         bias = self.sampler.negative_log_counts(ids) if self.loss.log_q_correction else None
         by_part = zip(rows[::3], rows[1::3], rows[2::3], strict=True)

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from mme.config import LossConfig
+from mme.data.batch import SequenceBatch
 
 
 class NegativeSampler:
@@ -60,19 +61,18 @@ class NegativeSampler:
             self.alias_table = torch.from_numpy(keep).float(), torch.from_numpy(alias)
         self.expected_counts = torch.from_numpy(self.num_uniform / num_items + self.num_others * probabilities)
 
-    def draw(self, groups: int, batch_targets: Tensor, generator: torch.Generator) -> Tensor:
-        """(groups, n) int64 items, on the device of ``batch_targets``, the targets of the rank's whole batch."""
-        device = batch_targets.device
+    def draw(self, keys: Tensor, batch_targets: Tensor) -> Tensor:
+        """(groups, n) int64 items; ``keys`` (groups,) int64 decide which, ``batch_targets`` are those of the rank's batch."""
         parts = []
         if self.num_uniform:
-            shape = (groups, self.num_uniform)
-            parts.append(torch.randint(self.num_items, shape, generator=generator, device=device))
-        shape = (groups, self.num_others)
-        if self.num_others and self.in_batch:
-            place = torch.randint(max(1, batch_targets.numel()), shape, generator=generator, device=device)
-            parts.append(batch_targets[place])
-        elif self.num_others:
-            parts.append(self._by_popularity(shape, generator, device))
+            parts.append(random_bits(keys, 0, self.num_uniform) % self.num_items)
+        if self.num_others:
+            bits = random_bits(keys, self.num_uniform, self.num_others)
+            parts.append(
+                batch_targets[bits % max(1, batch_targets.numel())]
+                if self.in_batch
+                else self._by_popularity(keys, bits)
+            )
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def negative_log_counts(self, ids: Tensor) -> Tensor:
@@ -83,12 +83,50 @@ class NegativeSampler:
         counts = self.expected_counts[ids]
         return torch.where(counts > 0, -counts.log(), 0).float()
 
-    def _by_popularity(self, shape: tuple[int, int], generator: torch.Generator, device: torch.device) -> Tensor:
+    def _by_popularity(self, keys: Tensor, bits: Tensor) -> Tensor:
         assert self.alias_table is not None
-        keep, alias = self.alias_table = self.alias_table[0].to(device), self.alias_table[1].to(device)
-        place = torch.randint(self.num_items, shape, generator=generator, device=device)
-        stays = torch.rand(shape, generator=generator, device=device) < keep[place]
-        return torch.where(stays, place, alias[place])
+        keep, alias = self.alias_table = self.alias_table[0].to(keys.device), self.alias_table[1].to(keys.device)
+        place = bits % self.num_items
+        chance = (random_bits(keys, self.num_uniform + self.num_others, self.num_others) >> 39).float() * 2.0**-24
+        return torch.where(chance < keep[place], place, alias[place])
+
+
+def token_keys(batch: SequenceBatch, tokens: Tensor, seed: int) -> Tensor:
+    """(groups,) int64, from ``seed``, the user and the place in the sequence of each of ``tokens``, rows of the batch.
+
+    Windows of one user that meet in one step share what they draw.
+    """
+    sequence = torch.searchsorted(batch.seq_offsets, tokens, right=True) - 1
+    place = tokens - batch.seq_offsets[sequence]
+    return mix(batch.user_rows[sequence] * 2**20 + place + mix(torch.tensor([seed], device=tokens.device)))
+
+
+def random_bits(keys: Tensor, first: int, count: int) -> Tensor:
+    """(groups, count) int64, 63 random bits each: the numbers ``first`` to ``first`` + ``count`` of each key's sequence.
+
+    SplitMix64 (Steele, Lea & Flood, "Fast Splittable Pseudorandom Number Generators", 2014): any part of any sequence can
+    be had without the others, so that a token draws the same wherever it is computed.
+    """
+    columns = torch.arange(first + 1, first + 1 + count, device=keys.device) * GOLDEN_GAMMA
+    return mix(keys[:, None] + columns).bitwise_and_(2**63 - 1)
+
+
+def mix(state: Tensor) -> Tensor:
+    """SplitMix64's finaliser of each element, int64, in place; products wrap round."""
+    state ^= (state >> 30).bitwise_and_(2**34 - 1)  # the shift of a signed number copies its sign: masked off
+    state *= _signed(0xBF58476D1CE4E5B9)
+    state ^= (state >> 27).bitwise_and_(2**37 - 1)
+    state *= _signed(0x94D049BB133111EB)
+    state ^= (state >> 31).bitwise_and_(2**33 - 1)
+    return state
+
+
+def _signed(unsigned: int) -> int:
+    """The int64 of the same 64 bits."""
+    return unsigned - 2**64 if unsigned >= 2**63 else unsigned
+
+
+GOLDEN_GAMMA = _signed(0x9E3779B97F4A7C15)
 
 
 def build_alias_table(probabilities: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

@@ -125,6 +125,16 @@ def test_negatives_by_popularity_with_their_correction() -> None:
     check((loss, whole([gradients]), whole([weights])), [[0, 3], [1, 2, 4]], *options)
 
 
+@pytest.mark.parametrize("sampling", ["uniform", "popularity"])
+@pytest.mark.parametrize("split", [[[0, 3], [1, 2, 4]], [[0, 1, 2, 3, 4], []]])
+def test_sampled_negatives_are_the_same_on_any_split(split: list[list[int]], sampling: str) -> None:
+    """Each token draws its own, whichever process and part of a batch it is in."""
+    sampled = ["loss.kind=sampled_softmax", "loss.num_negatives=8", f"loss.sampling={sampling}"]
+    sampled += ["model.moe.load_balance_coef=0"]  # which is of each part's own counts
+    ((loss, gradients, weights),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], sampled)
+    check((loss, whole([gradients]), whole([weights])), split, *sampled, "train.micro_batches=2")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("expert_parallel_size", [1, 2, 4])
 @pytest.mark.parametrize("table_sharding", ["row_wise", "column_wise"])

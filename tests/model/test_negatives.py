@@ -13,7 +13,7 @@ from mme.config import LossConfig, load_config
 from mme.data.batch import SequenceBatch
 from mme.errors import UserError
 from mme.model.loss import NextItemLoss
-from mme.model.negatives import NegativeSampler, build_alias_table
+from mme.model.negatives import NegativeSampler, build_alias_table, random_bits, token_keys
 from mme.model.scoring import normalize_views
 
 NUM_ITEMS, VIEWS, DIM = 12, 2, 4
@@ -24,6 +24,10 @@ DRAWS = 400_000
 
 def random(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def keys(count: int, seed: int = 0) -> Tensor:
+    return torch.randint(2**62, (count,), generator=random(seed))
 
 
 def assert_frequencies(drawn: Tensor, expected: Tensor) -> None:
@@ -51,17 +55,17 @@ def test_alias_table_holds_the_probabilities(size: int, power: float) -> None:
 @pytest.mark.parametrize("power", [0.0, 0.75, 1.0])
 def test_popularity(power: float) -> None:
     loss = LossConfig(sampling="popularity", popularity_power=power, num_negatives=100)
-    drawn = NegativeSampler(loss, NUM_ITEMS, COUNTS).draw(DRAWS // 100, TARGETS, random())
+    drawn = NegativeSampler(loss, NUM_ITEMS, COUNTS).draw(keys(DRAWS // 100), TARGETS)
     weights = torch.where(COUNTS > 0, COUNTS.double() ** power, 0)
     assert_frequencies(drawn, weights / weights.sum())
 
 
 def test_in_batch_and_a_share_of_uniform_ones() -> None:
     frequency = torch.bincount(TARGETS, minlength=NUM_ITEMS).double() / TARGETS.numel()
-    drawn = NegativeSampler(LossConfig(sampling="in_batch"), NUM_ITEMS, None).draw(DRAWS // 128, TARGETS, random())
+    drawn = NegativeSampler(LossConfig(sampling="in_batch"), NUM_ITEMS, None).draw(keys(DRAWS // 128), TARGETS)
     assert_frequencies(drawn, frequency)
     loss = LossConfig(sampling="in_batch", uniform_share=0.25, num_negatives=100)
-    drawn = NegativeSampler(loss, NUM_ITEMS, None).draw(DRAWS // 100, TARGETS, random())
+    drawn = NegativeSampler(loss, NUM_ITEMS, None).draw(keys(DRAWS // 100), TARGETS)
     assert drawn.shape == (DRAWS // 100, 100)
     assert_frequencies(drawn[:, :25], torch.full((NUM_ITEMS,), 1 / NUM_ITEMS, dtype=torch.float64))
     assert_frequencies(drawn[:, 25:], frequency)
@@ -71,15 +75,31 @@ def test_in_batch_and_a_share_of_uniform_ones() -> None:
 def test_a_seed_repeats_the_draws(sampling: str) -> None:
     loss = LossConfig(sampling=sampling, uniform_share=0.5)  # type: ignore[arg-type]
     sampler = NegativeSampler(loss, NUM_ITEMS, COUNTS)
-    first, again, other = (sampler.draw(3, TARGETS, random(seed)) for seed in (1, 1, 2))
+    first, again, other = (sampler.draw(keys(3, seed), TARGETS) for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
-    assert sampler.draw(0, TARGETS[:0], random()).shape == (0, 128)
+    assert sampler.draw(keys(0), TARGETS[:0]).shape == (0, 128)
 
 
-def test_uniform_draws_are_those_of_the_published_protocol() -> None:
-    drawn = NegativeSampler(LossConfig(), NUM_ITEMS, None).draw(5, TARGETS, random(3))
-    assert torch.equal(drawn, torch.randint(NUM_ITEMS, (5, 128), generator=random(3)))
+def test_splitmix64_gives_the_published_numbers() -> None:
+    """The first of the sequences that start at 0 and at 1234567, as the reference implementation in C prints them."""
+    wanted = [[0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F], [6457827717110365317, 3203168211198807973]]
+    for key, numbers in zip((0, 1234567), wanted, strict=True):
+        found = random_bits(torch.tensor([key]), 0, len(numbers))[0].tolist()
+        assert found == [number % 2**63 for number in numbers]
+    assert torch.equal(random_bits(torch.tensor([7]), 2, 3), random_bits(torch.tensor([7]), 0, 5)[:, 2:])
+
+
+def test_a_token_draws_the_same_wherever_it_stands() -> None:
+    lengths, users = [3, 5, 0, 2], [8, 2, 5, 1_000_000_000]
+    offsets = torch.tensor([0, *lengths]).cumsum(0)
+    items = torch.arange(10)
+    batch = SequenceBatch(items, offsets, torch.arange(14), items, torch.tensor(users))
+    own = token_keys(batch, torch.arange(10), 3)
+    assert own.unique().numel() == 10
+    for part, place in zip(batch.split(2), own.split([8, 2]), strict=True):
+        assert torch.equal(token_keys(part, torch.arange(part.num_tokens), 3), place)
+    assert not (own == token_keys(batch, torch.arange(10), 4)).any()
 
 
 def loss_of(*options: str) -> NextItemLoss:
@@ -109,7 +129,7 @@ def leaves() -> list[Tensor]:
 def gradients_of(loss: NextItemLoss, seed: int) -> list[Tensor]:
     """The loss of each token and its gradients."""
     hidden, tables = leaves()
-    (items,) = loss.items_of([batch()], random(seed))
+    (items,) = loss.items_of([batch()], seed)
     found = loss(hidden, tables[items.ids], items)
     return [found.detach(), *torch.autograd.grad(found.sum(), [hidden, tables])]
 
@@ -131,7 +151,7 @@ def test_corrected_loss_and_gradients_against_the_definition(sampling: str, nega
         "loss.num_negatives=50",
     )
     hidden, tables = (leaf.detach().double().requires_grad_() for leaf in leaves())
-    (items,) = loss.items_of([batch()], random(1))
+    (items,) = loss.items_of([batch()], 1)
     assert items.negatives is not None
     own = items.ids[items.negatives][torch.arange(TARGETS.numel()) // (4 if negatives == "shared" else 1)]
     weights = COUNTS.double() ** (1 if sampling == "in_batch" else 0.75)
@@ -172,7 +192,7 @@ def test_batches_on_average_are_corrected_by_the_training_counts() -> None:
     batches = torch.multinomial(COUNTS.double(), 64 * 2000, replacement=True, generator=random(1)).view(2000, 64)
     sums = []
     for targets in batches:
-        drawn = loss.sampler.draw(1, targets, random(int(targets.sum())))[0]
+        drawn = loss.sampler.draw(keys(1, int(targets.sum())), targets)[0]
         sums.append((whole[drawn] + loss.sampler.negative_log_counts(drawn)).exp().sum())
     assert torch.stack(sums).mean().item() == pytest.approx(whole.exp().sum().item(), rel=0.03)
 
