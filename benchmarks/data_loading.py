@@ -10,6 +10,7 @@ its own. The flat file is read from the kernel's cache (warm) and after it has b
 
 from __future__ import annotations
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -113,9 +114,10 @@ def reader_rate(folder: Path, world_size: int, max_seq_len: int) -> dict[str, An
     dataset = PreparedDataset.open(folder)
     loader = loader_of(dataset, world_size, max_seq_len)
     figures: dict[str, Any] = {"world_size": world_size, "max_seq_len": max_seq_len}
+    places = list(itertools.pairwise(loader.bounds(0).tolist()))
+    loader.batch(0, *places[0])  # the epoch's order is drawn
     for name, cold in (("warm", False), ("cold", True)):
         rates: list[float] = []
-        loader.batch(0, 0)  # the epoch's order is drawn
         if cold:
             with dataset.events.path.open("rb") as file:
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
@@ -125,7 +127,7 @@ def reader_rate(folder: Path, world_size: int, max_seq_len: int) -> dict[str, An
         while time.perf_counter() < end:
             started, tokens = time.perf_counter(), 0
             for _ in range(max(1, 64 // world_size)):
-                tokens += loader.batch(0, index % loader.num_batches(0)).num_tokens
+                tokens += loader.batch(0, *places[index % len(places)]).num_tokens
                 index += 1
             rates.append(tokens / (time.perf_counter() - started))
             all_tokens += tokens

@@ -35,7 +35,7 @@ from mme.regions import each_in_region, region
 from mme.step import StepResult, TrainStep
 from mme.watchdog import Watchdog
 
-Batch = tuple[Progress, SequenceBatch, bool]  # where training stands, what is next, whether it ends its epoch
+Batch = tuple[Progress, SequenceBatch, Progress]  # where training stands, what is next, where it stands then
 
 
 def train(config: Config) -> list[dict[str, Any]]:
@@ -62,7 +62,7 @@ class Training:
         self.recommender = Recommender(config, dataset.num_items, world)
         self.engine = initialize_engine(self.recommender.decoder, config)
         self.loader = train_loader(dataset, config, world)
-        self.total_steps = self._total_steps()
+        self.total_steps = self._total_steps(Progress(0, 0, 0))
         needed = config.train.profile_start + config.train.profile
         if config.train.profile and needed > self.total_steps:
             raise UserError(
@@ -92,7 +92,7 @@ class Training:
             if progress.evaluate:
                 self._evaluate_and_save(monitor, progress)
             self.pace.begin_step()
-            for at, batch, last_of_epoch in self._profiled(self._batches(progress), progress, monitor):
+            for at, batch, after in self._profiled(self._batches(progress), progress, monitor):
                 self.watchdog.beat(f"training step {at.step + 1}")
                 result = self.step(at.step, batch, self.skipped, [self.preemption.requested, *writer.votes()])
                 if result.skipped:
@@ -101,7 +101,7 @@ class Training:
                     self.skipped_in_a_row = 0
                 self._record(monitor, at.step + 1, at.epoch, result)
                 stop, *votes = result.votes
-                self._save_where_due(monitor, self._following(at, last_of_epoch), stop)
+                self._save_where_due(monitor, self._following(after), stop)
                 writer.after_step(*votes)
                 self.watchdog.beat(f"waiting for the batch of step {at.step + 2}")
                 self.pace.begin_step()
@@ -116,6 +116,8 @@ class Training:
             progress = Progress(0, 0, 0)
         else:
             self.writer.resumed_at(progress.step)
+            # On another number of processes the rest of the epochs has another number of steps.
+            self.total_steps = self.step.total_steps = monitor.total_steps = self._total_steps(progress)
         self.skipped = progress.skipped
         if self.world.rank == 0:
             save_config(self.config, self.run_folder / "config.yaml")
@@ -130,12 +132,15 @@ class Training:
         return progress
 
     def _batches(self, progress: Progress) -> Iterator[Batch]:
-        """Where training stands, the batch to train on next, and whether it is the last of its epoch."""
-        steps = range(progress.step, self.total_steps)
-        with closing(self.loader.stream(progress.epoch, progress.batch)) as stream:
-            for step, batch in zip(steps, each_in_region("data", stream), strict=False):
-                last_of_epoch = batch.index + 1 == self.loader.num_batches(batch.epoch)
-                yield Progress(step, batch.epoch, batch.index), batch.sequences, last_of_epoch
+        """Where training stands, the batch to train on next, and where it stands then."""
+        with closing(self.loader.stream(progress.epoch, progress.sequences)) as stream:
+            for step, batch in zip(
+                range(progress.step, self.total_steps), each_in_region("data", stream), strict=False
+            ):
+                epoch, sequences = (batch.epoch + 1, 0) if batch.is_last else (batch.epoch, batch.end)
+                after = Progress(step + 1, epoch, sequences)
+                yield progress, batch.sequences, after
+                progress = after
 
     def _profiled(self, batches: Iterator[Batch], progress: Progress, monitor: Monitor) -> Iterator[Batch]:
         """``batches``, with a profile of the steps that `train.profile` asks for on this rank."""
@@ -197,12 +202,11 @@ class Training:
         ]
         return self.world.sum(torch.stack(sums)) / max(1, result.tokens)
 
-    def _following(self, at: Progress, last_of_epoch: bool) -> Progress:
-        """Where training stands after the step at ``at``, and whether it is to be evaluated there."""
-        train, step = self.config.train, at.step + 1
-        epoch, batch = (at.epoch + 1, 0) if last_of_epoch else (at.epoch, at.batch + 1)
-        due = step % train.eval_every == 0 if train.eval_every else last_of_epoch
-        return Progress(step, epoch, batch, self.skipped, evaluate=due or step == self.total_steps)
+    def _following(self, after: Progress) -> Progress:
+        """``after``, a step's, with whether it is to be evaluated there."""
+        ends_epoch, every = after.sequences == 0, self.config.train.eval_every
+        due = after.step % every == 0 if every else ends_epoch
+        return replace(after, skipped=self.skipped, evaluate=due or after.step == self.total_steps)
 
     @region("checkpoint")
     def _save_where_due(self, monitor: Monitor, progress: Progress, stop: bool) -> None:
@@ -249,13 +253,15 @@ class Training:
 
         return evaluate(self.recommender, self.dataset, self.config, split, step, before_batch)
 
-    def _total_steps(self) -> int:
-        """Steps until `train.steps` or `train.epochs` is reached, whichever is first."""
+    def _total_steps(self, progress: Progress) -> int:
+        """Steps until `train.steps` or `train.epochs` is reached, whichever is first, those up to ``progress`` included."""
         train = self.config.train
         if train.epochs is None:
             assert train.steps is not None
             return train.steps
-        in_epochs = sum(self.loader.num_batches(epoch) for epoch in range(train.epochs))
+        in_epochs = progress.step
+        for epoch in range(progress.epoch, train.epochs):
+            in_epochs += self.loader.num_batches(epoch, progress.sequences if epoch == progress.epoch else 0)
         return in_epochs if train.steps is None else min(train.steps, in_epochs)
 
 

@@ -118,6 +118,19 @@ def test_two_processes_repeat_their_losses(data: Path, tmp_path: Path, overrides
     assert {"protocol", "sort_rule", "hr@10", "hr@50", "ndcg@10", "ndcg@50", "mrr"} <= set(model)
 
 
+@pytest.mark.slow
+def test_on_another_number_of_processes_every_sequence_is_trained_on_once(data: Path, tmp_path: Path) -> None:
+    """Two steps of an epoch by two processes, the rest by one: 100 sequences, 2 × 32 and then 36 by 16."""
+    run = tmp_path / "run"
+    assert train(data, run, "train.steps=2", processes=2).returncode == 0
+    again = train(data, run)
+    assert again.returncode == 0, again.stderr
+    steps = [(line["step"], line["epoch"]) for line in records(run, "train")]
+    assert steps == [*((step, 0) for step in range(1, 6)), *((step, 1) for step in range(6, 13))]
+    index = json.loads((run / "checkpoints" / "step_12" / "index.json").read_text())
+    assert (index["progress"]["epoch"], index["progress"]["sequences"]) == (2, 0)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs where there is a GPU")
 def test_a_backend_that_cannot_run_here_is_refused(data: Path, tmp_path: Path) -> None:
     refused = train(data, tmp_path / "run", "kernels.backend=triton")

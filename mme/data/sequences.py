@@ -28,10 +28,16 @@ from mme.errors import UserError
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """This rank's part of the ``index``-th global batch of an epoch."""
+    """This rank's part of a global batch.
+
+    Attributes:
+        end: how many sequences of the epoch have been trained on after it, by all ranks.
+        is_last: of its epoch.
+    """
 
     epoch: int
-    index: int
+    end: int
+    is_last: bool
     sequences: SequenceBatch
 
     def to(self, device: torch.device) -> TrainBatch:
@@ -49,7 +55,8 @@ class TrainLoader:
     (seed, epoch), the same for any number of processes and readers. A global batch is the next ``batch_size`` ×
     ``world_size`` sequences, or as many as fit ``tokens_per_batch`` × ``world_size`` tokens; its sequences are dealt
     over the ranks so that the cost is even. Every rank has the same number of batches; in the last one of an epoch a
-    rank may have no sequence.
+    rank may have no sequence. ``first``, below, is how many sequences of the epoch have been trained on before: what is
+    left is the same whatever number of processes trained on them.
     """
 
     def __init__(
@@ -80,56 +87,56 @@ class TrainLoader:
         self._order = lru_cache(maxsize=2)(self._compute_order)
         self._bounds = lru_cache(maxsize=2)(self._compute_bounds)
 
-    def num_batches(self, epoch: int) -> int:
-        if self.tokens_per_batch is None:
-            return -(-len(self.windows) // (self.batch_size * self.world_size))
-        return self._bounds(epoch).size - 1
+    def num_batches(self, epoch: int, first: int = 0) -> int:
+        return self.bounds(epoch, first).size - 1
 
-    def stream(self, epoch: int = 0, start: int = 0) -> Generator[TrainBatch, None, None]:
-        """The batches from number ``start`` of ``epoch`` on, epoch after epoch without end, made ahead by the readers."""
-        positions = (
-            (number, index)
+    def stream(self, epoch: int = 0, first: int = 0) -> Generator[TrainBatch, None, None]:
+        """The batches from ``first`` of ``epoch`` on, epoch after epoch without end, made ahead by the readers."""
+        places = (
+            (number, begin, end)
             for number in itertools.count(epoch)
-            for index in range(start if number == epoch else 0, self.num_batches(number))
+            for begin, end in itertools.pairwise(self.bounds(number, first if number == epoch else 0).tolist())
         )
-        return self._prefetch(partial(self._train_batch, *position) for position in positions)
+        return self._prefetch(partial(self._train_batch, *place) for place in places)
 
-    def batches(self, epoch: int, start: int = 0) -> Generator[SequenceBatch, None, None]:
-        """The batches of one epoch from number ``start`` on, made ahead by the readers."""
-        numbers = range(start, self.num_batches(epoch))
-        return self._prefetch(partial(self.batch, epoch, index) for index in numbers)
+    def batches(self, epoch: int, first: int = 0) -> Generator[SequenceBatch, None, None]:
+        """The batches of one epoch, made ahead by the readers."""
+        bounds = self.bounds(epoch, first).tolist()
+        return self._prefetch(partial(self.batch, epoch, begin, end) for begin, end in itertools.pairwise(bounds))
 
-    def batch(self, epoch: int, index: int) -> SequenceBatch:
-        """This rank's sequences of one global batch."""
-        bounds = self._bounds(epoch)
-        chosen = self._order(epoch)[bounds[index] : bounds[index + 1]].astype(np.int64)
+    def bounds(self, epoch: int, first: int = 0) -> IntArray:
+        """Where each global batch begins in the order of the epoch, with the end of the last."""
+        return self._bounds(epoch, first)
+
+    def batch(self, epoch: int, begin: int, end: int) -> SequenceBatch:
+        """This rank's sequences of the global batch from ``begin`` to ``end`` in the order of the epoch."""
+        chosen = self._order(epoch)[begin:end].astype(np.int64)
         whole = self.windows.take(chosen)
         is_mine = deal(sequence_cost(whole.lengths, self.attention_equals_rest_at), self.world_size) == self.rank
         rows, starts, lengths, context = (values[is_mine] for values in whole)
         return _assemble(self.dataset.read(starts, lengths + 1), rows, lengths, context)
 
-    def _train_batch(self, epoch: int, index: int) -> TrainBatch:
-        if index == self.num_batches(epoch) // 2:
-            self._bounds(epoch + 1), self._order(epoch + 1)  # here, so that no step waits for it
-        return TrainBatch(epoch, index, self.batch(epoch, index))
+    def _train_batch(self, epoch: int, begin: int, end: int) -> TrainBatch:
+        if begin <= len(self.windows) // 2 < end:
+            self.bounds(epoch + 1), self._order(epoch + 1)  # here, so that no step waits for it
+        return TrainBatch(epoch, end, end == len(self.windows), self.batch(epoch, begin, end))
 
     def _compute_order(self, epoch: int) -> NDArray[np.integer[Any]]:
         """(sequences,) their numbers in the order of the epoch."""
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.windows))
         return order.astype(np.int32) if order.size < 2**31 else order
 
-    def _compute_bounds(self, epoch: int) -> IntArray:
-        """Where each global batch begins in the order of the epoch, with the end of the last."""
+    def _compute_bounds(self, epoch: int, first: int) -> IntArray:
         size = len(self.windows)
         if self.tokens_per_batch is None:
-            return np.append(np.arange(0, size, self.batch_size * self.world_size), size)
+            return np.append(np.arange(first, size, self.batch_size * self.world_size), size)
         tokens = np.cumsum(self.windows.take(self._order(epoch).astype(np.int64)).lengths)
-        begins, used = [0], 0
-        while begins[-1] < size:
+        bounds = [first]
+        while bounds[-1] < size:
+            used = int(tokens[bounds[-1] - 1]) if bounds[-1] else 0
             fits = int(np.searchsorted(tokens, used + self.tokens_per_batch * self.world_size, side="right"))
-            begins.append(max(fits, begins[-1] + 1))
-            used = int(tokens[begins[-1] - 1])
-        return np.array(begins)
+            bounds.append(max(fits, bounds[-1] + 1))
+        return np.array(bounds)
 
 
 class EvaluationLoader:

@@ -32,13 +32,14 @@ INDEX = "index.json"
 class Progress:
     """How far training has come.
 
-    ``epoch`` and ``batch`` name the next batch; ``skipped`` of the steps before it changed nothing; ``evaluate``: this
-    step is to be evaluated still; ``score`` is the validation NDCG@10 at this step, if it was measured.
+    ``sequences`` of ``epoch``'s order have been trained on, by however many processes; ``skipped`` of the steps before
+    changed nothing; ``evaluate``: this step is to be evaluated still; ``score`` is the validation NDCG@10 at this step,
+    if it was measured.
     """
 
     step: int
     epoch: int
-    batch: int
+    sequences: int
     skipped: int = 0
     evaluate: bool = False
     score: float | None = None

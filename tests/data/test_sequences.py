@@ -133,7 +133,7 @@ def place_of(history: tuple[list[int], list[int]], items: list[int], target: int
 def test_the_stream_goes_on_from_any_place_whatever_the_readers(folder: Path, tokens_per_batch: int | None) -> None:
     dataset = PreparedDataset.open(folder)
 
-    def taken(readers: int, epoch: int, start: int, number: int) -> list[tuple[int, int, list[int]]]:
+    def taken(readers: int, epoch: int, first: int, number: int) -> list[tuple[int, int, bool, list[int]]]:
         loader = TrainLoader(
             dataset,
             "leave_one_out",
@@ -143,37 +143,72 @@ def test_the_stream_goes_on_from_any_place_whatever_the_readers(folder: Path, to
             seed=2,
             readers=readers,
         )
-        with closing(loader.stream(epoch, start)) as stream:
-            return [(b.epoch, b.index, b.sequences.user_rows.tolist()) for b in itertools.islice(stream, number)]
+        with closing(loader.stream(epoch, first)) as stream:
+            some = itertools.islice(stream, number)
+            return [(batch.epoch, batch.end, batch.is_last, batch.sequences.user_rows.tolist()) for batch in some]
 
     whole = taken(1, 0, 0, 12)
-    assert {epoch for epoch, _, _ in whole} >= {0, 1, 2}
+    assert {epoch for epoch, *_ in whole} >= {0, 1, 2}
     assert taken(3, 0, 0, 12) == whole
     for place in (3, 5, 8):
-        epoch, index, _ = whole[place]
-        assert taken(2, epoch, index, 12 - place) == whole[place:]
-    first = [users for epoch, _, batch in whole if epoch == 0 for users in batch]
-    second = [users for epoch, _, batch in whole if epoch == 1 for users in batch]
+        epoch, end, is_last, _ = whole[place - 1]
+        assert taken(2, epoch + is_last, 0 if is_last else end, 12 - place) == whole[place:]
+    first = [user for epoch, _, _, users in whole if epoch == 0 for user in users]
+    second = [user for epoch, _, _, users in whole if epoch == 1 for user in users]
     assert sorted(first) == sorted(second) and first != second
 
 
-def test_global_batches_do_not_depend_on_the_number_of_processes(folder: Path) -> None:
+@pytest.mark.parametrize("tokens_per_batch", [None, 10])
+def test_what_is_left_of_an_epoch_is_the_same_on_any_number_of_processes(
+    folder: Path, tokens_per_batch: int | None
+) -> None:
+    """Trained on by 2, then 3, then 1 process, every sequence is used once, in the order of one process."""
     dataset = PreparedDataset.open(folder)
 
-    def users(world_size: int, batch_size: int, epoch: int, start: int = 0) -> list[set[int]]:
-        ranks = [
+    def taken(world_size: int, epoch: int, first: int, number: int) -> tuple[list[set[int]], int, bool]:
+        """Users of each global batch, and how far the epoch is then."""
+        loaders = [
             TrainLoader(
-                dataset, "leave_one_out", max_seq_len=10, batch_size=batch_size, rank=r, world_size=world_size, seed=7
+                dataset,
+                "leave_one_out",
+                max_seq_len=10,
+                batch_size=1,
+                tokens_per_batch=tokens_per_batch,
+                rank=rank,
+                world_size=world_size,
+                seed=7,
             )
-            for r in range(world_size)
+            for rank in range(world_size)
         ]
-        batches = zip(*(loader.batches(epoch, start) for loader in ranks), strict=True)
-        return [set(torch.cat([batch.user_rows for batch in row]).tolist()) for row in batches]
+        batches, end, is_last = [], first, False
+        streams = [loader.stream(epoch, first) for loader in loaders]
+        for row in itertools.islice(zip(*streams, strict=True), number):
+            assert len({(batch.epoch, batch.end, batch.is_last) for batch in row}) == 1
+            users = [user for batch in row for user in batch.sequences.user_rows.tolist()]
+            assert len(set(users)) == len(users)
+            if row[0].epoch > epoch:
+                break
+            batches.append(set(users))
+            end, is_last = row[0].end, row[0].is_last
+        for stream in streams:
+            stream.close()
+        return batches, end, is_last
 
-    one = users(1, 6, epoch=0)
-    assert users(2, 3, epoch=0) == users(3, 2, epoch=0) == one
-    assert users(1, 6, epoch=1) != one
-    assert users(2, 3, epoch=0, start=1) == one[1:]
+    for epoch in (0, 3):
+        whole, end, is_last = taken(1, epoch, 0, 1000)
+        assert is_last and end == 12
+        first, end, is_last = taken(2, epoch, 0, 2)
+        assert not is_last
+        second, end, is_last = taken(3, epoch, end, 1)
+        assert not is_last
+        rest, end, is_last = taken(1, epoch, end, 1000)
+        assert is_last and end == 12
+        order = [user for batch in whole for user in batch]
+        assert sorted(user for batch in first + second + rest for user in batch) == sorted(order)
+        if tokens_per_batch is None:  # one sequence a process: the order itself can be seen
+            assert first == [set(order[:2]), set(order[2:4])] and second == [set(order[4:7])]
+            assert rest == [{user} for user in order[7:]]
+    assert taken(1, 0, 0, 1000)[0] != taken(1, 3, 0, 1000)[0]
 
 
 def test_token_budget_is_kept_and_used(folder: Path) -> None:
