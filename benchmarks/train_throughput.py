@@ -1,11 +1,17 @@
-"""Training throughput of a configuration: tokens a second, and whether memory grows with the number of steps.
+"""Training throughput of a configuration, where its time goes, and how it compares with padded eager FuXi-α.
 
-    python -m benchmarks.train_throughput --data datasets/quickstart
+    python -m benchmarks.train_throughput                                     # the quick start, two processes
+    python -m benchmarks.train_throughput --config F.yaml --processes 4 model.num_blocks=4
     python -m benchmarks.train_throughput --data datasets/ml-latest-small --setting fuxi-alpha --json out.json
 
-Starts the processes by torchrun, runs whole training steps (data, lookup, forward, loss, backward, optimizers) and counts
-the trained tokens, which are all real: nothing is padded. The figure is the median over repetitions of a fixed number of
-steps; memory is the resident set of rank 0 before the first and after the last repetition.
+Starts the processes by torchrun and runs whole training steps (data, lookup, forward, loss, backward, optimizers). Tokens
+are trained positions, none of them padding; figures are medians over repetitions of a fixed number of steps. In turns with
+them runs `benchmarks.padded_fuxi`, FuXi-α at the same widths, blocks, batches and negatives, one copy a process that
+exchanges no gradients; the ratio counts tokens a second, and tokens a second of CPU time, which a busy machine disturbs
+less. Some more steps are profiled (`mme.profile`) for the time by part, and one checkpoint is written.
+
+Model FLOPs utilisation: what `mme.flops` counts over the true lengths, forward and backward, as a share of the rate of
+large matrix products that all processes reach here at once.
 """
 
 from __future__ import annotations
@@ -18,8 +24,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, Optional
 
 import typer
 from rich.console import Console
@@ -27,10 +36,16 @@ from rich.table import Table
 
 from mme.config import load_config
 from mme.data.synthetic import prepare_synthetic
+from mme.errors import UserError
+
+if TYPE_CHECKING:
+    from mme.data.batch import SequenceBatch
+    from mme.train import Training
 
 RESULT = "MME_THROUGHPUT_RESULT"  # where the worker of rank 0 leaves its figures
 
 EMBEDDED = Path("datasets/quickstart")
+WARM_UP_STEPS = 2  # before the profiled ones
 
 # The public FuXi-α code's setting for ML-1M (arXiv 2502.03036): one table, dense FFN, 128 negatives for each token.
 SETTINGS: dict[str, list[str]] = {
@@ -52,30 +67,44 @@ SETTINGS: dict[str, list[str]] = {
 }
 
 
+class Rate(NamedTuple):
+    """Of one repetition, over all ranks: trained tokens a second, the same of CPU time, FLOPs a second."""
+
+    tokens_per_s: float
+    tokens_per_cpu_s: float
+    flops_per_s: float
+
+
 def main(
     overrides: Annotated[Optional[list[str]], typer.Argument(help="key.path=value")] = None,  # noqa: UP045
-    data: Annotated[Path, typer.Option(help="Prepared data set; the embedded one is made if missing.")] = EMBEDDED,
+    data: Annotated[Optional[Path], typer.Option(help="Prepared data set; default: the configuration's.")] = None,  # noqa: UP045
     setting: Annotated[str, typer.Option(help=f"One of {', '.join(SETTINGS)}.")] = "quickstart",
     config: Annotated[Path, typer.Option(help="Configuration file.")] = Path("configs/quickstart.yaml"),
     processes: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
     steps: Annotated[int, typer.Option(help="Steps of one repetition.", min=1)] = 10,
     repetitions: Annotated[int, typer.Option(help="Repetitions after one that warms up.", min=1)] = 5,
+    padded_steps: Annotated[int, typer.Option(help="Steps of padded FuXi-α in each turn; 0: without it.", min=0)] = 2,
+    profiled_steps: Annotated[int, typer.Option(help="Steps for the time by part; 0: without it.", min=0)] = 5,
     output: Annotated[Optional[Path], typer.Option("--json", help="Where to write the figures.")] = None,  # noqa: UP045
 ) -> None:
     """Measures and prints training throughput."""
-    options = [f"data.path={data}", *SETTINGS[setting], *(overrides or [])]
-    load_config(config, options)
-    if data == EMBEDDED and not data.exists():
-        prepare_synthetic("quickstart", data)
+    options = [*SETTINGS[setting], *(overrides or []), *([f"data.path={data}"] if data else [])]
+    try:
+        path = Path(load_config(config, options).data.path)
+    except UserError as error:
+        raise typer.BadParameter(str(error)) from error
+    if path == EMBEDDED and not path.exists():
+        prepare_synthetic("quickstart", path)
     with tempfile.TemporaryDirectory() as folder:
         result_file = Path(folder) / "result.json"
-        worker = [str(config), str(steps), str(repetitions), *options, f"output_dir={folder}/run"]
+        counts = [str(count) for count in (steps, repetitions, padded_steps, profiled_steps)]
+        worker = [str(config), *counts, *options, f"output_dir={folder}/run", "train.epochs=1000", "train.steps=null"]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         environment = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))} | os.environ
         subprocess.run(
             [*command, "-m", "benchmarks.train_throughput", *worker],
             check=True,
-            env=environment | {RESULT: str(result_file)},
+            env=environment | {RESULT: str(result_file), "PYTHONWARNINGS": "ignore"},  # of libraries, about themselves
         )
         result = json.loads(result_file.read_text())
     result |= {"setting": setting, "overrides": options, "processes": processes, "processor": _processor()}
@@ -86,42 +115,186 @@ def main(
 
 def run_worker(arguments: list[str]) -> None:
     """One rank of the measurement."""
-    import psutil
     import torch
 
+    from benchmarks.roofline import matrix_rate
     from mme.data.dataset import PreparedDataset
     from mme.distributed.groups import process_group
     from mme.preemption import Preemption
     from mme.train import Training
 
-    config_file, steps, repetitions, *overrides = arguments
-    config = load_config(Path(config_file), [*overrides, "train.epochs=1000"])
+    config = load_config(Path(arguments[0]), arguments[5:])
+    steps, repetitions, padded_steps, profiled_steps = map(int, arguments[1:5])
     with process_group() as world:
         training = Training(config, PreparedDataset.open(config.data.path, config.data.cache_dir), world, Preemption())
-        batches = training.loader.stream()
-        rates, memory, waited_s, all_s = [], [], 0.0, 0.0
-        for repetition in range(int(repetitions) + 1):
-            started, tokens = time.perf_counter(), 0
-            for step in range(int(steps)):
-                asked = time.perf_counter()
-                batch = next(batches).sequences
-                waited_s += time.perf_counter() - asked
-                tokens += training.step(repetition * int(steps) + step, batch).tokens
-            rates.append(tokens / (time.perf_counter() - started))
-            all_s += time.perf_counter() - started
-            memory.append(psutil.Process().memory_info().rss / 2**30)
+        measured = _Measured(training)
+        measured.run(steps)
+        memory = [_memory_gib("VmRSS")]
+        rates = [measured.run(steps)]
+        memory.append(_memory_gib("VmRSS"))
+        peak = torch.cuda.max_memory_allocated() / 2**30 if world.device.type == "cuda" else _memory_gib("VmHWM")
+        parts = measured.profile(profiled_steps) if profiled_steps else {}
+        checkpoint = measured.checkpoint()
+        padded = []
+        turn = measured.padded(padded_steps) if padded_steps else None
+        for _ in range(repetitions - 1):
+            if turn:
+                padded.append(turn())
+            rates.append(measured.run(steps))
+        if turn:
+            padded.append(turn())
+        precision = getattr(torch, config.train.precision)
+        matrix_flops = world.sum(torch.tensor(1e12 * matrix_rate(world.device, precision, 0.5)).to(world.device)).item()
         if world.rank == 0:
+            counted = config.model.block == "fuxi"  # what `mme.flops` knows
+            flops_per_s = statistics.median(rate.flops_per_s for rate in rates) if counted else 0.0
             result: dict[str, Any] = {
-                "tokens_per_s": statistics.median(rates[1:]),
-                "tokens_per_s_all": [round(rate, 1) for rate in rates[1:]],
-                "waiting_share": waited_s / all_s,  # of the time, for the data
-                "steps": int(steps) * int(repetitions),
+                "tokens_per_s": statistics.median(rate.tokens_per_s for rate in rates),
+                "tokens_per_s_all": [round(rate.tokens_per_s, 1) for rate in rates],
+                "tokens_per_cpu_s_all": [round(rate.tokens_per_cpu_s, 1) for rate in rates],
+                "waiting_share": measured.waited_s / measured.all_s,  # of the time, for the data
+                "gflops_per_s": flops_per_s / 1e9 if counted else None,
+                "matrix_gflops_per_s": matrix_flops / 1e9,
+                "model_flops_utilisation": flops_per_s / matrix_flops if counted else None,
+                "steps": steps * repetitions,
                 "rss_gib_after_warm_up": round(memory[0], 3),
                 "rss_gib_at_end": round(memory[-1], 3),
+                "peak_mem_gib": round(peak, 3),
+                "checkpoint": checkpoint,
+                **parts,
+                **_against(rates, padded),
                 "torch": torch.__version__,
-                "device": str(world.device),
+                "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu",
             }
             Path(os.environ[RESULT]).write_text(json.dumps(result))
+
+
+class _Measured:
+    """The steps of one training job, as `Training.run` makes them, with clocks round them."""
+
+    def __init__(self, training: Training) -> None:
+        self.training, self.world = training, training.world
+        self.stream = training.loader.stream()
+        self.done = 0
+        self.waited_s = self.all_s = 0.0
+
+    def run(self, steps: int) -> Rate:
+        started, cpu_started, tokens, flops = time.perf_counter(), time.process_time(), 0, 0
+        for _ in range(steps):
+            asked = time.perf_counter()
+            batch = next(self.stream).sequences
+            self.waited_s += time.perf_counter() - asked
+            tokens += self._step(batch)
+            flops += self.flops(batch)
+        seconds = time.perf_counter() - started
+        self.all_s += seconds
+        return self._rate(tokens, flops, seconds, time.process_time() - cpu_started)
+
+    def flops(self, batch: SequenceBatch) -> int:
+        """Of this rank's part of a step."""
+        from mme.flops import training_flops
+
+        lengths = batch.seq_offsets.diff()
+        pairs = int((lengths * (lengths + 1)).sum()) // 2
+        counts = training_flops(self.training.config, batch.num_tokens, pairs, self.training.dataset.num_items)
+        return sum(counts.values())
+
+    def profile(self, steps: int) -> dict[str, Any]:
+        """Time by part of some more steps; of rank 0, which alone returns it."""
+        from mme.profile import StepProfile
+        from mme.regions import region
+
+        profile = None
+        if self.world.rank == 0:
+            folder = Path(self.training.config.output_dir) / "profile"
+            profile = StepProfile(steps, WARM_UP_STEPS, folder, 0, self.world.device, lambda _: None)
+        with profile or nullcontext():
+            for _ in range(WARM_UP_STEPS + steps):
+                with region("data"):
+                    batch = next(self.stream).sequences
+                self._step(batch)
+                if profile:
+                    profile.step()
+        if profile is None or profile.result is None:
+            return {}
+        found = profile.result
+        return {
+            "profile": asdict(found) | {"percent": found.percent()},
+            "exposed_communication_share": found.parts_ms.get("exchange", 0.0) / found.step_ms,
+        }
+
+    def checkpoint(self) -> dict[str, float]:
+        """How long one checkpoint holds up training, and how long its writing takes beside it."""
+        from mme.distributed.checkpoint import Progress
+        from mme.distributed.checkpoint_writer import CheckpointWriter
+
+        started = time.perf_counter()
+        with CheckpointWriter(Path(self.training.config.output_dir), self.training.recommender, keep=1) as writer:
+            writer.save(Progress(self.done, 0, 0))
+            held_up = time.perf_counter() - started
+        return {"held_up_ms": 1000 * held_up, "complete_after_ms": 1000 * (time.perf_counter() - started)}
+
+    def padded(self, steps: int) -> Callable[[], Rate]:
+        """One turn of padded FuXi-α on the batches to come; the first step is done here."""
+        import torch
+
+        from benchmarks.padded_fuxi import PaddedFuxi
+
+        config = self.training.config
+        torch.manual_seed(config.train.seed)
+        model = PaddedFuxi(config, self.training.dataset.num_items).to(self.world.device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=config.train.lr, betas=(0.9, 0.98), weight_decay=0.0)
+
+        def turn(steps: int = steps) -> Rate:
+            started, cpu_started, tokens = time.perf_counter(), time.process_time(), 0
+            for _ in range(steps):
+                batch = next(self.stream).sequences.to(self.world.device)
+                optimizer.zero_grad()
+                model(batch).backward()
+                optimizer.step()
+                tokens += batch.num_tokens
+            everywhere = int(self.world.sum(torch.tensor(tokens, device=self.world.device)))
+            return self._rate(everywhere, 0, time.perf_counter() - started, time.process_time() - cpu_started)
+
+        turn(1)
+        return turn
+
+    def _step(self, batch: SequenceBatch) -> int:
+        """Trains on ``batch``; returns the trained tokens of all ranks."""
+        self.done += 1
+        return self.training.step(self.done, batch).tokens
+
+    def _rate(self, tokens: int, flops: int, seconds: float, cpu_s: float) -> Rate:
+        """``tokens``: of all ranks; ``flops`` and ``cpu_s``: of this one."""
+        import torch
+
+        summed = torch.tensor([float(flops), cpu_s], dtype=torch.float64, device=self.world.device)
+        flops_everywhere, cpu_s_everywhere = self.world.sum(summed).tolist()
+        return Rate(tokens / seconds, tokens / cpu_s_everywhere, flops_everywhere / seconds)
+
+
+def _against(rates: list[Rate], padded: list[Rate]) -> dict[str, Any]:
+    """Ours against padded FuXi-α: each of its turns stands between two of ours."""
+    if not padded:
+        return {}
+    pairs = list(zip(rates, padded, strict=True))
+    by_wall = [ours.tokens_per_s / theirs.tokens_per_s for ours, theirs in pairs]
+    by_cpu = [ours.tokens_per_cpu_s / theirs.tokens_per_cpu_s for ours, theirs in pairs]
+    return {
+        "padded_fuxi_alpha": {
+            "tokens_per_s_all": [round(rate.tokens_per_s, 1) for _, rate in pairs],
+            "ratio": statistics.median(by_wall),
+            "ratio_all": [round(ratio, 2) for ratio in by_wall],
+            "ratio_of_cpu_time": statistics.median(by_cpu),
+            "ratio_of_cpu_time_all": [round(ratio, 2) for ratio in by_cpu],
+        }
+    }
+
+
+def _memory_gib(name: str) -> float:
+    """A figure of this process from /proc: VmRSS, resident now; VmHWM, the most it was."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(name)) / 2**20
 
 
 def _processor() -> str:
@@ -131,19 +304,36 @@ def _processor() -> str:
 
 
 def _print(result: dict[str, Any]) -> None:
-    table = Table(title=f"training throughput, {result['setting']}, {result['processes']} processes")
-    for column in ("tokens/s", "lowest", "highest", "waiting for data", "GiB after warm-up", "GiB at the end"):
-        table.add_column(column, justify="right")
-    rates = result["tokens_per_s_all"]
-    table.add_row(
-        f"{result['tokens_per_s']:,.0f}",
-        f"{min(rates):,.0f}",
-        f"{max(rates):,.0f}",
-        f"{result['waiting_share']:.2%}",
-        str(result["rss_gib_after_warm_up"]),
-        str(result["rss_gib_at_end"]),
+    console = Console(width=120)
+    table = Table(
+        title=f"training throughput, {result['setting']}, {result['processes']} processes on {result['device']}"
     )
-    Console().print(table)
+    table.add_column("figure")
+    table.add_column("value", justify="right")
+    rates, checkpoint = result["tokens_per_s_all"], result["checkpoint"]
+    table.add_row("tokens/s", f"{result['tokens_per_s']:,.0f} ({min(rates):,.0f} – {max(rates):,.0f})")
+    table.add_row("waiting for data", f"{result['waiting_share']:.2%}")
+    if "profile" in result:
+        table.add_row("exposed communication", f"{result['exposed_communication_share']:.2%}")
+    if result["model_flops_utilisation"]:
+        of = f"{result['gflops_per_s']:,.0f} of {result['matrix_gflops_per_s']:,.0f} GFLOP/s"
+        table.add_row("model FLOPs utilisation", f"{result['model_flops_utilisation']:.1%} ({of})")
+    table.add_row("peak memory of rank 0", f"{result['peak_mem_gib']:.2f} GiB")
+    table.add_row(
+        "resident, after warm-up and later", f"{result['rss_gib_after_warm_up']}, {result['rss_gib_at_end']} GiB"
+    )
+    table.add_row("a checkpoint holds up training for", f"{checkpoint['held_up_ms']:.0f} ms")
+    if padded := result.get("padded_fuxi_alpha"):
+        for name, key in (("tokens/s", "ratio"), ("tokens a CPU second", "ratio_of_cpu_time")):
+            every = padded[f"{key}_all"]
+            table.add_row(f"times padded FuXi-α, {name}", f"{padded[key]:.1f} ({min(every):.1f} – {max(every):.1f})")
+    console.print(table)
+    if "profile" in result:
+        from mme.profile import time_table
+        from mme.trace import TimeByPart
+
+        figures = {field.name: result["profile"][field.name] for field in fields(TimeByPart)}
+        console.print(time_table(TimeByPart(**figures)))
 
 
 if __name__ == "__main__":

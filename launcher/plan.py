@@ -21,6 +21,7 @@ from rich.table import Table
 
 from launcher.findings import in_words
 from launcher.job import Job
+from mme import flops
 from mme.config import Config
 from mme.errors import UserError
 
@@ -85,18 +86,15 @@ class Shape:
     @property
     def head_widths(self) -> tuple[int, int]:
         """H·dqk and H·dv."""
-        model = self.config.model
-        default = model.view_dim // model.num_heads
-        return model.num_heads * (model.dqk or default), model.num_heads * (model.dv or default)
+        return flops.head_widths(self.config.model)
 
     @property
     def hidden(self) -> int:
-        return max(1, round(self.config.model.ffn_multiplier * self.config.model.view_dim))
+        return flops.hidden_dim(self.config.model)
 
     @property
     def expert_blocks(self) -> int:
-        moe = self.config.model.moe
-        return len(set(moe.placement) or range(self.config.model.num_blocks)) if moe.num_experts else 0
+        return flops.num_expert_blocks(self.config.model)
 
     @property
     def expert_parallel_size(self) -> int:
@@ -244,8 +242,8 @@ def time_parts(shape: Shape, nnodes: int, gpu: Gpu) -> dict[str, float]:
     d, (qk, v), n = model.view_dim, shape.head_widths, config.data.max_seq_len
     sequences, blocks, number = shape.tokens / n, model.num_blocks, shape.activation_bytes
 
-    def compute(flops: float, num_bytes: float) -> float:
-        return max(flops / shape.flops_of(gpu), num_bytes / gpu.memory_bytes_per_s) / EFFICIENCY
+    def compute(num_flops: float, num_bytes: float) -> float:
+        return max(num_flops / shape.flops_of(gpu), num_bytes / gpu.memory_bytes_per_s) / EFFICIENCY
 
     def exchange(num_bytes: float, ranks: int) -> float:
         """An all-to-all in which each rank sends ``num_bytes``, evenly to ``ranks``."""
@@ -259,7 +257,6 @@ def time_parts(shape: Shape, nnodes: int, gpu: Gpu) -> dict[str, float]:
 
     row_bytes = shape.distinct_items * model.embedding_dim * FLOAT
     sharded = config.parallel.table_sharding != "data_parallel"
-    projections = d * (4 * v + 2 * qk) + 3 * v * d
     pairs = n * (n + 1) / 2 * sequences * model.num_tables
     top_k = model.moe.top_k if model.moe.num_experts else 1
     hidden_rows = shape.rows * (shape.expert_blocks * top_k + blocks - shape.expert_blocks)
@@ -274,12 +271,13 @@ def time_parts(shape: Shape, nnodes: int, gpu: Gpu) -> dict[str, float]:
         if sharded
         else reduce(shape.table_elements * FLOAT, shape.ranks),
         "projections": compute(
-            3 * 2 * shape.rows * projections * blocks, 3 * shape.rows * (2 * d + 7 * v + 2 * qk) * number * blocks
+            3 * 2 * shape.rows * flops.projections(model) * blocks,
+            3 * shape.rows * (2 * d + 7 * v + 2 * qk) * number * blocks,
         ),
         "attention": compute(
-            3.5 * 2 * pairs * (qk + 3 * v) * blocks, 3 * shape.rows * (2 * qk + 4 * v) * number * blocks
+            3.5 * 2 * pairs * flops.attention_pair(model) * blocks, 3 * shape.rows * (2 * qk + 4 * v) * number * blocks
         ),
-        "FFN, experts": compute(4 * 2 * hidden_rows * 3 * d * shape.hidden, 4 * 2 * hidden_rows * d * number),
+        "FFN, experts": compute(4 * 2 * hidden_rows * flops.expert_row(model), 4 * 2 * hidden_rows * d * number),
         "experts: exchange": exchange(4 * shape.rows * top_k * d * number, shape.expert_parallel_size)
         * shape.expert_blocks,
         "loss": compute(

@@ -6,22 +6,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mme.config import ModelConfig
+from mme.flops import attention_pair, expert_row, projections
 
 IntArray = NDArray[np.int64]
 
 
 def attention_equals_rest_at(model: ModelConfig) -> int:
-    """The length L, in tokens, at which attention costs a sequence as much as everything else in a block.
-
-    Multiply-adds a token of a FuXi block and view of width d with H heads: H (dqk + 3 dv) L of attention (scores, three
-    channels of values); outside it d H (7 dv + 2 dqk) of projections and three matrices of d · ffn_multiplier d for
-    each of the k chosen experts (one FFN without experts).
+    """The length L, in tokens, at which attention costs a sequence as much as everything else in a block: the counts of
+    `mme.flops`, with as many keys for each query as the sequence is long.
     """
-    dim, heads = model.view_dim, model.num_heads
-    dqk, dv = model.dqk or dim // heads, model.dv or dim // heads
     chosen = model.moe.top_k if model.moe.num_experts else 1
-    rest = dim * heads * (7 * dv + 2 * dqk) + 3 * model.ffn_multiplier * dim**2 * chosen
-    return max(1, round(rest / (heads * (dqk + 3 * dv))))
+    return max(1, round((projections(model) + chosen * expert_row(model)) / attention_pair(model)))
 
 
 def sequence_cost(lengths: IntArray, equal_at: int) -> IntArray:

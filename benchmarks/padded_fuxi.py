@@ -1,0 +1,112 @@
+"""FuXi-α as it is written down, in eager PyTorch: what `benchmarks.train_throughput` compares with.
+
+Attention works on padded (B, N, N) matrices, N = max_seq_len, as the public implementation's does, and each token's
+negatives are gathered; what is computed token by token stays jagged. One process, tables and AdamW of torch alone.
+`tests/benchmarks` holds it against the real block and the real loss.
+
+Legend: B sequences, N max_seq_len, T tokens, D width, H heads, n negatives.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.relative_attention.reference import time_bucket
+from mme.config import Config
+from mme.data.batch import SequenceBatch
+from mme.model.fuxi_block import NUM_TIME_BUCKETS
+from mme.model.multi_embedding import positions_in_sequence
+
+MASKED_LOGIT = -5e4
+
+
+class PaddedBlock(nn.Module):
+    """One FuXi block; weights as those of `mme.model.fuxi_block.FuxiBlock` with a dense FFN."""
+
+    def __init__(self, dim: int, max_seq_len: int, num_heads: int, hidden_dim: int, dropout: float) -> None:
+        super().__init__()
+        self.max_seq_len, self.num_heads, self.dropout = max_seq_len, num_heads, dropout
+        self.uvqk = nn.Parameter(torch.empty(dim, 6 * dim).normal_(std=0.02))
+        self.ts_weights = nn.Parameter(torch.empty(NUM_TIME_BUCKETS).normal_(std=0.02))
+        self.pos_weights = nn.Parameter(torch.empty(2 * max_seq_len - 1).normal_(std=0.02))
+        self.output = nn.Linear(3 * dim, dim)
+        self.w1, self.w3 = nn.Linear(dim, hidden_dim, bias=False), nn.Linear(dim, hidden_dim, bias=False)
+        self.w2 = nn.Linear(hidden_dim, dim, bias=False)
+
+    def forward(self, x: Tensor, times: Tensor, inside: Tensor) -> Tensor:
+        """x (T, D), times (B, N + 1) padded with the last, inside (B, N) bool: where tokens are → (T, D)."""
+        dim, heads, n = x.shape[1], self.num_heads, self.max_seq_len
+        projected = F.silu(_norm(x) @ self.uvqk)
+        u, v, q, k = projected.split([3 * dim, dim, dim, dim], dim=1)
+        v, q, k = (_padded(part, inside).unflatten(2, (heads, -1)) for part in (v, q, k))
+        causal = torch.ones(n, n, dtype=torch.bool, device=x.device).tril()
+        position = torch.arange(n, device=x.device)
+        semantic = F.silu(torch.einsum("bnhd,bmhd->bhnm", q, k)) / n * causal
+        temporal = self.ts_weights[time_bucket(times[:, 1:, None] - times[:, None, :-1])] * causal
+        positional = self.pos_weights[position[None, :] - position[:, None] + n - 1] * causal
+        channels = [
+            torch.einsum("nm,bmhd->bnhd", positional, v),
+            torch.einsum("bnm,bmhd->bnhd", temporal, v),
+            torch.einsum("bhnm,bmhd->bnhd", semantic, v),
+        ]
+        attended = torch.cat(channels, dim=3).flatten(2)[inside]
+        o = self.output(F.dropout(u * _norm(attended), self.dropout, self.training)) + x
+        z = F.dropout(_norm(o), self.dropout, self.training)
+        return self.w2(F.silu(self.w1(z)) * self.w3(z)) + o
+
+
+class PaddedFuxi(nn.Module):
+    """FuXi-α with one table of the configuration's total width, dense FFN and negatives of its own for each token."""
+
+    def __init__(self, config: Config, num_items: int) -> None:
+        super().__init__()
+        model, self.loss = config.model, config.loss
+        self.num_items, self.dropout, self.max_seq_len = num_items, model.dropout, config.data.max_seq_len
+        dim = model.embedding_dim
+        self.items = nn.Embedding(num_items, dim)
+        self.positions = nn.Embedding(self.max_seq_len, dim)
+        hidden_dim = max(1, round(model.ffn_multiplier * dim))
+        self.blocks = nn.ModuleList(
+            PaddedBlock(dim, self.max_seq_len, model.num_heads, hidden_dim, model.dropout)
+            for _ in range(model.num_blocks)
+        )
+
+    def forward(self, batch: SequenceBatch) -> Tensor:
+        """() the mean loss over the tokens."""
+        inside, times = self.padded(batch)
+        place = positions_in_sequence(batch.seq_offsets, batch.num_tokens)
+        x = self.items(batch.item_ids) * self.items.embedding_dim**0.5 + self.positions(place)
+        x = F.dropout(x, self.dropout, self.training)
+        for block in self.blocks:
+            x = block(x, times, inside)
+        negatives = torch.randint(self.num_items, (batch.num_tokens, self.loss.num_negatives), device=x.device)
+        return gathered_loss(x, self.items.weight, batch.target_ids, negatives, self.loss.temperature).mean()
+
+    def padded(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
+        """(B, N) bool, where tokens are; (B, N + 1) the times of each sequence, then its last one again and again."""
+        lengths = batch.seq_offsets.diff()[:, None]
+        place = torch.arange(self.max_seq_len + 1, device=lengths.device)
+        sequence = torch.arange(batch.num_sequences, device=lengths.device)[:, None]
+        first = batch.seq_offsets[:-1, None] + sequence
+        return place[:-1] < lengths, batch.timestamps[first + place.minimum(lengths)]
+
+
+def gathered_loss(hidden: Tensor, items: Tensor, targets: Tensor, negatives: Tensor, temperature: float) -> Tensor:
+    """(T,) −log softmax at the target among it and its negatives (T, n), of cosines; ``items`` (U, D)."""
+    rows = torch.cat([targets[:, None], negatives], dim=1)
+    vectors = F.normalize(F.embedding(rows, items), dim=-1, eps=1e-6)
+    queries = F.normalize(hidden, dim=-1, eps=1e-6)
+    logits = torch.einsum("td,tnd->tn", queries, vectors) / temperature
+    logits = logits.masked_fill(F.pad(negatives == targets[:, None], (1, 0)), MASKED_LOGIT)
+    return -torch.log_softmax(logits, dim=1)[:, 0]
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + 1e-6)
+
+
+def _padded(x: Tensor, inside: Tensor) -> Tensor:
+    """(T, w) → (B, N, w), zeros where no token is."""
+    return x.new_zeros(*inside.shape, x.shape[1]).masked_scatter(inside[:, :, None], x)

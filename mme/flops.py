@@ -1,0 +1,65 @@
+"""The arithmetic of the model, counted once: for balance, for predictions and for utilisation.
+
+Multiply-adds of the matrix products that the definition asks for, over true jagged lengths: no padding, nothing above the
+diagonal, nothing that backward computes again. A multiply-add is two FLOPs; backward has twice those of forward.
+
+Legend: N max_seq_len, M views, D total width, d view width, H heads, E experts, k top_k, f hidden width, n negatives.
+"""
+
+from __future__ import annotations
+
+from mme.config import Config, ModelConfig
+
+
+def head_widths(model: ModelConfig) -> tuple[int, int]:
+    """H·dqk and H·dv."""
+    default = model.view_dim // model.num_heads
+    return model.num_heads * (model.dqk or default), model.num_heads * (model.dv or default)
+
+
+def hidden_dim(model: ModelConfig) -> int:
+    """f."""
+    return max(1, round(model.ffn_multiplier * model.view_dim))
+
+
+def num_expert_blocks(model: ModelConfig) -> int:
+    """Blocks whose FFN is a mixture of experts."""
+    return len(set(model.moe.placement) or range(model.num_blocks)) if model.moe.num_experts else 0
+
+
+def projections(model: ModelConfig) -> int:
+    """Multiply-adds of a FuXi block and view for a token, before and after attention: d (4 H dv + 2 H dqk) + 3 H dv d."""
+    qk, v = head_widths(model)
+    return model.view_dim * (4 * v + 2 * qk) + 3 * v * model.view_dim
+
+
+def attention_pair(model: ModelConfig) -> int:
+    """Multiply-adds of a FuXi block and view for a query and a key: its score, and three channels of its value."""
+    qk, v = head_widths(model)
+    return qk + 3 * v
+
+
+def expert_row(model: ModelConfig) -> int:
+    """Multiply-adds of one expert, or of the dense FFN, for a row."""
+    return 3 * model.view_dim * hidden_dim(model)
+
+
+def training_flops(config: Config, num_tokens: int, num_pairs: int, num_items: int) -> dict[str, int]:
+    """FLOPs of one training step by part, forward and backward, for FuXi blocks.
+
+    Args:
+        num_tokens: T.
+        num_pairs: queries and keys that see each other, Σ L (L + 1) / 2 over the sequences.
+        num_items: of the catalogue, which the full softmax scores.
+    """
+    model, loss = config.model, config.loss
+    blocks, with_experts, top_k = model.num_blocks, num_expert_blocks(model), model.moe.top_k
+    rows = model.num_tables * num_tokens
+    scored = num_items if loss.kind == "full_softmax" else loss.num_negatives + 1
+    forward = {
+        "attention": blocks * (rows * projections(model) + model.num_tables * num_pairs * attention_pair(model)),
+        "routing": with_experts * rows * model.view_dim * model.moe.num_experts,
+        "experts": (with_experts * top_k + blocks - with_experts) * rows * expert_row(model),
+        "loss": num_tokens * scored * model.embedding_dim,
+    }
+    return {part: 3 * 2 * count for part, count in forward.items()}
