@@ -18,6 +18,7 @@ import fcntl
 import hashlib
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -35,7 +36,8 @@ from mme.errors import UserError
 RECORD = np.dtype([("item", "<i4"), ("timestamp", "<i8")])
 CACHE_FOLDER = ".cache"
 MOST_THREADS = 4  # that lay out parts beside each other
-EVENTS_AT_ONCE = 1 << 20  # of a pass over all events
+EVENTS_AT_ONCE = 1 << 18  # of a pass over all events
+NOTED_EVENTS = 10_000_000  # so many take seconds to lay out, and the user is told
 
 Records = NDArray[np.void]
 
@@ -179,6 +181,8 @@ def _lock(path: Path) -> Iterator[None]:
 def _write(folder: Path, info: dict[str, Any], path: Path) -> None:
     """Lays out all parts, several at a time, each in its place."""
     partial_file = path.with_name(f"{path.name}.partial")
+    if info["num_events"] >= NOTED_EVENTS:
+        print(f"{folder}: laying out {info['num_events']:,} events in {path}, once", file=sys.stderr, flush=True)
     ends = np.cumsum([0] + [part["events"] for part in info["parts"]])
     try:
         with partial_file.open("wb", buffering=0) as file, ThreadPoolExecutor(_threads()) as pool:

@@ -213,6 +213,16 @@ def test_any_names_in_json_lines(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize(("ending", "codec"), [("gz", "gzip"), ("bz2", "bz2"), ("zst", "zstd"), ("lz4", "lz4")])
+def test_compressed(tmp_path: Path, ending: str, codec: str) -> None:
+    """In two files, told by their names."""
+    for name, rows in (("a", ["1,5,30", "1,6,20"]), ("b", ["1,7,10"])):
+        with pa.CompressedOutputStream(str(tmp_path / f"{name}.csv.{ending}"), codec) as stream:
+            stream.write("".join(f"{line}\n" for line in ["user_id,item_id,ts", *rows]).encode())
+    prepare([tmp_path / f"*.csv.{ending}"], "auto", tmp_path / "out")
+    assert read(tmp_path / "out") == {1: [(7, 10), (6, 20), (5, 30)]}
+
+
 @pytest.mark.parametrize("unit", [1, 10**3, 10**6])
 def test_the_size_of_times_tells_their_unit(tmp_path: Path, unit: int) -> None:
     rows = [f"1,{n},{(1_600_000_000 + n) * unit + unit // 3}" for n in range(4)]
