@@ -69,8 +69,12 @@ class EventFile:
         """
         records = np.empty(int(lengths.sum()), RECORD)
         view = records.view(np.uint8).data
+        ranges = (np.stack([starts, lengths], 1) * RECORD.itemsize).tolist()
+        for start, size in ranges:
+            # The disk fetches all of them beside each other: cold, that gives several times the tokens a second.
+            os.posix_fadvise(self._file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
         place = 0
-        for start, size in zip((starts * RECORD.itemsize).tolist(), (lengths * RECORD.itemsize).tolist(), strict=True):
+        for start, size in ranges:
             self._fill(view[place : place + size], start)
             place += size
         items = records["item"]
