@@ -36,12 +36,10 @@ def torch_expert_ffn_backward(
     for expert, rows in _segments(expert_offsets):
         part = x[rows]
         first, gate = part @ w1[expert], part @ w3[expert]
-        sigmoid = torch.sigmoid(first)
-        silu = first.mul_(sigmoid)
-        slope = torch.addcmul(sigmoid, silu, 1 - sigmoid)
+        silu = F.silu(first)
         grad_hidden = grad[rows] @ w2[expert].T
         torch.mm((silu * gate).T, grad[rows], out=grad_w2[expert])
-        grad_first = slope.mul_(gate).mul_(grad_hidden)
+        grad_first = torch.ops.aten.silu_backward(grad_hidden * gate, first)
         grad_gate = grad_hidden.mul_(silu)
         torch.mm(part.T, grad_first, out=grad_w1[expert])
         torch.mm(part.T, grad_gate, out=grad_w3[expert])

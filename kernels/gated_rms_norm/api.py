@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from kernels.backend import backend_for
+from kernels.dropout import dropout_steps
 from kernels.gated_rms_norm.torch_form import torch_norm
 
 EPS = 1e-6
-DROPOUT_STEPS = 65_536
 
 
 def gated_rms_norm(u: Tensor, a: Tensor, *, eps: float = EPS, dropout_p: float = 0.0, backend: str = "auto") -> Tensor:
@@ -56,7 +56,7 @@ def _norm(name: str, a: Tensor, u: Tensor | None, eps: float, dropout_p: float, 
         raise ValueError(f"{name} has dtype {a.dtype}, expected a floating one")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p ({dropout_p}) must be at least 0 and below 1")
-    dropped = min(round(dropout_p * DROPOUT_STEPS), DROPOUT_STEPS - 1)  # what stays is divided by its share
+    dropped = dropout_steps(dropout_p)
     if backend_for(backend, name, a) == "torch":
         return torch_norm(a, u, eps, dropped)
     # Here, not above: the triton package need not be installed where it does not run.

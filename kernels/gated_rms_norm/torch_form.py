@@ -1,6 +1,6 @@
 """The PyTorch form of the norms: the CPU's, and the twin that the Triton kernels are tested against.
 
-Dropout takes sixteen random bits an element, four elements a draw, and keeps its mask for backward.
+Dropout keeps its mask for backward.
 """
 
 from __future__ import annotations
@@ -10,18 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kernels.dropout import dropout_mask
+
 
 def torch_norm(a: Tensor, u: Tensor | None, eps: float, dropped: int) -> Tensor:
     """`kernels.gated_rms_norm`, or without ``u`` `kernels.rms_norm`, after their checks; drops ``dropped`` / 2¹⁶."""
     mask, scale = dropout_mask(a.shape, dropped, a.device) if dropped else (None, 1.0)
     return _GatedRMSNorm.apply(a, u, mask, scale, eps)
-
-
-def dropout_mask(shape: torch.Size, dropped: int, device: torch.device) -> tuple[Tensor, float]:
-    """(mask of what stays, bool; the factor for it)."""
-    bits = torch.randint(-(2**63), 2**63 - 1, (-(-shape.numel() // 4),), device=device)
-    mask = bits.view(torch.int16)[: shape.numel()].view(shape) >= dropped - 32_768
-    return mask, 65_536 / (65_536 - dropped)
 
 
 class _GatedRMSNorm(torch.autograd.Function):

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.dropout import dropout
+
 
 class InputViews(nn.Module):
     """Scales the item rows, adds a learned position to each view and drops out."""
@@ -40,7 +42,7 @@ class InputViews(nn.Module):
         shared = self.positions.transpose(0, 1).reshape(self.positions.shape[1], -1)
         added = F.embedding(position, shared).unflatten(1, (self.positions.shape[0], view_dim))
         views = torch.add(added, tokens, alpha=self.scale).transpose(0, 1)
-        return F.dropout(views, self.dropout, self.training)
+        return dropout(views, self.dropout) if self.training else views
 
 
 def positions_in_sequence(seq_offsets: Tensor, num_tokens: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from kernels import expert_ffn, gated_rms_norm, rms_norm, sampled_softmax_loss
-from kernels.gated_rms_norm.torch_form import dropout_mask
+from kernels.dropout import dropout, dropout_mask
 
 
 def leaf(*shape: int) -> Tensor:
@@ -72,6 +72,18 @@ def test_dropout_replays_in_backward_and_keeps_the_mean() -> None:
     assert scale == pytest.approx(1.25, abs=1e-4)
     again, _ = dropout_mask(torch.Size([1000, 1001]), 13_107, torch.device("cpu"))
     assert not torch.equal(mask, again)
+
+
+def test_dropout_scales_what_stays_and_its_gradient() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(400, 500, requires_grad=True)
+    y = dropout(x, 0.25)
+    stays = y != 0
+    assert stays.double().mean().item() == pytest.approx(0.75, abs=5e-3)
+    torch.testing.assert_close(y, torch.where(stays, x / 0.75, 0.0))
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(grad, stays / 0.75)
+    assert torch.equal(dropout(x, 0.0), x)
 
 
 @settings(max_examples=30, deadline=None)
