@@ -101,14 +101,17 @@ class Monitor:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def resume_at(self, step: int) -> None:
-        """Goes on after ``step``: what metrics.jsonl says of later steps is dropped, new lines are appended.
+    def resume_at(self, step: int, total_steps: int) -> None:
+        """Goes on after ``step`` until ``total_steps``: what metrics.jsonl says of later steps is dropped, new lines are
+        appended.
 
         Without this call, or with step 0, metrics.jsonl begins anew.
         """
         if self._metrics is not None:
             raise RuntimeError("resume_at comes before the first record")
-        self._resume_step = step
+        self._resume_step, self.total_steps = step, total_steps
+        if self._progress is not None:
+            self._progress.update(self._task, total=total_steps)
         if step:
             self.note(f"resumed at step {step:,}")
 

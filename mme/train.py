@@ -116,12 +116,11 @@ class Training:
             progress = Progress(0, 0, 0)
         else:
             self.writer.resumed_at(progress.step)
-            # On another number of processes the rest of the epochs has another number of steps.
-            self.total_steps = self.step.total_steps = monitor.total_steps = self._total_steps(progress)
+            self._keep_global_batches(progress, monitor)
         self.skipped = progress.skipped
         if self.world.rank == 0:
             save_config(self.config, self.run_folder / "config.yaml")
-        monitor.resume_at(progress.step)
+        monitor.resume_at(progress.step, self.total_steps)
         monitor.run_info(
             {
                 "device": torch.cuda.get_device_name() if self.world.device.type == "cuda" else "cpu",
@@ -130,6 +129,17 @@ class Training:
             }
         )
         return progress
+
+    def _keep_global_batches(self, progress: Progress, monitor: Monitor) -> None:
+        """As large as they were before, unless the configuration asks for another size now."""
+        if progress.rank_batch == rank_batch(self.config):
+            self.loader.set_shares(progress.shares)
+        if self.loader.shares != self.world.size:
+            monitor.note(
+                f"a global batch stays {progress.shares} × {progress.rank_batch}, now dealt over {self.world.size} "
+                "processes (another data.batch_size or data.tokens_per_batch would set it anew)"
+            )
+        self.total_steps = self.step.total_steps = self._total_steps(progress)
 
     def _batches(self, progress: Progress) -> Iterator[Batch]:
         """Where training stands, the batch to train on next, and where it stands then."""
@@ -200,13 +210,15 @@ class Training:
             torch.special.entr(routing.probabilities.detach()).sum(-1).view(num_views, -1).sum(-1)
             for routing in result.routing
         ]
-        return self.world.sum(torch.stack(sums)) / max(1, result.tokens)
+        rows = result.counts.sum(-1) / self.config.model.moe.top_k
+        return self.world.sum(torch.stack(sums)) / rows.clamp(min=1)
 
     def _following(self, after: Progress) -> Progress:
         """``after``, a step's, with whether it is to be evaluated there."""
         ends_epoch, every = after.sequences == 0, self.config.train.eval_every
         due = after.step % every == 0 if every else ends_epoch
-        return replace(after, skipped=self.skipped, evaluate=due or after.step == self.total_steps)
+        size: dict[str, Any] = {"shares": self.loader.shares, "rank_batch": rank_batch(self.config)}
+        return replace(after, skipped=self.skipped, evaluate=due or after.step == self.total_steps, **size)
 
     @region("checkpoint")
     def _save_where_due(self, monitor: Monitor, progress: Progress, stop: bool) -> None:
@@ -263,6 +275,12 @@ class Training:
         for epoch in range(progress.epoch, train.epochs):
             in_epochs += self.loader.num_batches(epoch, progress.sequences if epoch == progress.epoch else 0)
         return in_epochs if train.steps is None else min(train.steps, in_epochs)
+
+
+def rank_batch(config: Config) -> str:
+    """What `data` asks for on each process: ``64 sequences`` or ``4096 tokens``."""
+    tokens = config.data.tokens_per_batch
+    return f"{config.data.batch_size} sequences" if tokens is None else f"{tokens} tokens"
 
 
 def train_loader(dataset: PreparedDataset, config: Config, world: World) -> TrainLoader:

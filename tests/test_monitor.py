@@ -82,7 +82,7 @@ def test_resumed_run_reads_as_one_uninterrupted_run(tmp_path: Path) -> None:
     with (cut / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"kind": "train", "step": 30, "lo')  # as a killed process leaves it
     with Monitor(cut, total_steps=40, log_every=5, console=plain_console()) as monitor:
-        monitor.resume_at(22)  # the checkpoint stands between two lines
+        monitor.resume_at(22, 40)  # the checkpoint stands between two lines
         train(monitor, 23, 40)
 
     def losses(run: Path) -> list[tuple[int, float]]:

@@ -56,7 +56,8 @@ class TrainLoader:
     ``world_size`` sequences, or as many as fit ``tokens_per_batch`` × ``world_size`` tokens; its sequences are dealt
     over the ranks so that the cost is even. Every rank has the same number of batches; in the last one of an epoch a
     rank may have no sequence. ``first``, below, is how many sequences of the epoch have been trained on before: what is
-    left is the same whatever number of processes trained on them.
+    left is the same whatever number of processes trained on them. `set_shares` keeps the global batches of another
+    number of processes.
     """
 
     def __init__(
@@ -86,6 +87,13 @@ class TrainLoader:
             raise UserError(f"{dataset.folder}: no user has two training events under data.protocol {protocol}")
         self._order = lru_cache(maxsize=2)(self._compute_order)
         self._bounds = lru_cache(maxsize=2)(self._compute_bounds)
+        self.set_shares(world_size)
+
+    def set_shares(self, shares: int) -> None:
+        """From here on a global batch is ``shares``, not ``world_size``, times what ``batch_size`` or ``tokens_per_batch``
+        says."""
+        self.shares = shares
+        self._bounds.cache_clear()
 
     def num_batches(self, epoch: int, first: int = 0) -> int:
         return self.bounds(epoch, first).size - 1
@@ -129,12 +137,12 @@ class TrainLoader:
     def _compute_bounds(self, epoch: int, first: int) -> IntArray:
         size = len(self.windows)
         if self.tokens_per_batch is None:
-            return np.append(np.arange(first, size, self.batch_size * self.world_size), size)
+            return np.append(np.arange(first, size, self.batch_size * self.shares), size)
         tokens = np.cumsum(self.windows.take(self._order(epoch).astype(np.int64)).lengths)
         bounds = [first]
         while bounds[-1] < size:
             used = int(tokens[bounds[-1] - 1]) if bounds[-1] else 0
-            fits = int(np.searchsorted(tokens, used + self.tokens_per_batch * self.world_size, side="right"))
+            fits = int(np.searchsorted(tokens, used + self.tokens_per_batch * self.shares, side="right"))
             bounds.append(max(fits, bounds[-1] + 1))
         return np.array(bounds)
 

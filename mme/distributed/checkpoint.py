@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from mme.distributed.engine import set_optimizer_step
 from mme.distributed.groups import World
@@ -26,6 +26,7 @@ from mme.distributed.state import Piece, optimizer_pieces, weight_pieces
 from mme.errors import UserError
 
 INDEX = "index.json"
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Progress:
 
     ``sequences`` of ``epoch``'s order have been trained on, by however many processes; ``skipped`` of the steps before
     changed nothing; ``evaluate``: this step is to be evaluated still; ``score`` is the validation NDCG@10 at this step,
-    if it was measured.
+    if it was measured. A global batch is ``shares`` times ``rank_batch``, such as "64 sequences".
     """
 
     step: int
@@ -43,6 +44,8 @@ class Progress:
     skipped: int = 0
     evaluate: bool = False
     score: float | None = None
+    shares: int = 1
+    rank_batch: str = ""
 
 
 def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -> Progress | None:
@@ -126,10 +129,15 @@ def _read_index(run: Path, step: int) -> dict[str, Any] | str:
     path = folder(run, step) / INDEX
     try:
         index = json.loads(path.read_text())
+        if index["format"] != FORMAT:
+            return f"{path}: format {index['format']!r}, expected {FORMAT}: another version of mme has written it"
         for entry in index["files"]:
+            if Path(entry["file"]).name != entry["file"]:
+                raise ValueError(f"file {entry['file']!r} is not in this folder")
             for piece in entry["pieces"]:
                 piece["offsets"], piece["local_shape"] = tuple(piece["offsets"]), tuple(piece["local_shape"])
-        Progress(**index["progress"])
+        if Progress(**index["progress"]).step != step:
+            raise ValueError(f"it is of step {index['progress']['step']!r}")
     except FileNotFoundError:
         available = ", ".join(map(str, steps(run))) or "none"
         return f"{path.parent}: no such checkpoint (complete ones: {available})"
@@ -146,11 +154,23 @@ def _damage(run: Path, step: int, index: dict[str, Any], world: World) -> str | 
         try:
             if sha256(path) != entry["sha256"]:
                 found = f"{path}: damaged: its SHA-256 is not the one in {INDEX}"
+            elif lacking := _lacking(path, entry["pieces"]):
+                found = f"{path}: damaged: no piece {lacking}, which {INDEX} names"
         except OSError as error:
             found = f"{path}: {error.strerror}"
+        except SafetensorError as error:
+            found = f"{path}: damaged: not a safetensors file ({error})"
     reports: list[Any] = [None] * world.size
     dist.all_gather_object(reports, found)
     return next((report for report in reports if report), None)
+
+
+def _lacking(path: Path, pieces: list[dict[str, Any]]) -> str | None:
+    """A piece that the file should hold and doesn't."""
+    with safe_open(path, framework="pt") as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    keys = {piece_key(piece["name"], piece["offsets"]): piece["local_shape"] for piece in pieces}
+    return next((key for key, shape in keys.items() if shapes.get(key) != shape), None)
 
 
 def _restore(run: Path, step: int, index: Any, pieces: list[Piece]) -> None:

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mme.distributed.checkpoint import INDEX, Progress, best_step, folder, piece_key, sha256, steps
+from mme.distributed.checkpoint import FORMAT, INDEX, Progress, best_step, folder, piece_key, sha256, steps
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import Piece, optimizer_pieces, weight_pieces
 from mme.errors import JobError, Preempted
@@ -186,7 +186,7 @@ class CheckpointWriter:
     def _complete(self, progress: Progress, entries: Sequence[dict[str, Any]]) -> None:
         final, partial = folder(self.run, progress.step), self._partial(progress.step)
         try:
-            _write_index(partial, {"format": 1, "progress": asdict(progress), "files": entries})
+            _write_index(partial, {"format": FORMAT, "progress": asdict(progress), "files": entries})
             _flush(partial)
             shutil.rmtree(final, ignore_errors=True)  # damaged, or of a run that began anew: else it were resumed from
             partial.rename(final)

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +102,81 @@ def test_a_truncated_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert damaged == f"{file}: damaged: its SHA-256 is not the one in index.json"
     assert missing.endswith("step_7: no such checkpoint (complete ones: 1, 3)")
     assert "tensor tables/item_0 has shape [40, 8], expected [40, 16]" in mismatch
+
+
+class Bomb:
+    """Leaves a file behind where it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.mark),)
+
+
+def in_index(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
+    def tamper(folder: Path) -> None:
+        index = json.loads((folder / "index.json").read_text())
+        change(index)
+        (folder / "index.json").write_text(json.dumps(index))
+
+    return tamper
+
+
+def plant_pickle(folder: Path) -> None:
+    """In place of the tensors, with a sum that fits."""
+    file = folder / "rank_00000.safetensors"
+    file.write_bytes(pickle.dumps(Bomb(folder.parent / "executed")))
+    in_index(lambda index: index["files"][0].update(sha256=checkpoint.sha256(file)))(folder)
+
+
+TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
+    "pickle": (plant_pickle, "rank_00000.safetensors: damaged: not a safetensors file ("),
+    "file gone": (lambda folder: (folder / "rank_00000.safetensors").unlink(), "rank_00000.safetensors: No such file"),
+    "index cut off": (
+        lambda folder: (folder / "index.json").write_text('{"format": 2, "fi'),
+        "index.json: damaged index (",
+    ),
+    "another format": (in_index(lambda index: index.update(format=1)), "index.json: format 1, expected 2: another"),
+    "another step": (in_index(lambda index: index["progress"].update(step=9)), "damaged index (it is of step 9)"),
+    "a file elsewhere": (
+        in_index(lambda index: index["files"][0].update(file="../step_1/rank_00000.safetensors")),
+        "damaged index (file '../step_1/rank_00000.safetensors' is not in this folder)",
+    ),
+    "a piece too many": (
+        in_index(
+            lambda index: index["files"][0]["pieces"].append(
+                {"name": "decoder/x", "shape": [2], "offsets": [0], "local_shape": [2]}
+            )
+        ),
+        "rank_00000.safetensors: damaged: no piece decoder/x@0, which index.json names",
+    ),
+}
+
+
+def load_tampered(world: World, run: Path) -> dict[str, tuple[Any, list[str]]]:
+    recommender = Recommender(configuration("train.table_lr=0.001"), NUM_ITEMS, world)
+    engine = initialize_engine(recommender.decoder, recommender.config)
+    found: dict[str, tuple[Any, list[str]]] = {}
+    sound = run.parent / "sound"
+    shutil.copytree(run / "checkpoints" / "step_3", sound)
+    for name, (tamper, _) in TAMPERED.items():
+        shutil.rmtree(run / "checkpoints" / "step_3")
+        shutil.copytree(sound, run / "checkpoints" / "step_3")
+        tamper(run / "checkpoints" / "step_3")
+        notes: list[str] = []
+        found[name] = checkpoint.load_training(run, recommender, engine, notes.append), notes
+    return found
+
+
+def test_a_checkpoint_from_a_stranger_is_named_and_passed_over_and_nothing_of_it_is_executed(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run_on(1, train_and_save, str(run), [])
+    (found,) = run_on(1, load_tampered, run)
+    for name, (_, message) in TAMPERED.items():
+        progress, (note,) = found[name]
+        assert progress.step == 1, name
+        assert message in note and "\n" not in note, note
+    assert not (run / "checkpoints" / "executed").exists()
+    pickle.loads(pickle.dumps(Bomb(run / "checkpoints" / "executed")))
+    assert (run / "checkpoints" / "executed").exists()  # the bomb is a real one
