@@ -119,15 +119,15 @@ def test_two_processes_repeat_their_losses(data: Path, tmp_path: Path, overrides
 
 
 @pytest.mark.slow
-def test_on_another_number_of_processes_every_sequence_is_trained_on_once(data: Path, tmp_path: Path) -> None:
-    """Two steps of an epoch by two processes, the rest by one: 100 sequences, 2 × 32 and then 36 by 16."""
+def test_with_other_global_batches_every_sequence_is_trained_on_once(data: Path, tmp_path: Path) -> None:
+    """Two steps of an epoch by two processes of 16 each, the rest by one of 12: 100 sequences, 2 × 32 and then 36 by 12."""
     run = tmp_path / "run"
     assert train(data, run, "train.steps=2", processes=2).returncode == 0
-    again = train(data, run)
+    again = train(data, run, "data.batch_size=12")
     assert again.returncode == 0, again.stderr
     steps = [(line["step"], line["epoch"]) for line in records(run, "train")]
-    assert steps == [*((step, 0) for step in range(1, 6)), *((step, 1) for step in range(6, 13))]
-    index = json.loads((run / "checkpoints" / "step_12" / "index.json").read_text())
+    assert steps == [*((step, 0) for step in range(1, 6)), *((step, 1) for step in range(6, 15))]
+    index = json.loads((run / "checkpoints" / "step_14" / "index.json").read_text())
     assert (index["progress"]["epoch"], index["progress"]["sequences"]) == (2, 0)
 
 
