@@ -69,6 +69,7 @@ def main(
                 results["straggler"] = in_process(stragglers, work / "set")
         finally:
             shutil.rmtree(work)
+    results["load_average"] = round(os.getloadavg()[0], 1)  # other programs' too
     results["training"] = waiting_share()
     results["h100"] = appetite(results["reader"])
     _print(results)
@@ -223,11 +224,12 @@ def waiting_share() -> dict[str, Any]:
 
 
 def appetite(rates: list[dict[str, Any]]) -> dict[str, Any]:
-    """How much of what `launcher plan` predicts an H100 of a node of eight to train one reader would feed."""
+    """How many of the H100s of a node of eight one reader on a core of its own would feed, by what `launcher plan`
+    predicts that they train."""
     config = load_config(H100_CONFIG, [f"data.batch_size={BATCH_SIZE}"])
     shape = Shape(config, 8, 8, H100_ITEMS)
     wanted = shape.tokens / sum(time_parts(shape, 1, GPUS["h100-80g"]).values())
-    (given,) = (r["warm"]["tokens_per_s"] for r in rates if (r["world_size"], r["max_seq_len"]) == (8, 200))
+    (given,) = (r["warm"]["tokens_per_cpu_s"] for r in rates if (r["world_size"], r["max_seq_len"]) == (8, 200))
     return {
         "assumption": f"launcher plan of {H100_CONFIG}, one node of 8 × h100-80g, {H100_ITEMS:,} items",
         "tokens_per_s_of_one_h100": round(wanted),
