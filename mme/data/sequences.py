@@ -107,11 +107,6 @@ class TrainLoader:
         )
         return self._prefetch(partial(self._train_batch, *place) for place in places)
 
-    def batches(self, epoch: int, first: int = 0) -> Generator[SequenceBatch, None, None]:
-        """The batches of one epoch, made ahead by the readers."""
-        bounds = self.bounds(epoch, first).tolist()
-        return self._prefetch(partial(self.batch, epoch, begin, end) for begin, end in itertools.pairwise(bounds))
-
     def bounds(self, epoch: int, first: int = 0) -> IntArray:
         """Where each global batch begins in the order of the epoch, with the end of the last."""
         return self._bounds(epoch, first)
