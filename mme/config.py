@@ -15,6 +15,8 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mme.errors import UserError
 
+USER_ID = "user_id"  # of `model.user_features`: the user, not a column
+
 # OmegaConf reads the annotations of the dataclasses and knows Optional[X], not X | None.
 # ruff: noqa: UP045
 
@@ -64,11 +66,18 @@ class ModelConfig:
     dropout: float = 0.2
     positions: Literal["per_view", "shared"] = "per_view"
     score_norm: Literal["concat", "per_view"] = "concat"
+    event_features: list[str] = field(default_factory=list)  # columns of the data set, added to each event's item
+    user_features: list[str] = field(default_factory=list)  # columns, or user_id, summed to a token before the history
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     @property
     def view_dim(self) -> int:
         return self.embedding_dim // self.num_tables
+
+    @property
+    def feature_columns(self) -> list[str]:
+        """The columns of events and users that the model reads, each once."""
+        return list(dict.fromkeys([*self.event_features, *self.user_features]))
 
 
 @dataclass
@@ -148,6 +157,11 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     output_dir: str = "runs/default"
+
+    @property
+    def history_len(self) -> int:
+        """The most events of a history that are read: N, or N − 1 where a user's token stands before them."""
+        return self.data.max_seq_len - bool(self.model.user_features)
 
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
@@ -240,6 +254,14 @@ def validate(config: Config) -> None:
         raise UserError(
             f"model.embedding_dim ({model.embedding_dim}) must be divisible by model.num_tables ({model.num_tables})"
         )
+    for key, names in (("event_features", model.event_features), ("user_features", model.user_features)):
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"model.{key} names {twice} twice")
+    if USER_ID in model.event_features:
+        raise UserError(f"model.event_features names {USER_ID}, which is of users: expected in model.user_features")
+    if config.history_len < 1:
+        raise UserError(f"data.max_seq_len ({data.max_seq_len}) must be at least 2 with model.user_features")
     if model.view_dim % model.num_heads and (model.dqk is None or model.dv is None):
         raise UserError(
             f"the view width embedding_dim / num_tables ({model.view_dim}) must be divisible by model.num_heads "
@@ -252,9 +274,11 @@ def validate(config: Config) -> None:
     if data.window_stride is not None:
         if data.windows != "sliding":
             raise UserError(f"data.window_stride ({data.window_stride}) needs data.windows=sliding")
-        if not 1 <= data.window_stride <= data.max_seq_len:
+        if not 1 <= data.window_stride <= config.history_len:
+            less = " - 1, for the user's token," if model.user_features else ""
             raise UserError(
-                f"data.window_stride ({data.window_stride}) must be between 1 and data.max_seq_len ({data.max_seq_len})"
+                f"data.window_stride ({data.window_stride}) must be between 1 and data.max_seq_len{less} "
+                f"({config.history_len})"
             )
     if moe.num_experts and not 1 <= moe.top_k <= moe.num_experts:
         raise UserError(f"model.moe.top_k ({moe.top_k}) must be between 1 and num_experts ({moe.num_experts})")

@@ -10,7 +10,7 @@ import torch
 
 from mme.config import Config, load_config
 from mme.data.dataset import PreparedDataset
-from mme.data.sequences import EvaluationLoader
+from mme.data.sequences import EvaluationLoader, Features
 from mme.distributed.checkpoint import load_weights
 from mme.distributed.groups import process_group
 from mme.distributed.recommender import Recommender
@@ -96,13 +96,14 @@ def _loader(recommender: Recommender, dataset: PreparedDataset, config: Config, 
         dataset,
         data.protocol,
         split,
-        max_seq_len=data.max_seq_len,
+        max_seq_len=config.history_len,
         batch_size=data.eval_batch_size,
         rank=world.rank,
         world_size=world.size,
         readers=data.readers,
         device=world.device,
         global_time_test_fraction=data.global_time_test_fraction,
+        features=Features(config.model.event_features, config.model.user_features),
     )
 
 
@@ -115,7 +116,7 @@ def evaluate_run(run: Path, checkpoint: int | None) -> dict[str, Any]:
     config = load_config(run / "config.yaml")
     with process_group() as world:
         dataset = PreparedDataset.open(config.data.path, config.data.cache_dir)
-        recommender = Recommender(config, dataset.num_items, world)
+        recommender = Recommender(config, dataset.num_items, world, dataset.feature_sizes(config.model.feature_columns))
         step = load_weights(run, checkpoint, recommender)
         model, popularity = _records(recommender, dataset, config, "test", step)
     return {"run": str(run), "checkpoint": step, **model, "popularity": popularity}

@@ -19,7 +19,6 @@ from torch import Tensor
 from mme.data.batch import EvaluationBatch
 from mme.distributed.recommender import Recommender
 from mme.model.baselines import popularity_order
-from mme.model.loss import compact
 from mme.model.multi_embedding import positions_in_sequence
 
 TABLE_ROWS = 65_536  # items of a rank that one lookup brings
@@ -105,22 +104,22 @@ def _routing(
         "position": [f"from {bound}" for bound in bounds],
     }
     totals = {name: counts.new_zeros(len(blocks), len(groups), moe.num_experts) for name, groups in names.items()}
-    recommender.decoder.eval()
     for batch in itertools.islice(batches, ROUTED_BATCHES):
         before_batch()
         sequences = batch.sequences.to(device)
-        ids, (index,) = compact([sequences.item_ids], recommender.num_items)
-        rows = recommender.tables.lookup(ids)
-        routing = recommender.decoder(rows, index, sequences.seq_offsets, sequences.timestamps).routing
+        output = recommender.decode(sequences)
         place = positions_in_sequence(sequences.seq_offsets, sequences.num_tokens) + 1
         groups = {
             "view": torch.arange(num_views, device=device).repeat_interleave(sequences.num_tokens),
             "popularity": decile[sequences.item_ids].repeat(num_views),
             "position": (torch.bucketize(place, place.new_tensor(bounds), right=True) - 1).repeat(num_views),
         }
-        for number, decided in enumerate(routing):
+        for number, decided in enumerate(output.routing):
+            experts = decided.experts.unflatten(0, (num_views, -1))
+            if output.item_places is not None:
+                experts = experts[:, output.item_places]
             for name, group in groups.items():
-                cell = group[:, None] * moe.num_experts + decided.experts
+                cell = group[:, None] * moe.num_experts + experts.flatten(0, 1)
                 table = totals[name][number]
                 table += torch.bincount(cell.flatten(), minlength=table.numel()).view_as(table)
     shares = {}

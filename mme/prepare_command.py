@@ -82,6 +82,14 @@ def prepare(
             "--filter-once", help="Count users and items once, not again and again until all left have enough."
         ),
     ] = None,
+    feature_columns: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="NAMES",
+            help="Columns of categories to keep beside item and time, separated by commas, such as action,rating; the "
+            "model reads those that model.event_features and model.user_features name.",
+        ),
+    ] = None,
     memory_limit: Annotated[Optional[str], typer.Option(help="Memory to use at most; default 4GiB.")] = None,
     max_malformed_share: Annotated[
         Optional[float],
@@ -109,6 +117,8 @@ def prepare(
 
         mme prepare --input day1.parquet day2.parquet --format parquet --user-column uid --output datasets/mine
 
+        mme prepare log.csv --format csv --feature-columns action,segment --output datasets/mine
+
         mme prepare day3.parquet --add-to datasets/mine
 
         mme prepare --synthetic quickstart --output datasets/quickstart
@@ -124,7 +134,7 @@ def prepare(
             "watch_time_column": watch_time_column,
             "watch_ratio_column": watch_ratio_column,
         }
-        filters = {
+        filters: dict[str, Any] = {
             "min_rating": min_rating,
             "clicks_only": clicks_only,
             "min_watch_time": min_watch_time,
@@ -132,6 +142,7 @@ def prepare(
             "min_user_events": min_user_events,
             "min_item_events": min_item_events,
             "filter_once": filter_once,
+            "feature_columns": feature_columns,
         }
         limits = {
             "memory_limit": memory_limit,
@@ -160,6 +171,8 @@ def prepare(
             _refuse(_given(filters), "--add-to, for the set's own filters hold,")
             info = add_events(files, add_to, format=format, columns=names, **_given(limits))
         else:
+            if feature_columns is not None:
+                filters["feature_columns"] = [name.strip() for name in feature_columns.split(",") if name.strip()]
             info = prepare_files(files, format or "", target, columns=names, **_given(filters | limits))
         _print_prepared(info, target)
 
@@ -190,6 +203,8 @@ def _print_prepared(info: dict[str, Any], output: Path) -> None:
         if name == "malformed_rows":
             for reason, found in info.get("malformed", {}).items():
                 table.add_row(f"  {reason} (first: {found['first'][0]})", f"{found['rows']:,}")
+    for name, number in info.get("features", {}).items():
+        table.add_row(f"values of {name}", f"{number:,}")
     for metric, value in info.get("oracle", {}).get("test", {}).items():
         table.add_row(f"{metric.upper()} of an oracle that knows the process", f"{value:.4f}")
     Console().print(table)

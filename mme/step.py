@@ -58,7 +58,7 @@ class Gradients:
 
     Attributes:
         finite: the loss and every gradient, on all ranks.
-        ids: (U,) the items of those rows.
+        ids: (U,) the items and features of those rows.
         looked_up: (U, M, d) the rows that this rank brought from the tables, with their history.
         item_rows: (U, M, d) their gradient.
     """
@@ -100,7 +100,7 @@ class TrainStep:
     ) -> None:
         self.config, self.recommender, self.engine = config, recommender, engine
         self.total_steps = total_steps
-        self.loss = NextItemLoss(config, recommender.num_items, training_counts)
+        self.loss = NextItemLoss(config, recommender.num_items, training_counts, recommender.rows)
 
     def __call__(self, step: int, batch: SequenceBatch, skipped: int = 0, votes: Sequence[bool] = ()) -> StepResult:
         """The ``step``-th step, from 0, on this rank's part of the batch; it may be empty.
@@ -161,17 +161,20 @@ class TrainStep:
     def _part(self, part: SequenceBatch, items: BatchItems, item_rows: Tensor, batch: SequenceBatch) -> _Part:
         """Forward and backward of one part of this rank's batch."""
         world = self.recommender.world
-        output = self.engine(item_rows, items.inputs, part.seq_offsets, part.timestamps)
+        rows = items.inputs
+        output = self.engine(item_rows, rows.items, part.seq_offsets, part.timestamps, rows.events, rows.users)
         with region("loss"):
             losses = self.loss(output.hidden, item_rows, items)
             if part.trained is not None:
                 losses = losses.masked_fill(~part.trained, 0.0)
         counts = torch.stack([r.counts for r in output.routing]) if output.routing else part.seq_offsets.new_zeros(0)
-        sizes = counts.new_tensor([part.num_tokens, batch.num_tokens, batch.num_targets])
-        summed, sizes = world.sum(torch.cat([counts.flatten(), sizes])).split([counts.numel(), 3])
-        counts, (part_tokens, tokens, targets) = summed.view(counts.shape), sizes.clamp(min=1)
+        # Experts see the users' tokens, too, which have no target.
+        routed = part.num_tokens + (part.num_sequences if rows.users.shape[1] else 0)
+        sizes = counts.new_tensor([routed, part.num_tokens, batch.num_tokens, batch.num_targets])
+        summed, sizes = world.sum(torch.cat([counts.flatten(), sizes])).split([counts.numel(), 4])
+        counts, (routed, part_tokens, tokens, targets) = summed.view(counts.shape), sizes.clamp(min=1)
         with region("loss"):
-            balance = self._balance(output.routing, counts, part_tokens) * (part_tokens / tokens)
+            balance = self._balance(output.routing, counts, routed) * (part_tokens / tokens)
             total = losses.sum() / targets + balance
         with region("backward"):
             self.engine.backward(total * world.size)  # DeepSpeed and TorchRec average gradients over the ranks
@@ -185,7 +188,9 @@ class TrainStep:
             spoil_gradients(self.engine)
         elif limit:
             decoder = reduced_gradients(self.engine)
-            clip_gradients(recommender.world, decoder, gradients.ids, gradients.item_rows, recommender.num_items, limit)
+            clip_gradients(
+                recommender.world, decoder, gradients.ids, gradients.item_rows, recommender.rows.num_rows, limit
+            )
         self.engine.step()
         if was_skipped(self.engine):
             return False
@@ -194,7 +199,7 @@ class TrainStep:
         return True
 
     def _balance(self, routing: list[Routing], counts: Tensor, tokens: Tensor) -> Tensor:
-        """This rank's share of the routers' losses, summed over the blocks."""
+        """This rank's share of the routers' losses, summed over the blocks; ``tokens`` were routed on all ranks."""
         moe = self.config.model.moe
         rows = tokens * self.config.model.num_tables
         total = torch.zeros((), device=tokens.device)

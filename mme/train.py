@@ -16,7 +16,7 @@ from mme.config import Config, save_config, validate_world_size
 from mme.data.balance import attention_equals_rest_at
 from mme.data.batch import SequenceBatch
 from mme.data.dataset import PreparedDataset
-from mme.data.sequences import TrainLoader
+from mme.data.sequences import Features, TrainLoader
 from mme.distributed import checkpoint
 from mme.distributed.checkpoint import Progress
 from mme.distributed.checkpoint_writer import CheckpointWriter
@@ -59,7 +59,9 @@ class Training:
         self.config, self.dataset, self.world, self.preemption = config, dataset, world, preemption
         self.run_folder = Path(config.output_dir)
         self.watchdog = Watchdog(self.run_folder, world, config.train.hang_timeout_s)
-        self.recommender = Recommender(config, dataset.num_items, world)
+        self.recommender = Recommender(
+            config, dataset.num_items, world, dataset.feature_sizes(config.model.feature_columns)
+        )
         self.engine = initialize_engine(self.recommender.decoder, config)
         self.loader = train_loader(dataset, config, world)
         self.total_steps = self._total_steps(Progress(0, 0, 0))
@@ -288,10 +290,10 @@ def train_loader(dataset: PreparedDataset, config: Config, world: World) -> Trai
     return TrainLoader(
         dataset,
         data.protocol,
-        max_seq_len=data.max_seq_len,
+        max_seq_len=config.history_len,
         batch_size=data.batch_size,
         tokens_per_batch=data.tokens_per_batch,
-        window_stride=(data.window_stride or data.max_seq_len) if data.windows == "sliding" else None,
+        window_stride=(data.window_stride or config.history_len) if data.windows == "sliding" else None,
         rank=world.rank,
         world_size=world.size,
         seed=config.train.seed,
@@ -299,4 +301,5 @@ def train_loader(dataset: PreparedDataset, config: Config, world: World) -> Trai
         device=world.device,
         global_time_test_fraction=data.global_time_test_fraction,
         attention_equals_rest_at=attention_equals_rest_at(config.model),
+        features=Features(config.model.event_features, config.model.user_features),
     )

@@ -31,6 +31,9 @@ class SequenceBatch:
         target_ids: (T,) int64, the item that follows each token.
         user_rows: (B,) int64, the row of each sequence's user in the prepared data set.
         trained: (T,) bool, tokens whose target is trained on, the others are only its context; None: all are.
+        event_features: (T, F) int64, the values of each token's event by `model.event_features`, 0: missing or unknown;
+            None: there are none. Those of the event to be predicted are not among them.
+        user_features: (B, G) int64, likewise of each user by `model.user_features`.
     """
 
     item_ids: Tensor
@@ -39,6 +42,8 @@ class SequenceBatch:
     target_ids: Tensor
     user_rows: Tensor
     trained: Tensor | None = None
+    event_features: Tensor | None = None
+    user_features: Tensor | None = None
 
     @property
     def num_sequences(self) -> int:
@@ -77,6 +82,8 @@ class SequenceBatch:
                     target_ids=self.target_ids[start:end],
                     user_rows=self.user_rows[first:last],
                     trained=None if self.trained is None else self.trained[start:end],
+                    event_features=None if self.event_features is None else self.event_features[start:end],
+                    user_features=None if self.user_features is None else self.user_features[first:last],
                 )
             )
         return parts

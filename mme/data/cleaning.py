@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from mme.data.features import Vocabulary, parts_column
 from mme.data.feedback import FeedbackFilter, feedback_numbers
 from mme.data.formats import ROLES
 from mme.data.readers import SourceFile
@@ -59,16 +60,23 @@ class Cleaner:
     Attributes:
         malformed: the rows left out because something is wrong with them.
         unwanted: sound rows left out because of their feedback, by reason.
+        vocabularies: of the features, by column; they learn the values of sound rows.
     """
 
-    def __init__(self, feedback: FeedbackFilter | None = None, id_types: dict[str, pa.DataType] | None = None) -> None:
+    def __init__(
+        self,
+        feedback: FeedbackFilter | None = None,
+        id_types: dict[str, pa.DataType] | None = None,
+        vocabularies: dict[str, Vocabulary] | None = None,
+    ) -> None:
         self.malformed = Malformed()
         self.unwanted: Counter[str] = Counter()
         self.id_types = dict(id_types or {})
+        self.vocabularies = vocabularies or {}
         self._feedback = feedback or FeedbackFilter()
 
     def clean(self, source: SourceFile, batch: pa.RecordBatch, first_row: int) -> pa.Table:
-        """The sound rows of a batch: user, item, timestamp (seconds) and position, its row from ``first_row`` on.
+        """The sound rows of a batch: user, item, timestamp (seconds), position, its row from ``first_row`` on, and features.
 
         Raises:
             UserError: a column has another type than ids or times can have.
@@ -92,7 +100,20 @@ class Cleaner:
             columns[role] = values
         sound = self._wanted(source, batch, sound)
         position = pa.array(np.arange(first_row, first_row + batch.num_rows))
-        return pa.table({**columns, "position": position}).filter(sound)
+        return self._with_features(source, batch, pa.table({**columns, "position": position}).filter(sound), sound)
+
+    def _with_features(
+        self, source: SourceFile, batch: pa.RecordBatch, table: pa.Table, sound: pa.BooleanArray
+    ) -> pa.Table:
+        """``table`` with the numbers of each feature's values."""
+        for name, vocabulary in self.vocabularies.items():
+            column = parts_column(name)
+            try:
+                numbers = vocabulary.learn(batch.column(column).filter(sound))
+            except (TypeError, OverflowError) as error:
+                raise UserError(f"{source.path}: column {name!r} {error}") from error
+            table = table.append_column(column, pa.array(numbers))
+        return table
 
     def _wanted(self, source: SourceFile, batch: pa.RecordBatch, sound: pa.BooleanArray) -> pa.BooleanArray:
         """Which of the ``sound`` rows have the feedback asked for."""

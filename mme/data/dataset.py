@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mme.data.event_file import EventFile, Records, open_event_file
+from mme.data.features import feature_sizes
 from mme.data.layout import ITEMS_FILE
 from mme.data.parts import IntArray, read_info, read_user_ids
 
@@ -72,8 +74,12 @@ class PreparedDataset:
     def num_events(self) -> int:
         return self.info["num_events"]
 
+    def feature_sizes(self, names: Sequence[str]) -> dict[str, int]:
+        """See `mme.data.features`; raises UserError where the set has no such column."""
+        return feature_sizes(self.folder, self.info, names)
+
     def read(self, starts: IntArray, lengths: IntArray) -> Records:
-        """The events (``item``, ``timestamp``) at ``starts[i]`` … ``starts[i] + lengths[i] - 1`` of each range, in turn.
+        """The events (``item``, ``timestamp`` and features) at ``starts[i]`` … ``starts[i] + lengths[i] - 1`` of each range, in turn.
 
         Raises:
             ReadError: they can't be read any more.

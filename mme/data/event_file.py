@@ -1,11 +1,11 @@
 """All events of a training set in one flat file, so that any sequence is one read from the disk.
 
 Parquet is compressed by row groups: to take a sequence out of one, all of it is decoded. So the first job that opens a
-set lays its events out once, 12 bytes each, in a file of its own, and every later read takes just the bytes that it
+set lays its events out once, 12 bytes each and 4 a feature, in a file of its own, and every later read takes just the bytes that it
 asks for. A process keeps nothing of the events in memory but what it reads at the moment; the processes of a machine
 share the pages that the kernel keeps of the file.
 
-    SHA.events      num_events records (item int32, timestamp int64), user after user, oldest first
+    SHA.events      num_events records (item int32, timestamp int64, each feature int32), user after user, oldest first
                     num_users + 1 int64: where the events of each user begin, and the end
 
 SHA is of dataset.json and of the parts' names, sizes and times of change: a set that changes gets another file, and the
@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mme.data.layout import INFO_FILE
-from mme.data.parts import IntArray, read_part
+from mme.data.parts import IntArray, feature_limits, limits, read_part
 from mme.errors import UserError
 
 RECORD = np.dtype([("item", "<i4"), ("timestamp", "<i8")])
@@ -53,11 +53,13 @@ class EventFile:
         user_offsets: (num_users + 1,) int64, the events of user row u are user_offsets[u] to user_offsets[u + 1].
     """
 
-    def __init__(self, path: Path, num_users: int, num_events: int, num_items: int) -> None:
-        self.path, self.num_events, self.num_items = path, num_events, num_items
+    def __init__(self, path: Path, info: dict[str, Any]) -> None:
+        num_users, num_events = info["num_users"], info["num_events"]
+        self.path, self.num_events = path, num_events
+        self._record, self._limits = record_of(info), {"item": info["num_items"], **feature_limits(info)}
         self._file = path.open("rb", buffering=0)
         self.user_offsets: IntArray = np.empty(num_users + 1, np.int64)
-        self._fill(self.user_offsets.view(np.uint8).data, num_events * RECORD.itemsize)
+        self._fill(self.user_offsets.view(np.uint8).data, num_events * self._record.itemsize)
         if self.user_offsets[0] or self.user_offsets[-1] != num_events or (np.diff(self.user_offsets) < 0).any():
             raise self._error("the users' offsets do not rise from 0 to the number of events")
 
@@ -67,9 +69,9 @@ class EventFile:
         Raises:
             ReadError: the file is damaged.
         """
-        records = np.empty(int(lengths.sum()), RECORD)
+        records = np.empty(int(lengths.sum()), self._record)
         view = records.view(np.uint8).data
-        ranges = (np.stack([starts, lengths], 1) * RECORD.itemsize).tolist()
+        ranges = (np.stack([starts, lengths], 1) * self._record.itemsize).tolist()
         for start, size in ranges:
             # The disk fetches all of them beside each other: cold, that gives several times the tokens a second.
             os.posix_fadvise(self._file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
@@ -77,9 +79,10 @@ class EventFile:
         for start, size in ranges:
             self._fill(view[place : place + size], start)
             place += size
-        items = records["item"]
-        if items.size and not (items.min() >= 0 and items.max() < self.num_items):
-            raise self._error(f"an item index that is not in 0 to {self.num_items - 1}")
+        for name, limit in self._limits.items():
+            indices = records[name]
+            if indices.size and not (indices.min() >= 0 and indices.max() < limit):
+                raise self._error(f"an {name} index that is not in 0 to {limit - 1}")
         return records
 
     def scan(self) -> Iterator[tuple[int, int, Records]]:
@@ -110,6 +113,11 @@ class EventFile:
         return ReadError(f"{self.path}: damaged: {what}; it is removed, and the next start writes it anew")
 
 
+def record_of(info: dict[str, Any]) -> np.dtype[np.void]:
+    """One event of the set: item, timestamp and its features, named as in the parts."""
+    return np.dtype([*RECORD.descr, *((name, "<i4") for name in feature_limits(info))])
+
+
 def open_event_file(folder: Path, info: dict[str, Any], cache_dir: Path | None = None) -> EventFile:
     """The flat file of the set in ``folder``, written first where there is none of this very set.
 
@@ -125,14 +133,14 @@ def open_event_file(folder: Path, info: dict[str, Any], cache_dir: Path | None =
     prefix = "" if cache_dir is None else f"{folder.name}-{_sha256(os.path.abspath(folder).encode())[:8]}-"
     path = cache / f"{prefix}{_identity(folder, info)}.events"
     num_events, num_users = info["num_events"], info["num_users"]
-    size = num_events * RECORD.itemsize + (num_users + 1) * 8
+    size = num_events * record_of(info).itemsize + (num_users + 1) * 8
     if not _is_whole(path, size):
         with _writable(cache, size), _lock(cache / f"{prefix}lock"):
             if not _is_whole(path, size):
                 for older in cache.glob(f"{prefix}*.events*"):
                     older.unlink(missing_ok=True)
                 _write(folder, info, path)
-    return EventFile(path, num_users, num_events, info["num_items"])
+    return EventFile(path, info)
 
 
 def _identity(folder: Path, info: dict[str, Any]) -> str:
@@ -143,7 +151,7 @@ def _identity(folder: Path, info: dict[str, Any]) -> str:
         except OSError as error:
             raise UserError(f"{folder / part['file']}: no such file, though {INFO_FILE} names it") from error
         parts.append((part["file"], status.st_size, status.st_mtime_ns))
-    return _sha256((folder / INFO_FILE).read_bytes() + repr((RECORD.descr, parts)).encode())[:16]
+    return _sha256((folder / INFO_FILE).read_bytes() + repr((record_of(info).descr, parts)).encode())[:16]
 
 
 def _sha256(data: bytes) -> str:
@@ -190,10 +198,10 @@ def _write(folder: Path, info: dict[str, Any], path: Path) -> None:
     ends = np.cumsum([0] + [part["events"] for part in info["parts"]])
     try:
         with partial_file.open("wb", buffering=0) as file, ThreadPoolExecutor(_threads()) as pool:
-            lay_out = partial(_lay_out, folder, info["num_items"], file.fileno())
+            lay_out = partial(_lay_out, folder, info, file.fileno())
             lengths = list(pool.map(lay_out, info["parts"], ends[:-1].tolist()))
             offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
-            _write_at(file.fileno(), offsets, int(ends[-1]) * RECORD.itemsize)
+            _write_at(file.fileno(), offsets, int(ends[-1]) * record_of(info).itemsize)
             os.fsync(file.fileno())
         os.replace(partial_file, path)
     finally:
@@ -204,13 +212,16 @@ def _threads() -> int:
     return min(MOST_THREADS, len(os.sched_getaffinity(0)))
 
 
-def _lay_out(folder: Path, num_items: int, descriptor: int, part: dict[str, Any], first_event: int) -> IntArray:
+def _lay_out(folder: Path, info: dict[str, Any], descriptor: int, part: dict[str, Any], first_event: int) -> IntArray:
     """Writes one part's events; returns how many each of its users has."""
     lengths = [np.zeros(0, np.int64)]
-    place = first_event * RECORD.itemsize
-    for piece in read_part(folder, part, num_items):
-        records = np.empty(piece.items.size, RECORD)
+    record = record_of(info)
+    place = first_event * record.itemsize
+    for piece in read_part(folder, part, limits(info)):
+        records = np.empty(piece.items.size, record)
         records["item"], records["timestamp"] = piece.items, piece.timestamps
+        for name, values in piece.features.items():
+            records[name] = values
         _write_at(descriptor, records, place)
         place += records.nbytes
         lengths.append(piece.lengths)

@@ -12,12 +12,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mme.data.histories import NEW, Histories, IntArray
+from mme.data.layout import FEATURE_PREFIX
 
 EVENTS_AT_ONCE = 1 << 20
 
 
 class EventStore:
-    """A table of events (user, item, timestamp, position, place) in ``folder``; see `Histories` for place.
+    """A table of events (user, item, timestamp, position, features, place) in ``folder``; see `Histories` for place.
 
     DuckDB takes ``memory_limit`` bytes at most and spills to the folder.
     """
@@ -28,6 +29,7 @@ class EventStore:
         # The position is a column, so that order need not be kept in memory as well.
         self._database.execute("SET preserve_insertion_order = false; SET enable_progress_bar = false")
         self._has_prior = False
+        self._features: list[str] = []
 
     def __enter__(self) -> EventStore:
         return self
@@ -40,13 +42,15 @@ class EventStore:
     def load(self, tables: Iterator[pa.Table], table: str = "events") -> None:
         """Fills a table of the store; ``tables`` have the same columns throughout.
 
-        For `events` these are user, item, timestamp, position and, where there is a prior set, place. An exception of
-        ``tables`` comes out as it is.
+        For `events` these are user, item, timestamp, position, features and, where there is a prior set, place. An
+        exception of ``tables`` comes out as it is.
         """
         failure: list[BaseException] = []
         first = next(tables, None)
         if first is None:
             return
+        if table == "events":
+            self._features = [name for name in first.column_names if name.startswith(FEATURE_PREFIX)]
 
         def batches() -> Iterator[pa.RecordBatch]:
             try:
@@ -97,6 +101,8 @@ class EventStore:
             users = _Stream(order.to_arrow_reader(EVENTS_AT_ONCE))
         if self._has_prior:
             columns += ", place"
+        for name in self._features:
+            columns += ', "' + name.replace('"', '""') + '"'
         query = f"SELECT {columns} FROM events {joins} ORDER BY number, timestamp, position"
         for table in _whole_users(self._database.sql(query).to_arrow_reader(EVENTS_AT_ONCE)):
             starts = _user_starts(table["number"])
@@ -109,6 +115,7 @@ class EventStore:
                 codes=table["code"].to_numpy(),
                 times=table["timestamp"].to_numpy(),
                 places=table["place"].to_numpy() if self._has_prior else np.full(num_events, NEW, np.int32),
+                features={name: table[name].to_numpy() for name in self._features},
             )
 
     def _users_are_text(self) -> bool:

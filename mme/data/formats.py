@@ -21,6 +21,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mme.data.layout import FEATURE_PREFIX
 from mme.data.readers import SourceFile, first_line, json_fields
 from mme.errors import UserError
 
@@ -132,16 +133,17 @@ def identify(path: Path, format: str) -> str:
     return _detect(_first_lines(path), path) if format == "auto" else format
 
 
-def open_source(path: Path, format: str, given: dict[str, str], feedback: Iterable[str] = ()) -> SourceFile:
+def open_source(path: Path, format: str, given: dict[str, str], more_roles: Iterable[str] = ()) -> SourceFile:
     """How to read ``path``, whose format is ``format``, not ``auto``.
 
-    ``given`` holds the names of columns that the user gave, by role; ``feedback`` the further roles that are wanted.
+    ``given`` holds the names of columns that the user gave, by role; ``more_roles`` the further roles that are wanted:
+    feedback, and `FEATURE_PREFIX` with the name of a column.
 
     Raises:
         UserError: the file is of another format, or has no column for a role.
     """
     first_lines = _first_lines(path)
-    roles = [*ROLES, *feedback]
+    roles = [*ROLES, *more_roles]
     if first_lines is None and format in ("csv", "json", "movielens-1m", "amazon"):
         raise UserError(f"{path}: is a Parquet file, expected {format}")
     if format == "parquet" or first_lines is None:
@@ -242,10 +244,11 @@ def _parquet_names(path: Path) -> list[str]:
 
 def _fixed(path: Path, roles: list[str], header: list[str]) -> dict[str, str]:
     """Columns of a file without a header, named by their roles."""
-    missing = [role for role in roles if role not in header]
+    columns = {role: role.removeprefix(FEATURE_PREFIX) for role in roles}
+    missing = [name for name in columns.values() if name not in header]
     if missing:
         raise UserError(f"{path}: has no {missing[0].replace('_', ' ')}, only user, item, rating and time")
-    return {role: role for role in roles}
+    return columns
 
 
 def _resolve(path: Path, names: list[str], format: str, given: dict[str, str], roles: list[str]) -> dict[str, str]:
@@ -254,6 +257,8 @@ def _resolve(path: Path, names: list[str], format: str, given: dict[str, str], r
     fixed = dict(zip(ROLES, FIXED_NAMES.get(format, []), strict=False))
     for role in roles:
         wanted = given.get(role) or fixed.get(role)
+        if role.startswith(FEATURE_PREFIX):
+            wanted = role.removeprefix(FEATURE_PREFIX)
         if wanted is not None:
             if wanted not in names:
                 raise UserError(f"{path}: no column {wanted!r} (found: {', '.join(names)})")

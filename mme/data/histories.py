@@ -7,12 +7,14 @@ the new ones by their raw ids.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+
+from mme.data.layout import FEATURE_PREFIX
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -31,6 +33,7 @@ class Histories:
         times: (E,) int64 seconds, never falling within a user.
         places: (E,) int64, for an event that the prior set left out, how many kept events of its user came before it;
             `NEW`: an event that the prior set has not met.
+        features: of each column (named as in the parts) the numbers of its values, (E,) int32.
     """
 
     user_ids: pa.Array
@@ -39,6 +42,7 @@ class Histories:
     codes: NDArray[np.int32]
     times: IntArray
     places: IntArray
+    features: dict[str, NDArray[np.int32]] = field(default_factory=dict)
 
     @property
     def lengths(self) -> IntArray:
@@ -54,6 +58,7 @@ class Histories:
             self.codes[events],
             self.times[events],
             self.places[events],
+            {name: values[events] for name, values in self.features.items()},
         )
 
     def select(self, kept: BoolArray) -> Histories:
@@ -67,6 +72,7 @@ class Histories:
             self.codes[kept],
             self.times[kept],
             self.places[kept],
+            {name: values[kept] for name, values in self.features.items()},
         )
 
     def user_of_event(self) -> IntArray:
@@ -83,6 +89,7 @@ def concatenate(pieces: Sequence[Histories]) -> Histories:
         np.concatenate([piece.codes for piece in pieces]),
         np.concatenate([piece.times for piece in pieces]),
         np.concatenate([piece.places for piece in pieces]),
+        {name: np.concatenate([piece.features[name] for piece in pieces]) for name in pieces[0].features},
     )
 
 
@@ -187,13 +194,12 @@ class Spool:
 
 def _to_batch(histories: Histories) -> pa.RecordBatch:
     offsets = pa.array(histories.offsets)
+    lists = {"codes": histories.codes, "times": histories.times, "places": histories.places, **histories.features}
     return pa.record_batch(
         {
             "user_ids": histories.user_ids,
             "rows": pa.array(histories.rows),
-            "codes": pa.LargeListArray.from_arrays(offsets, pa.array(histories.codes)),
-            "times": pa.LargeListArray.from_arrays(offsets, pa.array(histories.times)),
-            "places": pa.LargeListArray.from_arrays(offsets, pa.array(histories.places)),
+            **{name: pa.LargeListArray.from_arrays(offsets, pa.array(values)) for name, values in lists.items()},
         }
     )
 
@@ -206,6 +212,7 @@ def _from_batch(batch: pa.RecordBatch) -> Histories:
         batch["codes"].values.to_numpy(),
         batch["times"].values.to_numpy(),
         batch["places"].values.to_numpy(),
+        {name: batch[name].values.to_numpy() for name in batch.schema.names if name.startswith(FEATURE_PREFIX)},
     )
 
 

@@ -6,3 +6,5 @@ FORMAT_VERSION = 2
 INFO_FILE = "dataset.json"
 ITEMS_FILE = "items.parquet"
 LEFT_OUT_FILE = "left_out.parquet"
+FEATURES_FILE = "features.parquet"
+FEATURE_PREFIX = "feature_"  # of the parts' columns that `--feature-columns` asks for

@@ -22,12 +22,14 @@ class Settings:
 
     Attributes:
         columns: role → name of the column, where the user gave one.
+        features: names of the further columns that are kept.
     """
 
     format: str
     columns: dict[str, str] = field(default_factory=dict)
     feedback: FeedbackFilter = field(default_factory=FeedbackFilter)
     counts: CountFilter = field(default_factory=lambda: CountFilter(1, 1, True))
+    features: list[str] = field(default_factory=list)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
@@ -37,6 +39,7 @@ class Settings:
             values["columns"],
             FeedbackFilter(**values["feedback"]),
             CountFilter(**values["counts"]),
+            values.get("features", []),
         )
 
 

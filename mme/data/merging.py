@@ -75,6 +75,7 @@ def merge(
         The histories; (E,) which of the events are kept now; the codes of those dropped.
     """
     user = np.repeat(arriving.rows - kept.rows[0], arriving.lengths)
+    features = dict(kept.features)
     is_new = arriving.places == NEW
     back = ~is_new
     before = kept.offsets[user[back]] + arriving.places[back]
@@ -82,10 +83,14 @@ def merge(
     times = np.insert(kept.times, before, arriving.times[back])
     codes = np.insert(kept.codes, before, arriving.codes[back])
     stays = np.insert(np.ones(kept.codes.size, bool), before, arriving_kept[back])
+    for name, values in features.items():
+        features[name] = np.insert(values, before, arriving.features[name][back])
     # One number for user and time, by which both are in order: times are below 10^11, users of a part below 10^7.
     span = 1 + max(times.max(), arriving.times.max())
     after = np.searchsorted(users * span + times, user[is_new] * span + arriving.times[is_new], side="right")
     users = np.insert(users, after, user[is_new])
+    for name, values in features.items():
+        features[name] = np.insert(values, after, arriving.features[name][is_new])
     whole = Histories(
         kept.user_ids,
         kept.rows,
@@ -93,6 +98,7 @@ def merge(
         np.insert(codes, after, arriving.codes[is_new]),
         np.insert(times, after, arriving.times[is_new]),
         np.full(users.size, NEW, np.int32),
+        features,
     )
     stays = np.insert(stays, after, arriving_kept[is_new])
     first = first_of_duplicates(whole)
@@ -135,4 +141,4 @@ def _touched_parts(spool: Spool, count_filter: CountFilter, item_passes: BoolArr
 def _add(writer: DatasetWriter, histories: Histories, kept: BoolArray, item_index: IntArray) -> None:
     if kept.any():
         whole = histories if kept.all() else histories.select(kept)
-        writer.add(whole.user_ids, whole.offsets, item_index[whole.codes], whole.times)
+        writer.add(whole.user_ids, whole.offsets, item_index[whole.codes], whole.times, whole.features)

@@ -4,7 +4,7 @@ A prepared data set is a folder that `mme prepare` writes:
 
     dataset.json    name, num_users, num_items, num_events, sort_rule, parts: [{file, users, events}], …
     part-00000.parquet …  one row a user: user_id (raw), item_ids (list of item indices), timestamps (list of seconds,
-                    never falling)
+                    never falling), feature_NAME (list of numbers of values, see `mme.data.features`) where there are any
     items.parquet   one row an item: item_index (from 0, without a gap), item_id (raw), count (events)
 """
 
@@ -23,13 +23,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from mme.data.features import parts_column
 from mme.data.layout import INFO_FILE, ITEMS_FILE
 from mme.errors import UserError
 
 IntArray = NDArray[np.int64]
 
 EVENTS_AT_ONCE = 1 << 18  # of a part, in memory
-EVENT_COLUMNS = ("item_ids", "timestamps")
+ITEMS, TIMES = "item_ids", "timestamps"
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,13 @@ class Piece:
         lengths: (users,) int64 events of each.
         items: (events,) int64 item indices.
         timestamps: (events,) int64 seconds, never falling within a user.
+        features: by column of the parts, (events,) int64 numbers of its values.
     """
 
     lengths: IntArray
     items: IntArray
     timestamps: IntArray
+    features: dict[str, IntArray]
 
 
 def read_info(folder: Path) -> dict[str, Any]:
@@ -75,17 +78,27 @@ def read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
-def read_part(folder: Path, part: dict[str, Any], num_items: int) -> Iterator[Piece]:
-    """The users of one part in order, about `EVENTS_AT_ONCE` events at a time.
+def feature_limits(info: dict[str, Any]) -> dict[str, int]:
+    """By the features' columns of the parts, the first index that is too large."""
+    return {parts_column(name): number + 1 for name, number in info.get("features", {}).items()}
+
+
+def limits(info: dict[str, Any]) -> dict[str, int]:
+    """`feature_limits`, and that of the items."""
+    return {ITEMS: info["num_items"], **feature_limits(info)}
+
+
+def read_part(folder: Path, part: dict[str, Any], limits: dict[str, int]) -> Iterator[Piece]:
+    """The users of one part in order, about `EVENTS_AT_ONCE` events at a time; ``limits``: see the function.
 
     Raises:
-        UserError: the file is missing, damaged or not what ``part`` says, an item is out of range, a timestamp falls or a
+        UserError: the file is missing, damaged or not what ``part`` says, an index is out of range, a timestamp falls or a
             value is null; the message names the file and the row, from 0.
     """
     path = folder / part["file"]
     row = events = 0
-    for batch in _batches(path, part):
-        piece = _check(path, row, batch, num_items)
+    for batch in _batches(path, part, list(dict.fromkeys([ITEMS, TIMES, *limits]))):
+        piece = _check(path, row, batch, limits)
         row, events = row + piece.lengths.size, events + piece.items.size
         if events > part["events"]:
             raise UserError(f"{path}: more than the {part['events']} events that {INFO_FILE} says")
@@ -120,9 +133,9 @@ def _require(path: Path, place: str, found: Any, kinds: dict[str, type]) -> None
             raise UserError(f"{path}: no {place}{key} ({kind.__name__}); run `mme prepare` again")
 
 
-def _batches(path: Path, part: dict[str, Any]) -> Iterator[pa.RecordBatch]:
+def _batches(path: Path, part: dict[str, Any], columns: list[str]) -> Iterator[pa.RecordBatch]:
     with _readable(path), pq.ParquetFile(path) as file:
-        for name in EVENT_COLUMNS:
+        for name in columns:
             if name not in file.schema_arrow.names:
                 raise UserError(f"{path}: no column {name!r} (found: {', '.join(file.schema_arrow.names)})")
             kind = file.schema_arrow.field(name).type
@@ -131,34 +144,37 @@ def _batches(path: Path, part: dict[str, Any]) -> Iterator[pa.RecordBatch]:
         if file.metadata.num_rows != part["users"]:
             raise UserError(f"{path}: {file.metadata.num_rows} rows, {INFO_FILE} says {part['users']}")
         rows = max(1, EVENTS_AT_ONCE * part["users"] // max(part["events"], 1))
-        yield from file.iter_batches(rows, columns=list(EVENT_COLUMNS), use_threads=False)
+        yield from file.iter_batches(rows, columns=columns, use_threads=False)
 
 
-def _check(path: Path, first_row: int, batch: pa.RecordBatch, num_items: int) -> Piece:
-    columns = {name: batch.column(name) for name in EVENT_COLUMNS}
-    for name, column in columns.items():
-        if column.null_count:
-            row = first_row + pc.index(pc.is_null(column), True).as_py()
+def _check(path: Path, first_row: int, batch: pa.RecordBatch, limits: dict[str, int]) -> Piece:
+    names = batch.schema.names
+    for name in names:
+        if batch.column(name).null_count:
+            row = first_row + pc.index(pc.is_null(batch.column(name)), True).as_py()
             raise UserError(f"{path}: row {row}: {name} is null, expected a list")
-    lengths, other = (np.asarray(pc.list_value_length(column), dtype=np.int64) for column in columns.values())
-    unequal = np.flatnonzero(lengths != other)
-    if unequal.size:
-        raise UserError(f"{path}: row {first_row + unequal[0]}: not as many timestamps as item_ids")
+    lengths, *others = (np.asarray(pc.list_value_length(batch.column(name)), dtype=np.int64) for name in names)
+    for name, other in zip(names[1:], others, strict=True):
+        unequal = np.flatnonzero(lengths != other)
+        if unequal.size:
+            raise UserError(f"{path}: row {first_row + unequal[0]}: not as many {name} as item_ids")
     row_of_event = np.repeat(np.arange(first_row, first_row + lengths.size), lengths)
-    arrays = []
-    for name, column in columns.items():
-        values = column.flatten()
+    arrays: dict[str, IntArray] = {}
+    for name in names:
+        values = batch.column(name).flatten()
         if values.null_count:
             row = row_of_event[pc.index(pc.is_null(values), True).as_py()]
             raise UserError(f"{path}: row {row}: {name} has a null, expected an integer for every event")
-        arrays.append(np.asarray(values).astype(np.int64, copy=False))
-    items, times = arrays
-    wrong = np.flatnonzero((items < 0) | (items >= num_items))
-    if wrong.size:
-        row, item = row_of_event[wrong[0]], items[wrong[0]]
-        raise UserError(f"{path}: row {row}: item index {item}, expected 0 to {num_items - 1}")
+        arrays[name] = np.asarray(values).astype(np.int64, copy=False)
+    for name, limit in limits.items():
+        wrong = np.flatnonzero((arrays[name] < 0) | (arrays[name] >= limit))
+        if wrong.size:
+            row, value = row_of_event[wrong[0]], arrays[name][wrong[0]]
+            what = "item index" if name == ITEMS else f"{name} index"
+            raise UserError(f"{path}: row {row}: {what} {value}, expected 0 to {limit - 1}")
+    items, times = arrays.pop(ITEMS), arrays.pop(TIMES)
     falls = np.flatnonzero((np.diff(times) < 0) & (np.diff(row_of_event) == 0))
     if falls.size:
         before, after = times[falls[0]], times[falls[0] + 1]
         raise UserError(f"{path}: row {row_of_event[falls[0]]}: timestamp {after} follows {before}, expected no fall")
-    return Piece(lengths, items, times)
+    return Piece(lengths, items, times, arrays)

@@ -20,8 +20,10 @@ import duckdb
 import numpy as np
 import pyarrow as pa
 
+from mme.config import USER_ID
 from mme.data.cleaning import Cleaner
 from mme.data.event_store import EventStore
+from mme.data.features import Vocabulary, parts_column, write_vocabularies
 from mme.data.feedback import FeedbackFilter
 from mme.data.formats import find_files, identify, open_source
 from mme.data.histories import NEW, BoolArray, CountFilter, Histories, IntArray, Spool, first_of_duplicates
@@ -53,6 +55,7 @@ def prepare(
     min_user_events: int = 3,
     min_item_events: int = 1,
     filter_once: bool = False,
+    feature_columns: Sequence[str] = (),
     memory_limit: str = "4GiB",
     max_malformed_share: float = 0.01,
 ) -> dict[str, Any]:
@@ -66,7 +69,8 @@ def prepare(
     timestamp the first is kept. Malformed rows (no id, NaN, a negative id, a time that is no whole number, a wrong
     number of fields) are left out and counted. Then users with fewer than ``min_user_events`` and items with fewer than
     ``min_item_events`` events are dropped, until all that are left have enough or, with ``filter_once``, by one count of
-    all events. Items are numbered in the order of their raw ids.
+    all events. Items are numbered in the order of their raw ids. ``feature_columns`` names columns of categories that are
+    kept beside item and time (`mme.data.features`).
 
     Raises:
         UserError: a file is missing, empty, truncated or lacks a column; a column has a wrong type; more than the share
@@ -78,7 +82,10 @@ def prepare(
         {role: name for role, name in (columns or {}).items() if name is not None},
         FeedbackFilter(min_rating, clicks_only, min_watch_time, min_watch_ratio),
         CountFilter(min_user_events, min_item_events, iterate=not filter_once),
+        list(dict.fromkeys(feature_columns)),
     )
+    if USER_ID in settings.features:
+        raise UserError(f"--feature-columns {USER_ID}: every set has it (model.user_features: [{USER_ID}])")
     limit = _memory_limit(memory_limit)
     settings, sources = _open(inputs, settings)
     with DatasetWriter(Path(output)) as writer:
@@ -120,7 +127,7 @@ def _open(inputs: Sequence[str | Path], settings: Settings) -> tuple[Settings, l
     formats = [identify(path, settings.format) for path in paths]
     if settings.feedback.clicks_only is None:
         settings = replace(settings, feedback=replace(settings.feedback, clicks_only="kuairand" in formats))
-    roles = settings.feedback.roles()
+    roles = [*settings.feedback.roles(), *map(parts_column, settings.features)]
     return settings, [
         open_source(path, format, settings.columns, roles) for path, format in zip(paths, formats, strict=True)
     ]
@@ -135,7 +142,9 @@ def _make(
     max_malformed_share: float,
 ) -> dict[str, Any]:
     """Writes and commits the set."""
-    reading = _Reading(sources, Cleaner(settings.feedback, prior.id_types if prior else None), max_malformed_share)
+    vocabularies = prior.vocabularies if prior else {name: Vocabulary() for name in settings.features}
+    cleaner = Cleaner(settings.feedback, prior.id_types if prior else None, vocabularies)
+    reading = _Reading(sources, cleaner, max_malformed_share)
     work = writer.partial / "work"
     work.mkdir()
     spool = Spool(work / "histories.arrow")
@@ -144,6 +153,7 @@ def _make(
         item_index = np.cumsum(chosen.in_set) - 1
         known = write_histories(spool, settings.counts, chosen.passes, item_index, prior, writer, left_out)
     shutil.rmtree(work)
+    write_vocabularies(writer.partial, vocabularies)
     np.subtract.at(chosen.counts, known, 1)
     run = {
         "format": settings.format,
@@ -158,6 +168,7 @@ def _make(
         "users_dropped": left_out.users,
         "items_dropped": len(chosen.raw_items) - int(chosen.in_set.sum()),
         "events_dropped": left_out.events,
+        "features": {name: len(vocabulary.numbers) for name, vocabulary in vocabularies.items()},
     }
     return writer.finish(info, chosen.raw_items.filter(pa.array(chosen.in_set)), chosen.counts[chosen.in_set])
 

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mme.data.features import parts_column, read_vocabularies
 from mme.data.histories import NEW, Histories, IntArray
 from mme.data.layout import FORMAT_VERSION, INFO_FILE, ITEMS_FILE, LEFT_OUT_FILE
 from mme.data.manifest import Settings
@@ -26,6 +27,8 @@ class PriorSet:
         info: its dataset.json.
         raw_items: raw ids by item index.
         counts: (items,) int64, events of each.
+        vocabularies: of its features.
+        features: what they are called in its parts.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -37,6 +40,8 @@ class PriorSet:
         self.info = _read_info(folder)
         self.settings = Settings.from_dict(self.info["settings"])
         self.id_types = {role: ID_TYPES[name] for role, name in self.info["id_types"].items()}
+        self.vocabularies = read_vocabularies(folder, self.settings.features)
+        self.features = [parts_column(name) for name in self.vocabularies]
         items = _read(folder / ITEMS_FILE).sort_by("item_index")
         self.raw_items = items["item_id"].combine_chunks()
         self.counts: IntArray = items["count"].to_numpy()
@@ -50,19 +55,20 @@ class PriorSet:
                 row += batch.num_rows
 
     def left_out(self) -> Iterator[pa.Table]:
-        """The events left out: user, item, timestamp, position, below 0 and so before all that are new, and place."""
+        """The events left out: user, item, timestamp, position, below 0 and so before all that are new, features, place."""
         path = self.folder / LEFT_OUT_FILE
         if not path.exists():
             return
         with pq.ParquetFile(path) as file:
             position = -file.metadata.num_rows
-        for batch in _batches(path, ["user_id", "item_id", "timestamp", "place"]):
+        for batch in _batches(path, ["user_id", "item_id", "timestamp", "place", *self.features]):
             yield pa.table(
                 {
                     "user": batch["user_id"],
                     "item": batch["item_id"],
                     "timestamp": batch["timestamp"],
                     "position": np.arange(position, position + batch.num_rows),
+                    **{name: batch[name] for name in self.features},
                     "place": batch["place"].cast(pa.int32()),
                 }
             )
@@ -80,6 +86,7 @@ class PriorSet:
             codes,
             columns["timestamps"].flatten().to_numpy(),
             np.full(codes.size, NEW, np.int32),
+            {name: table[name].combine_chunks().flatten().to_numpy() for name in self.features},
         )
 
 

@@ -6,7 +6,7 @@ Legend: B sequences, N max_seq_len, T tokens.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -16,14 +16,27 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from mme.config import USER_ID
 from mme.data.balance import deal, sequence_cost
 from mme.data.batch import EvaluationBatch, SequenceBatch
 from mme.data.dataset import PreparedDataset
 from mme.data.event_file import Records
+from mme.data.features import parts_column
 from mme.data.parts import IntArray
 from mme.data.prefetch import prefetch
 from mme.data.windows import Windows
 from mme.errors import UserError
+
+
+@dataclass(frozen=True)
+class Features:
+    """Columns of the data set that batches carry: of events, and of users, where `user_id` is the user."""
+
+    events: Sequence[str] = ()
+    users: Sequence[str] = ()
+
+
+NO_FEATURES = Features()
 
 
 @dataclass(frozen=True)
@@ -76,8 +89,9 @@ class TrainLoader:
         device: torch.device | None = None,
         global_time_test_fraction: float = 0.1,
         attention_equals_rest_at: int = 528,
+        features: Features = NO_FEATURES,
     ) -> None:
-        self.dataset, self.attention_equals_rest_at = dataset, attention_equals_rest_at
+        self.dataset, self.features, self.attention_equals_rest_at = dataset, features, attention_equals_rest_at
         self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
         self.rank, self.world_size, self.seed = rank, world_size, seed
         self._prefetch = partial(prefetch, readers=readers, device=device)
@@ -117,7 +131,7 @@ class TrainLoader:
         whole = self.windows.take(chosen)
         is_mine = deal(sequence_cost(whole.lengths, self.attention_equals_rest_at), self.world_size) == self.rank
         rows, starts, lengths, context = (values[is_mine] for values in whole)
-        return _assemble(self.dataset.read(starts, lengths + 1), rows, lengths, context)
+        return _assemble(self.dataset.read(starts, lengths + 1), rows, lengths, context, self.features)
 
     def _train_batch(self, epoch: int, begin: int, end: int) -> TrainBatch:
         if begin <= len(self.windows) // 2 < end:
@@ -161,8 +175,9 @@ class EvaluationLoader:
         readers: int = 1,
         device: torch.device | None = None,
         global_time_test_fraction: float = 0.1,
+        features: Features = NO_FEATURES,
     ) -> None:
-        self.dataset = dataset
+        self.dataset, self.features = dataset, features
         self.max_seq_len, self.batch_size = max_seq_len, batch_size
         self.rank, self.world_size = rank, world_size
         self._prefetch = partial(prefetch, readers=readers, device=device)
@@ -187,15 +202,18 @@ class EvaluationLoader:
         ends = seen_offsets[1:] + np.arange(rows.size)  # where the targets stand
         is_target = np.zeros(events.size, bool)
         is_target[ends] = True
+        windows = events[_ranges(ends - lengths, lengths + 1)]
         return EvaluationBatch(
-            sequences=_assemble(events[_ranges(ends - lengths, lengths + 1)], rows, lengths, np.zeros_like(lengths)),
+            sequences=_assemble(windows, rows, lengths, np.zeros_like(lengths), self.features),
             targets=_int64(events["item"][is_target]),
             seen_ids=_int64(events["item"][~is_target]),
             seen_offsets=_int64(seen_offsets),
         )
 
 
-def _assemble(events: Records, rows: IntArray, lengths: IntArray, context: IntArray) -> SequenceBatch:
+def _assemble(
+    events: Records, rows: IntArray, lengths: IntArray, context: IntArray, features: Features
+) -> SequenceBatch:
     """Sequences of ``lengths`` tokens; ``events`` holds those of each and the event that follows."""
     offsets = _offsets(lengths)
     first, last = np.ones((2, events.size), bool)
@@ -212,7 +230,20 @@ def _assemble(events: Records, rows: IntArray, lengths: IntArray, context: IntAr
         target_ids=_int64(events["item"][first]),
         user_rows=_int64(rows),
         trained=trained,
+        event_features=_columns([events[parts_column(name)][last] for name in features.events]),
+        user_features=_columns(
+            [
+                # Of the first event read: what a later one says must not be known to those before it.
+                rows + 1 if name == USER_ID else events[parts_column(name)][offsets[:-1] + np.arange(rows.size)]
+                for name in features.users
+            ]
+        ),
     )
+
+
+def _columns(columns: list[NDArray[Any]]) -> Tensor | None:
+    """Side by side; None where there is none."""
+    return _int64(np.stack(columns, axis=1)) if columns else None
 
 
 def _offsets(lengths: IntArray) -> IntArray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -65,15 +66,25 @@ class DatasetWriter:
             raise UserError(f"{self.output}: can't be written: {reason}; nothing was written") from error
 
     def add(
-        self, user_ids: pa.Array, offsets: NDArray[np.int64], items: NDArray[Any], times: NDArray[np.int64]
+        self,
+        user_ids: pa.Array,
+        offsets: NDArray[np.int64],
+        items: NDArray[Any],
+        times: NDArray[np.int64],
+        features: Mapping[str, NDArray[np.int32]] | None = None,
     ) -> None:
-        """Users with their events: those of user u stand at offsets[u] to offsets[u + 1] of ``items`` and ``times``."""
+        """Users with their events: those of user u stand at offsets[u] to offsets[u + 1] of ``items``, ``times`` and of each
+        of the ``features``, which have the same names each time."""
         bounds = pa.array(offsets, pa.int32())
         table = pa.table(
             {
                 "user_id": user_ids,
                 "item_ids": pa.ListArray.from_arrays(bounds, pa.array(items, pa.int64())),
                 "timestamps": pa.ListArray.from_arrays(bounds, pa.array(times, pa.int64())),
+                **{
+                    name: pa.ListArray.from_arrays(bounds, pa.array(values, pa.int32()))
+                    for name, values in (features or {}).items()
+                },
             }
         )
         self._lengths.add(np.diff(offsets))
@@ -127,8 +138,11 @@ class DatasetWriter:
             file = self._next_file()
             self.parts.append({"file": file, "users": 0, "events": 0})
             # Times are nearly all different: a dictionary of them would be built and thrown away.
+            few_values = [
+                f"{name}.list.element" for name in table.column_names if name not in ("user_id", "timestamps")
+            ]
             self._part = pq.ParquetWriter(
-                self.partial / file, table.schema, compression="zstd", use_dictionary=["item_ids.list.element"]
+                self.partial / file, table.schema, compression="zstd", use_dictionary=few_values
             )
         self._part.write_table(table)
         self.parts[-1]["users"] += table.num_rows

@@ -5,7 +5,7 @@ Legend: B sequences, T tokens, M views, d view width, D = M·d, U distinct items
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -17,7 +17,8 @@ from mme.distributed.experts import choose_expert_parallel_size, spread_experts
 from mme.distributed.groups import World
 from mme.distributed.tables import ItemTables
 from mme.errors import UserError
-from mme.model.decoder import Decoder
+from mme.model.decoder import Decoder, DecoderOutput
+from mme.model.feature_rows import FeatureRows
 from mme.model.loss import compact
 from mme.model.scoring import normalize_views
 
@@ -27,11 +28,16 @@ LOOKUP_ROWS = 65_536  # items that one lookup brings when the catalogue is read
 class Recommender:
     """Item tables and decoder; every rank holds its shard and calls each method together with the others.
 
+    Args:
+        feature_sizes: see `mme.model.feature_rows.FeatureRows`; None: the configuration names no features.
+
     Raises:
         UserError: `kernels.backend` cannot run on this device.
     """
 
-    def __init__(self, config: Config, num_items: int, world: World) -> None:
+    def __init__(
+        self, config: Config, num_items: int, world: World, feature_sizes: Mapping[str, int] | None = None
+    ) -> None:
         try:
             resolve_backend(config.kernels.backend, world.device)
         except ValueError as error:
@@ -39,7 +45,8 @@ class Recommender:
         self.config = config
         self.num_items = num_items
         self.world = world
-        self.tables = ItemTables(config, num_items, world)
+        self.rows = FeatureRows(config.model, num_items, feature_sizes or {})
+        self.tables = ItemTables(config, self.rows.num_rows, world)
         torch.manual_seed(config.train.seed)  # the same decoder on every rank
         self.decoder = Decoder(config)
         if config.model.moe.num_experts:
@@ -51,7 +58,7 @@ class Recommender:
 
     def num_parameters(self) -> dict[str, int]:
         """Parameters of the whole model by part, over all ranks."""
-        tables = self.config.model.num_tables * self.num_items * self.config.model.view_dim
+        tables = self.config.model.num_tables * self.rows.num_rows * self.config.model.view_dim
         layers = self.decoder.moe_layers()
         here = sum(p.numel() for layer in layers for p in layer.experts.parameters())
         everywhere = sum(layer.num_experts * p[0].numel() for layer in layers for p in layer.experts.parameters())
@@ -59,11 +66,16 @@ class Recommender:
         return {"item tables": tables, "decoder": decoder, "experts": everywhere}
 
     @torch.no_grad()
+    def decode(self, batch: SequenceBatch) -> DecoderOutput:
+        """The decoder's output for given histories, without dropout."""
+        self.decoder.eval()
+        ids, (items, events, users) = compact(self.rows.inputs_of(batch), self.rows.num_rows)
+        return self.decoder(self.tables.lookup(ids), items, batch.seq_offsets, batch.timestamps, events, users)
+
+    @torch.no_grad()
     def encode(self, batch: SequenceBatch) -> Tensor:
         """(B, D) the normalised state of each history after its last token; every history has at least one."""
-        self.decoder.eval()
-        ids, (index,) = compact([batch.item_ids], self.num_items)
-        hidden = self.decoder(self.tables.lookup(ids), index, batch.seq_offsets, batch.timestamps).hidden
+        hidden = self.decode(batch).hidden
         return normalize_views(hidden[batch.seq_offsets[1:] - 1].float(), self.config.model.score_norm)
 
     @torch.no_grad()

@@ -62,19 +62,19 @@ class Shard:
 
 
 class ItemTables:
-    """Lookup and update of M sharded tables of shape (num_items, d)."""
+    """Lookup and update of M sharded tables of shape (num_rows, d): items, and behind them the values of features."""
 
-    def __init__(self, config: Config, num_items: int, world: World) -> None:
+    def __init__(self, config: Config, num_rows: int, world: World) -> None:
         logging.getLogger("torchrec").setLevel(logging.ERROR)
         model, train = config.model, config.train
-        self.num_items = num_items
+        self.num_rows = num_rows
         self.dim = model.view_dim
         self.device = world.device
         self.names = [f"item_{table}" for table in range(model.num_tables)]
         collection = torchrec.EmbeddingCollection(
             tables=[
                 torchrec.EmbeddingConfig(
-                    name=name, num_embeddings=num_items, embedding_dim=self.dim, feature_names=[FEATURE]
+                    name=name, num_embeddings=num_rows, embedding_dim=self.dim, feature_names=[FEATURE]
                 )
                 for name in self.names
             ],
@@ -106,7 +106,7 @@ class ItemTables:
         self.optimizer = self._dense_optimizer(config)
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """(U,) int64 distinct item indices → (U, M, d) their rows in the M tables, differentiable."""
+        """(U,) int64 distinct indices → (U, M, d) their rows in the M tables, differentiable."""
         features = torchrec.KeyedJaggedTensor(
             keys=[FEATURE], values=ids, lengths=torch.tensor([ids.numel()], device=ids.device)
         )
@@ -182,7 +182,7 @@ class ItemTables:
             for chunk in range(first // INIT_ROWS, -(-(first + rows) // INIT_ROWS)):
                 generator = torch.Generator().manual_seed(mix_seed(seed, table, chunk))
                 start = chunk * INIT_ROWS
-                values = torch.empty(min(INIT_ROWS, self.num_items - start), self.dim)
+                values = torch.empty(min(INIT_ROWS, self.num_rows - start), self.dim)
                 nn.init.trunc_normal_(values, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD, generator=generator)
                 low, high = max(first, start), min(first + rows, start + values.shape[0])
                 shard.tensor[low - first : high - first].copy_(

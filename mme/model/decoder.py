@@ -1,6 +1,6 @@
 """The decoder that all views share: input views, the stack of blocks, and what the routers decided.
 
-Legend: B sequences, N max_seq_len, T tokens, M views, d view width, U distinct items of a batch.
+Legend: B sequences, N max_seq_len, T tokens, M views, d view width, U distinct items of a batch, F event and G user features.
 """
 
 from __future__ import annotations
@@ -16,16 +16,22 @@ from mme.config import Config
 from mme.model.baselines import HSTUBlock, SASRecBlock
 from mme.model.fuxi_block import FuxiBlock
 from mme.model.moe import DenseFFN, MixtureOfExperts, Routing
-from mme.model.multi_embedding import InputViews
+from mme.model.multi_embedding import InputViews, UserTokens
 from mme.regions import region
 
 
 @dataclass(frozen=True)
 class DecoderOutput:
-    """hidden (T, M, d), of `train.precision`, the final views of each token; routing of each block that has experts, in order."""
+    """
+    Attributes:
+        hidden: (T, M, d), of `train.precision`, the final views of each token of an item.
+        routing: of each block that has experts, in order; of the users' tokens too.
+        item_places: (T,) where the tokens of items stand among all; None: they are all.
+    """
 
     hidden: Tensor
     routing: list[Routing]
+    item_places: Tensor | None = None
 
 
 class Decoder(nn.Module):
@@ -42,18 +48,33 @@ class Decoder(nn.Module):
         self.block = model.block
         self.blocks = nn.ModuleList(_block(config, index) for index in range(model.num_blocks))
 
-    def forward(self, item_rows: Tensor, item_index: Tensor, seq_offsets: Tensor, timestamps: Tensor) -> DecoderOutput:
+    def forward(
+        self,
+        item_rows: Tensor,
+        item_index: Tensor,
+        seq_offsets: Tensor,
+        timestamps: Tensor,
+        event_index: Tensor | None = None,
+        user_index: Tensor | None = None,
+    ) -> DecoderOutput:
         """
         Args:
-            item_rows: (U, M, d) rows of the batch's distinct items in the M tables.
+            item_rows: (U, M, d) rows of the batch's distinct items and features in the M tables.
             item_index: (T,) int64, the row of each token's item.
             seq_offsets: (B + 1,) int64.
             timestamps: (T + B,) int64 seconds.
+            event_index: (T, F) int64, the rows of each token's event features; None or F = 0: there are none.
+            user_index: (B, G) int64, the rows of each user's features, which make a token before its sequence, seen by
+                all that follow; None or G = 0: there is no such token.
 
         The blocks compute in `train.precision`, each with its weights cast; what they learn stays float32.
         """
         with region("lookup"):
-            x = self.inputs(item_rows, item_index, seq_offsets).to(self.dtype)
+            user_tokens = None
+        if user_index is not None and user_index.shape[1]:
+            user_tokens = UserTokens.before(seq_offsets, timestamps, item_index.numel())
+            seq_offsets, timestamps = user_tokens.seq_offsets, user_tokens.timestamps
+        x = self.inputs(item_rows, item_index, seq_offsets, event_index, user_index, user_tokens).to(self.dtype)
         plan = None
         if self.block == "fuxi":
             with region("attention"):
@@ -66,7 +87,10 @@ class Decoder(nn.Module):
                 x, block_routing = block(x, seq_offsets, timestamps, plan)
             if block_routing is not None:
                 routing.append(block_routing)
-        return DecoderOutput(x.transpose(0, 1), routing)
+        hidden = x.transpose(0, 1)
+        if user_tokens is None:
+            return DecoderOutput(hidden, routing)
+        return DecoderOutput(hidden[user_tokens.item_places], routing, user_tokens.item_places)
 
     def moe_layers(self) -> list[MixtureOfExperts]:
         """The mixtures of experts, by block."""

@@ -10,6 +10,7 @@ Legend: B sequences, T tokens, M views, d view width, D = M·d, U distinct items
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from kernels import sampled_softmax_loss
 from mme.config import Config
 from mme.data.batch import SequenceBatch
+from mme.model.feature_rows import FeatureRows, InputRows
 from mme.model.negatives import NegativeSampler, token_keys
 from mme.model.scoring import normalize_views
 
@@ -32,31 +34,39 @@ MOST_ITEMS_AN_ID = (
 
 @dataclass(frozen=True)
 class BatchItems:
-    """The distinct items that a training step needs, and where each use of them in a part of its batch points.
+    """The distinct rows of the tables that a training step needs, and where each use of them in a part of its batch points.
 
     Attributes:
-        ids: (U,) int64, distinct item indices, rising.
-        inputs: (T,) int64, row in ``ids`` of each token's item.
+        ids: (U,) int64, rising: distinct item indices, then the rows of features. The full softmax has all items.
+        inputs: rows in ``ids`` of what the tokens are made of.
         targets: (T,) int64, row of each token's next item.
         negatives: (groups, n) int64, rows of the negatives; None for the full softmax.
         negative_bias: (U,) float32, added to an item's logit as a negative; None: nothing is.
     """
 
     ids: Tensor
-    inputs: Tensor
+    inputs: InputRows
     targets: Tensor
     negatives: Tensor | None
     negative_bias: Tensor | None = None
 
 
 class NextItemLoss:
-    """Draws the negatives of a batch and computes the loss of each token; ``training_counts``: see `NegativeSampler`."""
+    """Draws the negatives of a batch and computes the loss of each token.
 
-    def __init__(self, config: Config, num_items: int, training_counts: Tensor | None = None) -> None:
+    Args:
+        training_counts: see `NegativeSampler`.
+        rows: of items and features in the tables; None: there are no features.
+    """
+
+    def __init__(
+        self, config: Config, num_items: int, training_counts: Tensor | None = None, rows: FeatureRows | None = None
+    ) -> None:
         self.loss = config.loss
         self.score_norm = config.model.score_norm
         self.backend = config.kernels.backend
         self.num_items = num_items
+        self.rows = rows or FeatureRows(config.model, num_items, {})
         shared = self.loss.negatives == "shared"
         self.group_size = self.loss.negative_group_size if shared else 1
         self.sampler = NegativeSampler(self.loss, num_items, training_counts)
@@ -68,20 +78,29 @@ class NextItemLoss:
 
         A token's own negatives are the same in whatever batch and part it stands.
         """
-        if self.loss.kind == "full_softmax":
-            ids = torch.arange(self.num_items, device=parts[0].item_ids.device)
-            return [BatchItems(ids, part.item_ids, part.target_ids, None) for part in parts]
-        batch_targets = torch.cat([part.target_ids for part in parts])
-        uses = []
+        full = self.loss.kind == "full_softmax"
+        # Those trained on, each once an epoch: windows overlap.
+        batch_targets = torch.cat(
+            [part.target_ids if part.trained is None else part.target_ids[part.trained] for part in parts]
+        )
+        uses: list[Tensor] = []
         for part in parts:
-            groups = math.ceil(part.num_tokens / self.group_size) if self.group_size else min(1, part.num_tokens)
-            first_tokens = torch.arange(groups, device=part.item_ids.device) * self.group_size
-            negatives = self.sampler.draw(token_keys(part, first_tokens, seed), batch_targets)
-            uses += [part.item_ids, part.target_ids, negatives]
-        ids, rows = compact(uses, self.num_items)
-        bias = self.sampler.negative_log_counts(ids) if self.loss.log_q_correction else None
-        by_part = zip(rows[::3], rows[1::3], rows[2::3], strict=True)
-        return [BatchItems(ids, inputs, targets, negatives, bias) for inputs, targets, negatives in by_part]
+            if full:
+                candidates = torch.arange(self.num_items, device=batch_targets.device)
+            else:
+                groups = math.ceil(part.num_tokens / self.group_size) if self.group_size else min(1, part.num_tokens)
+                first_tokens = torch.arange(groups, device=part.item_ids.device) * self.group_size
+                candidates = self.sampler.draw(token_keys(part, first_tokens, seed), batch_targets)
+            uses += [*self.rows.inputs_of(part), part.target_ids, candidates]
+        ids, rows = compact(uses, self.rows.num_rows)
+        bias = None
+        if self.loss.log_q_correction:  # rows of features are never negatives
+            bias = self.sampler.negative_log_counts(ids.clamp(max=self.num_items - 1))
+        items = []
+        for start in range(0, len(rows), 5):
+            *inputs, targets, negatives = rows[start : start + 5]
+            items.append(BatchItems(ids, InputRows(*inputs), targets, None if full else negatives, bias))
+        return items
 
     def __call__(self, hidden: Tensor, item_rows: Tensor, items: BatchItems) -> Tensor:
         """
@@ -95,7 +114,7 @@ class NextItemLoss:
         queries = normalize_views(hidden.float(), self.score_norm).to(hidden.dtype)
         vectors = normalize_views(item_rows, self.score_norm).to(hidden.dtype)
         if items.negatives is None:
-            return self._full_softmax(queries, vectors, items.targets)
+            return self._full_softmax(queries, vectors[: self.num_items], items.targets)
         return sampled_softmax_loss(
             queries,
             vectors,
@@ -117,20 +136,20 @@ class NextItemLoss:
         return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-def compact(groups: list[Tensor], num_items: int) -> tuple[Tensor, list[Tensor]]:
+def compact(groups: Sequence[Tensor], num_rows: int) -> tuple[Tensor, list[Tensor]]:
     """Distinct ids of several index tensors, rising, and the tensors rewritten as rows of them.
 
     [[7, 3], [3, 9]] → ids [3, 7, 9], [[1, 0], [0, 2]]. By a table of all items or by sorting the ids, whichever is less
     work: at a catalogue as large as the ids a table takes half the time of a sort, at 32 times theirs six times as long.
     """
     flat = torch.cat([group.flatten() for group in groups])
-    if num_items > MOST_ITEMS_AN_ID * flat.numel():
+    if num_rows > MOST_ITEMS_AN_ID * flat.numel():
         ids, rows = torch.unique(flat, return_inverse=True)
     else:
-        present = torch.zeros(num_items, dtype=torch.bool, device=flat.device)
+        present = torch.zeros(num_rows, dtype=torch.bool, device=flat.device)
         present[flat] = True
         ids = present.nonzero().squeeze(1)
-        row_of = torch.empty(num_items, dtype=torch.int64, device=flat.device)
+        row_of = torch.empty(num_rows, dtype=torch.int64, device=flat.device)
         row_of[ids] = torch.arange(ids.numel(), device=flat.device)
         rows = row_of.index_select(0, flat)
     sizes = [group.numel() for group in groups]

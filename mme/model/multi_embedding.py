@@ -1,11 +1,17 @@
 """From item rows to the M input views of a batch of sequences.
 
-X_m = √D · E_m[item] + pos_m[t], then dropout (Fuxi-MME, arXiv 2510.25285; FuXi-α, arXiv 2502.03036, for M = 1).
+X_m = √D · E_m[item] + pos_m[t], then dropout (Fuxi-MME, arXiv 2510.25285; FuXi-α, arXiv 2502.03036, for M = 1). An event's
+features are added to its item: √D · (E_m[item] + Σ_f E_m[value of f]). A user's features are the sum of their rows, as a
+token of its own before the history.
 
-Legend: B sequences, N max_seq_len, T tokens, M views, d view width, D = M·d, U distinct items of a batch.
+Legend: B sequences, N max_seq_len, T tokens, M views, d view width, D = M·d, U distinct rows of a batch, F event features,
+G user features.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +20,39 @@ from torch import Tensor, nn
 from kernels.dropout import dropout
 
 
+@dataclass(frozen=True)
+class UserTokens:
+    """B sequences that begin with a token of their user, T + B tokens in all.
+
+    Worked example, lengths [2, 0, 3]: seq_offsets [0, 3, 4, 8], item_places [1, 2, 5, 6, 7].
+
+    Attributes:
+        seq_offsets: (B + 1,) int64, with the user's tokens.
+        timestamps: (T + 2B,) int64, each sequence's first time twice: the user's token has it too.
+        item_places: (T,) int64, where the tokens of items stand.
+    """
+
+    seq_offsets: Tensor
+    timestamps: Tensor
+    item_places: Tensor
+
+    @classmethod
+    def before(cls, seq_offsets: Tensor, timestamps: Tensor, num_tokens: int) -> UserTokens:
+        """Puts one before each sequence."""
+        num_sequences = seq_offsets.numel() - 1
+        number = torch.arange(num_sequences + 1, device=seq_offsets.device)
+        repeats = torch.ones_like(timestamps)
+        repeats[seq_offsets[:-1] + number[:-1]] = 2
+        sequence = torch.repeat_interleave(number[:-1], seq_offsets.diff(), output_size=num_tokens)
+        return cls(
+            seq_offsets + number,
+            torch.repeat_interleave(timestamps, repeats, output_size=timestamps.numel() + num_sequences),
+            torch.arange(num_tokens, device=seq_offsets.device) + sequence + 1,
+        )
+
+
 class InputViews(nn.Module):
-    """Scales the item rows, adds a learned position to each view and drops out."""
+    """Scales the sum of each token's rows, adds a learned position to each view and drops out."""
 
     def __init__(self, num_views: int, view_dim: int, max_seq_len: int, dropout: float, positions: str) -> None:
         """``positions``: "per_view", a position vector for each view; "shared", one for all."""
@@ -26,23 +63,45 @@ class InputViews(nn.Module):
         std = 1.0 / self.scale
         nn.init.trunc_normal_(self.positions, std=std, a=-2 * std, b=2 * std)
 
-    def forward(self, item_rows: Tensor, item_index: Tensor, seq_offsets: Tensor) -> Tensor:
+    def forward(
+        self,
+        item_rows: Tensor,
+        item_index: Tensor,
+        seq_offsets: Tensor,
+        event_index: Tensor | None = None,
+        user_index: Tensor | None = None,
+        user_tokens: UserTokens | None = None,
+    ) -> Tensor:
         """
         Args:
-            item_rows: (U, M, d) the rows of the batch's distinct items in the M tables.
+            item_rows: (U, M, d) the rows of the batch's distinct items and features in the M tables.
             item_index: (T,) int64, the row in ``item_rows`` of each token.
-            seq_offsets: (B + 1,) int64.
+            seq_offsets: (B + 1,) int64; with ``user_tokens`` theirs.
+            event_index: (T, F) int64, the rows of each token's event features.
+            user_index: (B, G) int64, the rows of each user's features, whose tokens stand as ``user_tokens`` says.
 
         Returns:
-            (M, T, d)
+            (M, T, d), or (M, T + B, d) with users' tokens.
         """
         _, num_views, view_dim = item_rows.shape
-        tokens = F.embedding(item_index, item_rows.flatten(1)).unflatten(1, (num_views, view_dim))
-        position = positions_in_sequence(seq_offsets, item_index.numel())
+        rows = item_rows.flatten(1)
+        events = item_index[:, None] if event_index is None else torch.cat([item_index[:, None], event_index], 1)
+        sums = _sum_of_rows(rows, events)
+        if user_index is not None and user_tokens is not None:
+            users = _sum_of_rows(rows, user_index)
+            whole = sums.new_empty(len(sums) + len(users), rows.shape[1])
+            sums = whole.index_copy(0, user_tokens.item_places, sums).index_copy(0, seq_offsets[:-1], users)
+        tokens = sums.unflatten(1, (num_views, view_dim))
+        position = positions_in_sequence(seq_offsets, len(tokens))
         shared = self.positions.transpose(0, 1).reshape(self.positions.shape[1], -1)
         added = F.embedding(position, shared).unflatten(1, (self.positions.shape[0], view_dim))
         views = torch.add(added, tokens, alpha=self.scale).transpose(0, 1)
         return dropout(views, self.dropout) if self.training else views
+
+
+def _sum_of_rows(rows: Tensor, index: Tensor) -> Tensor:
+    """(T, D) the sum of the ``rows`` (U, D) that each row of ``index`` (T, K) names."""
+    return reduce(torch.add, (F.embedding(column, rows) for column in index.unbind(1)))
 
 
 def positions_in_sequence(seq_offsets: Tensor, num_tokens: int) -> Tensor:

@@ -24,19 +24,27 @@ LENGTHS = [5, 3, 10, 1, 7]
 POPULAR = 7  # the only item that negatives by popularity are, so that they are the same on any number of processes
 
 
-def sequences(wanted: list[int]) -> SequenceBatch:
-    """The wanted of five fixed sequences, as one batch."""
+def sequences(wanted: list[int], with_features: bool = False) -> SequenceBatch:
+    """The wanted of five fixed sequences, as one batch; their features are made of the items."""
     generator = torch.Generator().manual_seed(7)
     items = [torch.randint(NUM_ITEMS, (length + 1,), generator=generator) for length in LENGTHS]
     times = [torch.randint(100_000, (length + 1,), generator=generator).cumsum(0) for length in LENGTHS]
     none = torch.empty(0, dtype=torch.int64)
+    item_ids = torch.cat([none, *[items[b][:-1] for b in wanted]])
+    users = torch.tensor(wanted, dtype=torch.int64)
     return SequenceBatch(
-        item_ids=torch.cat([none, *[items[b][:-1] for b in wanted]]),
+        item_ids=item_ids,
         seq_offsets=torch.tensor([0, *[LENGTHS[b] for b in wanted]]).cumsum(0),
         timestamps=torch.cat([none, *[times[b] for b in wanted]]),
         target_ids=torch.cat([none, *[items[b][1:] for b in wanted]]),
-        user_rows=torch.tensor(wanted, dtype=torch.int64),
+        user_rows=users,
+        event_features=torch.stack([item_ids % 3, item_ids % 4], 1) if with_features else None,
+        user_features=torch.stack([users % 2, users + 1], 1) if with_features else None,
     )
+
+
+FEATURES = ["model.event_features=[action,rating]", "model.user_features=[segment,user_id]"]
+FEATURE_SIZES = {"action": 3, "rating": 5, "segment": 2, "user_id": 6}
 
 
 def configuration(*overrides: str) -> Config:
@@ -52,11 +60,11 @@ Parts = list[tuple[str, tuple[int, ...], tuple[int, ...], Tensor]]
 def one_step(world: World, split: list[list[int]], overrides: list[str]) -> tuple[float, Parts, Parts]:
     """The loss, this rank's parts of the decoder's gradients before the update, and of all weights after it."""
     config = configuration(*overrides)
-    recommender = Recommender(config, NUM_ITEMS, world)
+    recommender = Recommender(config, NUM_ITEMS, world, FEATURE_SIZES)
     counts = torch.arange(NUM_ITEMS) == POPULAR
     step = TrainStep(config, recommender, initialize_engine(recommender.decoder, config), 2, counts)
     step._set_lr(0)
-    result = step.backward(0, sequences(split[world.rank]))
+    result = step.backward(0, sequences(split[world.rank], bool(config.model.feature_columns)))
     parameters = {f"decoder/{name}": p for name, p in recommender.decoder.named_parameters()}
     gradients = [
         (piece.name, piece.shape, piece.offsets, safe_get_full_grad(parameters[piece.name]))
@@ -133,6 +141,16 @@ def test_sampled_negatives_are_the_same_on_any_split(split: list[list[int]], sam
     sampled += ["model.moe.load_balance_coef=0"]  # which is of each part's own counts
     ((loss, gradients, weights),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], sampled)
     check((loss, whole([gradients]), whole([weights])), split, *sampled, "train.micro_batches=2")
+
+
+def test_features_of_events_and_users() -> None:
+    """As on one process, and the rows of all values that occur move."""
+    ((loss, gradients, weights),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], FEATURES)
+    check((loss, whole([gradients]), whole([weights])), [[0, 3], [1, 2, 4]], *FEATURES)
+    ((_, _, start),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], ["train.table_lr=1e-30", *FEATURES])
+    moved = (whole([weights])["tables/item_0"] != whole([start])["tables/item_0"]).any(1)
+    assert moved.shape == (NUM_ITEMS + 3 + 5 + 2 + 6,)
+    assert moved[NUM_ITEMS:].tolist() == [True] * 3 + [True] * 4 + [False] + [True] * 2 + [False] + [True] * 5
 
 
 @pytest.mark.slow

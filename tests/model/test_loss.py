@@ -48,7 +48,7 @@ def test_loss_is_the_softmax_over_target_and_negatives(
     found = loss(hidden, tables[items.ids], items)
 
     vectors, states = normalize_views(tables, score_norm), normalize_views(hidden, score_norm)
-    assert torch.equal(items.ids[items.inputs], batch.item_ids)
+    assert torch.equal(items.ids[items.inputs.items], batch.item_ids)
     for token in range(7):
         target = int(batch.target_ids[token])
         if groups is None:

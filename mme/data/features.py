@@ -1,0 +1,142 @@
+"""Columns of events beside item and time, such as an action or a rating: their values as small numbers.
+
+Each column has a vocabulary of its own: its values are numbered from 1 on as they come, 0 is a value that is missing or
+unknown. A value is a text; numbers and truth values count as the text they are written as, 4.0 as 4. What a set was
+prepared with stays when events are added, and new values come behind.
+
+    features.parquet    one row a value: column, value_index (from 1, without a gap), value
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mme.config import USER_ID
+from mme.data.layout import FEATURE_PREFIX, FEATURES_FILE
+from mme.errors import UserError
+
+MOST_VALUES = 1_000_000  # of a column: they are kept in memory, and each has a row in the model's tables
+TRAILING_ZEROS = r"^([+-]?\d+)\.0+$"
+
+
+class Vocabulary:
+    """The values of one column, and their numbers."""
+
+    def __init__(self, values: Iterable[str] = ()) -> None:
+        self.numbers = {value: number for number, value in enumerate(values, 1)}
+
+    def learn(self, column: pa.Array) -> NDArray[np.int32]:
+        """The number of each value; new values get the next ones.
+
+        Raises:
+            TypeError: the column holds no texts, numbers or truth values.
+            OverflowError: there are more than `MOST_VALUES`.
+        """
+        encoded = category_texts(column).dictionary_encode()
+        numbers = [self.numbers.setdefault(value, len(self.numbers) + 1) for value in encoded.dictionary.to_pylist()]
+        if len(self.numbers) > MOST_VALUES:
+            raise OverflowError(f"more than {MOST_VALUES:,} different values, which is no category")
+        return _take(numbers, encoded)
+
+    def find(self, column: pa.Array) -> NDArray[np.int32]:
+        """The number of each value, 0 where it is missing or not known; raises TypeError as `learn`."""
+        encoded = category_texts(column).dictionary_encode()
+        return _take([self.numbers.get(value, 0) for value in encoded.dictionary.to_pylist()], encoded)
+
+
+def category_texts(column: pa.Array) -> pa.Array:
+    """The values as texts, null where there is none; raises TypeError for a column that can't hold categories."""
+    kind = column.type
+    if pa.types.is_dictionary(kind):
+        column = column.dictionary_decode()
+        kind = column.type
+    if pa.types.is_null(kind):
+        return column.cast(pa.string())
+    if pa.types.is_floating(kind):
+        column = pc.if_else(pc.is_nan(column), None, column)
+    elif not (
+        pa.types.is_string(kind)
+        or pa.types.is_large_string(kind)
+        or pa.types.is_integer(kind)
+        or pa.types.is_boolean(kind)
+        or pa.types.is_decimal(kind)
+    ):
+        raise TypeError(f"holds {kind}, expected texts, numbers or truth values")
+    text = pc.utf8_trim_whitespace(column.cast(pa.string()))
+    text = pc.replace_substring_regex(text, TRAILING_ZEROS, r"\1")
+    return pc.if_else(pc.equal(text, ""), None, text)
+
+
+def _take(numbers: list[int], encoded: pa.DictionaryArray) -> NDArray[np.int32]:
+    # The last place is of what has no value.
+    places = encoded.indices.fill_null(len(numbers)).to_numpy(zero_copy_only=False)
+    return np.array([*numbers, 0], np.int32)[places]
+
+
+def write_vocabularies(folder: Path, vocabularies: dict[str, Vocabulary]) -> None:
+    """Writes the file, where there is any column."""
+    if not vocabularies:
+        return
+    tables = [
+        pa.table(
+            {
+                "column": pa.array([name] * len(vocabulary.numbers), pa.string()),
+                "value_index": pa.array(list(vocabulary.numbers.values()), pa.int64()),
+                "value": pa.array(list(vocabulary.numbers), pa.string()),
+            }
+        )
+        for name, vocabulary in vocabularies.items()
+    ]
+    pq.write_table(pa.concat_tables(tables), folder / FEATURES_FILE, compression="zstd")
+
+
+def read_vocabularies(folder: Path, names: Iterable[str]) -> dict[str, Vocabulary]:
+    """The vocabularies of the named columns.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    names = list(names)
+    if not names:
+        return {}
+    path = folder / FEATURES_FILE
+    try:
+        table = pq.read_table(path).sort_by("value_index")
+        return {name: Vocabulary(table.filter(pc.equal(table["column"], name))["value"].to_pylist()) for name in names}
+    except (pa.ArrowException, KeyError, OSError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: can't be read: {reason}; run `mme prepare` again") from error
+
+
+def feature_sizes(folder: Path, info: dict[str, Any], names: Iterable[str]) -> dict[str, int]:
+    """How many numbers the values of each named column have, that of missing ones too; of `user_id`, one a user.
+
+    Args:
+        info: what the dataset.json of the set in ``folder`` holds.
+
+    Raises:
+        UserError: the set has no such column.
+    """
+    found: dict[str, int] = info.get("features", {})
+    sizes = {name: number + 1 for name, number in found.items()} | {USER_ID: info["num_users"] + 1}
+    for name in names:
+        if name not in sizes:
+            has = f"its columns are {', '.join(found)}" if found else "it has no columns beside item and time"
+            raise UserError(
+                f"{folder}: no column {name!r}, which model.event_features or model.user_features names: {has}; "
+                "`mme prepare --feature-columns` keeps them"
+            )
+    return {name: sizes[name] for name in names}
+
+
+def parts_column(name: str) -> str:
+    """What a column is called in the parts and wherever its numbers go."""
+    return FEATURE_PREFIX + name

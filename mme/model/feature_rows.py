@@ -1,0 +1,56 @@
+"""Where the values of events' and users' columns stand in the tables: behind the items, one block of rows a column.
+
+Every column has an embedding of its own in each of the M tables. As rows of the same tables they are sharded, updated and
+saved as the items are, whether a column has five values or a hundred million users, and the step's one lookup brings them
+with the items. Index 0 of each block is for a value that is missing or unknown.
+
+Legend: B sequences, T tokens, F event features, G user features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mme.config import ModelConfig
+from mme.data.batch import SequenceBatch
+
+
+class InputRows(NamedTuple):
+    """The rows that make the tokens of a batch, all int64: of items (T,), of event features (T, F), of user features (B, G)."""
+
+    items: Tensor
+    events: Tensor
+    users: Tensor
+
+
+class FeatureRows:
+    """The rows of the tables by item and by feature.
+
+    Args:
+        sizes: of each column that `model.event_features` and `model.user_features` name, how many values it has and one.
+
+    Attributes:
+        num_rows: of each table, items and features.
+    """
+
+    def __init__(self, model: ModelConfig, num_items: int, sizes: Mapping[str, int]) -> None:
+        self.firsts = [num_items]
+        for name in (*model.event_features, *model.user_features):
+            self.firsts.append(self.firsts[-1] + sizes[name])
+        self.num_rows = self.firsts.pop()
+        self.num_event_features = len(model.event_features)
+
+    def inputs_of(self, batch: SequenceBatch) -> InputRows:
+        """What the tokens of a batch are made of, as rows of the tables."""
+        firsts = torch.tensor(self.firsts, device=batch.item_ids.device)
+        of_events, of_users = firsts[: self.num_event_features], firsts[self.num_event_features :]
+        events, users = batch.event_features, batch.user_features
+        return InputRows(
+            batch.item_ids,
+            batch.item_ids.new_zeros(batch.num_tokens, 0) if events is None else events + of_events,
+            batch.item_ids.new_zeros(batch.num_sequences, 0) if users is None else users + of_users,
+        )

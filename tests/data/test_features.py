@@ -1,0 +1,170 @@
+"""Columns beside item and time: kept with their events through filters and additions, and read into batches."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from mme.data.dataset import PreparedDataset
+from mme.data.features import Vocabulary, read_vocabularies
+from mme.data.prepare import add_events, prepare
+from mme.data.sequences import EvaluationLoader, Features, TrainLoader
+from mme.errors import UserError
+
+ACTIONS = ["view", "cart", "buy", None]
+COLUMNS = ["action", "my rating"]
+
+
+def log(seed: int, rows: int = 400) -> pa.Table:
+    """Random events; the action and rating of each follow from its user, item and time."""
+    generator = np.random.default_rng(seed)
+    user, item = generator.integers(0, 40, rows), generator.integers(100, 130, rows)
+    time = generator.integers(0, 300, rows)
+    return pa.table(
+        {
+            "user_id": user,
+            "item_id": item,
+            "timestamp": time,
+            "action": [ACTIONS[(u + i + t) % 4] for u, i, t in zip(user, item, time, strict=True)],
+            "my rating": [None if t % 7 == 0 else 1 + (i % 9) / 2 for i, t in zip(item, time, strict=True)],
+        }
+    )
+
+
+def values_of(user: int, item: int, time: int) -> tuple[str | None, str | None]:
+    rating = 1 + (item % 9) / 2
+    return ACTIONS[(user + item + time) % 4], None if time % 7 == 0 else f"{rating:g}"
+
+
+def raw_events(folder: Path) -> dict[int, list[tuple[Any, ...]]]:
+    """By user (item, time, action, rating), all raw."""
+    info = json.loads((folder / "dataset.json").read_text())
+    items = pq.read_table(folder / "items.parquet").sort_by("item_index")["item_id"].to_pylist()
+    names = {name: [None, *vocabulary.numbers] for name, vocabulary in read_vocabularies(folder, COLUMNS).items()}
+    assert info["features"] == {name: len(values) - 1 for name, values in names.items()}
+    found = {}
+    for part in info["parts"]:
+        for row in pq.read_table(folder / part["file"]).to_pylist():
+            actions = [names["action"][number] for number in row["feature_action"]]
+            ratings = [names["my rating"][number] for number in row["feature_my rating"]]
+            raw = [items[index] for index in row["item_ids"]]
+            found[row["user_id"]] = list(zip(raw, row["timestamps"], actions, ratings, strict=True))
+    return found
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("features")
+    pq.write_table(log(0), folder / "first.parquet")
+    pq.write_table(log(1), folder / "second.parquet")
+    options: dict[str, Any] = {"feature_columns": COLUMNS, "min_user_events": 8, "min_item_events": 9}
+    prepare([folder / "first.parquet", folder / "second.parquet"], "parquet", folder / "whole", **options)
+    prepare([folder / "first.parquet"], "parquet", folder / "grown", **options)
+    return folder
+
+
+def test_every_event_keeps_its_values_through_filters_and_additions(folder: Path) -> None:
+    before = raw_events(folder / "grown")
+    assert json.loads((folder / "grown" / "dataset.json").read_text())["events_dropped"] > 20
+    add_events([folder / "second.parquet"], folder / "grown")
+    grown, whole = raw_events(folder / "grown"), raw_events(folder / "whole")
+    assert grown == whole
+    assert sum(map(len, before.values())) < sum(map(len, grown.values()))
+    for user, events in whole.items():
+        for item, time, *values in events:
+            assert tuple(values) == values_of(user, item, time)
+
+
+def test_new_values_come_behind(tmp_path: Path) -> None:
+    (tmp_path / "first.csv").write_text(
+        "user,item,time,mood\n" + "".join(f"1,{i},{i},b\n1,{i},{i},x\n" for i in range(5))
+    )
+    (tmp_path / "second.csv").write_text("user,item,time,mood\n2,1,1, a\n2,2,2,b \n2,3,3,\n")
+    prepare([tmp_path / "first.csv"], "csv", tmp_path / "set", feature_columns=["mood"], min_user_events=1)
+    assert list(read_vocabularies(tmp_path / "set", ["mood"])["mood"].numbers) == ["b", "x"]
+    add_events([tmp_path / "second.csv"], tmp_path / "set")
+    assert list(read_vocabularies(tmp_path / "set", ["mood"])["mood"].numbers) == ["b", "x", "a"]
+    rows = pq.read_table(tmp_path / "set" / "part-00001.parquet").to_pylist()
+    assert [row["feature_mood"] for row in rows] == [[3, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    ("column", "texts"),
+    [
+        (pa.array(["4.0", " 4", "4.5", "", None, "x.0", "-1.00"]), ["4", "4", "4.5", None, None, "x.0", "-1"]),
+        (pa.array([4.0, 4.5, float("nan"), None]), ["4", "4.5", None, None]),
+        (pa.array([4, None, -1]), ["4", None, "-1"]),
+        (pa.array([True, False, None]), ["true", "false", None]),
+        (pa.array(["a", "b", "a"]).dictionary_encode(), ["a", "b", "a"]),
+        (pa.nulls(2), [None, None]),
+    ],
+)
+def test_a_value_is_what_it_is_written_as(column: pa.Array, texts: list[str | None]) -> None:
+    vocabulary = Vocabulary()
+    numbers = vocabulary.learn(column)
+    names = [None, *vocabulary.numbers]
+    assert [names[number] for number in numbers] == texts
+    assert vocabulary.find(column).tolist() == numbers.tolist()
+    assert vocabulary.find(pa.array(["never met"])).tolist() == [0]
+
+
+def test_batches_carry_the_values_of_the_events_read_and_none_of_the_target(folder: Path) -> None:
+    dataset = PreparedDataset.open(folder / "whole")
+    features = Features(events=COLUMNS, users=["action", "user_id"])
+    names = {name: [None, *v.numbers] for name, v in read_vocabularies(folder / "whole", COLUMNS).items()}
+    events = list(raw_events(folder / "whole").values())
+    train = TrainLoader(dataset, "leave_one_out", max_seq_len=5, batch_size=7, features=features)
+    test = EvaluationLoader(dataset, "leave_one_out", "test", max_seq_len=5, batch_size=7, features=features)
+    batches = [(batch, 2) for batch in train.batches(0)] + [(batch.sequences, 1) for batch in test.batches()]
+    assert len(batches) > 6
+    for batch, targets_left in batches:
+        assert batch.event_features is not None and batch.user_features is not None
+        assert batch.event_features.shape == (batch.num_tokens, 2)
+        for sequence, row in enumerate(batch.user_rows.tolist()):
+            start, end = batch.seq_offsets[sequence : sequence + 2].tolist()
+            window = events[row][: len(events[row]) - targets_left][-5:]
+            numbers = batch.event_features[start:end].tolist()
+            found = [(names["action"][a], names["my rating"][b]) for a, b in numbers]
+            assert found == [(action, rating) for _, _, action, rating in window]
+            action, user = batch.user_features[sequence].tolist()
+            assert names["action"][action] == window[0][2]  # of the first event read
+            assert user == row + 1
+
+
+def test_a_column_that_the_set_does_not_have_is_named(folder: Path) -> None:
+    dataset = PreparedDataset.open(folder / "whole")
+    assert dataset.feature_sizes(["action", "user_id"]) == {"action": 4, "user_id": dataset.num_users + 1}
+    with pytest.raises(UserError, match=r"no column 'actoin', .* its columns are action, my rating; `mme prepare"):
+        dataset.feature_sizes(["actoin"])
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (["nothing"], r"no column 'nothing' \(found: user_id, item_id, "),
+        (["tags"], r"first.parquet: column 'tags' holds list<.*>, expected texts, numbers or truth values"),
+        (["user_id"], r"--feature-columns user_id: every set has it"),
+    ],
+)
+def test_columns_that_cannot_be_kept_are_refused(tmp_path: Path, columns: list[str], message: str) -> None:
+    pq.write_table(log(0, 30).append_column("tags", [[["a"]] * 30]), tmp_path / "first.parquet")
+    with pytest.raises(UserError, match=message):
+        prepare([tmp_path / "first.parquet"], "parquet", tmp_path / "set", feature_columns=columns)
+    assert not (tmp_path / "set").exists()
+
+
+def test_an_index_beyond_the_vocabulary_is_found(folder: Path, tmp_path: Path) -> None:
+    prepare([folder / "first.parquet"], "parquet", tmp_path / "set", feature_columns=["action"])
+    path = tmp_path / "set" / "part-00000.parquet"
+    table = pq.read_table(path)
+    wrong = [[9] * len(items) for items in table["item_ids"].to_pylist()]
+    place = table.column_names.index("feature_action")
+    pq.write_table(table.set_column(place, "feature_action", pa.array(wrong)), path)
+    with pytest.raises(UserError, match=r"part-00000.parquet: row 0: feature_action index 9, expected 0 to 3"):
+        PreparedDataset.open(tmp_path / "set")
