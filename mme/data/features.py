@@ -132,7 +132,7 @@ def feature_sizes(folder: Path, info: dict[str, Any], names: Iterable[str]) -> d
             has = f"its columns are {', '.join(found)}" if found else "it has no columns beside item and time"
             raise UserError(
                 f"{folder}: no column {name!r}, which model.event_features or model.user_features names: {has}; "
-                "`mme prepare --feature-columns` keeps them"
+                "--feature-columns of `mme prepare` keeps them"
             )
     return {name: sizes[name] for name in names}
 

@@ -27,9 +27,8 @@ from mme.model.scoring import normalize_views
 
 REFERENCE_NEGATIVES = 128
 FULL_SOFTMAX_TOKENS = 1024  # tokens whose logits over the catalogue exist at once
-MOST_ITEMS_AN_ID = (
-    4  # of a catalogue, for each id of a batch, at which a table of it is less work than a sort of the ids
-)
+# Of a catalogue, for each id of a batch: with more, a table of all rows is more work than a sort of the ids.
+MOST_ITEMS_AN_ID = 4
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def test_batches_carry_the_values_of_the_events_read_and_none_of_the_target(fold
 def test_a_column_that_the_set_does_not_have_is_named(folder: Path) -> None:
     dataset = PreparedDataset.open(folder / "whole")
     assert dataset.feature_sizes(["action", "user_id"]) == {"action": 4, "user_id": dataset.num_users + 1}
-    with pytest.raises(UserError, match=r"no column 'actoin', .* its columns are action, my rating; `mme prepare"):
+    with pytest.raises(UserError, match=r"no column 'actoin', .* its columns are action, my rating; --feature-columns"):
         dataset.feature_sizes(["actoin"])
 
 
