@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -121,7 +122,8 @@ def test_batches_carry_the_values_of_the_events_read_and_none_of_the_target(fold
     events = list(raw_events(folder / "whole").values())
     train = TrainLoader(dataset, "leave_one_out", max_seq_len=5, batch_size=7, features=features)
     test = EvaluationLoader(dataset, "leave_one_out", "test", max_seq_len=5, batch_size=7, features=features)
-    batches = [(batch, 2) for batch in train.batches(0)] + [(batch.sequences, 1) for batch in test.batches()]
+    stream = itertools.islice(train.stream(), train.num_batches(0))
+    batches = [(batch.sequences, 2) for batch in stream] + [(batch.sequences, 1) for batch in test.batches()]
     assert len(batches) > 6
     for batch, targets_left in batches:
         assert batch.event_features is not None and batch.user_features is not None
