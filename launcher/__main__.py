@@ -54,6 +54,9 @@ EndpointTimeout = Annotated[
 Restarts = Annotated[
     int, typer.Option(min=0, help="How often the workers start again, from the last checkpoint, after one has died.")
 ]
+Items = Annotated[
+    Optional[int], typer.Option(min=1, help="Items of the catalogue; default: as data.path/dataset.json says.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print exactly what would be run or written, and end.")]
 Submit = Annotated[bool, typer.Option("--submit", help="Hand it to the cluster at once.")]
 Output = Annotated[
@@ -216,37 +219,54 @@ def kubernetes(
 
 @app.command()
 def preflight(
+    overrides: Overrides = None,
     nnodes: Nodes = 1,
     nproc_per_node: Processes = None,
     rdzv_endpoint: Endpoint = None,
     output_dir: Annotated[
-        Path, typer.Option(metavar="DIR", help="Folder that takes the runs; on several nodes, a shared one.")
-    ] = Path("runs"),
+        Optional[Path],
+        typer.Option(
+            metavar="DIR",
+            help="Folder that takes the runs; on several nodes, a shared one. Default: that of --config, or runs.",
+        ),
+    ] = None,
+    config: Annotated[
+        Optional[Path],
+        typer.Option(metavar="FILE", help="The job that is to run here: memory and disk are checked for it."),
+    ] = None,
+    items: Items = None,
     dry_run: DryRun = False,
 ) -> None:
     """Check this node and, when started on all nodes, the group.
 
     Versions and whether the libraries load, GPUs, memory, disk, the folder for checkpoints, a matrix product against
-    float64; then between the processes all-reduce and all-to-all, clocks and the shared folder.
+    float64; then between the processes the links, all-reduce and all-to-all, clocks and the shared folder.
     Each finding that is not in order says what to do. Status 1 when one failed.
 
     Examples:
 
         mme-launch preflight
 
+        mme-launch preflight --config configs/ml-20m.yaml
+
         mme-launch preflight --nnodes 2 --rdzv-endpoint node0:29500 --output-dir /shared/runs   (on both nodes)
     """
     with _user_errors():
-        from launcher.preflight import commands
+        from launcher.preflight import commands, needs_of
         from launcher.preflight import preflight as check
 
-        job = Job(Path(), (), nnodes, nproc_per_node or default_processes(), 0, rdzv_endpoint)
+        processes = nproc_per_node or default_processes()
+        job = Job(config or Path(), tuple(overrides or ()), nnodes, processes, 0, rdzv_endpoint)
+        if overrides and config is None:
+            raise UserError(f"{overrides[0]}: values of a configuration need --config FILE")
+        needs = needs_of(job, items) if config is not None else None
+        folder = output_dir or (Path(job.load().output_dir) if config is not None else Path("runs"))
         if dry_run:
             torchrun.require_endpoint_given(job)
-            print("\n".join(shlex.join(line) for line in commands(job, output_dir)))
+            print("\n".join(shlex.join(line) for line in commands(job, folder)))
             return
         torchrun.require_endpoint(job)
-        raise typer.Exit(check(job, output_dir))
+        raise typer.Exit(check(job, folder, needs))
 
 
 @app.command(no_args_is_help=True)
@@ -255,13 +275,16 @@ def plan(
     overrides: Overrides = None,
     nnodes: Nodes = 1,
     nproc_per_node: ClusterProcesses = 8,
-    gpu: Annotated[str, typer.Option(help="a100-80g or h100-80g.")] = "h100-80g",
-    items: Annotated[
-        Optional[int], typer.Option(min=1, help="Items of the catalogue; default: as data.path/dataset.json says.")
-    ] = None,
+    gpu: Annotated[str, typer.Option(help="a100-80g or h100-80g; cpu: processes on a machine like this.")] = "h100-80g",
+    items: Items = None,
+    as_configured: Annotated[
+        bool, typer.Option("--as-configured", help="Take table sharding and expert-parallel size as they are set.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="The same: plan starts nothing.")] = False,
 ) -> None:
-    """Predict memory per rank and time per step, by part; no GPU needed.
+    """Choose table sharding and expert placement; predict memory per rank and time per step, by part; no GPU needed.
+
+    What fits nowhere is refused with status 2, and by how much.
 
     Example:
 
@@ -271,7 +294,7 @@ def plan(
         from launcher.plan import show_plan
 
         job = Job(config, tuple(overrides or ()), nnodes, nproc_per_node, 0)
-        show_plan(job, gpu, items)
+        show_plan(job, gpu, items, choose=not as_configured)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Checks between all processes of a group, started by preflight under torchrun: ``… OUTPUT_DIR``.
 
-The group is formed as training forms it. Rank 0 of each node prints what was found.
+The group is formed as training forms it. The first process of each node prints what was found, and every process what
+ends it.
 """
 
 from __future__ import annotations
@@ -12,14 +13,16 @@ import sys
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from launcher.findings import Finding
+from launcher.link_check import CHOOSE_INTERFACE, OPEN_PORTS, board, dead_links, judge, measure_pairs, there_and_back
 from mme.distributed.groups import World, process_group
 
 REPEATS = 5
@@ -27,131 +30,239 @@ BYTES = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}  # sent by each process
 SLOW_GPU_GB_PER_S = 2.0  # below it NCCL goes through ordinary sockets
 CLOCK_TOLERANCE_S = 1.0
 FOLDER_PATIENCE_S = 30.0  # network file systems show a new file to other nodes with delay
+ANSWERS_WITHIN_S = 120.0  # a collective
+
+
+class Place(NamedTuple):
+    """Where a process runs: its node's number and name, and its rank there."""
+
+    node: int
+    host: str
+    local_rank: int
+
+
+@dataclass(frozen=True)
+class Group:
+    """The processes of the group, and the place of each rank."""
+
+    world: World
+    places: list[Place]
+
+    def name(self, rank: int) -> str:
+        return f"rank {rank} on {self.places[rank].host}"
+
+    @property
+    def spread(self) -> list[int]:
+        """One rank of each node, its first; on one node, all."""
+        nodes = [place.node for place in self.places]
+        return [rank for rank, node in enumerate(nodes) if len(set(nodes)) == 1 or node not in nodes[:rank]]
+
+    @property
+    def peers(self) -> list[int]:
+        """The ranks to which this one's links to other nodes lead, and this one: those of its local rank; on one node, all."""
+        several = len(self.spread) < len(self.places)
+        own = self.places[self.world.rank].local_rank
+        return [rank for rank, place in enumerate(self.places) if not several or place.local_rank == own]
 
 
 def main() -> None:
     output_dir = Path(sys.argv[1])
-    with process_group() as world:
-        findings = [
-            _members(world),
-            _all_reduce(world),
-            _all_to_all(world),
-            _clocks(world),
-            _shared_folder(world, output_dir),
-        ]
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            for finding in findings:
-                finding.print_line()
+    checks: dict[str, Callable[[Group], Finding]] = {
+        "group": _members,
+        "all-reduce": _all_reduce,
+        "all-to-all": _all_to_all,
+        "links": _links,
+        "clocks": clocks,
+        "shared folder": lambda group: shared_folder(group, output_dir),
+    }
+    name = "links"
+    try:
+        store = board()
+        dead = dead_links(store)
+        if dead is not None:
+            dead.print_line()
+            raise SystemExit(1)
+        name = "group"
+        with process_group(ANSWERS_WITHIN_S) as world:
+            group = group_of(world)
+            for name, check in checks.items():  # noqa: B007  (the name is for what ends it)
+                finding = check(group)
+                if group.places[world.rank].local_rank == 0:
+                    finding.print_line()
+    except RuntimeError as error:  # of the process group: a process that has gone, or a link that is dead
+        said = str(error).strip().splitlines()[0]
+        found = f"rank {os.environ.get('RANK', '0')} on {platform.node()}: {said}"
+        Finding(name, "failed", found, f"a process or a link is dead: {OPEN_PORTS}").print_line()
+        raise SystemExit(1) from error
 
 
-def _members(world: World) -> Finding:
-    """All processes run the same versions."""
+def group_of(world: World) -> Group:
+    place = Place(int(os.environ.get("GROUP_RANK", "0")), platform.node(), int(os.environ.get("LOCAL_RANK", "0")))
+    return Group(world, gather(world, place))
+
+
+def _members(group: Group) -> Finding:
+    """All processes run the same versions on devices of one kind."""
     versions = {name: version(name) for name in ("torch", "triton", "torchrec", "deepspeed")}
     versions["Python"] = platform.python_version()
-    all_versions = _gather(world, (platform.node(), versions))
-    nodes = sorted({node for node, _ in all_versions})
-    different = (
-        sorted({f"{node}: {name} {found[name]}" for node, found in all_versions for name in found})
-        if any(found != versions for _, found in all_versions)
-        else []
+    if group.world.device.type == "cuda":
+        versions["GPU"] = torch.cuda.get_device_name(group.world.device)
+        versions["NCCL"] = ".".join(map(str, torch.cuda.nccl.version()))
+    all_versions = gather(group.world, versions)
+    nodes = sorted({place.host for place in group.places})
+    different = sorted(
+        {
+            f"{name} {found[name]} on {group.places[rank].host}"
+            for rank, found in enumerate(all_versions)
+            for name in found
+            if len({str(other.get(name)) for other in all_versions}) > 1
+        }
     )
-    found = f"{world.size} processes on {', '.join(nodes)}, {dist.get_backend()}"
+    found = f"{group.world.size} processes on {', '.join(nodes)}, {dist.get_backend()}"
     if different:
-        return Finding("group", "failed", "; ".join(different), "run `make setup` on every node: versions must agree")
+        advice = (
+            "run `make setup` on every node, and take nodes with another kind of GPU out of the job: all must be alike"
+        )
+        return Finding("group", "failed", "; ".join(different), advice)
     return Finding("group", "ok", found)
 
 
-def _all_reduce(world: World) -> Finding:
+def _all_reduce(group: Group) -> Finding:
+    world = group.world
     values = torch.full((BYTES[world.device.type] // 4,), 1.0 + world.rank, device=world.device)
     expected = world.size * (world.size + 1) / 2
-    work = values.clone()
+    work, one = values.clone(), torch.zeros(1, device=world.device)
     seconds = _median_time(world, lambda: work.copy_(values), lambda: dist.all_reduce(work))
     right = bool((work == expected).all())
+    latency_s = _median_time(world, lambda: None, lambda: dist.all_reduce(one))
     # Each process sends and receives 2 (n - 1) / n of the bytes: the rate of its link, whatever n.
     rate = 2 * (world.size - 1) / world.size * values.nbytes / seconds / 1e9
-    return _rated("all-reduce", world, right, rate, seconds, values.nbytes)
+    return _rated("all-reduce", world, right, rate, seconds, latency_s, values.nbytes)
 
 
-def _all_to_all(world: World) -> Finding:
+def _all_to_all(group: Group) -> Finding:
+    world = group.world
     rows = BYTES[world.device.type] // 4 // world.size
     sent = torch.full((world.size, rows), float(world.rank), device=world.device)
-    received = torch.empty_like(sent)
+    received, small = torch.empty_like(sent), torch.zeros(world.size, device=world.device)
+    small_received = torch.empty_like(small)
     seconds = _median_time(world, lambda: received.zero_(), lambda: dist.all_to_all_single(received, sent))
     right = bool((received == torch.arange(world.size, device=world.device).float().unsqueeze(1)).all())
+    latency_s = _median_time(world, lambda: None, lambda: dist.all_to_all_single(small_received, small))
     rate = (world.size - 1) / world.size * sent.nbytes / seconds / 1e9
-    return _rated("all-to-all", world, right, rate, seconds, sent.nbytes)
+    return _rated("all-to-all", world, right, rate, seconds, latency_s, sent.nbytes)
 
 
-def _rated(name: str, world: World, right: bool, rate: float, seconds: float, num_bytes: int) -> Finding:
-    found = f"{rate:.2f} GB/s a process ({num_bytes / 2**20:.0f} MiB in {1e3 * seconds:.1f} ms)"
-    if not all(_gather(world, right)):
+def _rated(
+    name: str, world: World, right: bool, rate: float, seconds: float, latency_s: float, num_bytes: int
+) -> Finding:
+    found = (
+        f"{rate:.2f} GB/s a process ({num_bytes / 2**20:.0f} MiB in {1e3 * seconds:.1f} ms), a number in "
+        f"{1e6 * latency_s:.0f} µs"
+    )
+    if not all(gather(world, right)):
         return Finding(
             name, "failed", "wrong values received", "NCCL_DEBUG=INFO shows the links; take nodes out in turn"
         )
     if world.device.type == "cuda" and rate < SLOW_GPU_GB_PER_S and world.size > 1:
-        advice = (
-            "slow for GPUs: see with NCCL_DEBUG=INFO which link is used; NCCL_SOCKET_IFNAME and NCCL_IB_HCA choose it"
-        )
-        return Finding(name, "warning", found, advice)
+        return Finding(name, "warning", f"slow for GPUs: {found}", CHOOSE_INTERFACE)
     return Finding(name, "ok", found)
 
 
-def _clocks(world: World) -> Finding:
-    """The clocks of the other processes against rank 0's, each by the quickest of several questions and answers."""
-    largest, farthest = 0.0, 0
-    for rank in range(1, world.size):
-        if world.rank == 0:
-            exchanges = []
-            for _ in range(REPEATS):
-                answer = torch.zeros(1, dtype=torch.float64)
-                asked = time.time()
-                dist.send(answer, rank)
-                dist.recv(answer, rank)
-                answered = time.time()
-                exchanges.append((answered - asked, float(answer) - (asked + answered) / 2))
-            offset = min(exchanges)[1]
-            if abs(offset) > abs(largest):
-                largest, farthest = offset, rank
-        elif world.rank == rank:
-            for _ in range(REPEATS):
-                question = torch.zeros(1, dtype=torch.float64)
-                dist.recv(question, 0)
-                dist.send(torch.tensor([time.time()], dtype=torch.float64), 0)
-    largest, farthest = _gather(world, (largest, farthest))[0]
-    found = f"apart by at most {1e3 * abs(largest):.1f} ms"
-    if abs(largest) > CLOCK_TOLERANCE_S:
-        advice = f"the clock of rank {farthest}'s node is off: start its NTP service (chrony or systemd-timesyncd)"
-        return Finding("clocks", "warning", found, advice)
-    return Finding("clocks", "ok", found)
+def _links(group: Group) -> Finding:
+    world, kind = group.world, group.world.device.type
+    if world.size == 1:
+        return Finding("links", "ok", "one process")
+    own = measure_pairs(world.rank, group.peers, there_and_back(world.rank, world.device), kind)
+    return judge([pair for pairs in gather(world, own) for pair in pairs], group.name, kind)
 
 
-def _shared_folder(world: World, output_dir: Path) -> Finding:
-    """Every process sees, in the folder for runs, the file that each of the others has written."""
-    token = _gather(world, uuid.uuid4().hex)[0]
-    own = output_dir / f".preflight-{token}-{world.rank}"
+def clocks(group: Group, clock: Callable[[], float] = time.time) -> Finding:
+    """Each node's clock against the median of all, by the quickest of several questions and answers of rank 0.
+
+    What the way of a message may account for is not held against a clock.
+    """
+    offsets = {0: (0.0, 0.0)}
+    for rank in group.spread[1:]:
+        if group.world.rank == 0:
+            offsets[rank] = min((_ask(rank, clock) for _ in range(REPEATS)), key=lambda answer: answer[1])
+        elif group.world.rank == rank:
+            for _ in range(REPEATS):
+                _answer(clock)
+    offsets = gather(group.world, offsets)[0]
+    median = statistics.median(offset for offset, _ in offsets.values())
+    if len(offsets) == 2:
+        median = 0.0  # of two clocks none is the right one
+    off = {
+        rank: offset - median
+        for rank, (offset, way_s) in offsets.items()
+        if abs(offset - median) > way_s + CLOCK_TOLERANCE_S
+    }
+    widest = max(offset for offset, _ in offsets.values()) - min(offset for offset, _ in offsets.values())
+    if not off:
+        return Finding("clocks", "ok", f"apart by at most {1e3 * widest:.1f} ms")
+    against = "rank 0's" if len(offsets) == 2 else "the others'"
+    found = "; ".join(
+        f"that of {group.name(rank)} is {abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} {against}"
+        for rank, offset in off.items()
+    )
+    advice = "start the NTP service there (chrony or systemd-timesyncd): `timedatectl` shows its state"
+    return Finding("clocks", "failed", found, advice)
+
+
+def _ask(rank: int, clock: Callable[[], float]) -> tuple[float, float]:
+    """How far the clock of ``rank`` is ahead, and half of the time that question and answer took."""
+    answer = torch.zeros(1, dtype=torch.float64)
+    asked, started = clock(), time.perf_counter()
+    dist.send(answer, rank)
+    dist.recv(answer, rank)
+    way_s = (time.perf_counter() - started) / 2
+    return float(answer) - (asked + way_s), way_s
+
+
+def _answer(clock: Callable[[], float]) -> None:
+    dist.recv(torch.zeros(1, dtype=torch.float64), 0)
+    dist.send(torch.tensor([clock()], dtype=torch.float64), 0)
+
+
+def shared_folder(group: Group, output_dir: Path, patience_s: float = FOLDER_PATIENCE_S) -> Finding:
+    """Every process reads, in its folder for runs, what each of the others has written into its own."""
+    world = group.world
+    token = gather(world, uuid.uuid4().hex)[0]
+    names = [f".preflight-{token}-{rank}" for rank in range(world.size)]
+    own = output_dir / names[world.rank]
     problem = ""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        own.write_text(platform.node())
+        own.write_text(f"{token} {world.rank}")
     except OSError as error:
-        problem = f"rank {world.rank} on {platform.node()}: {own}: {error.strerror}"
+        problem = f"{group.name(world.rank)}: {own}: {error.strerror}"
     dist.barrier()
-    deadline = time.monotonic() + FOLDER_PATIENCE_S
-    expected = {f".preflight-{token}-{rank}" for rank in range(world.size)}
-    seen: set[str] = set()
-    while not problem and seen != expected and time.monotonic() < deadline:
-        seen = {path.name for path in output_dir.glob(f".preflight-{token}-*")}
-        time.sleep(0.05)
-    if not problem and seen != expected:
-        problem = f"{platform.node()} sees in {output_dir} {len(seen)} of the {world.size} processes' files"
-    problems = [text for text in _gather(world, problem) if text]
+    deadline = time.monotonic() + patience_s
+    unseen = set(group.spread) if not problem else set()
+    while unseen:
+        unseen = {rank for rank in unseen if _read(output_dir / names[rank]) != f"{token} {rank}"}
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.05 if unseen else 0)
+    if unseen:
+        problem = f"{output_dir.resolve()} of {group.name(world.rank)} does not hold what {group.name(min(unseen))} wrote into its own"
+    problems = [text for text in gather(world, problem) if text]
     own.unlink(missing_ok=True)
     if problems:
         advice = (
-            "checkpoints need one folder that all nodes share and may write to: give it by --output-dir and output_dir"
+            "checkpoints need one folder that all nodes share and may write to (NFS, Lustre, …): give its path by "
+            "--output-dir here and output_dir there"
         )
         return Finding("shared folder", "failed", problems[0], advice)
-    return Finding("shared folder", "ok", f"{output_dir.resolve()}: seen by all {world.size} processes")
+    return Finding("shared folder", "ok", f"{output_dir.resolve()}: read by all {world.size} processes")
+
+
+def _read(path: Path) -> str | None:
+    try:
+        return path.read_text()
+    except OSError:
+        return None
 
 
 def _median_time(world: World, prepare: Callable[[], Any], work: Callable[[], Any]) -> float:
@@ -173,7 +284,8 @@ def _wait_for_device(world: World) -> None:
         torch.cuda.synchronize(world.device)
 
 
-def _gather(world: World, value: Any) -> list[Any]:
+def gather(world: World, value: Any) -> list[Any]:
+    """The ``value`` of each rank."""
     values: list[Any] = [None] * world.size
     dist.all_gather_object(values, value)
     return values

@@ -57,6 +57,19 @@ def require_dataset(config: Config) -> None:
         raise UserError(f"{description}: not readable as JSON ({error}): run `mme prepare` again") from error
 
 
+def items_of(config: Config) -> int:
+    """The items of the catalogue, as the data set says.
+
+    Raises:
+        UserError: there is no data set that does.
+    """
+    path = Path(config.data.path) / "dataset.json"
+    try:
+        return int(json.loads(path.read_text())["num_items"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: no num_items to be read there: prepare the data set, or give --items N") from error
+
+
 def split_endpoint(endpoint: str) -> tuple[str, int]:
     """``host:port`` → (host, port).
 

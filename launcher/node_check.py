@@ -7,13 +7,20 @@ was being loaded.
 from __future__ import annotations
 
 import importlib
+import operator
 import shutil
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from launcher.findings import Finding
+from launcher.job import gpus
 
+PROJECT = Path(__file__).resolve().parents[1]
+OURS = ("mme", "kernels", "launcher")
 LIBRARIES = ["torch", "triton", "fbgemm_gpu", "torchrec", "deepspeed", "mme", "kernels"]
+REPEATS = 3
 SIZE = 1024  # of the square matrices that are multiplied
 # A float32 product of such matrices is off by about 1e-6 of its largest entry, bfloat16 by 1e-2: ten times that is a fault.
 TOLERANCES = {"float64": 1e-13, "float32": 1e-5, "bfloat16": 1e-1}
@@ -24,14 +31,16 @@ def main() -> None:
         _load(name)
     import torch
 
+    _gpus_seen(torch.cuda.device_count()).print_line()
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     for device in devices:
-        for check in (_fbgemm_operator, _matrix_product):
+        checks = [table_lookup, matrix_product, *([triton_kernel] if device.type == "cuda" else [])]
+        for check in checks:
             try:
                 check(device).print_line()
             except Exception as error:  # whatever a broken build raises
-                name = check.__name__.strip("_").replace("_", " ")
+                name = check.__name__.replace("_", " ")
                 Finding(f"{name} on {device}", "failed", _first_line(error), _REINSTALL).print_line()
     if shutil.which("cc") is None and shutil.which("gcc") is None:
         advice = "install gcc: Triton and torch.compile build their launchers with it"
@@ -48,45 +57,105 @@ def _load(name: str) -> None:
     except Exception as error:  # whatever a broken build raises
         Finding(f"load {name}", "failed", _first_line(error), _REINSTALL).print_line()
         raise SystemExit(1) from error
+    file = Path(module.__file__ or "")
+    if name in OURS and not file.resolve().is_relative_to(PROJECT):
+        advice = f"it hides this project's own: uninstall it, or run in {PROJECT}"
+        Finding(
+            f"load {name}", "failed", f"a foreign package {name} is imported, from {file.parent}", advice
+        ).print_line()
+        return
     Finding(f"load {name}", "ok", str(getattr(module, "__version__", "loaded"))).print_line()
 
 
-def _fbgemm_operator(device: Any) -> Finding:
+def _gpus_seen(seen: int) -> Finding:
+    """Whether PyTorch sees the GPUs that the driver lists."""
     import torch
 
-    sums = torch.ops.fbgemm.asynchronous_complete_cumsum(torch.tensor([2, 0, 3], device=device)).tolist()
-    right = sums == [0, 2, 2, 5]
+    listed = len(gpus())
+    if seen == listed:
+        return Finding("GPUs of PyTorch", "ok", f"{seen}, as the driver lists")
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    advice = (
+        "the driver is too old for this CUDA, or a GPU is lost: see `nvidia-smi` and its log"
+        if torch.version.cuda
+        else "this PyTorch has no CUDA: remove .venv and run `make setup` on this machine"
+    )
+    found = f"PyTorch {torch.__version__} ({build}) sees {seen} of the {listed} GPUs that the driver lists"
+    return Finding("GPUs of PyTorch", "failed", found, advice)
+
+
+def table_lookup(device: Any) -> Finding:
+    """A lookup and an update in a table of FBGEMM's, which TorchRec's are made of: that the builds fit each other."""
+    import torch
+    from fbgemm_gpu.split_embedding_configs import EmbOptimType
+    from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
+        ComputeDevice,
+        EmbeddingLocation,
+        SplitTableBatchedEmbeddingBagsCodegen,
+    )
+
+    on_gpu = device.type == "cuda"
+    place = (EmbeddingLocation.DEVICE, ComputeDevice.CUDA) if on_gpu else (EmbeddingLocation.HOST, ComputeDevice.CPU)
+    table = SplitTableBatchedEmbeddingBagsCodegen(
+        [(4, 8, *place)], device=device, optimizer=EmbOptimType.EXACT_SGD, learning_rate=0.5
+    )
+    (weights,) = table.split_embedding_weights()
+    weights.fill_(3.0)
+    ids, offsets = torch.tensor([2, 2], device=device), torch.tensor([0, 1, 2], device=device)
+    table(ids, offsets).sum().backward()
+    found = weights[:, 0].tolist()
+    right = found == [3.0, 3.0, 2.0, 3.0]  # two gradients of 1 at a rate of 0.5
     return Finding(
-        f"fbgemm operator on {device}",
+        f"table lookup on {device}",
         "ok" if right else "failed",
-        f"offsets of lengths [2, 0, 3]: {sums}",
+        f"rows after an update of one: {found}",
         "" if right else _REINSTALL,
     )
 
 
-def _matrix_product(device: Any) -> Finding:
-    """Products of one seeded pair of matrices on the device, against float64 on the CPU."""
+def triton_kernel(device: Any) -> Finding:
+    """One of the project's kernels against its PyTorch form: that Triton compiles for this GPU and this driver."""
+    import torch
+
+    from kernels import rms_norm
+
+    x = torch.randn(SIZE, 64, device=device)
+    error = float((rms_norm(x, backend="triton") - rms_norm(x, backend="torch")).abs().max())
+    right = error < 1e-4
+    advice = "" if right else "the kernel computes wrongly: `make setup`, another driver, or take this GPU out"
+    return Finding(f"Triton kernel on {device}", "ok" if right else "failed", f"error {error:.1e}", advice)
+
+
+def matrix_product(device: Any, multiply: Callable[[Any, Any], Any] = operator.matmul) -> Finding:
+    """Products of one seeded pair of matrices on the device, against float64 on the CPU, and against each other."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
     left, right = (torch.randn(SIZE, SIZE, dtype=torch.float64, generator=generator) for _ in range(2))
     reference = left @ right
-    errors, times = {}, {}
+    errors, times, unsteady = {}, {}, []
     for dtype in (torch.float64, torch.float32, *([torch.bfloat16] if device.type == "cuda" else [])):
-        a, b = left.to(device, dtype), right.to(device, dtype)
-        (a @ b).sum().item()
-        started = time.perf_counter()
-        product = a @ b
-        product.sum().item()
         name = str(dtype).removeprefix("torch.")
-        times[name] = time.perf_counter() - started
+        a, b = left.to(device, dtype), right.to(device, dtype)
+        first = multiply(a, b)
+        for _ in range(REPEATS):
+            started = time.perf_counter()
+            product = multiply(a, b)
+            same = torch.equal(product, first)
+            times[name] = time.perf_counter() - started
+            if not same:
+                unsteady.append(name)
         errors[name] = float((product.cpu().double() - reference).abs().max() / reference.abs().max())
     wrong = [name for name, error in errors.items() if not error <= TOLERANCES[name]]
     found = ", ".join(f"{name}: error {error:.1e}, {1e3 * times[name]:.1f} ms" for name, error in errors.items())
-    advice = (
-        f"{wrong[0]} is off by more than {TOLERANCES[wrong[0]]:.0e}: take this node out of the job" if wrong else ""
-    )
-    return Finding(f"matrix product on {device}", "failed" if wrong else "ok", found, advice)
+    out = "the device is broken: take this node out of the job, and have it tested (dcgmi diag, memtest)"
+    if wrong:
+        reason = f"{wrong[0]} is off by more than {TOLERANCES[wrong[0]]:.0e}"
+        return Finding(f"matrix product on {device}", "failed", f"{reason}; {found}", out)
+    if unsteady:
+        reason = f"{unsteady[0]} products of the same matrices differ"
+        return Finding(f"matrix product on {device}", "failed", f"{reason}; {found}", out)
+    return Finding(f"matrix product on {device}", "ok", found)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,328 +1,243 @@
-"""Predicts, without a GPU, what a rank holds and how long a step takes, part by part.
+"""`plan`: what a job will take on GPUs that nobody has to own yet, and how to lay it out there.
 
-A cost model, not a measurement: memory counts the tensors that training keeps; time is, for each part, the largest of
-arithmetic, memory traffic and network at the rates below, and the parts follow one another. Every assumption is printed
-with the result.
-
-Legend: B sequences of a rank, N max_seq_len, T = B·N tokens, M views, D total width, d view width, H heads, E experts,
-k top_k, f hidden width, U distinct items of a step, n negatives of a token, W ranks.
+Every table sharding and every expert-parallel size that the job allows is put through the models of memory
+(`launcher.memory`) and time (`launcher.step_time`); the fastest that fits is chosen and shown part by part.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 from rich.console import Console
 from rich.table import Table
 
+from launcher.devices import Device, device_of
 from launcher.findings import in_words
-from launcher.job import Job
-from mme import flops
-from mme.config import Config
+from launcher.job import Job, items_of
+from launcher.memory import Memory, memory_of
+from launcher.shape import Shape
+from launcher.step_time import Part, time_parts, total_s
 from mme.errors import UserError
 
-FLOAT = 4  # bytes: weights, their gradients and optimizer states are float32
-INT64 = 8
+SHARDINGS = ("row_wise", "column_wise", "table_wise", "data_parallel")
+SHOWN = 8  # layouts of the table of choices
+WORTH_CHANGING = 0.95  # of the configured layout's time: smaller gains are beyond the model
+MOST_NODES = 1024
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """Published peaks of one GPU (SXM) and of its links, a direction."""
+class Layout:
+    """A table sharding and an expert-parallel size, with what they are predicted to take."""
 
-    memory: float  # bytes
-    float32_flops: float  # without tensor cores
-    bfloat16_flops: float  # with them, dense
-    memory_bytes_per_s: float
-    nvlink_bytes_per_s: float
-    network_bytes_per_s: float  # one InfiniBand port a GPU
-
-
-GPUS = {
-    "a100-80g": Gpu(80e9, 19.5e12, 312e12, 2.04e12, 300e9, 25e9),  # HDR, 200 Gbit/s
-    "h100-80g": Gpu(80e9, 67e12, 989e12, 3.35e12, 450e9, 50e9),  # NDR, 400 Gbit/s
-}
-EFFICIENCY = 0.5  # share of the peaks that kernels and links are taken to reach
-RUNTIME_BYTES = 2e9  # CUDA context, NCCL's buffers, cuBLAS workspace
-HOST_S_PER_STEP, HOST_S_PER_BLOCK = 5e-3, 1e-3  # launching kernels, TorchRec's and DeepSpeed's Python
-TABLE_STATES = {"adam": 2.0, "adagrad": 1.0, "rowwise_adagrad": 0.0, "sgd": 0.0}  # copies of the weights
-DENSE_STATES = 3  # ZeRO's own copy of the weights and Adam's two moments
-
-
-@dataclass(frozen=True)
-class Shape:
-    """The sizes that all parts are computed from."""
-
-    config: Config
-    ranks: int
-    ranks_per_node: int
-    items: int
-
-    def __post_init__(self) -> None:
-        if self.config.model.block != "fuxi":
-            raise UserError(f"model.block ({self.config.model.block}): the plan knows fuxi alone")
+    shape: Shape
+    memory: Memory
+    time: dict[str, Part]
 
     @property
-    def activation_bytes(self) -> int:
-        """Of one number in the decoder."""
-        return 2 if self.config.train.precision == "bfloat16" else FLOAT
-
-    def flops_of(self, gpu: Gpu) -> float:
-        return gpu.bfloat16_flops if self.config.train.precision == "bfloat16" else gpu.float32_flops
+    def step_s(self) -> float:
+        return total_s(self.time)
 
     @property
-    def tokens(self) -> int:
-        data = self.config.data
-        return data.tokens_per_batch or data.batch_size * data.max_seq_len
-
-    @property
-    def rows(self) -> int:
-        """Tokens of all views."""
-        return self.tokens * self.config.model.num_tables
-
-    @property
-    def head_widths(self) -> tuple[int, int]:
-        """H·dqk and H·dv."""
-        return flops.head_widths(self.config.model)
-
-    @property
-    def hidden(self) -> int:
-        return flops.hidden_dim(self.config.model)
-
-    @property
-    def expert_blocks(self) -> int:
-        return flops.num_expert_blocks(self.config.model)
-
-    @property
-    def expert_parallel_size(self) -> int:
-        experts = self.config.model.moe.num_experts
-        return self.config.parallel.expert_parallel_size or (math.gcd(experts, self.ranks) if experts else 1)
-
-    @property
-    def distinct_items(self) -> int:
-        """U, expected: draws are uniform over the catalogue, so that this is an upper bound for skewed ones."""
-        loss = self.config.loss
-        if loss.kind == "full_softmax":
-            return self.items
-        draws = 2 * self.tokens + self.negative_sets * loss.num_negatives
-        return math.ceil(self.items * -math.expm1(-draws / self.items))
-
-    @property
-    def negative_sets(self) -> int:
-        loss = self.config.loss
-        if loss.negatives == "per_token":
-            return self.tokens
-        return math.ceil(self.tokens / (loss.negative_group_size or self.tokens))
-
-    @property
-    def table_elements(self) -> float:
-        """Weights of the item tables on the fullest rank."""
-        model, sharding = self.config.model, self.config.parallel.table_sharding
-        whole = self.items * model.embedding_dim
-        if sharding == "data_parallel":
-            return whole
-        if sharding in ("table_wise", "column_wise"):
-            return math.ceil(model.num_tables / self.ranks) * self.items * model.view_dim
-        return math.ceil(self.items / self.ranks) * model.embedding_dim
-
-    @property
-    def dense_parameters(self) -> int:
-        """Weights that every rank holds: all but tables and experts."""
-        model = self.config.model
-        d, (qk, v) = model.view_dim, self.head_widths
-        block = d * (4 * v + 2 * qk) + 3 * v * d + d + 129 + 2 * self.config.data.max_seq_len - 1
-        ffn = (model.num_blocks - self.expert_blocks) * 3 * d * self.hidden
-        router = self.expert_blocks * d * model.moe.num_experts
-        positions = (model.num_tables if model.positions == "per_view" else 1) * self.config.data.max_seq_len * d
-        return model.num_blocks * block + ffn + router + positions
-
-    @property
-    def expert_parameters(self) -> int:
-        """Weights of the experts that one rank holds."""
-        model = self.config.model
-        experts = model.moe.num_experts // self.expert_parallel_size
-        return self.expert_blocks * experts * 3 * model.view_dim * self.hidden
+    def overrides(self) -> str:
+        text = f"parallel.table_sharding={self.shape.config.parallel.table_sharding}"
+        experts = f" parallel.expert_parallel_size={self.shape.expert_parallel_size}"
+        return text + experts * bool(self.shape.expert_blocks)
 
 
-def show_plan(job: Job, gpu: str, items: int | None) -> None:
-    """Prints placement, memory, time and assumptions of ``job`` on GPUs of the kind named.
+def show_plan(job: Job, gpu: str, items: int | None, *, choose: bool = True) -> None:
+    """Prints layout, memory, time and assumptions of ``job`` on devices of the kind named.
+
+    ``choose``: the best layout that fits, else the configuration's own.
 
     Raises:
-        UserError: an unknown GPU, or neither ``items`` nor a data set that says how many there are.
+        UserError: an unknown device, neither ``items`` nor a data set that says how many there are, or nothing fits.
     """
-    if gpu not in GPUS:
-        raise UserError(f"--gpu {gpu}: expected {' or '.join(GPUS)}")
+    device = device_of(gpu, job.nproc_per_node)
     config = job.load()
-    shape = Shape(config, job.nnodes * job.nproc_per_node, job.nproc_per_node, items or _items_of(config))
-    memory, seconds = memory_parts(shape), time_parts(shape, job.nnodes, GPUS[gpu])
-    total_bytes, total_s = sum(memory.values()), sum(seconds.values())
+    shape = Shape(config, job.nnodes * job.nproc_per_node, job.nproc_per_node, items or items_of(config))
+    configured = _configured(shape)
+    if not choose and configured is None:
+        raise UserError("parallel.table_sharding (auto): TorchRec decides it at the start: leave out --as-configured")
+    found = layouts(shape, device) if choose or configured is None else [predict(configured, device)]
+    best = choice(found, configured, device)
     console = Console()
     console.print(f"{job.nnodes} × {job.nproc_per_node} {gpu}, {shape.items:,} items", highlight=False)
-    console.print(_table("Placement", {key: (value,) for key, value in placement(shape).items()}))
-    console.print(_table("Memory of a rank", _shares(memory, in_words)))
-    console.print(_table("Time of a step", _shares(seconds, lambda value: f"{1e3 * value:.2f} ms")))
-    console.print(f"tokens/s, all ranks: {shape.ranks * shape.tokens / total_s:,.0f}", highlight=False)
-    if total_bytes > GPUS[gpu].memory:
-        console.print(
-            f"does not fit: {in_words(total_bytes)} of {in_words(GPUS[gpu].memory)}: more ranks, data.batch_size or "
-            "train.table_optimizer would change it",
-            highlight=False,
-        )
-    for line in assumptions(shape, GPUS[gpu]):
+    if len(found) > 1:
+        console.print(_choices(found, best, configured, device))
+    console.print(_table("Placement", {key: (value,) for key, value in placement(best.shape).items()}))
+    title = f"Memory of the fullest rank, at most in the {best.memory.phase}"
+    console.print(_table(title, _shares(best.memory.parts, in_words)))
+    seconds = {name: part.seconds for name, part in best.time.items()}
+    times = _shares(seconds, lambda value: f"{1e3 * value:.2f} ms")
+    bounds = {name: part.bound for name, part in best.time.items()}
+    console.print(
+        _table("Time of a step", {name: (*cells, bounds.get(name, "")) for name, cells in times.items()}, "bound by")
+    )
+    tokens_per_s = best.shape.ranks * best.shape.tokens / best.step_s
+    console.print(f"tokens/s, all ranks: {tokens_per_s:,.0f}", highlight=False)
+    for line in assumptions(best.shape, device):
         console.print(f"- {line}", highlight=False)
+    if best.memory.total > device.memory:
+        raise UserError(_refusal(best, device))
+    if choose:
+        console.print(f"to train so: {best.overrides}", highlight=False, soft_wrap=True)
+
+
+def predict(shape: Shape, device: Device) -> Layout:
+    return Layout(shape, memory_of(shape, device), time_parts(shape, device))
+
+
+def layouts(shape: Shape, device: Device) -> list[Layout]:
+    """All that ``shape`` can be laid out as, the fastest first."""
+    experts = shape.config.model.moe.num_experts
+    most = math.gcd(experts, shape.ranks) if experts else 1
+    found = [
+        predict(_laid_out(shape, sharding, size), device)
+        for sharding in SHARDINGS
+        for size in range(1, most + 1)
+        if most % size == 0
+    ]
+    return sorted(found, key=lambda layout: (layout.step_s, layout.memory.total))
+
+
+def choice(found: list[Layout], configured: Shape | None, device: Device) -> Layout:
+    """The fastest of ``found`` that fits, or the configured one where hardly slower; the smallest where none fits."""
+    fitting = [layout for layout in found if layout.memory.total <= device.memory]
+    if not fitting:
+        return min(found, key=lambda layout: layout.memory.total)
+    fastest = min(fitting, key=lambda layout: layout.step_s)
+    own = [layout for layout in fitting if layout.shape == configured]
+    return own[0] if own and fastest.step_s > WORTH_CHANGING * own[0].step_s else fastest
 
 
 def placement(shape: Shape) -> dict[str, str]:
     """What lies where."""
-    model, ep = shape.config.model, shape.expert_parallel_size
+    model, size = shape.config.model, shape.expert_parallel_size
+    parts, rows, columns = shape.table_parts
+    sharding = shape.config.parallel.table_sharding
+    if not shape.is_sharded:
+        where = f"whole on each of {shape.ranks} ranks"
+    else:
+        holders = min(parts, shape.ranks)
+        where = f"{sharding}: {parts} parts of {rows:,} × {columns} over {holders} of {shape.ranks} ranks"
     found = {
-        "item tables": f"{model.num_tables} × ({shape.items:,} × {model.view_dim}), "
-        f"{shape.config.parallel.table_sharding} over {shape.ranks} ranks",
+        "item tables": f"{model.num_tables} × ({shape.items:,} × {model.view_dim}), {where}",
         "decoder": f"{shape.dense_parameters:,} weights on every rank, optimizer states split {shape.ranks} ways",
     }
     if shape.expert_blocks:
-        each = model.moe.num_experts // ep
+        each = model.moe.num_experts // size
+        reach = "within a node" if size <= shape.ranks_per_node else "across nodes"
         found["experts"] = (
-            f"{model.moe.num_experts} in each of {shape.expert_blocks} blocks: {each} on each of {ep} ranks, "
-            f"{shape.ranks // ep} copies"
+            f"{model.moe.num_experts} in each of {shape.expert_blocks} blocks: {each} on each of {size} ranks, "
+            f"{shape.expert_copies} copies"
+            + (f"; rank r holds experts {each}·(r mod {size}) and on, exchanged {reach}" if size > 1 else "")
         )
     return found
 
 
-def memory_parts(shape: Shape) -> dict[str, float]:
-    """Bytes that the fullest rank holds, by part."""
-    config, model = shape.config, shape.config.model
-    d, (qk, v) = model.view_dim, shape.head_widths
-    table = shape.table_elements * FLOAT
-    states = table * TABLE_STATES[config.train.table_optimizer]
-    if config.train.table_optimizer == "rowwise_adagrad":
-        states = table / d
-    dense, experts = shape.dense_parameters * FLOAT, shape.expert_parameters * FLOAT
-    copies = shape.ranks // shape.expert_parallel_size
-    # Kept for backward by a block: x, x̂, uvqk before and after SiLU, attention, its norm, u ⊙ norm, o and z.
-    # Blocks that backward computes again keep their input alone, and one of them at a time all of this.
-    recompute = config.train.recompute == "blocks"
-    number = shape.activation_bytes / config.train.micro_batches
-    of_block = shape.rows * (4 * d + 2 * (4 * v + 2 * qk) + 3 * 3 * v) * number
-    attention = of_block + (model.num_blocks - 1) * (shape.rows * d * number if recompute else of_block)
-    # By experts: the rows sent, received and returned, k for each token and view; hidden activations are recomputed.
-    top_k = model.moe.top_k
-    with_experts, dense_ffn = shape.expert_blocks, model.num_blocks - shape.expert_blocks
-    if recompute:
-        with_experts, dense_ffn = min(with_experts, 1), 0 if with_experts else 1
-    ffn = shape.rows * d * number * (3 * top_k * with_experts + dense_ffn)
-    logits_per_token = 1024 if config.loss.kind == "full_softmax" else config.loss.num_negatives + 1
-    logits = (
-        2
-        * FLOAT
-        * (logits_per_token * shape.items if config.loss.kind == "full_softmax" else logits_per_token * shape.tokens)
-        / config.train.micro_batches
-    )
-    return {
-        "item tables": table,
-        "tables' optimizer": states,
-        "decoder and its gradients": 2 * dense,
-        "decoder's optimizer": DENSE_STATES * dense / shape.ranks,
-        "experts and their gradients": 2 * experts,
-        "experts' optimizer": DENSE_STATES * experts / copies,
-        "activations: attention": attention,
-        "activations: FFN, experts": ffn,
-        "rows of the step's items": 4 * shape.distinct_items * model.embedding_dim * FLOAT,
-        "logits": logits,
-        "CUDA, NCCL": RUNTIME_BYTES,
-    }
-
-
-def time_parts(shape: Shape, nnodes: int, gpu: Gpu) -> dict[str, float]:
-    """Seconds of a training step, by part."""
-    config, model = shape.config, shape.config.model
-    d, (qk, v), n = model.view_dim, shape.head_widths, config.data.max_seq_len
-    sequences, blocks, number = shape.tokens / n, model.num_blocks, shape.activation_bytes
-
-    def compute(num_flops: float, num_bytes: float) -> float:
-        return max(num_flops / shape.flops_of(gpu), num_bytes / gpu.memory_bytes_per_s) / EFFICIENCY
-
-    def exchange(num_bytes: float, ranks: int) -> float:
-        """An all-to-all in which each rank sends ``num_bytes``, evenly to ``ranks``."""
-        local = min(ranks, shape.ranks_per_node)
-        away = num_bytes * (ranks - local) / ranks / gpu.network_bytes_per_s
-        return max(num_bytes * (local - 1) / ranks / gpu.nvlink_bytes_per_s, away) / EFFICIENCY
-
-    def reduce(num_bytes: float, ranks: int) -> float:
-        link = gpu.network_bytes_per_s if nnodes > 1 else gpu.nvlink_bytes_per_s
-        return 2 * num_bytes * (ranks - 1) / ranks / link / EFFICIENCY
-
-    row_bytes = shape.distinct_items * model.embedding_dim * FLOAT
-    sharded = config.parallel.table_sharding != "data_parallel"
-    pairs = n * (n + 1) / 2 * sequences * model.num_tables
-    top_k = model.moe.top_k if model.moe.num_experts else 1
-    hidden_rows = shape.rows * (shape.expert_blocks * top_k + blocks - shape.expert_blocks)
-    scored = shape.items if config.loss.kind == "full_softmax" else config.loss.num_negatives + 1
-    gathered = shape.tokens * scored if config.loss.negatives == "per_token" else shape.negative_sets * scored
-    # Backward costs twice forward; what is recomputed there (hidden activations, attention scores) once more.
-    return {
-        "tables: rows read and updated": compute(
-            0, row_bytes * (2 + 2 * (1 + TABLE_STATES[config.train.table_optimizer]))
-        ),
-        "tables: exchange": exchange(2 * row_bytes + shape.distinct_items * INT64, shape.ranks)
-        if sharded
-        else reduce(shape.table_elements * FLOAT, shape.ranks),
-        "projections": compute(
-            3 * 2 * shape.rows * flops.projections(model) * blocks,
-            3 * shape.rows * (2 * d + 7 * v + 2 * qk) * number * blocks,
-        ),
-        "attention": compute(
-            3.5 * 2 * pairs * flops.attention_pair(model) * blocks, 3 * shape.rows * (2 * qk + 4 * v) * number * blocks
-        ),
-        "FFN, experts": compute(4 * 2 * hidden_rows * flops.expert_row(model), 4 * 2 * hidden_rows * d * number),
-        "experts: exchange": exchange(4 * shape.rows * top_k * d * number, shape.expert_parallel_size)
-        * shape.expert_blocks,
-        "loss": compute(
-            3 * 2 * shape.tokens * scored * model.embedding_dim,
-            3 * min(gathered, shape.tokens * scored) * model.embedding_dim * number,
-        ),
-        "gradients: all-reduce": reduce(shape.dense_parameters * FLOAT, shape.ranks)
-        + reduce(shape.expert_parameters * FLOAT, shape.ranks // shape.expert_parallel_size),
-        "host: launches": HOST_S_PER_STEP + HOST_S_PER_BLOCK * blocks,
-    }
-
-
-def assumptions(shape: Shape, gpu: Gpu) -> list[str]:
+def assumptions(shape: Shape, device: Device) -> list[str]:
     """What the figures rest on, for the reader."""
-    return [
-        f"a cost model, not a measurement: nothing in it was fitted to a GPU; {EFFICIENCY:.0%} of the published peaks "
-        f"({shape.flops_of(gpu) / 1e12:.1f} TFLOP/s {shape.config.train.precision}, {gpu.memory_bytes_per_s / 1e12:.2f} TB/s, "
-        f"NVLink {gpu.nvlink_bytes_per_s / 1e9:.0f} GB/s, network {gpu.network_bytes_per_s / 1e9:.0f} GB/s a GPU)",
-        f"every rank has {shape.tokens:,} tokens (sequences of full length: the worst case), experts and table shards "
-        f"are evenly loaded, {shape.distinct_items:,} distinct items a step (uniform draws)",
-        "parts follow one another: nothing of the network is hidden behind arithmetic",
-        f"host time ({1e3 * HOST_S_PER_STEP:.0f} ms a step and {1e3 * HOST_S_PER_BLOCK:.0f} ms a block) is a guess",
+    precision = shape.config.train.precision
+    flops = device.bfloat16_flops if precision == "bfloat16" else device.float32_flops
+    lines = [
+        f"a cost model, not a measurement: nothing in its times was fitted to a GPU; {device.efficiency:.0%} of the peaks "
+        f"({flops / 1e12:.1f} TFLOP/s {precision}, {device.memory_bytes_per_s / 1e12:.2f} TB/s, "
+        f"{device.local_bytes_per_s / 1e9:.0f} GB/s in a node, {device.network_bytes_per_s / 1e9:.0f} GB/s between nodes)",
+        f"every rank has {shape.tokens:,} tokens (sequences of full length: the worst case), experts are evenly loaded, "
+        f"{shape.distinct_items:,} distinct items a step (uniform draws)",
+        "parts follow one another: nothing of the network, and no data loading, is hidden behind arithmetic or waited for",
+        f"a message takes {1e6 * device.local_latency_s:.0f} µs in a node and {1e6 * device.network_latency_s:.0f} µs "
+        f"between nodes; the host {1e3 * device.host_step_s:.0f} ms a step and {1e3 * device.host_block_s:.0f} ms a block "
+        "(guesses)",
     ]
+    if not device.is_gpu:
+        lines.append(
+            "a rank is one core of this machine's kind; memory was checked against measured runs, time was not"
+        )
+    return [*lines, "docs/multi-node.md has the models whole"]
 
 
-def _items_of(config: Config) -> int:
-    path = Path(config.data.path) / "dataset.json"
-    try:
-        return int(json.loads(path.read_text())["num_items"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: no num_items to be read there: prepare the data set, or give --items N") from error
+def _refusal(layout: Layout, device: Device) -> str:
+    """What does not fit, by how much, what takes most, and what would help."""
+    shape, memory = layout.shape, layout.memory
+    largest = max(memory.parts, key=memory.parts.__getitem__)
+    helps = []
+    smaller = _smaller_batch(shape, device)
+    if smaller is not None:
+        helps.append(smaller)
+    nodes = 2 * shape.nodes
+    while nodes <= MOST_NODES:
+        wider = replace(shape, ranks=nodes * shape.ranks_per_node)
+        if any(found.memory.total <= device.memory for found in layouts(wider, device)):
+            helps.append(f"--nnodes {nodes}")
+            break
+        nodes *= 2
+    if not helps:
+        helps.append(f"not even {MOST_NODES} nodes do: a narrower model or another train.table_optimizer might")
+    return (
+        f"does not fit: the fullest rank needs {in_words(memory.total)} of {in_words(device.memory)}, "
+        f"{in_words(memory.total - device.memory)} too much, most of it for {largest} "
+        f"({in_words(memory.parts[largest])}); what fits: {' or '.join(helps)}"
+    )
+
+
+def _smaller_batch(shape: Shape, device: Device) -> str | None:
+    """The override for the largest batch, of the halves of this one, that fits."""
+    data = shape.config.data
+    key, value, least = "batch_size", data.batch_size, 1
+    if data.tokens_per_batch is not None:
+        key, value, least = "tokens_per_batch", data.tokens_per_batch, data.max_seq_len
+    while value // 2 >= least:
+        value //= 2
+        config = replace(shape.config, data=replace(data, **{key: value}))  # type: ignore[arg-type]
+        if memory_of(replace(shape, config=config), device).total <= device.memory:
+            return f"data.{key}={value}"
+    return None
+
+
+def _configured(shape: Shape) -> Shape | None:
+    """The layout that training would take; None where TorchRec's planner is to choose it."""
+    sharding = shape.config.parallel.table_sharding
+    return None if sharding == "auto" else _laid_out(shape, sharding, shape.expert_parallel_size)
+
+
+def _laid_out(shape: Shape, sharding: str, expert_parallel_size: int) -> Shape:
+    parallel = replace(shape.config.parallel, table_sharding=sharding, expert_parallel_size=expert_parallel_size)  # type: ignore[arg-type]  # one of SHARDINGS
+    return replace(shape, config=replace(shape.config, parallel=parallel))
+
+
+def _choices(found: list[Layout], best: Layout, configured: Shape | None, device: Device) -> Table:
+    table = Table(title=f"Layouts, the {min(SHOWN, len(found))} fastest of {len(found)}", title_justify="left")
+    for column in ("item tables", "ranks that share experts", "memory", "step", ""):
+        table.add_column(column, justify="left" if column in ("item tables", "") else "right", overflow="fold")
+    shown = [
+        layout for number, layout in enumerate(found) if number < SHOWN or layout.shape in (best.shape, configured)
+    ]
+    for layout in shown:
+        remarks = ["chosen"] if layout is best else []
+        remarks += ["configured"] if layout.shape == configured else []
+        remarks += ["does not fit"] if layout.memory.total > device.memory else []
+        sharding, size = layout.shape.config.parallel.table_sharding, layout.shape.expert_parallel_size
+        figures = (in_words(layout.memory.total), f"{1e3 * layout.step_s:.2f} ms")
+        table.add_row(sharding, str(size) if layout.shape.expert_blocks else "", *figures, ", ".join(remarks))
+    return table
 
 
 def _shares(parts: dict[str, float], show: Callable[[float], str]) -> dict[str, tuple[str, ...]]:
     total = sum(parts.values())
-    rows = {part: (show(value), f"{value / total:.0%}") for part, value in parts.items() if value}
+    rows = {part: (show(value), f"{value / total:.0%}") for part, value in parts.items()}
     return {**rows, "total": (show(total), "")}
 
 
-def _table(title: str, rows: dict[str, tuple[str, ...]]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False)
-    numbers = any(len(cells) > 1 for cells in rows.values())
+def _table(title: str, rows: dict[str, tuple[str, ...]], last: str = "") -> Table:
+    width = max(len(cells) for cells in rows.values())
+    table = Table(title=title, title_justify="left", show_header=bool(last))
     table.add_column()
-    for _ in range(max(len(cells) for cells in rows.values())):
-        table.add_column(justify="right" if numbers else "left", overflow="fold")
+    for column in range(width):
+        named = last if column == width - 1 else ""
+        table.add_column(named, justify="right" if width > 1 and not named else "left", overflow="fold")
     for part, cells in rows.items():
         table.add_row(part, *cells)
     return table

@@ -8,36 +8,69 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from launcher import torchrun
+from launcher.devices import device_of
 from launcher.findings import Finding, in_words, read_lines
-from launcher.job import Job, gpus
+from launcher.job import Job, gpus, items_of
+from launcher.memory import checkpoint_bytes, memory_of, whole_checkpoint_bytes
+from launcher.package_check import check_packages
+from launcher.shape import Shape
 
-PROJECT = Path(__file__).resolve().parents[1]
 SLOWEST_GROUP_S = 1800
 MEMORY_PER_PROCESS = 2 * 2**30
 DISK_SCARCE, DISK_TOO_LITTLE = 20 * 2**30, 2**30
 SHARED_MEMORY = 2**30
+NODES_TOGETHER = "start the same command on every node, with the same --nnodes and --rdzv-endpoint: a name and port that all can reach"
 TRIAL_BYTES = 16 * 2**20
+CONTROL_GROUP_FILES = [  # limit and use, of versions 2 and 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+]
 
 
-def preflight(job: Job, output_dir: Path) -> int:
-    """Checks and prints; 1 if something failed, else 0."""
+@dataclass(frozen=True)
+class Needs:
+    """What a job takes of a node: bytes of host memory by part, and of disk for its checkpoints."""
+
+    memory: dict[str, float]
+    disk: float
+
+
+def needs_of(job: Job, items: int | None) -> Needs:
+    """What ``job`` takes of this node, as `plan` predicts it.
+
+    Raises:
+        UserError: the configuration is wrong, or neither ``items`` nor a data set says how many items there are.
+    """
+    config = job.load()
+    shape = Shape(config, job.nnodes * job.nproc_per_node, job.nproc_per_node, items or items_of(config))
+    training = MEMORY_PER_PROCESS if gpus() else memory_of(shape, device_of("cpu", job.nproc_per_node)).total
+    memory = {"training": training, "a copy of its part of a checkpoint": checkpoint_bytes(shape)}
+    kept = config.train.keep_checkpoints + 2  # the best one, and the one being written
+    return Needs(
+        {part: job.nproc_per_node * size for part, size in memory.items()}, kept * whole_checkpoint_bytes(shape)
+    )
+
+
+def preflight(job: Job, output_dir: Path, needs: Needs | None = None) -> int:
+    """Checks and prints; 1 if something failed, else 0. ``needs``: of the job that is to run here, where it is known."""
     findings = [
-        *_packages(),
+        *check_packages("cuda" if gpus() else "cpu"),
         *_gpus(),
-        _memory(job.nproc_per_node),
+        _memory(job.nproc_per_node, needs),
         _shared_memory(),
-        _disk(output_dir),
+        _disk(output_dir, needs),
         _writable(output_dir),
     ]
     node_command, group_command = commands(job, output_dir)
@@ -65,7 +98,7 @@ def _checks_of(command: list[str], name: str, job: Job) -> list[Finding]:
             command, env=environment, capture_output=True, text=True, timeout=SLOWEST_GROUP_S, check=False
         )
     except subprocess.TimeoutExpired:
-        return [Finding(name, "failed", f"no answer after {SLOWEST_GROUP_S} s", "see whether every node was started")]
+        return [Finding(name, "failed", f"no answer after {SLOWEST_GROUP_S} s", NODES_TOGETHER)]
     findings = read_lines(done.stdout)
     if done.returncode and not any(finding.status == "failed" for finding in findings):
         begun = [line for line in done.stdout.splitlines() if line.startswith("loading ")]
@@ -76,32 +109,9 @@ def _checks_of(command: list[str], name: str, job: Job) -> list[Finding]:
             if causes
             else (f"ended with status {done.returncode}" + (f" while {begun[-1]}" if begun else ""))
         )
-        findings.append(Finding(name, "failed", found, f"to see it all: {' '.join(command)}"))
-    return findings
-
-
-def _packages() -> list[Finding]:
-    """Installed versions against the pins, and a foreign package in the place of this project's kernels."""
-    findings = []
-    stack = "cuda" if gpus() else "cpu"
-    for line in (PROJECT / "requirements" / f"{stack}.txt").read_text().splitlines():
-        name, _, pinned = line.partition("==")
-        if not pinned:
-            continue
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            findings.append(Finding(name, "failed", "not installed", f"run `make setup` (requirements/{stack}.txt)"))
-            continue
-        agrees = found.partition("+")[0] == pinned
-        advice = "" if agrees else f"tested with {pinned}: `make setup` installs it (requirements/{stack}.txt)"
-        findings.append(Finding(name, "ok" if agrees else "warning", found, advice))
-    try:
-        found = version("kernels")
-        advice = "it hides this project's own package kernels: `python -m pip uninstall kernels`"
-        findings.append(Finding("kernels", "failed", f"foreign package kernels {found}", advice))
-    except PackageNotFoundError:
-        findings.append(Finding("kernels", "ok", "no foreign package of that name"))
+        apart = "RendezvousTimeoutError" in done.stderr
+        advice = NODES_TOGETHER if apart else f"to see it all: {shlex.join(command)}"
+        findings.append(Finding(name, "failed", found, advice))
     return findings
 
 
@@ -126,16 +136,36 @@ def _gpus() -> list[Finding]:
     return findings or [Finding("GPUs", "failed", "nvidia-smi lists none in detail", "see what `nvidia-smi` says")]
 
 
-def _memory(processes: int) -> Finding:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    available = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    scarce = available < MEMORY_PER_PROCESS * processes
+def _memory(processes: int, needs: Needs | None) -> Finding:
+    available = _available_memory()
+    found = f"{in_words(available)} available"
+    if needs is None:
+        if available >= MEMORY_PER_PROCESS * processes:
+            return Finding("memory", "ok", found)
+        advice = f"less than {in_words(MEMORY_PER_PROCESS)} for each of {processes} processes: end others, or run fewer"
+        return Finding("memory", "warning", found, advice)
+    total = sum(needs.memory.values())
+    parts = ", ".join(f"{part} {in_words(size)}" for part, size in needs.memory.items())
+    found += f"; the job's {processes} processes need {in_words(total)} ({parts})"
+    if available >= total:
+        return Finding("memory", "ok", found)
     advice = (
-        f"less than {in_words(MEMORY_PER_PROCESS)} for each of {processes} processes: end others, or run fewer"
-        if scarce
-        else ""
+        f"{in_words(total - available)} too little: more nodes, so that each holds less; fewer processes a node; end what "
+        "else runs here, or raise the container's limit"
     )
-    return Finding("memory", "warning" if scarce else "ok", f"{in_words(available)} available", advice)
+    return Finding("memory", "failed", found, advice)
+
+
+def _available_memory() -> float:
+    """Bytes that new processes may take: of the machine, and of the control group where this runs in a container."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    available = float(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
+    for limit, used in CONTROL_GROUP_FILES:
+        try:  # the files of another version of control groups are missing; without a limit it is "max", or huge
+            available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):
+            continue
+    return available
 
 
 def _shared_memory() -> Finding:
@@ -147,14 +177,18 @@ def _shared_memory() -> Finding:
     return Finding("shared memory", "warning" if scarce else "ok", f"{in_words(size)} in /dev/shm", advice)
 
 
-def _disk(output_dir: Path) -> Finding:
+def _disk(output_dir: Path, needs: Needs | None) -> Finding:
     existing = next(path for path in [output_dir.resolve(), *output_dir.resolve().parents] if path.is_dir())
     free = shutil.disk_usage(existing).free
     found = f"{in_words(free)} free at {existing}"
+    advice = "make room, give another folder by --output-dir and output_dir, or keep fewer: train.keep_checkpoints"
+    if needs is not None:
+        found += f"; the checkpoints that the job keeps at once take {in_words(needs.disk)}"
+        return Finding("disk", "failed", found, advice) if free < needs.disk else Finding("disk", "ok", found)
     if free < DISK_TOO_LITTLE:
-        return Finding("disk", "failed", found, "make room, or give another folder by --output-dir and output_dir")
+        return Finding("disk", "failed", found, advice)
     advice = (
-        "checkpoints of large catalogues take more: train.keep_checkpoints limits them" if free < DISK_SCARCE else ""
+        "checkpoints of large catalogues take more: with --config preflight says how much" if free < DISK_SCARCE else ""
     )
     return Finding("disk", "warning" if advice else "ok", found, advice)
 

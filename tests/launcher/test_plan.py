@@ -7,14 +7,24 @@ from pathlib import Path
 
 import pytest
 
-from launcher.plan import GPUS, Shape, memory_parts, time_parts
+from launcher.devices import DEVICES, Device
+from launcher.memory import Memory, memory_of
+from launcher.plan import choice, layouts, predict
+from launcher.shape import Shape
+from launcher.step_time import time_parts
 from mme.config import load_config
 from mme.errors import UserError
 from tests.launcher.command_line import CONFIG, REPOSITORY, launch, the_error
 
+H100, A100 = DEVICES["h100-80g"], DEVICES["a100-80g"]
+
 
 def shape(ranks: int, *overrides: str, items: int = 100_000) -> Shape:
     return Shape(load_config(REPOSITORY / CONFIG, list(overrides)), ranks, min(ranks, 8), items)
+
+
+def seconds(planned: Shape, device: Device = H100) -> dict[str, float]:
+    return {name: part.seconds for name, part in time_parts(planned, device).items()}
 
 
 @pytest.mark.parametrize(
@@ -35,24 +45,42 @@ def test_weights_are_those_of_the_decoder(overrides: tuple[str, ...]) -> None:
 
 
 def test_sharded_parts_shrink_with_the_ranks_and_the_others_do_not() -> None:
-    one, eight = (memory_parts(shape(ranks)) for ranks in (1, 8))
-    for part in ("item tables", "tables' optimizer", "experts and their gradients", "decoder's optimizer"):
+    one, eight = (memory_of(shape(ranks), H100).parts for ranks in (1, 8))
+    for part in ("item tables", "tables' optimizer", "experts", "decoder's optimizer"):
         assert eight[part] == pytest.approx(one[part] / 8)
-    assert eight["decoder and its gradients"] == one["decoder and its gradients"]
-    whole = memory_parts(shape(8, "parallel.table_sharding=data_parallel"))
+    assert eight["decoder"] == one["decoder"]
+    whole = memory_of(shape(8, "parallel.table_sharding=data_parallel"), H100).parts
     assert whole["item tables"] == one["item tables"] == 100_000 * 64 * 4
 
 
-def test_precision_recomputation_and_parts_take_less_memory() -> None:
-    def kept(*overrides: str) -> float:
-        return memory_parts(shape(1, "model.num_blocks=8", *overrides))["activations: attention"]
+def test_tables_by_columns_are_cut_as_torchrec_cuts_them() -> None:
+    from torchrec.distributed.sharding_plan import _get_block_size_for_cw_shard
 
-    assert kept("train.precision=bfloat16") == pytest.approx(kept() / 2)
-    assert kept("train.micro_batches=4") == pytest.approx(kept() / 4)
-    assert kept() / 8 < kept("train.recompute=blocks") < kept() / 3
-    gpu = GPUS["h100-80g"]
-    float32, bfloat16 = (time_parts(shape(1, f"train.precision={p}"), 1, gpu) for p in ("float32", "bfloat16"))
-    assert bfloat16["attention"] < float32["attention"]
+    for width in (16, 128, 192, 256, 384, 1000, 1024):
+        overrides = ["model.num_tables=1", f"model.embedding_dim={width}", "parallel.table_sharding=column_wise"]
+        parts, rows, columns = shape(8, *overrides).table_parts
+        assert columns == _get_block_size_for_cw_shard(width, None)
+        assert (parts * columns, rows) == (width, 100_000)
+
+
+def test_more_ranks_than_tables_leave_some_without() -> None:
+    planned = shape(8, "parallel.table_sharding=table_wise")
+    assert planned.table_elements == 100_000 * 16
+    assert planned.table_skew == 2
+    by_rows = shape(8)
+    assert seconds(planned)["tables: exchange"] > 1.5 * seconds(by_rows)["tables: exchange"]
+
+
+def test_precision_recomputation_and_parts_take_less_memory() -> None:
+    def kept(*overrides: str) -> Memory:
+        return memory_of(shape(1, "model.num_blocks=8", "loss.num_negatives=1", *overrides), H100)
+
+    part = "activations: attention"
+    assert kept("train.precision=bfloat16").parts[part] == pytest.approx(kept().parts[part] / 2, rel=0.02)
+    assert kept("train.micro_batches=4").parts[part] == pytest.approx(kept().parts[part] / 4)
+    assert kept().parts[part] / 8 < kept("train.recompute=blocks").parts[part] < kept().parts[part] / 3
+    assert seconds(shape(1, "train.precision=bfloat16"))["attention"] < seconds(shape(1))["attention"]
+    assert seconds(shape(1, "train.recompute=blocks"))["attention"] > seconds(shape(1))["attention"]
 
 
 def test_other_blocks_are_refused() -> None:
@@ -61,31 +89,81 @@ def test_other_blocks_are_refused() -> None:
 
 
 def test_a_node_more_brings_the_network_in() -> None:
-    gpu = GPUS["h100-80g"]
-    one, two = time_parts(shape(8), 1, gpu), time_parts(shape(16), 2, gpu)
+    one, two, alone = seconds(shape(8)), seconds(shape(16)), seconds(shape(1))
     assert two["tables: exchange"] > 2 * one["tables: exchange"] > 0
     assert two["attention"] == one["attention"]
-    alone = time_parts(shape(1), 1, gpu)
-    assert alone["tables: exchange"] == alone["experts: exchange"] == alone["gradients: all-reduce"] == 0
+    assert not {"tables: exchange", "experts: exchange", "gradients: all-reduce"} & alone.keys()
+
+
+def test_small_messages_cost_latency() -> None:
+    few, many = (time_parts(shape(ranks, "data.batch_size=1"), H100)["gradients: all-reduce"] for ranks in (16, 1024))
+    assert few.bound == many.bound == "latency"
+    assert many.seconds == pytest.approx(few.seconds * 10 / 4, rel=0.05)  # as the depth of a tree
 
 
 def test_attention_grows_with_the_square_of_the_length() -> None:
-    gpu = GPUS["a100-80g"]
-    short, long = (time_parts(shape(1, f"data.max_seq_len={n}", "data.batch_size=8"), 1, gpu) for n in (2048, 8192))
+    short, long = (
+        seconds(shape(1, f"data.max_seq_len={length}", "data.batch_size=8"), A100) for length in (2048, 8192)
+    )
     assert long["attention"] == pytest.approx(16 * short["attention"], rel=0.01)
     assert long["projections"] == pytest.approx(4 * short["projections"])
+
+
+def test_the_choice_is_the_fastest_that_fits() -> None:
+    # Copies on every rank are the quickest for small tables that hardly change; large ones fit by rows alone.
+    small = shape(8, "train.table_optimizer=sgd", "loss.num_negatives=512", items=1000)
+    found = layouts(small, H100)
+    assert len(found) == 4 * 4  # shardings × divisors of 8
+    assert choice(found, None, H100).shape.config.parallel.table_sharding == "data_parallel"
+    large = layouts(shape(8, "parallel.table_sharding=data_parallel", items=500_000_000), H100)
+    chosen = choice(large, None, H100)
+    assert chosen.shape.config.parallel.table_sharding == "row_wise"
+    assert chosen.memory.total < H100.memory < min(x.memory.total for x in large if not x.shape.is_sharded)
+
+
+def test_what_is_configured_stays_where_nothing_is_much_better() -> None:
+    for size in (1, 4, 8):
+        configured = shape(8, f"parallel.expert_parallel_size={size}", items=10_000_000)
+        assert choice(layouts(configured, H100), configured, H100) == predict(configured, H100)
 
 
 def test_the_page_shows_parts_totals_and_assumptions() -> None:
     done = launch("plan", "--config", CONFIG, "--nnodes", "2", "--gpu", "a100-80g", "--items", "50000", COLUMNS="160")
     assert done.returncode == 0, done.stderr
-    for text in ["2 × 8 a100-80g, 50,000 items", "row_wise over 16 ranks", "1 on each of 8 ranks, 2 copies"]:
+    for text in [
+        "2 × 8 a100-80g, 50,000 items",
+        "row_wise: 64 parts of 3,125 × 16 over 16 of 16 ranks",
+        "1 on each of 8 ranks, 2 copies",
+    ]:
         assert text in done.stdout
     assert done.stdout.count("│ total") == 2
     assert "a cost model, not a measurement" in done.stdout
+    assert "to train so: parallel.table_sharding=row_wise parallel.expert_parallel_size=8" in done.stdout
     assert "does not fit" not in done.stdout
-    large = launch("plan", "--config", CONFIG, "--nproc-per-node", "1", "--items", "4000000000")
-    assert "does not fit: " in large.stdout
+
+
+def test_what_cannot_fit_is_refused_with_what_is_missing_and_what_would_help() -> None:
+    arguments = ["plan", "--config", CONFIG, "--nproc-per-node", "8", "--items", "2000000000"]
+    done = launch(*arguments)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: does not fit: the fullest rank needs ")
+    assert "GiB too much, most of it for tables' optimizer" in line
+    nodes = line[line.index("--nnodes") :].split()[:2]
+    assert launch(*arguments, *nodes).returncode == 0
+    assert launch(*arguments, "--nnodes", str(int(nodes[1]) // 2)).returncode == 2
+    batch = launch("plan", "--config", CONFIG, "--items", "100000000", "data.batch_size=100000").stderr
+    smaller = batch[batch.index("data.batch_size=") :].split()[0]
+    assert launch("plan", "--config", CONFIG, "--items", "100000000", smaller).returncode == 0
+
+
+def test_the_configurations_own_layout_on_request() -> None:
+    arguments = ["plan", "--config", CONFIG, "--items", "1000", "--as-configured"]
+    done = launch(*arguments, "parallel.table_sharding=data_parallel", "parallel.expert_parallel_size=2", COLUMNS="160")
+    assert "whole on each of 8 ranks" in done.stdout
+    assert "4 on each of 2 ranks, 4 copies" in done.stdout
+    assert "Layouts" not in done.stdout
+    assert "leave out --as-configured" in the_error(launch(*arguments, "parallel.table_sharding=auto"))
 
 
 def test_the_number_of_items_comes_from_the_data_set(tmp_path: Path) -> None:

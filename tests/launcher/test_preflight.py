@@ -1,16 +1,24 @@
-"""`launcher preflight` on this node, with two processes; and what it says of faults."""
+"""`launcher preflight` on this node, with two processes; and what it finds where something is wrong, which is made so."""
 
 from __future__ import annotations
 
+import os
 import shlex
+import socket
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from launcher import preflight
+from launcher import group_check, link_check, node_check, package_check, preflight
+from launcher.findings import Finding, read_lines
 from launcher.job import Job
-from tests.launcher.command_line import launch
+from mme.distributed.groups import World
+from tests.distributed.processes import run_on
+from tests.launcher.command_line import CONFIG, REPOSITORY, launch, the_error
 
 
 @pytest.mark.slow
@@ -20,10 +28,36 @@ def test_this_node_and_a_group_of_two_pass(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     cells = [line.split("│") for line in done.stdout.splitlines() if line.startswith("│")]
     rows = {row[1].strip(): row[2].strip() for row in cells}
-    for check in ["load fbgemm_gpu", "matrix product on cpu", "all-reduce", "all-to-all", "clocks", "shared folder"]:
+    for check in ["load fbgemm_gpu", "table lookup on cpu", "matrix product on cpu", "all-reduce", "all-to-all"]:
         assert rows[check] == "ok"
+    assert rows["clocks"] == rows["shared folder"] == "ok"
+    assert rows["links"] in ("ok", "warning")  # by how busy the machine is
     assert done.stdout.splitlines()[-1].endswith(" 0 failed")
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+@pytest.mark.slow
+def test_two_nodes_with_folders_of_their_own_fail_and_say_so(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    arguments = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", endpoint, "--output-dir"]
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "launcher", "preflight", *arguments, tmp_path / f"node{node}"],
+            cwd=REPOSITORY,
+            env={**os.environ, "COLUMNS": "200"},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    outputs = [node.communicate(timeout=400)[0] for node in nodes]
+    assert [node.returncode for node in nodes] == [1, 1], outputs
+    for output in outputs:
+        assert "shared folder" in output and "does not hold what rank" in output, output
+        assert "checkpoints need one folder that all nodes share" in output
+        assert output.splitlines()[-1].endswith(" 1 failed")
 
 
 def test_dry_run_prints_the_processes_it_would_start() -> None:
@@ -34,12 +68,96 @@ def test_dry_run_prints_the_processes_it_would_start() -> None:
     assert group[group.index("--nnodes") + 1] == "2"
 
 
-def test_a_folder_that_cannot_be_made_fails_with_advice(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    finding = preflight._writable(tmp_path / "file" / "runs")
+def test_wrong_arguments_are_refused() -> None:
+    assert "needs --rdzv-endpoint HOST:PORT" in the_error(launch("preflight", "--nnodes", "2"))
+    assert "need --config FILE" in the_error(launch("preflight", "train.steps=3"))
+    missing = launch("preflight", "--config", CONFIG, "data.path=nowhere")
+    assert "nowhere/dataset.json: no num_items" in the_error(missing)
+
+
+# Packages and libraries.
+
+
+def pretend_installed(folder: Path, name: str, version: str, modules: str = "") -> None:
+    """A package as pip would leave it, as far as its metadata go."""
+    information = folder / f"{name.replace('-', '_')}-{version}.dist-info"
+    information.mkdir(parents=True)
+    (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    (information / "top_level.txt").write_text(modules)
+
+
+@pytest.mark.parametrize("name", ["torch", "triton", "fbgemm-gpu-cpu", "torchrec", "deepspeed"])
+def test_a_version_of_another_series_fails_and_of_the_same_warns(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pins = dict(
+        line.split("==") for line in (package_check.REQUIREMENTS / "cpu.txt").read_text().split() if "==" in line
+    )
+    monkeypatch.syspath_prepend(str(tmp_path / "patch"))
+    pretend_installed(tmp_path / "patch", name, f"{pins[name].rpartition('.')[0]}.99")
+    (finding,) = [finding for finding in package_check.check_packages("cpu") if finding.check == name]
+    assert (finding.status, finding.found) == ("warning", f"{pins[name].rpartition('.')[0]}.99, expected {pins[name]}")
+    monkeypatch.syspath_prepend(str(tmp_path / "series"))
+    pretend_installed(tmp_path / "series", name, "0.1.0")
+    (finding,) = [finding for finding in package_check.check_packages("cpu") if finding.check == name]
     assert finding.status == "failed"
-    assert "Not a directory" in finding.found
-    assert "--output-dir" in finding.advice
+    assert "`make setup` installs the version" in finding.advice
+
+
+def test_two_packages_with_the_files_of_one_module_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_installed(tmp_path, "fbgemm-gpu", "1.8.0", modules="fbgemm_gpu")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (finding,) = [finding for finding in package_check.check_packages("cpu") if finding.check == "fbgemm_gpu"]
+    assert finding.status == "failed"
+    assert finding.found.startswith("fbgemm-gpu 1.8.0 and fbgemm_gpu-cpu ")
+    assert "uninstall fbgemm-gpu fbgemm_gpu-cpu" in finding.advice
+
+
+def test_a_foreign_package_named_kernels_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend_installed(tmp_path, "kernels", "0.11.5")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (finding,) = [finding for finding in package_check.check_packages("cpu") if finding.check == "kernels"]
+    assert finding.status == "failed"
+    assert "0.11.5" in finding.found
+    assert "uninstall kernels" in finding.advice
+
+
+def check_this_node(folder: Path, *, path: str = "") -> dict[str, Finding]:
+    """`launcher.node_check` with the modules of ``folder`` before all others, and the programs of ``path``."""
+    done = subprocess.run(
+        # Not `-m`: that would put the project first.
+        [sys.executable, "-c", "from launcher.node_check import main; main()"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{folder}:{REPOSITORY}", "PATH": f"{path}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return {finding.check: finding for finding in read_lines(done.stdout)}
+
+
+@pytest.mark.slow
+def test_a_foreign_kernels_that_is_imported_and_a_torch_without_the_gpus_fail(tmp_path: Path) -> None:
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("")
+    (tmp_path / "bin").mkdir()
+    driver = tmp_path / "bin" / "nvidia-smi"
+    driver.write_text("#!/bin/sh\necho 'GPU 0: NVIDIA H100 80GB HBM3 (UUID: GPU-1)'\n")
+    driver.chmod(0o755)
+    findings = check_this_node(tmp_path, path=str(tmp_path / "bin"))
+    assert findings["load kernels"].status == "failed"
+    assert f"imported, from {tmp_path}/kernels" in findings["load kernels"].found
+    assert findings["GPUs of PyTorch"].status == "failed"
+    assert "sees 0 of the 1 GPUs" in findings["GPUs of PyTorch"].found
+    assert findings["table lookup on cpu"].status == findings["matrix product on cpu"].status == "ok"
+
+
+def test_a_library_built_against_another_torch_fails(tmp_path: Path) -> None:
+    (tmp_path / "fbgemm_gpu.py").write_text("raise ImportError('fbgemm_gpu.so: undefined symbol: _ZN3c105ErrorE')")
+    findings = check_this_node(tmp_path)
+    assert findings["load fbgemm_gpu"].status == "failed"
+    assert "undefined symbol" in findings["load fbgemm_gpu"].found
+    assert "built for each other" in findings["load fbgemm_gpu"].advice
 
 
 def test_a_process_that_ends_without_a_word_is_a_failed_check() -> None:
@@ -50,12 +168,182 @@ def test_a_process_that_ends_without_a_word_is_a_failed_check() -> None:
     assert finding.found == "ended with status -11 while loading fbgemm_gpu"
 
 
-def test_a_foreign_package_named_kernels_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    information = tmp_path / "kernels-0.11.5.dist-info"
-    information.mkdir()
-    (information / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.11.5\n")
-    monkeypatch.syspath_prepend(str(tmp_path))
-    (finding,) = [finding for finding in preflight._packages() if finding.check == "kernels"]
+# Device.
+
+
+def test_a_device_that_computes_wrongly_or_not_twice_alike_fails() -> None:
+    cpu = torch.device("cpu")
+    assert node_check.matrix_product(cpu).status == "ok"
+
+    def one_number_wrong(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        product = left @ right
+        product[3, 5] += 1  # of entries as large as 150
+        return product
+
+    finding = node_check.matrix_product(cpu, one_number_wrong)
     assert finding.status == "failed"
-    assert "0.11.5" in finding.found
-    assert "uninstall kernels" in finding.advice
+    assert finding.found.startswith("float64 is off by more than 1e-13")
+    assert "take this node out of the job" in finding.advice
+
+    flips = iter(range(1000))
+
+    def last_bit_flips(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        product = left @ right
+        product[3, 5] *= 1 + next(flips) % 2 * torch.finfo(product.dtype).eps
+        return product
+
+    finding = node_check.matrix_product(cpu, last_bit_flips)
+    assert finding.status == "failed"
+    assert "products of the same matrices differ" in finding.found
+
+
+# Memory, disk, folder.
+
+
+def test_memory_and_disk_are_checked_for_the_job_that_is_to_run() -> None:
+    small = preflight.needs_of(Job(Path(CONFIG), (), 1, 2, 0), items=1000)
+    assert preflight._memory(2, small).status == preflight._disk(Path("runs"), small).status == "ok"
+    large = preflight.needs_of(Job(Path(CONFIG), (), 1, 2, 0), items=2_000_000_000)
+    memory, disk = preflight._memory(2, large), preflight._disk(Path("runs"), large)
+    assert memory.status == disk.status == "failed"
+    # Tables of 2·10⁹ × 64 floats with Adam's two moments are 1.4 TiB, in the copy as in training.
+    assert "a copy of its part of a checkpoint 1430" in memory.found
+    assert "GiB too little: more nodes" in memory.advice
+    assert "train.keep_checkpoints" in disk.advice
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_as_large_as_predicted(tmp_path: Path) -> None:
+    from launcher.memory import whole_checkpoint_bytes
+    from launcher.shape import Shape
+    from mme.config import load_config
+
+    for optimizer in ("adam", "rowwise_adagrad"):
+        config = load_config(REPOSITORY / CONFIG, [f"train.table_optimizer={optimizer}"])
+        (written,) = run_on(1, bytes_of_state, config, 3000)
+        assert whole_checkpoint_bytes(Shape(config, 4, 4, 3000)) == pytest.approx(written, rel=0.001)
+
+
+def bytes_of_state(world: World, config: object, num_items: int) -> int:
+    from mme.distributed.engine import initialize_engine
+    from mme.distributed.recommender import Recommender
+    from mme.distributed.state import optimizer_pieces, weight_pieces
+
+    recommender = Recommender(config, num_items, world)  # type: ignore[arg-type]
+    initialize_engine(recommender.decoder, config)  # type: ignore[arg-type]
+    return sum(piece.read().nbytes for piece in [*weight_pieces(recommender), *optimizer_pieces(recommender)])
+
+
+def test_a_container_has_what_its_control_group_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "memory.max").write_text(f"{2**30}\n")
+    (tmp_path / "memory.current").write_text(f"{2**28}\n")
+    files = [(str(tmp_path / "memory.max"), str(tmp_path / "memory.current"))]
+    monkeypatch.setattr(preflight, "CONTROL_GROUP_FILES", files)
+    assert preflight._memory(2, None).found == "768 MiB available"
+    (tmp_path / "memory.max").write_text("max\n")
+    assert preflight._available_memory() > 2**30
+
+
+def test_a_folder_that_cannot_be_made_fails_with_advice(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    finding = preflight._writable(tmp_path / "file" / "runs")
+    assert finding.status == "failed"
+    assert "Not a directory" in finding.found
+    assert "--output-dir" in finding.advice
+
+
+# Links, clocks and the shared folder, between processes.
+
+
+def check_as(world: World, check: str, by_rank: list[object]) -> Finding:
+    """A check of the group, in which each rank has something of its own; each is a node."""
+    os.environ["GROUP_RANK"] = str(world.rank)
+    os.environ["LOCAL_RANK"] = "0"
+    group = group_check.group_of(world)
+    own = by_rank[world.rank]
+    if check == "clocks":
+        return group_check.clocks(group, lambda: time.time() + own)  # type: ignore[operator]
+    if check == "shared folder":
+        return group_check.shared_folder(group, Path(str(own)), patience_s=2)
+    plain = link_check.there_and_back(world.rank, world.device)
+
+    def exchange(partner: int, num_bytes: int, times: int) -> None:
+        time.sleep(float(own) if num_bytes > 1000 else 0)  # type: ignore[arg-type]
+        plain(partner, num_bytes, times)
+
+    pairs = link_check.measure_pairs(world.rank, group.peers, exchange, "cpu")
+    found = [pair for pairs in group_check.gather(world, pairs) for pair in pairs]
+    return link_check.judge(found, group.name, "cpu")
+
+
+def test_a_clock_that_is_off_is_named_with_its_node() -> None:
+    for finding in run_on(2, check_as, "clocks", [0.0, 0.0]):
+        assert finding.status == "ok"
+    for finding in run_on(2, check_as, "clocks", [0.0, -90.0]):
+        assert finding.status == "failed"
+        assert f"that of rank 1 on {socket.gethostname()} is 90.0 s behind rank 0's" in finding.found
+        assert "NTP" in finding.advice
+
+
+@pytest.mark.slow
+def test_the_odd_one_out_of_three_is_named_even_if_all_are_asked_by_it() -> None:
+    for finding in run_on(3, check_as, "clocks", [3600.0, 0.0, 0.0]):
+        assert finding.found == f"that of rank 0 on {socket.gethostname()} is 3600.0 s ahead of the others'"
+    for finding in run_on(3, check_as, "links", [0.0, 0.0, 3.0]):
+        assert finding.status == "warning"
+        assert f"all 2 slow ones are those of rank 2 on {socket.gethostname()}" in finding.found
+        assert "NCCL_SOCKET_IFNAME" in finding.advice
+
+
+def test_folders_that_are_not_shared_fail(tmp_path: Path) -> None:
+    for finding in run_on(2, check_as, "shared folder", [tmp_path / "one", tmp_path / "other"]):
+        assert finding.status == "failed"
+        assert f"{tmp_path}/one of rank 0 on" in finding.found
+        assert "does not hold what rank 1" in finding.found
+    assert not list(tmp_path.glob("*/.preflight*"))
+
+
+def test_the_pairs_meet_once_and_never_two_at_a_time() -> None:
+    for size in range(1, 9):
+        rounds = list(link_check.tournament(list(range(size))))
+        for pairs in rounds:
+            met = [rank for pair in pairs for rank in pair]
+            assert len(met) == len(set(met))
+        every = {frozenset(pair) for pairs in rounds for pair in pairs}
+        assert len(every) == sum(map(len, rounds)) == size * (size - 1) // 2
+
+
+def test_a_node_that_cannot_be_reached_is_named() -> None:
+    with link_check.listener("127.0.0.1") as (address, port), link_check.listener("127.0.0.1") as (_, closed):
+        pass
+    with link_check.listener("127.0.0.1") as (address, port):
+        others = {1: ("node1", address, port), 2: ("node2", address, closed), 3: None}
+        refused, absent = link_check.unreachable("node0 (127.0.0.1)", others)
+    assert refused == "node0 (127.0.0.1) cannot reach node2 (127.0.0.1): Connection refused"
+    assert absent.startswith("node 3 did not tell its address")
+
+
+@pytest.mark.slow
+def test_a_process_that_dies_is_a_finding_of_the_others(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, launcher.group_check as check\n"
+        "stay = check._all_to_all\n"
+        "check._all_to_all = lambda group: os._exit(9) if group.world.rank else stay(group)\n"
+        f"sys.argv[1:] = [{str(tmp_path)!r}]\n"
+        "check.main()"
+    )
+    (tmp_path / "dies.py").write_text(code)
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(tmp_path / "dies.py")]
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=REPOSITORY,
+        env={**os.environ, "PYTHONPATH": str(REPOSITORY)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    findings = {finding.check: finding for finding in read_lines(done.stdout)}
+    assert findings["all-reduce"].status == "ok"
+    assert findings["all-to-all"].status == "failed", done.stdout + done.stderr
+    assert "a process or a link is dead" in findings["all-to-all"].advice

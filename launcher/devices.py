@@ -1,0 +1,111 @@
+"""The kinds of device that `plan` knows: published peaks, and the shares of them that it takes training to reach.
+
+Nothing here was fitted to a GPU. The figures of the CPU are orders of magnitude, but for the shares of the heap, which were measured.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+
+from mme.errors import UserError
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device, a rank's, and its links. Rates are published peaks, each way; ``efficiency`` is the share reached.
+
+    Attributes:
+        memory: bytes that a rank may fill.
+        runtime: bytes taken before the model: libraries, the driver's context, NCCL's buffers.
+        heap_share: what the allocator keeps in pieces too small to be used, as a share of what a step takes and frees.
+        heap_share_of_rows: the same for what is as long as the rows looked up, or as tables: there are few of these, and
+            their length changes, so that what one step frees does not hold what the next one takes.
+        local_bytes_per_s, network_bytes_per_s: between ranks of a node; of a rank to other nodes.
+        local_latency_s, network_latency_s: of one message.
+        message_s: what each further message of the same exchange costs.
+        host_step_s, host_block_s: Python, TorchRec, DeepSpeed and kernel launches, a step and a block.
+    """
+
+    name: str
+    is_gpu: bool
+    memory: float
+    runtime: float
+    heap_share: float
+    heap_share_of_rows: float
+    float32_flops: float
+    bfloat16_flops: float
+    memory_bytes_per_s: float
+    local_bytes_per_s: float
+    network_bytes_per_s: float
+    local_latency_s: float
+    network_latency_s: float
+    message_s: float
+    host_step_s: float
+    host_block_s: float
+    efficiency: float = 0.5
+
+
+GIB = 2**30
+_A100 = Device(
+    name="a100-80g",
+    is_gpu=True,
+    memory=0.95 * 79 * GIB,  # of 80 GiB the driver leaves 79; the twentieth is for what the model leaves out
+    runtime=2e9,
+    heap_share=0.1,
+    heap_share_of_rows=0.2,
+    float32_flops=19.5e12,  # without tensor cores
+    bfloat16_flops=312e12,  # with them, dense
+    memory_bytes_per_s=2.04e12,
+    local_bytes_per_s=300e9,  # NVLink 3
+    network_bytes_per_s=25e9,  # one HDR InfiniBand port a GPU, 200 Gbit/s
+    local_latency_s=5e-6,
+    network_latency_s=10e-6,
+    message_s=1e-6,
+    host_step_s=5e-3,
+    host_block_s=1e-3,
+)
+_H100 = replace(
+    _A100,
+    name="h100-80g",
+    float32_flops=67e12,
+    bfloat16_flops=989e12,
+    memory_bytes_per_s=3.35e12,
+    local_bytes_per_s=450e9,  # NVLink 4
+    network_bytes_per_s=50e9,  # NDR, 400 Gbit/s
+)
+# One core with AVX2 and its share of the memory's bandwidth, gloo over the loopback and over a network of 10 Gbit/s.
+_CPU = Device(
+    name="cpu",
+    is_gpu=False,
+    memory=0,  # this machine's, by the ranks of a node: see `device_of`
+    runtime=0.45e9,
+    heap_share=0.35,  # both measured on 1 and 2 processes, see docs/multi-node.md
+    heap_share_of_rows=0.75,
+    float32_flops=80e9,
+    bfloat16_flops=80e9,
+    memory_bytes_per_s=12e9,
+    local_bytes_per_s=2e9,
+    network_bytes_per_s=1.2e9,
+    local_latency_s=100e-6,
+    network_latency_s=200e-6,
+    message_s=50e-6,
+    host_step_s=5e-3,
+    host_block_s=1e-3,
+)
+DEVICES = {device.name: device for device in (_A100, _H100, _CPU)}
+
+
+def device_of(name: str, ranks_per_node: int) -> Device:
+    """The kind of device called ``name``; a CPU rank has its share of this machine's memory.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in DEVICES:
+        raise UserError(f"--gpu {name}: expected {', '.join(DEVICES)}")
+    device = DEVICES[name]
+    if device.is_gpu:
+        return device
+    here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return replace(device, memory=here / ranks_per_node)

@@ -1,0 +1,237 @@
+"""What a rank holds in a training step, part by part, at the moment when it holds most.
+
+Counted are the tensors that the step keeps: what stays from step to step, and what one phase of a step needs beside it.
+On a CPU that is checked against measured runs (`tests/launcher/test_plan_memory.py`); on GPUs the same counts are taken
+with what the Triton kernels keep instead, and are checked against nothing.
+
+Legend: as in `launcher.shape`; R = M·T rows, P = H·(4·dv + 2·dqk) columns of a block's projection.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+from launcher.devices import Device
+from launcher.shape import FULL_SOFTMAX_TOKENS, Shape
+from mme.config import Config
+
+FLOAT = 4  # bytes: weights, their gradients and optimizer states are float32
+INT64 = 8
+TABLE_STATES = {"adam": 2.0, "adagrad": 1.0, "rowwise_adagrad": 0.0, "sgd": 0.0}  # copies of the weights
+WRITTEN = 3  # copies of the decoder's size in a checkpoint: weights and Adam's two moments
+DENSE_STATES = 3  # ZeRO's own copy of the weights and Adam's two moments
+ADAM_TEMPORARIES = 3  # of one parameter, while PyTorch's Adam updates it
+NARROW_EXPERTS = 128  # the Triton kernels gather and weigh rows of up to this width by themselves
+ATTENTION_SCORES = 1 << 18  # query-key pairs of one group that the CPU's attention works on at once
+ATTENTION_ROWS = 64
+OWN_NEGATIVE_BYTES = 24  # of a scored item, while their gradients are sorted by item
+
+ATTENTION, FFN, LOSS = "activations: attention", "activations: FFN, experts", "activations: loss"
+ROWS, TABLE_GRADIENT = "rows of the step's items", "tables' gradient"
+TABLE_OPTIMIZER, OPTIMIZER = "buffers: tables' optimizer", "buffers: optimizer"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by part in the fullest ``phase`` of a step."""
+
+    parts: dict[str, float]
+    phase: str
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def memory_of(shape: Shape, device: Device) -> Memory:
+    """What the fullest rank of ``shape`` holds on ``device``."""
+    lasting = lasting_parts(shape)
+    phases = {name: parts | {"allocator": _in_pieces(parts, device)} for name, parts in _phases(shape, device).items()}
+    phase = max(phases, key=lambda name: sum(phases[name].values()))
+    parts = {**lasting, **phases[phase]}
+    if not device.is_gpu:  # the place of the weights as they were made, before DeepSpeed laid them out flat
+        parts["allocator"] += lasting["decoder"] + lasting["experts"]
+    parts["libraries, driver" if device.is_gpu else "libraries"] = device.runtime
+    return Memory({part: size for part, size in parts.items() if size}, phase)
+
+
+def lasting_parts(shape: Shape) -> dict[str, float]:
+    """Weights and optimizer states: what a rank holds between steps."""
+    table = shape.table_elements * FLOAT
+    optimizer = shape.config.train.table_optimizer
+    row_width = shape.table_parts[2]
+    dense, experts = shape.dense_parameters * FLOAT, shape.expert_parameters * FLOAT
+    return {
+        "item tables": table,
+        "tables' optimizer": table / row_width if optimizer == "rowwise_adagrad" else table * TABLE_STATES[optimizer],
+        "decoder": dense,
+        "experts": experts,
+        "decoder's optimizer": DENSE_STATES * dense / shape.ranks,
+        "experts' optimizer": DENSE_STATES * experts / shape.expert_copies,
+    }
+
+
+def checkpoint_bytes(shape: Shape) -> float:
+    """What the fullest rank copies into host memory for a checkpoint, and writes: weights and optimizer states.
+
+    Rank 0, which is counted, also writes what every rank has; ZeRO's own copy of the weights is not written.
+    """
+    parts = lasting_parts(shape)
+    return parts["item tables"] + parts["tables' optimizer"] + WRITTEN * (parts["decoder"] + parts["experts"])
+
+
+def whole_checkpoint_bytes(shape: Shape) -> float:
+    """Of the files of all ranks."""
+    parts = lasting_parts(replace(shape, ranks=1, ranks_per_node=1, config=_on_one_rank(shape)))
+    return parts["item tables"] + parts["tables' optimizer"] + WRITTEN * (parts["decoder"] + parts["experts"])
+
+
+def _on_one_rank(shape: Shape) -> Config:
+    return replace(shape.config, parallel=replace(shape.config.parallel, expert_parallel_size=1))
+
+
+def has_dense_gradient(shape: Shape, device: Device) -> bool:
+    """Whether an ordinary optimizer steps the tables, by the gradient of all of their rows."""
+    return not shape.is_sharded or (not device.is_gpu and shape.config.train.table_optimizer == "adam")
+
+
+def _in_pieces(passing: dict[str, float], device: Device) -> float:
+    """What the allocator keeps beside the parts that a phase takes and frees."""
+    as_long_as_rows = sum(passing.get(part, 0.0) for part in (ROWS, TABLE_GRADIENT, TABLE_OPTIMIZER))
+    return device.heap_share * (sum(passing.values()) - as_long_as_rows) + device.heap_share_of_rows * as_long_as_rows
+
+
+def _phases(shape: Shape, device: Device) -> dict[str, dict[str, float]]:
+    """By phase, what is taken for it beside what lasts."""
+    batch = _kept_for_backward(shape, device)
+    gradients = {"buffers: gradients": FLOAT * float(shape.dense_parameters + shape.expert_parameters)}
+    after_last_ffn = {FFN: batch[FFN] - _kept_by_experts(shape, device) * (shape.expert_blocks > 0)}
+
+    def beside(more: dict[str, float]) -> dict[str, float]:
+        return {**gradients, **batch, **{part: batch[part] + num_bytes for part, num_bytes in more.items()}}
+
+    return {
+        "construction": {"buffers: one table": FLOAT * float(shape.table_parts[1] * shape.table_parts[2])},
+        "backward of the loss": beside(_loss_backward(shape)),
+        "backward of an FFN": beside({FFN: _ffn_backward(shape, device)}),
+        "backward of an attention": beside({ATTENTION: _attention_backward(shape, device)}) | after_last_ffn,
+        "update of the tables": gradients | _table_update(shape, device),
+        "update of the decoder": gradients | _decoder_update(shape),
+    }
+
+
+def _kept_for_backward(shape: Shape, device: Device) -> dict[str, float]:
+    """What forward keeps for backward, of the whole decoder and of the loss.
+
+    A block keeps x, x̂, uvqk before and after SiLU, the attention, u ⊙ its norm, o and z. Blocks that backward computes
+    again keep their input alone, and one of them at a time all of this.
+    """
+    config, model = shape.config, shape.config.model
+    d, v, dropout = model.view_dim, shape.v_width, model.dropout > 0
+    rows, number = shape.rows / config.train.micro_batches, shape.number_bytes
+    block = rows * number * (4 * d + 2 * shape.uvqk_width + 6 * v)
+    inputs = rows * d * number  # x of the last block
+    if device.is_gpu:
+        inputs += rows * d * dropout  # the mask, a byte
+    else:
+        block += rows * dropout * (3 * v + d)  # the norms' masks
+        block += rows * number * (v + 2 * shape.qk_width) * (model.num_heads > 1)  # copies by head
+        inputs += rows * d * FLOAT * dropout  # the mask, as factors
+    experts = _kept_by_experts(shape, device)
+    if config.train.recompute == "blocks":
+        attention = block + (model.num_blocks - 1) * rows * d * number
+        ffn = experts * min(1, shape.expert_blocks)
+    else:
+        attention, ffn = block * model.num_blocks, experts * shape.expert_blocks
+    # The rows, their gradient, and the rows normalised.
+    kept = {ROWS: float(shape.looked_up * (2 * FLOAT + number)), ATTENTION: attention + inputs, FFN: ffn}
+    kept[LOSS] = _kept_by_loss(shape, device)
+    if shape.expert_blocks and shape.expert_parallel_size > 1:  # what was exchanged last stays with the process group
+        kept["buffers: exchange"] = 2.0 * shape.rows * shape.top_k * d * number
+    return kept
+
+
+def _kept_by_experts(shape: Shape, device: Device) -> float:
+    """By one mixture: the router's logits and probabilities, the choices, and the rows that go to experts and come back."""
+    model = shape.config.model
+    rows = shape.rows / shape.config.train.micro_batches
+    router = rows * (2 * FLOAT * model.moe.num_experts + 4 * INT64 * shape.top_k)
+    gathers_itself = device.is_gpu and shape.expert_parallel_size == 1 and model.view_dim <= NARROW_EXPERTS
+    copies = 0 if gathers_itself else 2 * shape.top_k * model.view_dim * shape.number_bytes
+    return router + rows * copies
+
+
+def _kept_by_loss(shape: Shape, device: Device) -> float:
+    """Normalised states, twice; the negatives of the whole batch, and rows and slopes, which GPUs do not keep."""
+    tokens = shape.tokens / shape.config.train.micro_batches
+    states = 2 * tokens * shape.config.model.embedding_dim * FLOAT
+    if shape.is_full_softmax:
+        return states
+    slopes = 0 if device.is_gpu else 2 * FLOAT * tokens * shape.scored
+    return states + slopes + shape.negative_sets * (shape.scored - 1) * INT64
+
+
+def _loss_backward(shape: Shape) -> dict[str, float]:
+    """Gradients of the states, sorting the negatives by item or the logits of a chunk, and the norm's backward over all
+    rows, which comes after that."""
+    tokens = shape.tokens / shape.config.train.micro_batches
+    states = 2 * tokens * shape.config.model.embedding_dim * FLOAT
+    one = float(shape.looked_up * FLOAT)
+    if shape.is_full_softmax:
+        beside = 3 * FLOAT * min(tokens, FULL_SOFTMAX_TOKENS) * shape.items
+    else:
+        own = shape.config.loss.negatives == "per_token"
+        beside = (OWN_NEGATIVE_BYTES if own else 2 * FLOAT) * tokens * shape.scored
+    if beside > 2 * one:
+        return {LOSS: states + beside, ROWS: one}
+    return {LOSS: states, ROWS: 3 * one}
+
+
+def _ffn_backward(shape: Shape, device: Device) -> float:
+    """Of the last block's: gradients of its rows and, an expert after another on a CPU, six times its hidden rows."""
+    model = shape.config.model
+    rows, number = shape.rows / shape.config.train.micro_batches, shape.number_bytes
+    gradients = 2 * rows * model.view_dim * number
+    choices = 1.0
+    if shape.expert_blocks:
+        choices = shape.top_k
+        gradients += 2 * rows * shape.top_k * model.view_dim * number
+    if device.is_gpu:
+        hidden = 0.0 if model.view_dim <= NARROW_EXPERTS else 3.0
+    else:
+        # One expert after another: a rank's share what the ranks of its group send, as much as each of these has.
+        hidden = 6.0 / (model.moe.num_experts // shape.expert_parallel_size if shape.expert_blocks else 1)
+    return gradients + hidden * rows * choices * shape.hidden * number
+
+
+def _attention_backward(shape: Shape, device: Device) -> float:
+    """Gradients of u, v, q, k and the three channels, on a CPU also padded copies and the scores of one chunk; less what
+    the block kept for its later part: o, z, the attention and u ⊙ its norm."""
+    rows, number = shape.rows / shape.config.train.micro_batches, shape.number_bytes
+    v, qk, d = shape.v_width, shape.qk_width, shape.config.model.view_dim
+    if device.is_gpu:
+        return rows * number * (v + 2 * qk - d)
+    data, model = shape.config.data, shape.config.model
+    sequences = shape.tokens / data.max_seq_len
+    pairs = min(ATTENTION_SCORES, sequences * min(ATTENTION_ROWS, data.max_seq_len) * data.max_seq_len)
+    pairs = max(pairs, min(ATTENTION_ROWS, data.max_seq_len) * data.max_seq_len)
+    return rows * FLOAT * (6 * v + 4 * qk - d) + 3 * FLOAT * pairs * model.num_tables * model.num_heads
+
+
+def _table_update(shape: Shape, device: Device) -> dict[str, float]:
+    """Gradients of the rows, and of whole tables where an ordinary optimizer steps them."""
+    rows = {ROWS: 3.0 * shape.looked_up * FLOAT}
+    table = float(shape.table_elements * FLOAT)
+    if not has_dense_gradient(shape, device):
+        return rows
+    if not shape.is_sharded:
+        return rows | {TABLE_GRADIENT: 2 * table}  # DDP reduces it in buffers of its own
+    parts = math.ceil(shape.table_parts[0] / shape.ranks)
+    return rows | {TABLE_GRADIENT: table, TABLE_OPTIMIZER: ADAM_TEMPORARIES * table / parts}
+
+
+def _decoder_update(shape: Shape) -> dict[str, float]:
+    """DeepSpeed's flat gradient of a partition, and Adam's temporaries for it."""
+    dense, experts = shape.dense_parameters / shape.ranks, shape.expert_parameters / shape.expert_copies
+    return {ROWS: 2.0 * shape.looked_up * FLOAT, OPTIMIZER: FLOAT * (dense + experts + 2 * max(dense, experts))}

@@ -1,0 +1,168 @@
+"""The sizes of a training step on one rank, from which `plan` computes memory and time.
+
+Legend: B sequences of a rank, N max_seq_len, T = B·N tokens, M views, D total width, d view width, H heads, E experts,
+k top_k, f hidden width, U distinct items of a step, n negatives of a token, W ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+
+from mme import flops
+from mme.config import Config
+from mme.errors import UserError
+
+FULL_SOFTMAX_TOKENS = 1024  # tokens whose logits over the catalogue exist at once, as in mme.model.loss
+LEAST_COLUMNS = 128  # TorchRec splits tables by columns no narrower than this (its MIN_CW_DIM)
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A configuration on ``ranks`` processes with a catalogue of ``items``.
+
+    Raises:
+        UserError: a block that the plan does not know.
+    """
+
+    config: Config
+    ranks: int
+    ranks_per_node: int
+    items: int
+
+    def __post_init__(self) -> None:
+        if self.config.model.block != "fuxi":
+            raise UserError(f"model.block ({self.config.model.block}): the plan knows fuxi alone")
+
+    @property
+    def nodes(self) -> int:
+        return math.ceil(self.ranks / self.ranks_per_node)
+
+    @property
+    def number_bytes(self) -> int:
+        """Of one number in the decoder."""
+        return 2 if self.config.train.precision == "bfloat16" else 4
+
+    @property
+    def tokens(self) -> int:
+        data = self.config.data
+        return data.tokens_per_batch or data.batch_size * data.max_seq_len
+
+    @property
+    def rows(self) -> int:
+        """Tokens of all views."""
+        return self.tokens * self.config.model.num_tables
+
+    @property
+    def qk_width(self) -> int:
+        """H·dqk."""
+        return flops.head_widths(self.config.model)[0]
+
+    @property
+    def v_width(self) -> int:
+        """H·dv."""
+        return flops.head_widths(self.config.model)[1]
+
+    @property
+    def uvqk_width(self) -> int:
+        return 4 * self.v_width + 2 * self.qk_width
+
+    @property
+    def hidden(self) -> int:
+        return flops.hidden_dim(self.config.model)
+
+    @property
+    def expert_blocks(self) -> int:
+        return flops.num_expert_blocks(self.config.model)
+
+    @property
+    def expert_parallel_size(self) -> int:
+        experts = self.config.model.moe.num_experts
+        return self.config.parallel.expert_parallel_size or (math.gcd(experts, self.ranks) if experts else 1)
+
+    @property
+    def expert_copies(self) -> int:
+        """Ranks that hold the same experts."""
+        return self.ranks // self.expert_parallel_size
+
+    @property
+    def top_k(self) -> int:
+        return self.config.model.moe.top_k
+
+    @property
+    def is_full_softmax(self) -> bool:
+        return self.config.loss.kind == "full_softmax"
+
+    @property
+    def negative_sets(self) -> int:
+        loss = self.config.loss
+        if loss.negatives == "per_token":
+            return self.tokens
+        return math.ceil(self.tokens / (loss.negative_group_size or self.tokens))
+
+    @property
+    def scored(self) -> int:
+        """Items that each token's target is compared with, itself included."""
+        return self.items if self.is_full_softmax else self.config.loss.num_negatives + 1
+
+    @cached_property
+    def distinct_items(self) -> int:
+        """U, expected: draws are taken as uniform over the catalogue, so that this is more than skewed ones give."""
+        if self.is_full_softmax:
+            return self.items
+        draws = 2 * self.tokens + self.negative_sets * self.config.loss.num_negatives
+        return math.ceil(self.items * -math.expm1(-draws / self.items))
+
+    @property
+    def looked_up(self) -> int:
+        """Numbers of the rows that a rank looks up, U·D."""
+        return self.distinct_items * self.config.model.embedding_dim
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.config.parallel.table_sharding != "data_parallel"
+
+    @property
+    def table_parts(self) -> tuple[int, int, int]:
+        """(parts, rows, columns): into how many parts of that size TorchRec cuts the M tables, for one or more ranks."""
+        model, sharding = self.config.model, self.config.parallel.table_sharding
+        if sharding == "row_wise":
+            return model.num_tables * self.ranks, math.ceil(self.items / self.ranks), model.view_dim
+        if sharding == "column_wise":
+            wide = (c for c in range(LEAST_COLUMNS, model.view_dim, 4) if model.view_dim % c == 0)
+            columns = next(wide, model.view_dim)
+            return model.num_tables * (model.view_dim // columns), self.items, columns
+        return model.num_tables, self.items, model.view_dim
+
+    @property
+    def table_elements(self) -> int:
+        """Weights of the item tables on the fullest rank."""
+        if not self.is_sharded:
+            return self.items * self.config.model.embedding_dim
+        parts, rows, columns = self.table_parts
+        return math.ceil(parts / self.ranks) * rows * columns
+
+    @property
+    def table_skew(self) -> float:
+        """How much more of the tables the fullest rank has than an even share."""
+        if not self.is_sharded:
+            return 1.0
+        return self.table_elements * self.ranks / (self.items * self.config.model.embedding_dim)
+
+    @property
+    def dense_parameters(self) -> int:
+        """Weights that every rank holds: all but tables and experts."""
+        model, d = self.config.model, self.config.model.view_dim
+        block = flops.projections(model) + d + 129 + 2 * self.config.data.max_seq_len - 1
+        ffn = (model.num_blocks - self.expert_blocks) * flops.expert_row(model)
+        router = self.expert_blocks * d * model.moe.num_experts
+        positions = (model.num_tables if model.positions == "per_view" else 1) * self.config.data.max_seq_len * d
+        return model.num_blocks * block + ffn + router + positions
+
+    @property
+    def expert_parameters(self) -> int:
+        """Weights of the experts that one rank holds."""
+        model = self.config.model
+        experts = model.moe.num_experts // self.expert_parallel_size
+        return self.expert_blocks * experts * flops.expert_row(model)

@@ -1,0 +1,144 @@
+"""How long a training step takes, part by part: a cost model, written down in docs/multi-node.md.
+
+Each part is the largest of its arithmetic, its memory traffic and its network at the rates of `launcher.devices`; the
+parts follow one another. A part also says which of these bounds it.
+
+Legend: as in `launcher.shape`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from launcher.devices import Device
+from launcher.memory import FLOAT, INT64, TABLE_STATES, has_dense_gradient
+from launcher.shape import Shape
+from mme import flops
+
+Bound = Literal["arithmetic", "memory", "bandwidth", "latency", "host"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Seconds of a part of the step, and what they go into."""
+
+    seconds: float
+    bound: Bound
+
+
+def time_parts(shape: Shape, device: Device) -> dict[str, Part]:
+    """What the slowest rank of ``shape`` spends in a step on ``device``, by part."""
+    config, model = shape.config, shape.config.model
+    work, links = _Work(shape, device), _Links(shape, device)
+    d, v, qk, blocks, number = model.view_dim, shape.v_width, shape.qk_width, model.num_blocks, shape.number_bytes
+    again = config.train.recompute == "blocks"  # forward a second time
+    n = config.data.max_seq_len
+    pairs = n * (n + 1) / 2 * shape.tokens / n * model.num_tables
+    hidden_rows = shape.rows * (shape.expert_blocks * shape.top_k + blocks - shape.expert_blocks)
+    row_bytes = shape.looked_up * FLOAT * shape.table_skew
+    own = shape.is_full_softmax or config.loss.negatives == "per_token"
+    gathered = shape.items if shape.is_full_softmax else (shape.tokens if own else shape.negative_sets) * shape.scored
+    parts = {
+        "tables: rows read and updated": work.of(0, _table_traffic(shape, device, row_bytes)),
+        "tables: exchange": _table_exchange(shape, links, row_bytes),
+        # Backward costs twice forward; what it computes again (scores, two of an expert's three products) comes on top.
+        "projections": work.of(
+            (3 + again) * 2 * shape.rows * flops.projections(model) * blocks,
+            (3 + again) * shape.rows * (2 * d + 7 * v + 2 * qk) * number * blocks,
+        ),
+        "attention": work.of(
+            2 * pairs * ((3 + again) * flops.attention_pair(model) + qk) * blocks,
+            (3 + again) * shape.rows * (2 * qk + 4 * v) * number * blocks,
+        ),
+        "FFN, experts": work.of(
+            (3 + 2 / 3 + again) * 2 * hidden_rows * flops.expert_row(model), 8 * hidden_rows * d * number
+        ),
+        "experts: exchange": _expert_exchange(shape, links, again),
+        "loss": work.of(
+            (3 + shape.is_full_softmax) * 2 * shape.tokens * shape.scored * model.embedding_dim,
+            3 * gathered * model.embedding_dim * number,
+        ),
+        "gradients: all-reduce": links.reduce(shape.dense_parameters * FLOAT, shape.ranks, times=3),
+        "experts' gradients: all-reduce": links.reduce(shape.expert_parameters * FLOAT, shape.expert_copies),
+        "optimizer of the decoder": work.of(
+            0, 8 * FLOAT * (shape.dense_parameters / shape.ranks + shape.expert_parameters / shape.expert_copies)
+        ),
+        "host": Part(device.host_step_s + device.host_block_s * blocks, "host"),
+    }
+    return {name: part for name, part in parts.items() if part.seconds}
+
+
+def total_s(parts: dict[str, Part]) -> float:
+    return sum(part.seconds for part in parts.values())
+
+
+def _table_traffic(shape: Shape, device: Device, row_bytes: float) -> float:
+    """Rows read and their gradients written; then weights and states read and written, of these rows or of all."""
+    states = TABLE_STATES[shape.config.train.table_optimizer]
+    if has_dense_gradient(shape, device):
+        return 2 * row_bytes + shape.table_elements * FLOAT * (2 + 2 * (1 + states))
+    return row_bytes * (2 + 2 * (1 + states))
+
+
+def _table_exchange(shape: Shape, links: _Links, row_bytes: float) -> Part:
+    """Lengths, ids, rows and their gradients travel; tables that all ranks hold reduce the gradient of every row."""
+    if not shape.is_sharded:
+        return links.reduce(shape.table_elements * FLOAT, shape.ranks)
+    exchanges: list[float] = [INT64, shape.distinct_items * INT64, row_bytes, row_bytes]
+    if shape.config.train.grad_clip:
+        exchanges += [INT64, shape.distinct_items * INT64, shape.looked_up * FLOAT]
+    return links.exchange(exchanges, shape.ranks)
+
+
+def _expert_exchange(shape: Shape, links: _Links, again: bool) -> Part:
+    """Counts, rows to the experts and back, and the gradients of both, for each block that has experts."""
+    rows = float(shape.rows * shape.top_k * shape.config.model.view_dim * shape.number_bytes)
+    of_block = [INT64, rows, rows, rows, rows, *([INT64, rows, rows] if again else [])]
+    return links.exchange(of_block * shape.expert_blocks, shape.expert_parallel_size)
+
+
+@dataclass(frozen=True)
+class _Work:
+    shape: Shape
+    device: Device
+
+    def of(self, num_flops: float, num_bytes: float) -> Part:
+        device = self.device
+        peak = device.bfloat16_flops if self.shape.number_bytes == 2 else device.float32_flops
+        arithmetic, memory = num_flops / peak, num_bytes / device.memory_bytes_per_s
+        return Part(max(arithmetic, memory) / device.efficiency, "arithmetic" if arithmetic > memory else "memory")
+
+
+@dataclass(frozen=True)
+class _Links:
+    shape: Shape
+    device: Device
+
+    def exchange(self, sizes: list[float], ranks: int) -> Part:
+        """All-to-alls one after another, in each of which a rank sends so many bytes, evenly to ``ranks``."""
+        if ranks == 1:
+            return Part(0.0, "latency")
+        device, local = self.device, min(ranks, self.shape.ranks_per_node)
+        near = (local - 1) / ranks / device.local_bytes_per_s
+        far = (ranks - local) / ranks / device.network_bytes_per_s
+        moving = sum(sizes) * max(near, far) / device.efficiency
+        latency = device.network_latency_s if ranks > local else device.local_latency_s
+        return _slower(moving, len(sizes) * (latency + (ranks - 1) * device.message_s))
+
+    def reduce(self, num_bytes: float, ranks: int, times: int = 1) -> Part:
+        """An all-reduce, as a ring for its bytes and a tree for its latency; ``times``: with how many of a few bytes."""
+        if ranks == 1:
+            return Part(0.0, "latency")
+        device = self.device
+        # Ranks that hold the same experts lie a whole expert-parallel group apart, mostly on other nodes.
+        away = self.shape.nodes > 1
+        rate = device.network_bytes_per_s if away else device.local_bytes_per_s
+        latency = device.network_latency_s if away else device.local_latency_s
+        moving = 2 * num_bytes * (ranks - 1) / ranks / rate / device.efficiency
+        return _slower(moving, times * 2 * math.ceil(math.log2(ranks)) * latency)
+
+
+def _slower(moving: float, waiting: float) -> Part:
+    return Part(moving + waiting, "bandwidth" if moving > waiting else "latency")

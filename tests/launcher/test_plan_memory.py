@@ -1,0 +1,104 @@
+"""The memory that `plan` predicts for CPU processes against what training really takes, with models of hundreds of MB."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from launcher.devices import DEVICES
+from launcher.memory import memory_of
+from launcher.shape import Shape
+from mme.config import Config, load_config
+from mme.data.batch import SequenceBatch
+from mme.distributed.engine import initialize_engine
+from mme.distributed.groups import World
+from mme.distributed.recommender import Recommender
+from mme.step import TrainStep
+from tests.distributed.processes import run_on
+
+STEPS = 3  # the heap grows to its full size within two
+WITHIN = 0.15
+
+
+def configuration(*overrides: str) -> Config:
+    model = ["model.embedding_dim=256", "model.moe.num_experts=8", "data.max_seq_len=128"]
+    return load_config(None, ["data.path=unused", *model, *overrides])
+
+
+def memory_bytes(kind: str) -> int:
+    """VmRSS or VmHWM of this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(kind))
+
+
+def full_batch(config: Config, num_items: int, seed: int) -> SequenceBatch:
+    """Sequences of full length over uniform items, as the plan assumes."""
+    sequences, length = config.data.batch_size, config.data.max_seq_len
+    generator = torch.Generator().manual_seed(seed)
+    items = torch.randint(num_items, (2, sequences * length), generator=generator)
+    gaps = torch.randint(100_000, (sequences, length + 1), generator=generator)
+    return SequenceBatch(
+        item_ids=items[0],
+        seq_offsets=torch.arange(sequences + 1) * length,
+        timestamps=gaps.cumsum(1).flatten(),
+        target_ids=items[1],
+        user_rows=torch.arange(sequences),
+    )
+
+
+def train(world: World, overrides: list[str], num_items: int) -> None:
+    config = configuration(*overrides)
+    recommender = Recommender(config, num_items, world)
+    step = TrainStep(config, recommender, initialize_engine(recommender.decoder, config), total_steps=STEPS)
+    for number in range(STEPS):
+        step(number, full_batch(config, num_items, number * world.size + world.rank))
+
+
+def peak_of_training(world: World, overrides: list[str], num_items: int) -> int:
+    """Bytes of this rank at its peak, above what the libraries take once they have all been used."""
+    train(world, [*overrides, "model.embedding_dim=16", "data.batch_size=2", "data.max_seq_len=8"], 100)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    base = memory_bytes("VmRSS")
+    train(world, overrides, num_items)
+    return memory_bytes("VmHWM") - base
+
+
+SHARED = ["loss.negatives=shared", "loss.num_negatives=16"]
+SMALL_BATCH = ["data.batch_size=8"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak is measured through Linux's /proc")
+@pytest.mark.parametrize(
+    "ranks, items, overrides",
+    [
+        pytest.param(1, 100_000, ["data.batch_size=64", *SHARED], id="activations, experts"),
+        pytest.param(1, 20_000, ["data.batch_size=64", "model.num_heads=2", "model.ffn_multiplier=1"], id="negatives"),
+        pytest.param(
+            1,
+            300_000,
+            ["train.table_optimizer=adagrad", "train.recompute=blocks", "model.num_blocks=4", *SMALL_BATCH, *SHARED],
+            id="fused tables, recomputation",
+        ),
+        pytest.param(2, 300_000, [*SMALL_BATCH, *SHARED], id="tables by rows, Adam"),
+        pytest.param(
+            2,
+            20_000,
+            ["data.batch_size=48", "parallel.table_sharding=table_wise", *SHARED],
+            id="experts exchanged",
+        ),
+    ],
+)
+def test_predicted_memory_is_the_measured_one(ranks: int, items: int, overrides: list[str]) -> None:
+    device = DEVICES["cpu"]
+    predicted = memory_of(Shape(configuration(*overrides), ranks, ranks, items), device)
+    above_libraries = predicted.total - device.runtime
+    for rank, measured in enumerate(run_on(ranks, peak_of_training, overrides, items)):
+        ratio = above_libraries / measured
+        print(f"rank {rank}: measured {measured / 1e6:.0f} MB, predicted / measured {ratio:.3f}")
+        assert measured > 250e6, "too small to tell the model from the rest"
+        assert abs(ratio - 1) < WITHIN, (
+            f"rank {rank}: predicted {above_libraries / 1e6:.0f} MB ({predicted.phase}), measured {measured / 1e6:.0f} MB"
+        )
