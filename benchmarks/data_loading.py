@@ -34,7 +34,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.prepare import processor
-from launcher.plan import GPUS, Shape, time_parts
+from launcher.devices import DEVICES
+from launcher.shape import Shape
+from launcher.step_time import time_parts, total_s
 from mme.config import load_config
 from mme.data.balance import deal, sequence_cost, straggler_share
 from mme.data.dataset import PreparedDataset
@@ -228,7 +230,7 @@ def appetite(rates: list[dict[str, Any]]) -> dict[str, Any]:
     predicts that they train."""
     config = load_config(H100_CONFIG, [f"data.batch_size={BATCH_SIZE}"])
     shape = Shape(config, 8, 8, H100_ITEMS)
-    wanted = shape.tokens / sum(time_parts(shape, 1, GPUS["h100-80g"]).values())
+    wanted = shape.tokens / total_s(time_parts(shape, DEVICES["h100-80g"]))
     (given,) = (r["warm"]["tokens_per_cpu_s"] for r in rates if (r["world_size"], r["max_seq_len"]) == (8, 200))
     return {
         "assumption": f"launcher plan of {H100_CONFIG}, one node of 8 × h100-80g, {H100_ITEMS:,} items",

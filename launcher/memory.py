@@ -131,13 +131,10 @@ def _kept_for_backward(shape: Shape, device: Device) -> dict[str, float]:
     d, v, dropout = model.view_dim, shape.v_width, model.dropout > 0
     rows, number = shape.rows / config.train.micro_batches, shape.number_bytes
     block = rows * number * (4 * d + 2 * shape.uvqk_width + 6 * v)
-    inputs = rows * d * number  # x of the last block
-    if device.is_gpu:
-        inputs += rows * d * dropout  # the mask, a byte
-    else:
+    inputs = rows * d * (number + dropout)  # x of the last block, and the mask of the first one's
+    if not device.is_gpu:
         block += rows * dropout * (3 * v + d)  # the norms' masks
         block += rows * number * (v + 2 * shape.qk_width) * (model.num_heads > 1)  # copies by head
-        inputs += rows * d * FLOAT * dropout  # the mask, as factors
     experts = _kept_by_experts(shape, device)
     if config.train.recompute == "blocks":
         attention = block + (model.num_blocks - 1) * rows * d * number

@@ -111,7 +111,9 @@ class Shape:
         """U, expected: draws are taken as uniform over the catalogue, so that this is more than skewed ones give."""
         if self.is_full_softmax:
             return self.items
-        draws = 2 * self.tokens + self.negative_sets * self.config.loss.num_negatives
+        loss = self.config.loss
+        drawn = loss.uniform_share if loss.sampling == "in_batch" else 1  # the rest are targets of the batch
+        draws = 2 * self.tokens + drawn * self.negative_sets * loss.num_negatives
         return math.ceil(self.items * -math.expm1(-draws / self.items))
 
     @property
