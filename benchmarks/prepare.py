@@ -59,6 +59,7 @@ def main(
             "min_item_events": min_item_events,
             "duckdb": duckdb.__version__,
             "pyarrow": pa.__version__,
+            "load_average": round(os.getloadavg()[0], 1),  # other programs' too
         }
         output.write_text(json.dumps(about | {"results": results}, indent=2) + "\n")
 

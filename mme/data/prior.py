@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from mme.data.features import parts_column, read_vocabularies
 from mme.data.histories import NEW, Histories, IntArray
 from mme.data.layout import FORMAT_VERSION, INFO_FILE, ITEMS_FILE, LEFT_OUT_FILE
 from mme.data.manifest import Settings
+from mme.data.parts import read_info
 from mme.data.readers import first_line
 from mme.errors import UserError
 
@@ -91,14 +91,8 @@ class PriorSet:
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
-    path = folder / INFO_FILE
-    try:
-        info = json.loads(path.read_text())
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror}): expected a set made by `mme prepare`") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}): prepare the set anew") from error
-    version = info.get("format_version") if isinstance(info, dict) else None
+    path, info = folder / INFO_FILE, read_info(folder)
+    version = info.get("format_version")
     if version != FORMAT_VERSION:
         raise UserError(f"{path}: format version {version}, expected {FORMAT_VERSION}: prepare the set anew")
     if "settings" not in info:

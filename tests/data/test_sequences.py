@@ -222,6 +222,28 @@ def test_what_is_left_of_an_epoch_is_the_same_on_any_number_of_processes(
     assert taken(1, 0, 0, 1000)[0] != taken(1, 3, 0, 1000)[0]
 
 
+@pytest.mark.parametrize(
+    ("stride", "sequences", "targets"), [(None, 2, 1003), (1000, 201, 200_001), (300, 666, 200_001)]
+)
+def test_a_history_of_200_thousand_events(tmp_path: Path, stride: int | None, sequences: int, targets: int) -> None:
+    lengths = np.array([200_000, 5])
+    items = np.arange(lengths.sum()) % NUM_ITEMS
+    with DatasetWriter(tmp_path / "set") as writer:
+        writer.add(pa.array([1, 2]), np.array([0, *np.cumsum(lengths)]), items, np.arange(items.size))
+        writer.finish({"name": "t", "sort_rule": "stable"}, pa.array(range(NUM_ITEMS)), np.bincount(items))
+    dataset = PreparedDataset.open(tmp_path / "set")
+    loader = TrainLoader(dataset, "leave_one_out", max_seq_len=1000, batch_size=16, window_stride=stride)
+    batches = first_epoch(loader)
+    assert sum(batch.num_sequences for batch in batches) == sequences
+    assert sum(batch.num_targets for batch in batches) == targets
+    assert max(int(batch.seq_offsets.diff().max()) for batch in batches) == 1000
+    (batch,) = EvaluationLoader(dataset, "leave_one_out", "test", max_seq_len=1000, batch_size=2).batches()
+    assert batch.seen_offsets.tolist() == [0, 199_999, 200_003]
+    assert batch.sequences.seq_offsets.tolist() == [0, 1000, 1004]
+    assert batch.targets.tolist() == [items[199_999], items[-1]]
+    assert batch.sequences.timestamps[1000] == 199_999
+
+
 def test_token_budget_is_kept_and_used(folder: Path) -> None:
     loader = TrainLoader(
         PreparedDataset.open(folder), "leave_one_out", max_seq_len=10, batch_size=1, tokens_per_batch=20, seed=3
