@@ -250,7 +250,7 @@ class Training:
 
     def _test(self, monitor: Monitor) -> list[dict[str, Any]]:
         """The test metrics of the checkpoint that validation chose (the last one where there is no validation)."""
-        step = checkpoint.load_weights(self.run_folder, None, self.recommender)
+        step = checkpoint.load_weights(self.run_folder, None, self.recommender, monitor.note)
         records = self._evaluate("test", step)
         for record in records:
             monitor.evaluation(record)

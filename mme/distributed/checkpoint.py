@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +55,13 @@ def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -
 
     ``note`` is called with one line for each damaged checkpoint that is passed over.
     """
-    for step in reversed(steps(run)):
-        index = _read_index(run, step)
-        damage = index if isinstance(index, str) else _damage(run, step, index, recommender.world)
-        if damage:
-            note(f"checkpoint passed over: {damage}")
+    for step in recommender.world.of_first(steps(run)[::-1]):
+        index = _sound_index(run, step, recommender.world)
+        if isinstance(index, str):
+            note(f"checkpoint passed over: {index}")
             continue
         _restore(run, step, index, [*weight_pieces(recommender), *optimizer_pieces(recommender)])
-        progress = Progress(**index["progress"])  # type: ignore[index, arg-type]
+        progress = Progress(**index["progress"])
         applied = progress.step - progress.skipped
         recommender.tables.set_optimizer_step(applied)
         set_optimizer_step(engine, applied)
@@ -68,19 +69,24 @@ def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -
     return None
 
 
-def load_weights(run: Path, step: int | None, recommender: Recommender) -> int:
+def load_weights(run: Path, step: int | None, recommender: Recommender, note: Any = None) -> int:
     """Restores the weights of checkpoint ``step`` (None: the best by validation, else the newest) and returns its step.
 
+    Where none is asked for, a damaged one is passed over for the next best, and ``note`` (default: a line on standard
+    error) is called.
+
     Raises:
-        UserError: no such checkpoint, it is damaged, or it belongs to another configuration.
+        UserError: no such checkpoint, all or the one asked for are damaged, or it belongs to another configuration.
     """
-    step = best_step(run) if step is None else step
-    index = _read_index(run, step)
-    damage = index if isinstance(index, str) else _damage(run, step, index, recommender.world)
-    if damage:
-        raise UserError(damage)
-    _restore(run, step, index, list(weight_pieces(recommender)))
-    return step
+    candidates = recommender.world.of_first(_from_the_best(run)) if step is None else [step]
+    for candidate in candidates:
+        index = _sound_index(run, candidate, recommender.world)
+        if not isinstance(index, str):
+            _restore(run, candidate, index, list(weight_pieces(recommender)))
+            return candidate
+        if candidate != candidates[-1] and (note or recommender.world.rank == 0):
+            (note or partial(print, file=sys.stderr))(f"checkpoint passed over: {index}")
+    raise UserError(index)
 
 
 def steps(run: Path) -> list[int]:
@@ -95,10 +101,7 @@ def best_step(run: Path) -> int:
     Raises:
         UserError: there is none.
     """
-    found = steps(run)
-    if not found:
-        raise UserError(f"{run / 'checkpoints'}: no complete checkpoint (expected folders step_N with {INDEX})")
-    return max(found, key=lambda step: (_score(run, step), step))
+    return _from_the_best(run)[0]
 
 
 def folder(run: Path, step: int) -> Path:
@@ -116,6 +119,14 @@ def sha256(path: Path) -> str:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _from_the_best(run: Path) -> list[int]:
+    """The complete checkpoints, one at least, by falling validation score, of equal ones the newest first."""
+    found = steps(run)
+    if not found:
+        raise UserError(f"{run / 'checkpoints'}: no complete checkpoint (expected folders step_N with {INDEX})")
+    return sorted(found, key=lambda step: (_score(run, step), step), reverse=True)
 
 
 def _score(run: Path, step: int) -> float:
@@ -146,8 +157,19 @@ def _read_index(run: Path, step: int) -> dict[str, Any] | str:
     return index
 
 
+def _sound_index(run: Path, step: int, world: World) -> dict[str, Any] | str:
+    """The index of a checkpoint whose files are as it says, or one line that says what is wrong, the same on all ranks.
+
+    Each rank checks its share of the files, by their sums. What one rank does not see yet, on a file system that tells
+    nodes of new files late, counts as missing for all.
+    """
+    index = _read_index(run, step)
+    reports: list[Any] = [None] * world.size
+    dist.all_gather_object(reports, index if isinstance(index, str) else _damage(run, step, index, world))
+    return next((report for report in reports if report), index)
+
+
 def _damage(run: Path, step: int, index: dict[str, Any], world: World) -> str | None:
-    """What is wrong with the files, found by their sums; each rank checks its share."""
     found = None
     for entry in index["files"][world.rank :: world.size]:
         path = folder(run, step) / entry["file"]
@@ -160,9 +182,7 @@ def _damage(run: Path, step: int, index: dict[str, Any], world: World) -> str | 
             found = f"{path}: {error.strerror}"
         except SafetensorError as error:
             found = f"{path}: damaged: not a safetensors file ({error})"
-    reports: list[Any] = [None] * world.size
-    dist.all_gather_object(reports, found)
-    return next((report for report in reports if report), None)
+    return found
 
 
 def _lacking(path: Path, pieces: list[dict[str, Any]]) -> str | None:

@@ -188,7 +188,8 @@ class CheckpointWriter:
         try:
             _write_index(partial, {"format": FORMAT, "progress": asdict(progress), "files": entries})
             _flush(partial)
-            shutil.rmtree(final, ignore_errors=True)  # damaged, or of a run that began anew: else it were resumed from
+            if final.exists():  # damaged, or of a run that began anew: else it were resumed from
+                _remove(final)
             partial.rename(final)
             _flush(final.parent)
             self._prune()
@@ -209,7 +210,14 @@ class CheckpointWriter:
     def _prune(self) -> None:
         found = steps(self.run)
         for step in set(found[: -self.keep]) - {best_step(self.run)}:
-            shutil.rmtree(folder(self.run, step))
+            _remove(folder(self.run, step))
+
+
+def _remove(checkpoint: Path) -> None:
+    """Takes its name away first: a process that is killed meanwhile leaves nothing that looks complete."""
+    nameless = checkpoint.with_name(f".{checkpoint.name}.removed.partial")
+    checkpoint.rename(nameless)
+    shutil.rmtree(nameless)
 
 
 def _write_index(checkpoint: Path, index: dict[str, Any]) -> None:

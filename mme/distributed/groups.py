@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -52,6 +53,13 @@ class World:
         received = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(received, padded)
         return [rows[: int(length)] for rows, length in zip(received, lengths, strict=True)]
+
+    def of_first(self, value: Any) -> Any:
+        """Rank 0's ``value``, on every rank; a small one."""
+        if self.size > 1:
+            dist.broadcast_object_list(values := [value], src=0)
+            return values[0]
+        return value
 
     def barrier(self) -> None:
         if self.size > 1:

@@ -83,6 +83,9 @@ def load_damaged(world: World, run: str) -> Any:
     progress = checkpoint.load_training(Path(run), recommender, engine, notes.append)
     with pytest.raises(UserError) as damaged:
         checkpoint.load_weights(Path(run), 3, recommender)
+    passed_over: list[str] = []
+    assert checkpoint.load_weights(Path(run), None, recommender, passed_over.append) == 1
+    assert passed_over == notes
     with pytest.raises(UserError) as missing:
         checkpoint.load_weights(Path(run), 7, recommender)
     other = Recommender(configuration("model.embedding_dim=32"), NUM_ITEMS, world)
@@ -95,6 +98,7 @@ def test_a_truncated_checkpoint_is_passed_over(tmp_path: Path) -> None:
     run_on(1, train_and_save, str(tmp_path), [])
     file = tmp_path / "checkpoints" / "step_3" / "rank_00000.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
+    in_index(lambda index: index["progress"].update(score=5.0))(file.parent)  # the newest, and the best
     (tmp_path / "checkpoints" / ".step_9.partial").mkdir()
     ((progress, notes, damaged, missing, mismatch),) = run_on(1, load_damaged, str(tmp_path))
     assert progress.step == 1

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import os
 import random
 import signal
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -117,3 +120,40 @@ def test_a_failure_at_the_end_is_told_too(tmp_path: Path) -> None:
     assert messages[0] == messages[1]
     assert messages[0].startswith(f"checkpoint not written: {tmp_path}/checkpoints/step_1: ")
     assert checkpoint.steps(tmp_path) == []
+
+
+def save_on_and_on(run: Path, announced: Any) -> None:
+    """Checkpoints without end, each announced once it is said to be complete."""
+    with process_group() as world, CheckpointWriter(run, recommender_of(world)[0], keep=2) as writer:
+        for step in itertools.count(1):
+            writer.save(Progress(step, 0, step))
+            writer.wait()
+            announced.send(step)
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_nothing_announced_is_lost(tmp_path: Path) -> None:
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["mme.train"])
+    moments = random.Random(2)
+    for attempt in range(10):
+        run = tmp_path / str(attempt)
+        receiver, sender = context.Pipe(duplex=False)
+        process = context.Process(target=save_on_and_on, args=(run, sender))
+        process.start()
+        sender.close()
+        assert receiver.poll(300)
+        time.sleep(moments.uniform(0, 0.3))
+        process.kill()
+        process.join()
+        announced = 0
+        with suppress(EOFError):
+            while True:
+                announced = receiver.recv()
+        newest = checkpoint.steps(run)[-1]
+        assert newest >= announced
+        for step in checkpoint.steps(run):
+            index = json.loads((checkpoint.folder(run, step) / checkpoint.INDEX).read_text())
+            assert index["progress"]["step"] == step
+            for entry in index["files"]:
+                assert checkpoint.sha256(checkpoint.folder(run, step) / entry["file"]) == entry["sha256"]
