@@ -80,9 +80,10 @@ def routed_expert_ffn(
 
     Args:
         x: (R, d).
-        order: (R·k,) int64, the choices r·k + j sorted by their expert.
+        order: (R·k,) int64, the choices r·k + j sorted by their expert, each once.
         choice_weights: (R, k) float32 or wider.
-        expert_offsets: (E + 1,) int64 into ``order``; w1, w3, w2, backend, check_offsets: as of `expert_ffn`.
+        expert_offsets: (E + 1,) int64 into ``order``; w1, w3, w2, backend: as of `expert_ffn`.
+        check_offsets: whether to read the values of ``expert_offsets`` and ``order``, as of `expert_ffn`.
 
     Returns:
         (R, d), differentiable in ``x``, ``choice_weights`` and the weights.
@@ -97,8 +98,15 @@ def routed_expert_ffn(
         raise ValueError(
             f"order must be int64 and ({choice_weights.numel()},), not {order.dtype} of shape {tuple(order.shape)}"
         )
+    if not choice_weights.is_floating_point():
+        raise ValueError(f"choice_weights has dtype {choice_weights.dtype}, expected a floating one")
+    for name, tensor in (("order", order), ("choice_weights", choice_weights)):
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}; x is on {x.device}")
     if check_offsets and not torch.compiler.is_compiling():
         _check_values(expert_offsets, order.numel())
+        if not torch.equal(order.sort().values, torch.arange(order.numel(), device=order.device)):
+            raise ValueError(f"order must hold each of the {order.numel()} choices once")
     if backend_for(backend, "x", x) == "triton":
         from kernels.expert_ffn.triton_op import WIDEST_BACKWARD, routed_expert_ffn_op
 

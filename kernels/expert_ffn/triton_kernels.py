@@ -206,17 +206,17 @@ def backward_weights_kernel(
 
 @triton.jit
 def sum_chunks_kernel(
-    p_partial, p_sum, p_offsets, num_experts, size, chunk, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
+    p_partial, p_sum, p_offsets, num_experts, size, chunk, num_parts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
 ):
     """(chunks, size) float32 of each expert's chunks in a row → (E, size); an expert without rows gets zeros."""
-    expert = tl.program_id(0)
+    expert = tl.program_id(0) // num_parts
     i_expert = tl.arange(0, EXPERTS)
     m_expert = i_expert < num_experts
     start = tl.load(p_offsets + i_expert, mask=m_expert, other=0)
     blocks = (tl.load(p_offsets + i_expert + 1, mask=m_expert, other=0) - start + chunk - 1) // chunk
     first = tl.sum(tl.where(i_expert < expert, blocks, 0), 0)
     last = first + tl.sum(tl.where(i_expert == expert, blocks, 0), 0)
-    i_place = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    i_place = (tl.program_id(0) % num_parts) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros([BLOCK], tl.float32)
     for i_chunk in range(first, last):
         total += tl.load(p_partial + i_chunk * size + i_place, mask=i_place < size, other=0.0)

@@ -343,8 +343,9 @@ def _outer(shape: _Shape, left: Tensor, right: Tensor, offsets: Tensor, weight: 
 def _sum_chunks(shape: _Shape, partial: Tensor, offsets: Tensor, chunk: int, weight: Tensor) -> Tensor:
     total = torch.empty_like(weight)
     size = weight[0].numel()
-    triton_kernels.sum_chunks_kernel[(shape.num_experts, triton.cdiv(size, SUM_BLOCK))](
-        partial, total, offsets, shape.num_experts, size, chunk,
+    num_parts = triton.cdiv(size, SUM_BLOCK)
+    triton_kernels.sum_chunks_kernel[(shape.num_experts * num_parts,)](
+        partial, total, offsets, shape.num_experts, size, chunk, num_parts,
         EXPERTS=shape.constants["EXPERTS"], BLOCK=SUM_BLOCK, num_warps=4,
     )  # fmt: skip
     return total

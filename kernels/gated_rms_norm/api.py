@@ -33,7 +33,8 @@ def gated_rms_norm(u: Tensor, a: Tensor, *, eps: float = EPS, dropout_p: float =
         (R, w), differentiable in ``u`` and ``a``.
 
     Raises:
-        ValueError: shapes, dtypes or devices differ, ``dropout_p`` is outside [0, 1), or the backend cannot run here.
+        ValueError: shapes, dtypes or devices differ, ``eps`` is negative, ``dropout_p`` is outside [0, 1), or the backend
+            cannot run here; the message names the argument.
     """
     if u.shape != a.shape or a.dim() != 2:
         raise ValueError(f"u {tuple(u.shape)} and a {tuple(a.shape)} must have one shape (R, w)")
@@ -54,6 +55,8 @@ def rms_norm(x: Tensor, *, eps: float = EPS, dropout_p: float = 0.0, backend: st
 def _norm(name: str, a: Tensor, u: Tensor | None, eps: float, dropout_p: float, backend: str) -> Tensor:
     if not a.is_floating_point():
         raise ValueError(f"{name} has dtype {a.dtype}, expected a floating one")
+    if not eps >= 0:
+        raise ValueError(f"eps ({eps}) must not be negative")
     if not 0 <= dropout_p < 1:
         raise ValueError(f"dropout_p ({dropout_p}) must be at least 0 and below 1")
     dropped = dropout_steps(dropout_p)

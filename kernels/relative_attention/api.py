@@ -38,6 +38,7 @@ def plan_attention(
     """
     chosen = resolve_backend(backend, timestamps.device)
     _check_batch(seq_offsets, max_seq_len, timestamps)
+    _check_values(seq_offsets, max_seq_len, timestamps)
     if chosen == "torch":
         return None if torch.compiler.is_compiling() else make_tile_plan(seq_offsets, timestamps)
     # Here, not above: the triton package need not be installed where it does not run.
@@ -82,9 +83,12 @@ def relative_attention(
         ValueError: an argument is wrong; the message names it.
     """
     chosen = backend_for(backend, "q", q)
+    _check_batch(seq_offsets, max_seq_len, timestamps)
     _check_operands(q, k, v, seq_offsets, timestamps, ts_weights, pos_weights, max_seq_len)
     if plan is None:
         plan = plan_attention(seq_offsets, max_seq_len, timestamps, backend=chosen)
+    elif plan.num_tokens != q.shape[1]:
+        raise ValueError(f"plan is of a batch of {plan.num_tokens} tokens; q has {q.shape[1]}")
     operands = (q, k, v, ts_weights, pos_weights)
     if plan is None:
         return tiled_op(*operands, seq_offsets, timestamps, max_seq_len)
@@ -95,7 +99,7 @@ def relative_attention(
     from kernels.relative_attention.triton_op import LaunchConfig, attention_op
 
     precision = dot_precision(q.dtype)
-    lists = plan.lists(LaunchConfig.block_for(q.shape[2], v.shape[2], q.itemsize, precision))
+    lists = plan.lists(LaunchConfig.tile(q.shape[2], v.shape[2], q.itemsize, precision)[0])
     work = (lists.query_items, lists.key_items, lists.counts)
     return attention_op(*operands, seq_offsets, timestamps, *work, max_seq_len, precision)
 
@@ -108,6 +112,13 @@ def _check_batch(seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor) -> N
             )
     if seq_offsets.numel() < 1:
         raise ValueError("seq_offsets is empty; B sequences have B + 1 offsets")
+    if seq_offsets.device != timestamps.device:
+        raise ValueError(f"seq_offsets is on {seq_offsets.device}; timestamps is on {timestamps.device}")
+    if max_seq_len < 1:
+        raise ValueError(f"max_seq_len ({max_seq_len}) must be at least 1")
+
+
+def _check_values(seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     lengths = seq_offsets.diff()
@@ -152,7 +163,11 @@ def _check_operands(
     for name, tensor in (("k", k), ("v", v)):
         if tensor.dtype != q.dtype:
             raise ValueError(f"{name} has dtype {tensor.dtype}; q has {q.dtype}")
+    weights = {"ts_weights": ts_weights, "pos_weights": pos_weights}
+    for name, tensor in weights.items():
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} has dtype {tensor.dtype}, expected a floating one")
     others = {"k": k, "v": v, "seq_offsets": seq_offsets, "timestamps": timestamps}
-    for name, tensor in (others | {"ts_weights": ts_weights, "pos_weights": pos_weights}).items():
+    for name, tensor in (others | weights).items():
         if tensor.device != q.device:
             raise ValueError(f"{name} is on {tensor.device}; q is on {q.device}")

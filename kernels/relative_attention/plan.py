@@ -94,6 +94,10 @@ class TilePlan:
     buckets: Tensor
     _rows: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
+    @property
+    def num_tokens(self) -> int:
+        return self.token_slots.shape[1]
+
     def rows(self, groups: int) -> tuple[Tensor, Tensor]:
         """How (G·T, w) tokens, and a row of zeros after them, move to padded rows and back, as row indices.
 

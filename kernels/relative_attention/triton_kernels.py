@@ -151,9 +151,9 @@ def backward_query_kernel(
         b_v = _load_rows(p_v, i_group, num_groups, num_tokens, start, i_key, length, DV, 0, DV)
         b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         b_da = tl.dot(b_g, tl.trans(b_v), input_precision=PRECISION)
-        b_ds = tl.where(i_key[None, :] <= i_query[:, None], b_da * _silu_slope(b_s) / max_seq_len, 0.0)
+        b_ds = tl.where(i_key[None, :] <= i_query[:, None], b_da * _silu_slope(b_s), 0.0)
         b_dq = tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
-    _store_rows(p_dq, b_dq, i_group, num_groups, num_tokens, start, i_query, length, DQK, 0, DQK)
+    _store_rows(p_dq, b_dq / max_seq_len, i_group, num_groups, num_tokens, start, i_query, length, DQK, 0, DQK)
 
 
 @triton.jit
@@ -176,6 +176,7 @@ def backward_key_kernel(
         b_v = b_v + (_load_rows(p_v, i_first + g, num_groups, num_tokens, start, i_key, length, DV, 0, DV),)
         b_dk = b_dk + (tl.zeros([BLOCK, triton.next_power_of_2(max(DQK, 16))], tl.float32),)
         b_dv = b_dv + (tl.zeros([BLOCK, triton.next_power_of_2(max(DV, 16))], tl.float32),)
+    scale = 1.0 / max_seq_len  # a division a pair would be a reciprocal more of each
     # Tiles stand transposed, (keys, queries), so that they are left operands as they come.
     for i_start in range(i_block * BLOCK, length, STEP):
         i_query = i_start + tl.arange(0, STEP)
@@ -195,15 +196,15 @@ def backward_key_kernel(
             b_s = tl.dot(b_k[g], tl.trans(b_q), input_precision=PRECISION)
             b_sigmoid = _sigmoid(b_s)
             b_g = _load_rows(p_grad, i_group, num_groups, num_tokens, start, i_query, length, 3 * DV, 2 * DV, DV)
-            b_a = tl.where(m_tile, b_s * b_sigmoid / max_seq_len, 0.0)
+            b_silu = b_s * b_sigmoid
+            b_a = tl.where(m_tile, b_silu * scale, 0.0)
             next_dv = next_dv + (tl.dot(b_a.to(b_g.dtype), b_g, acc, input_precision=PRECISION),)
             b_da = tl.dot(b_v[g], tl.trans(b_g), input_precision=PRECISION)
-            b_slope = b_sigmoid * (1.0 + b_s * (1.0 - b_sigmoid))
-            b_ds = tl.where(m_tile, b_da * b_slope / max_seq_len, 0.0)
+            b_ds = tl.where(m_tile, b_da * (b_sigmoid + b_silu * (1.0 - b_sigmoid)), 0.0)
             next_dk = next_dk + (tl.dot(b_ds.to(b_q.dtype), b_q, b_dk[g], input_precision=PRECISION),)
         b_dk, b_dv = next_dk, next_dv
     for g in tl.static_range(GROUPS):
-        _store_rows(p_dk, b_dk[g], i_first + g, num_groups, num_tokens, start, i_key, length, DQK, 0, DQK)
+        _store_rows(p_dk, b_dk[g] / max_seq_len, i_first + g, num_groups, num_tokens, start, i_key, length, DQK, 0, DQK)
         _store_rows(p_dv, b_dv[g], i_first + g, num_groups, num_tokens, start, i_key, length, DV, 0, DV)
 
 

@@ -39,24 +39,26 @@ class LaunchConfig:
     @classmethod
     def choose(cls, num_groups: int, dqk: int, dv: int, itemsize: int, precision: str) -> LaunchConfig:
         """Each branch is what compiles for sm_80 and sm_90 without a spill (`python -m kernels.aot`)."""
-        width = max(dqk, dv)
-        block = cls.block_for(dqk, dv, itemsize, precision)
-        if itemsize == 4 and precision == "ieee":  # exact products run on vector units, their operands in registers
-            return cls(block, step=16, groups=1, num_warps=8, num_stages=1)
-        if width <= 16:
+        block, step = cls.tile(dqk, dv, itemsize, precision)
+        if max(dqk, dv) <= 16 and not (itemsize == 4 and precision == "ieee"):
             # Three accumulators of (block, width) float32 a group. The tile of buckets, int64 differences and gathers
             # wants most of the other registers: hence the short steps.
             groups = min(triton.next_power_of_2(num_groups), 8 // itemsize)
-            return cls(block, step=16, groups=groups, num_warps=4, num_stages=2 if itemsize == 2 else 1)
-        return cls(block, step=32 if 64 < width <= 128 else 16, groups=1, num_warps=8, num_stages=1)
+            return cls(block, step, groups, num_warps=4, num_stages=2 if itemsize == 2 else 1)
+        return cls(block, step, groups=1, num_warps=8, num_stages=1)
 
     @staticmethod
-    def block_for(dqk: int, dv: int, itemsize: int, precision: str) -> int:
-        """``block`` of the choice: compared, not computed, so that torch.compile takes sizes that it knows as symbols."""
-        width = max(dqk, dv)
-        if itemsize == 4 and precision == "ieee":
-            return 32 if width <= 64 and dqk % 16 == dv % 16 == 0 else 16
-        return 64 if width <= 64 else 32
+    def tile(dqk: int, dv: int, itemsize: int, precision: str) -> tuple[int, int]:
+        """``block`` and ``step``: compared, not computed, so that torch.compile takes sizes that it knows as symbols."""
+        width, aligned = max(dqk, dv), dqk % 16 == dv % 16 == 0
+        if itemsize == 4 and precision == "ieee":  # exact products run on vector units, their operands in registers
+            return (32, 16) if width <= 64 and aligned else (16, 16)
+        if itemsize == 4 and width > 128:
+            return 16, 32
+        # Rows of float32 that are no multiple of 16 columns are loaded an element at a time, with an address each.
+        if width <= 64 and (itemsize == 2 or aligned or width <= 16):
+            return 64, 16
+        return (32, 32) if width <= 128 else (32, 16)
 
     def launch(self, bias_gradient: bool = False) -> dict[str, int]:
         """The launch options; the two kernels of bias gradients hold one small tile, and spill on 8 warps for sm_80."""

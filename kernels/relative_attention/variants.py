@@ -17,17 +17,23 @@ KERNELS = (
     *BIAS_GRADIENT_KERNELS,
 )
 # (dtype, bytes, precision of products, groups, dqk, dv): 4 views of 16, one table of 50 (FuXi-α's) and heads of 64, 128
-# and 256 columns; float32 with TF32 and with exact products.
+# and 256 columns; float32 with TF32 and with exact products; one float16, whose widths differ.
 SHAPES = (
     ("bf16", 2, "ieee", 4, 16, 16),
     ("bf16", 2, "ieee", 1, 50, 50),
     ("bf16", 2, "ieee", 1, 64, 64),
     ("bf16", 2, "ieee", 1, 128, 128),
     ("bf16", 2, "ieee", 1, 256, 256),
+    ("fp16", 2, "ieee", 1, 32, 64),
     ("fp32", 4, "tf32", 4, 16, 16),
     ("fp32", 4, "tf32", 1, 50, 50),
+    ("fp32", 4, "tf32", 1, 64, 64),
+    ("fp32", 4, "tf32", 1, 128, 128),
+    ("fp32", 4, "tf32", 1, 256, 256),
     ("fp32", 4, "ieee", 4, 16, 16),
     ("fp32", 4, "ieee", 1, 50, 50),
+    ("fp32", 4, "ieee", 1, 64, 64),
+    ("fp32", 4, "ieee", 1, 128, 128),
 )
 OF_DTYPE = ("p_q", "p_k", "p_v", "p_out", "p_grad", "p_dq", "p_dk", "p_dv")
 INT64 = ("p_offsets", "p_times", "p_items")

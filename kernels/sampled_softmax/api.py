@@ -41,8 +41,8 @@ def sampled_softmax_loss(
         hidden: (T, D) and items: (U, D), both normalised by the caller, of one dtype: float64, float32, bfloat16 or
             float16.
         targets: (T,) int64 rows of ``items``.
-        negatives: (ceil(T / group_size), n) int64 rows of ``items``; token t uses row t // group_size. Rows are not
-            checked on a GPU, where that would wait for it.
+        negatives: (ceil(T / group_size), n) int64 rows of ``items``; token t uses row t // group_size. That rows exist is
+            checked on a CPU; reading them on a GPU would wait for it.
         group_size: consecutive tokens that share their negatives; 0: all tokens share one row.
         temperature: τ. logit_offset: added to the negatives' logits.
         item_bias: (U,) float32, added to the logit of each negative by its row, such as −log of how often it is expected
@@ -58,6 +58,10 @@ def sampled_softmax_loss(
     """
     chosen = backend_for(backend, "hidden", hidden)
     _check_operands(hidden, items, targets, negatives, item_bias, group_size)
+    if not temperature > 0:
+        raise ValueError(f"temperature ({temperature}) must be above 0")
+    if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
+        _check_rows(items.shape[0], targets=targets, negatives=negatives)
     if hidden.shape[1] > TRITON_WIDTH and backend == "triton":
         raise ValueError(f"hidden has width {hidden.shape[1]}; the triton backend takes widths to {TRITON_WIDTH}")
     if chosen == "triton" and hidden.shape[1] <= TRITON_WIDTH:
@@ -105,3 +109,11 @@ def _check_operands(
     for name, operand in operands.items():
         if operand is not None and operand.device != hidden.device:
             raise ValueError(f"{name} is on {operand.device}; hidden is on {hidden.device}")
+
+
+def _check_rows(num_items: int, **named: Tensor) -> None:
+    for name, rows in named.items():
+        if rows.numel():
+            least, most = (int(bound) for bound in rows.aminmax())
+            if least < 0 or most >= num_items:
+                raise ValueError(f"{name} names rows from {least} to {most}; items has {num_items}")

@@ -27,8 +27,14 @@ def silu_split(
         u (R, 3·H·dv), v (G, T, dv), q and k (G, T, dqk), groups view-major; differentiable in ``projected``.
 
     Raises:
-        ValueError: the shape does not fit the widths, or the backend cannot run here.
+        ValueError: the shape does not fit the widths, a number is below 1, the dtype is not floating, or the backend cannot
+            run here; the message names the argument.
     """
+    for name, number in {"num_views": num_views, "num_heads": num_heads, "dv": dv, "dqk": dqk}.items():
+        if number < 1:
+            raise ValueError(f"{name} ({number}) must be at least 1")
+    if not projected.is_floating_point():
+        raise ValueError(f"projected has dtype {projected.dtype}, expected a floating one")
     widths = [3 * num_heads * dv, num_heads * dv, num_heads * dqk, num_heads * dqk]
     if projected.dim() != 2 or projected.shape[1] != sum(widths) or projected.shape[0] % num_views:
         raise ValueError(

@@ -75,6 +75,11 @@ def make_case(
     )
 
 
+def times_of_every_bucket() -> Tensor:
+    """Rising int64 times whose differences from the first reach every time bucket but 1, which no whole second is in."""
+    return torch.cat([torch.zeros(1), torch.exp(0.301 * (torch.arange(129.0, dtype=torch.float64) + 0.9))]).long()
+
+
 def results(attention: Callable[..., Tensor], case: Case) -> list[Tensor]:
     """Output and the five gradients, in the order of NAMES."""
     leaves = [x.detach().clone().requires_grad_() for x in (case.q, case.k, case.v, case.ts_weights, case.pos_weights)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,8 +15,7 @@ from kernels import expert_ffn, routed_expert_ffn
 from kernels.expert_ffn.triton_op import expert_ffn_op, routed_expert_ffn_op
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-# The interpreter of Triton 3.6 and 3.7 multiplies the bit patterns of bfloat16.
-BFLOAT16 = pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU"))
+LOW_PRECISION = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id="f16")]
 
 EDGES = {
     "no row": ([0, 0], 4, 4),
@@ -77,7 +78,7 @@ def test_random_shapes(counts: list[int], dim: int, hidden_dim: int) -> None:
     assert_exact(counts, dim, hidden_dim)
 
 
-@pytest.mark.parametrize("dtype", [BFLOAT16, pytest.param(torch.float16, id="f16")])
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("dim", [16, 300])
 def test_low_precision(dtype: torch.dtype, dim: int) -> None:
     """Within the error of the definition computed in the same dtype, and one rounding of the output."""
@@ -140,6 +141,15 @@ def test_routed_ffn(rows: int, top_k: int, dim: int) -> None:
     assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
 
 
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(rows=st.integers(0, 60), top_k=st.integers(1, 4), experts=st.integers(4, 9), dim=st.integers(1, 70))
+def test_random_routes(rows: int, top_k: int, experts: int, dim: int) -> None:
+    order, offsets, operands = routed_inputs(rows, top_k, experts, dim)
+    exact = routed_results(order, offsets, operands, torch.float64, "torch")
+    errors = relative_errors(routed_results(order, offsets, operands, torch.float32, "triton"), exact)
+    assert max(errors) < 1e-6, errors
+
+
 def test_routed_ffn_is_the_weighted_sum_of_its_experts() -> None:
     order, offsets, (x, weights, w1, w3, w2) = routed_inputs(6, 2, 3, 4)
     expert = torch.searchsorted(offsets, torch.arange(12, device=DEVICE), right=True) - 1
@@ -198,12 +208,28 @@ def test_wrong_arguments_are_named(backend: str, changes: dict[str, Tensor], mes
         expert_ffn(**changed, backend=backend)
 
 
-def test_wrong_routing_is_named() -> None:
+@pytest.mark.parametrize(
+    "name, change, message",
+    [
+        ("choice_weights", lambda x: x[:2], r"choice_weights has shape \(2, 2\), expected \(3, k\)"),
+        ("choice_weights", lambda x: x.long(), r"choice_weights has dtype torch\.int64"),
+        ("choice_weights", lambda x: x.to("meta"), "choice_weights is on meta"),
+        ("order", lambda x: x[:5], r"order must be int64 and \(6,\)"),
+        ("order", lambda x: x.int(), r"order must be int64 and \(6,\)"),
+        ("order", lambda x: x.to("meta"), "order is on meta"),
+        ("order", lambda x: x.clamp(min=1), "order must hold each of the 6 choices once"),
+        ("order", lambda x: x + 1, "order must hold each of the 6 choices once"),
+        ("expert_offsets", lambda x: x + 1, "expert_offsets runs from 1 to 7; expected from 0 to the 6 rows"),
+        ("w1", lambda x: x[:, :3], "w1 has shape"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_wrong_routing_is_named(backend: str, name: str, change: Callable[[Tensor], Tensor], message: str) -> None:
     order, offsets, (x, weights, *factors) = routed_inputs(3, 2, 3, 4)
-    with pytest.raises(ValueError, match=r"choice_weights has shape \(2, 2\), expected \(3, k\)"):
-        routed_expert_ffn(x, order, weights[:2], offsets, *factors)
-    with pytest.raises(ValueError, match=r"order must be int64 and \(6,\)"):
-        routed_expert_ffn(x, order[:5], weights, offsets, *factors)
+    arguments = {"x": x.float(), "order": order, "choice_weights": weights, "expert_offsets": offsets}
+    arguments |= {key: factor.float() for key, factor in zip(("w1", "w3", "w2"), factors, strict=True)}
+    with pytest.raises(ValueError, match=message):
+        routed_expert_ffn(**(arguments | {name: change(arguments[name])}), backend=backend)
 
 
 def test_float64_runs_in_pytorch_unless_triton_is_named() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -179,15 +181,18 @@ def test_float64_has_the_torch_form_alone() -> None:
     assert norm(None, torch.ones(2, 3, dtype=torch.float64, device=DEVICE), backend="auto").dtype == torch.float64
 
 
-def test_wrong_arguments_are_named() -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_wrong_arguments_are_named(backend: str) -> None:
     x = torch.zeros(2, 3)
+    options: dict[str, Any] = {"backend": backend}
     for match, call in (
-        (r"u \(1, 3\) and a \(2, 3\) must have one shape", lambda: gated_rms_norm(x[:1], x)),
-        (r"u has dtype torch\.float16; a has torch\.float32", lambda: gated_rms_norm(x.half(), x)),
-        ("u is on meta; a is on cpu", lambda: gated_rms_norm(x.to("meta"), x)),
-        (r"x has shape \(3,\), expected \(R, w\)", lambda: rms_norm(x[0])),
-        (r"x has dtype torch\.int64", lambda: rms_norm(x.long())),
-        (r"dropout_p \(-0\.1\) must be at least 0", lambda: rms_norm(x, dropout_p=-0.1)),
+        (r"u \(1, 3\) and a \(2, 3\) must have one shape", lambda: gated_rms_norm(x[:1], x, **options)),
+        (r"u has dtype torch\.float16; a has torch\.float32", lambda: gated_rms_norm(x.half(), x, **options)),
+        ("u is on meta; a is on cpu", lambda: gated_rms_norm(x.to("meta"), x, **options)),
+        (r"x has shape \(3,\), expected \(R, w\)", lambda: rms_norm(x[0], **options)),
+        (r"x has dtype torch\.int64", lambda: rms_norm(x.long(), **options)),
+        (r"dropout_p \(-0\.1\) must be at least 0", lambda: rms_norm(x, dropout_p=-0.1, **options)),
+        (r"eps \(-1\.0\) must not be negative", lambda: rms_norm(x, eps=-1.0, **options)),
     ):
         with pytest.raises(ValueError, match=match):
             call()

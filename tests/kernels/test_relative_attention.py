@@ -127,7 +127,7 @@ def arguments() -> dict[str, object]:
         ("q", lambda x: x[0], r"q must be floating and \(G, T, dqk\)"),
         ("k", lambda x: x[:, :, :2], r"k has shape \(2, 10, 2\); q has \(2, 10, 3\)"),
         ("v", lambda x: x[:, :9], r"v has shape \(2, 9, 5\)"),
-        ("v", lambda x: x.float(), r"v has dtype torch.float32; q has torch.float64"),
+        ("v", lambda x: x.half(), r"v has dtype torch\.float16; q has torch\.float"),
         ("seq_offsets", lambda x: x.int(), r"seq_offsets must be int64"),
         ("seq_offsets", lambda x: torch.tensor([0, 11, 10]), r"seq_offsets must not fall"),
         ("seq_offsets", lambda x: torch.tensor([1, 4, 10]), r"seq_offsets must start at 0, not 1"),
@@ -136,13 +136,31 @@ def arguments() -> dict[str, object]:
         ("timestamps", lambda x: x.double(), r"timestamps must be int64"),
         ("ts_weights", lambda x: x[:-1], r"ts_weights has shape \(128,\); expected \(129,\)"),
         ("pos_weights", lambda x: x[:-1], r"pos_weights has shape \(14,\); expected \(15,\)"),
+        ("pos_weights", lambda x: x.long(), r"pos_weights has dtype torch\.int64, expected a floating one"),
+        ("q", lambda x: x.long(), r"q must be floating|q has dtype torch\.int64"),
+        ("k", lambda x: x.to("meta"), "k is on meta; q is on cpu"),
+        ("timestamps", lambda x: x.to("meta"), "seq_offsets is on cpu; timestamps is on meta"),
+        ("ts_weights", lambda x: x.to("meta"), "ts_weights is on meta; q is on cpu"),
+        ("seq_offsets", lambda x: x[:0], r"seq_offsets is empty"),
+        ("seq_offsets", lambda x: x[None], r"seq_offsets must be int64 of one dimension"),
+        ("max_seq_len", lambda x: 0, r"max_seq_len \(0\) must be at least 1"),
     ],
 )
-def test_bad_arguments_are_named(name: str, change: object, message: str) -> None:
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_bad_arguments_are_named(backend: str, name: str, change: object, message: str) -> None:
     bad = arguments()
+    if backend == "triton":
+        bad = {key: x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for key, x in bad.items()}
     bad[name] = change(bad[name])
     with pytest.raises(ValueError, match=message):
-        relative_attention(**bad)
+        relative_attention(**bad, backend=backend)
+
+
+def test_a_plan_of_another_batch_is_refused() -> None:
+    good, other = arguments(), make_case([3], max_seq_len=8)
+    plan = plan_attention(other.seq_offsets, 8, other.timestamps)
+    with pytest.raises(ValueError, match="plan is of a batch of 3 tokens; q has 10"):
+        relative_attention(**good, plan=plan)
 
 
 def test_sequence_longer_than_max_seq_len() -> None:

@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from kernels import plan_attention, relative_attention
 from kernels.relative_attention.reference import relative_attention_reference, time_bucket
 from kernels.relative_attention.triton_op import LaunchConfig, attention_op, make_work_lists, time_thresholds
-from tests.kernels.attention_cases import Case, assert_agrees, make_case, relative_errors, results
+from tests.kernels.attention_cases import (
+    Case,
+    assert_agrees,
+    make_case,
+    relative_errors,
+    results,
+    times_of_every_bucket,
+)
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 attention = functools.partial(relative_attention, backend="triton")
@@ -51,11 +58,10 @@ def test_random_shapes(lengths: list[int], groups: int, dqk: int, dv: int, seed:
     assert_agrees(attention, on_device(case), torch.float32, 2e-6)
 
 
-# The interpreter of Triton 3.6 and 3.7 multiplies the bit patterns of bfloat16.
-BFLOAT16 = pytest.param(torch.bfloat16, id="bf16", marks=pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a GPU"))
+LOW_PRECISION = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id="f16")]
 
 
-@pytest.mark.parametrize("dtype", [BFLOAT16, pytest.param(torch.float16, id="f16")])
+@pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_low_precision(dtype: torch.dtype) -> None:
     """Within twice the error of the definition computed in the same dtype, and one rounding of the output."""
     case = on_device(make_case([40, 9], groups=2, dqk=16, dv=16)).to(dtype)
@@ -65,11 +71,28 @@ def test_low_precision(dtype: torch.dtype) -> None:
     assert all(error <= 2 * (limit + torch.finfo(dtype).eps) for error, limit in zip(found, eager, strict=True)), found
 
 
-def test_every_time_bucket_equal_and_backward_times() -> None:
-    spread = torch.exp(torch.arange(0.0, 43, 1.4, dtype=torch.float64)).long()
-    for times in (torch.full_like(spread, 7), spread.flip(0)):
+def test_every_time_bucket() -> None:
+    times = times_of_every_bucket()
+    assert set(time_bucket(times[1:] - times[0]).tolist()) == set(range(129)) - {1}
+    case = make_case([len(times) - 1], dqk=4, dv=4, timestamps=times)
+    assert_agrees(attention, on_device(case), torch.float32, 2e-6)
+
+
+def test_equal_times_and_times_that_step_back() -> None:
+    rising = times_of_every_bucket()[::4]
+    for times in (torch.full_like(rising, 7), rising.flip(0), rising[torch.randperm(len(rising))]):
         case = make_case([len(times) - 1], dqk=4, dv=4, timestamps=times)
         assert_agrees(attention, on_device(case), torch.float32, 2e-6)
+
+
+@pytest.mark.parametrize("width", [8, 16, 24, 50, 64, 96, 128, 192, 256])
+def test_widths(width: int) -> None:
+    """Each kind of tiles of `LaunchConfig`, in bfloat16, and keys and values of different width."""
+    case = make_case([19, 3], groups=2, dqk=width, dv=264 - width).to(torch.bfloat16).to(torch.float64)
+    exact = results(relative_attention_reference, case)
+    eager = relative_errors(results(relative_attention_reference, case.to(torch.bfloat16)), exact)
+    found = relative_errors(results(attention, on_device(case.to(torch.bfloat16))), [x.to(DEVICE) for x in exact])
+    assert all(error <= 2 * (limit + 2**-8) for error, limit in zip(found, eager, strict=True)), found
 
 
 def test_thresholds_put_every_difference_where_the_formula_does() -> None:

@@ -122,6 +122,14 @@ def test_custom_operator_passes_opcheck() -> None:
     torch.library.opcheck(silu_split_op, (projected.requires_grad_(), 2, 2, 4, 5))
 
 
-def test_a_projection_of_the_wrong_width_is_named() -> None:
-    with pytest.raises(ValueError, match=r"projected has shape \(3, 4\), expected \(2 views · T, 12\)"):
-        silu_split(torch.zeros(3, 4, device=DEVICE), 2, 1, 2, 2)
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_wrong_arguments_are_named(backend: str) -> None:
+    projected = torch.zeros(3, 4, device=DEVICE)
+    for message, arguments in {
+        r"projected has shape \(3, 4\), expected \(2 views · T, 12\)": (projected, 2, 1, 2, 2),
+        r"projected has dtype torch\.int64": (projected.long(), 1, 1, 2, 2),
+        r"num_views \(0\) must be at least 1": (projected, 0, 1, 2, 2),
+        r"dqk \(-2\) must be at least 1": (projected, 1, 1, 2, -2),
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            silu_split(*arguments, backend=backend)
