@@ -29,7 +29,6 @@ class EventStore:
         # The position is a column, so that order need not be kept in memory as well.
         self._database.execute("SET preserve_insertion_order = false; SET enable_progress_bar = false")
         self._has_prior = False
-        self._features: list[str] = []
 
     def __enter__(self) -> EventStore:
         return self
@@ -40,7 +39,7 @@ class EventStore:
         self._database.close()
 
     def load(self, tables: Iterator[pa.Table], table: str = "events") -> None:
-        """Fills a table of the store; ``tables`` have the same columns throughout.
+        """Fills a table of the store, in place of an older one; ``tables`` have the same columns throughout.
 
         For `events` these are user, item, timestamp, position, features and, where there is a prior set, place. An
         exception of ``tables`` comes out as it is.
@@ -49,8 +48,6 @@ class EventStore:
         first = next(tables, None)
         if first is None:
             return
-        if table == "events":
-            self._features = [name for name in first.column_names if name.startswith(FEATURE_PREFIX)]
 
         def batches() -> Iterator[pa.RecordBatch]:
             try:
@@ -63,11 +60,15 @@ class EventStore:
 
         self._database.register("stream", pa.RecordBatchReader.from_batches(first.schema, batches()))
         try:
-            self._database.execute(f"CREATE TABLE {table} AS FROM stream").fetchall()
+            self._database.execute(f"CREATE OR REPLACE TABLE {table} AS FROM stream").fetchall()
         except Exception as error:
             raise (failure or [error])[0] from None
         finally:
             self._database.unregister("stream")
+
+    def has_events(self) -> bool:
+        """Whether an earlier process has loaded them."""
+        return bool(self._database.execute("FROM duckdb_tables() WHERE table_name = 'events'").fetchall())
 
     def load_prior(self, user_rows: Iterator[pa.Table], raw_items: pa.Array) -> None:
         """What a prior set has: tables of user and row, and its items in the order of their codes."""
@@ -83,7 +84,7 @@ class EventStore:
             known = "SELECT item, code::INTEGER AS code FROM prior_items UNION ALL "
         first = "(SELECT count(*) FROM prior_items)" if self._has_prior else "0"
         self._database.execute(
-            f"CREATE TABLE codes AS {known}"
+            f"CREATE OR REPLACE TABLE codes AS {known}"
             f"SELECT item, ({first} + row_number() OVER (ORDER BY item) - 1)::INTEGER AS code FROM ({new})"
         )
         table = self._database.sql("SELECT item FROM codes ORDER BY code").to_arrow_table()
@@ -101,7 +102,8 @@ class EventStore:
             users = _Stream(order.to_arrow_reader(EVENTS_AT_ONCE))
         if self._has_prior:
             columns += ", place"
-        for name in self._features:
+        features = [name for name in self._database.table("events").columns if name.startswith(FEATURE_PREFIX)]
+        for name in features:
             columns += ', "' + name.replace('"', '""') + '"'
         query = f"SELECT {columns} FROM events {joins} ORDER BY number, timestamp, position"
         for table in _whole_users(self._database.sql(query).to_arrow_reader(EVENTS_AT_ONCE)):
@@ -115,7 +117,7 @@ class EventStore:
                 codes=table["code"].to_numpy(),
                 times=table["timestamp"].to_numpy(),
                 places=table["place"].to_numpy() if self._has_prior else np.full(num_events, NEW, np.int32),
-                features={name: table[name].to_numpy() for name in self._features},
+                features={name: table[name].to_numpy() for name in features},
             )
 
     def _users_are_text(self) -> bool:
@@ -128,7 +130,7 @@ class EventStore:
         if self._has_prior:
             row, join, order = "coalesce(row, -1)", "LEFT JOIN prior_users USING (user)", "row IS NULL, row, user"
         self._database.execute(
-            f"CREATE TABLE users AS SELECT user, {row} AS row, row_number() OVER (ORDER BY {order}) AS number "
+            f"CREATE OR REPLACE TABLE users AS SELECT user, {row} AS row, row_number() OVER (ORDER BY {order}) AS number "
             f"FROM (SELECT DISTINCT user FROM events) {join}"
         )
 

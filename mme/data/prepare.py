@@ -4,13 +4,15 @@
           → whole users, duplicates dropped, in a file (`histories`) → rounds of the count filters
           → with what a prior set has (`merging`) → Parquet (`writer`)
 
-Memory holds batches, some twenty bytes an item and the longest history; all else is on disk beside the output.
+Memory holds batches, some twenty bytes an item and the longest history; all else is on disk beside the output, where an
+interrupted run leaves the events that it had read to the next (`unfinished`).
 """
 
 from __future__ import annotations
 
 import re
-import shutil
+import sys
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from mme.config import USER_ID
-from mme.data.cleaning import Cleaner
+from mme.data.cleaning import Cleaner, Malformed
 from mme.data.event_store import EventStore
 from mme.data.features import Vocabulary, parts_column, write_vocabularies
 from mme.data.feedback import FeedbackFilter
@@ -30,8 +32,9 @@ from mme.data.histories import NEW, BoolArray, CountFilter, Histories, IntArray,
 from mme.data.left_out import LeftOutWriter
 from mme.data.manifest import Settings, describe, file_record
 from mme.data.merging import write_histories
-from mme.data.prior import PriorSet
+from mme.data.prior import ID_TYPES, PriorSet
 from mme.data.readers import SourceFile, first_line
+from mme.data.unfinished import READ_FILE, WORK_FOLDER, WorkFolder
 from mme.data.writer import DatasetWriter
 from mme.errors import UserError
 
@@ -39,6 +42,7 @@ _BYTES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "
 SMALLEST_MEMORY = 512 * 2**20
 # What the process takes besides DuckDB: interpreter and libraries, batches on their way, the row group being written.
 OTHER_MEMORY = 320 * 2**20
+KEPT = Path(WORK_FOLDER, READ_FILE)  # of an interrupted run
 DUCKDB_SHARE = 0.9  # of the rest: DuckDB takes some more than the limit it is given
 
 
@@ -88,7 +92,7 @@ def prepare(
         raise UserError(f"--feature-columns {USER_ID}: every set has it (model.user_features: [{USER_ID}])")
     limit = _memory_limit(memory_limit)
     settings, sources = _open(inputs, settings)
-    with DatasetWriter(Path(output)) as writer:
+    with DatasetWriter(Path(output), kept=KEPT) as writer:
         return _make(writer, sources, settings, None, limit, max_malformed_share)
 
 
@@ -111,7 +115,7 @@ def add_events(
         UserError: as `prepare`, or ``prepared`` is no set made of files of interactions.
     """
     limit = _memory_limit(memory_limit)
-    with DatasetWriter(Path(prepared)) as writer:
+    with DatasetWriter(Path(prepared), kept=KEPT) as writer:
         prior = PriorSet(Path(prepared))
         given = {role: name for role, name in (columns or {}).items() if name is not None}
         settings = replace(
@@ -145,14 +149,14 @@ def _make(
     vocabularies = prior.vocabularies if prior else {name: Vocabulary() for name in settings.features}
     cleaner = Cleaner(settings.feedback, prior.id_types if prior else None, vocabularies)
     reading = _Reading(sources, cleaner, max_malformed_share)
-    work = writer.partial / "work"
-    work.mkdir()
-    spool = Spool(work / "histories.arrow")
-    chosen = _choose(reading, settings.counts, prior, spool, memory_limit, writer.output)
+    inputs = [source.path for source in sources]
+    work = WorkFolder(writer.partial, inputs, settings, prior.folder if prior else None)
+    spool = Spool(work.path / "histories.arrow")
+    chosen = _choose(reading, settings.counts, prior, work, spool, memory_limit, writer.output)
     with LeftOutWriter(writer.partial, chosen.raw_items) as left_out:
         item_index = np.cumsum(chosen.in_set) - 1
         known = write_histories(spool, settings.counts, chosen.passes, item_index, prior, writer, left_out)
-    shutil.rmtree(work)
+    work.remove()
     write_vocabularies(writer.partial, vocabularies)
     np.subtract.at(chosen.counts, known, 1)
     run = {
@@ -198,6 +202,7 @@ def _choose(
     reading: _Reading,
     count_filter: CountFilter,
     prior: PriorSet | None,
+    work: WorkFolder,
     spool: Spool,
     memory_limit: int,
     output: Path,
@@ -205,8 +210,16 @@ def _choose(
     """Reads, sorts and spools all events, those that the prior set left out too, and filters the items."""
     num_prior = len(prior.raw_items) if prior else 0
     try:
-        with EventStore(spool.path.parent, int((memory_limit - OTHER_MEMORY) * DUCKDB_SHARE)) as store:
-            store.load(_with_left_out(reading.tables(), prior))
+        with EventStore(work.path, int((memory_limit - OTHER_MEMORY) * DUCKDB_SHARE)) as store:
+            if work.found is None or not store.has_events():
+                store.load(_with_left_out(reading.tables(), prior))
+                work.keep(reading.state())
+            else:
+                reading.restore(work.found)
+                print(
+                    f"{output}: goes on with the {reading.rows:,} rows that an interrupted run had read",
+                    file=sys.stderr,
+                )
             reading.check()
             if prior is not None:
                 store.load_prior(prior.user_rows(), prior.raw_items)
@@ -262,6 +275,28 @@ class _Reading:
             self.rows += len(broken)
             if source.rows_read + len(broken) == 0:
                 raise UserError(f"{source.path}: no rows: expected one interaction a row")
+
+    def state(self) -> dict[str, Any]:
+        """What has been found when all is read, for `restore`."""
+        cleaner = self.cleaner
+        return {
+            "rows": self.rows,
+            "sound": self.sound,
+            "malformed": {"counts": cleaner.malformed.counts, "examples": cleaner.malformed.examples},
+            "unwanted": cleaner.unwanted,
+            "id_types": {role: str(kind) for role, kind in cleaner.id_types.items()},
+            "vocabularies": {name: list(vocabulary.numbers) for name, vocabulary in cleaner.vocabularies.items()},
+        }
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """As if all had been read here."""
+        cleaner = self.cleaner
+        self.rows, self.sound = state["rows"], state["sound"]
+        cleaner.malformed = Malformed(Counter(state["malformed"]["counts"]), state["malformed"]["examples"])
+        cleaner.unwanted = Counter(state["unwanted"])
+        cleaner.id_types = {role: ID_TYPES[name] for role, name in state["id_types"].items()}
+        for name, values in state["vocabularies"].items():
+            cleaner.vocabularies[name].numbers = Vocabulary(values).numbers
 
     def check(self) -> None:
         """Refuses files of which too much is malformed."""

@@ -30,8 +30,9 @@ class FolderReplacement:
         UserError: another process is writing ``output``, or the folder that holds it can't be written to.
     """
 
-    def __init__(self, output: Path) -> None:
-        self.output = output
+    def __init__(self, output: Path, kept: Path | None = None) -> None:
+        """``kept``: a file in a folder of ``partial``, which outlives an interruption where the file is there by then."""
+        self.output, self._kept = output, kept
         absolute = Path(os.path.abspath(output))
         self.partial = absolute.with_name(f".{absolute.name}.partial")
         self._older = absolute.with_name(f".{absolute.name}.older")
@@ -49,8 +50,8 @@ class FolderReplacement:
         try:
             if self._older.exists() and not self.output.exists():
                 os.rename(self._older, self.output)
-            self._remove_leftovers()
-            self.partial.mkdir()
+            self._remove_leftovers(self._kept)
+            self.partial.mkdir(exist_ok=True)
         except OSError as error:
             self._release()
             raise UserError(f"{self.output}: can't be written: {error.strerror}") from error
@@ -59,7 +60,7 @@ class FolderReplacement:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._remove_leftovers()
+        self._remove_leftovers(self._kept if kind is KeyboardInterrupt else None)
         self._release()
 
     def commit(self) -> None:
@@ -73,9 +74,14 @@ class FolderReplacement:
             os.rename(self.partial, self.output)
         _flush(self.partial.parent)
 
-    def _remove_leftovers(self) -> None:
-        for folder in (self.partial, self._older):
-            shutil.rmtree(folder, ignore_errors=True)
+    def _remove_leftovers(self, kept: Path | None) -> None:
+        shutil.rmtree(self._older, ignore_errors=True)
+        if kept is None or not (self.partial / kept).exists():
+            shutil.rmtree(self.partial, ignore_errors=True)
+            return
+        for path in self.partial.iterdir():
+            if path.name != kept.parts[0]:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _release(self) -> None:
         self._lock_file.unlink(missing_ok=True)

@@ -27,16 +27,17 @@ EVENTS_PER_ROW_GROUP = 500_000
 class DatasetWriter:
     """Collects users in a folder beside ``output``, which takes its place when `finish` is called.
 
-    Left without `finish`, or by an exception, it removes what it wrote; killed, the next one does.
+    Left without `finish`, or by an exception, it removes what it wrote; killed, the next one does. ``kept``: see
+    `FolderReplacement`.
 
     Raises:
         UserError: ``output`` holds something else than a training set, is being written by another process, or can't
             be written to (no space left, …).
     """
 
-    def __init__(self, output: Path, events_per_part: int = EVENTS_PER_PART) -> None:
+    def __init__(self, output: Path, events_per_part: int = EVENTS_PER_PART, *, kept: Path | None = None) -> None:
         self.output, self.events_per_part = output, events_per_part
-        self.replacement = FolderReplacement(output)
+        self.replacement = FolderReplacement(output, kept)
         self.parts: list[dict[str, Any]] = []
         self._lengths = LengthHistogram()
         self._waiting: list[pa.Table] = []
