@@ -34,8 +34,9 @@ def job_status() -> Iterator[Job]:
     try:
         yield job
     except UserError as error:
-        # The same mistake meets every rank: one line is enough for the reader, each log keeps its own.
-        if rank() == 0:
+        # The same mistake meets every rank, or every one of a node, as a full disk does: one line a node is enough for the
+        # reader, each log keeps its own.
+        if rank() == 0 or os.environ.get("LOCAL_RANK") == "0":
             print_error(str(error))
         _append_to_log(job.folder, f"error: {error}")
         raise typer.Exit(2) from error

@@ -13,9 +13,12 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import typer
 import yaml
 
 from mme.cli import main
+from mme.errors import UserError
+from mme.exit_status import job_status
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL_MODEL = [
@@ -278,3 +281,15 @@ def test_interrupt_ends_with_one_line_and_the_same_command_goes_on(run: Path) ->
     assert "Traceback" not in errors
     done = run_mme("report", "--run", output)
     assert done.returncode == 0 and (output / "report.html").is_file()
+
+
+@pytest.mark.parametrize(("local_rank", "printed"), [("0", "rank 3: error: the disk is full\n"), ("1", "")])
+def test_a_mistake_of_one_node_is_told_there_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], local_rank: str, printed: str
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(typer.Exit) as ended, job_status():
+        raise UserError("the disk is full")
+    assert ended.value.exit_code == 2
+    assert capsys.readouterr().err == printed
