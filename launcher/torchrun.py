@@ -18,7 +18,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from typing import IO, Any
 import psutil
 
 from launcher.job import Job, split_endpoint
+from launcher.torchrun_output import LAST_WORDS, own_lines
 from mme.errors import UserError
 
 RDZV_ID = "mme"
@@ -40,14 +40,8 @@ PREEMPTED = 143  # a worker was asked to stop, on this node or another, and all 
 STOPS_WITHIN_S = 60  # what workers have, once asked, to write a checkpoint
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
-LOG_LINE = re.compile(r"^[IWEC]\d{4} [\d:.]+ \d+ \S*torch/distributed/")
 WORKER_FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
-LAST_WORDS = "torch.distributed.elastic."  # the module of the exceptions with which torchrun ends
-# What torch's C++ writes of a connection, with its stack: the exception that follows is told in one line.
-NATIVE_LINE = re.compile(r"\[[IWE]\d{4} .*\] \[c10d\] |Exception raised from |frame #\d+: |<omitting python frames>")
-TRACEBACK = "Traceback (most recent call last):"
-FOLLOWS = ("The above exception was the direct cause", "During handling of the above exception")
-NOT_MET = re.compile(r"torch\.distributed\.elastic\.rendezvous\.api\.Rendezvous(\w+)Error")
+NOT_MET = re.compile(re.escape(LAST_WORDS) + r"rendezvous\.api\.Rendezvous(\w+)Error")
 
 
 def command(job: Job, module: list[str] | None = None) -> list[str]:
@@ -322,6 +316,7 @@ class _Watch:
                 self.alone = True
                 self._say_not_met("Connection")
                 self.process.kill()
+                return
             time.sleep(1)
 
     def _say_not_met(self, why: str) -> None:
@@ -332,38 +327,6 @@ class _Watch:
             "Connection": f"the rendezvous at {endpoint} does not answer: its node is down, cut off or has given up",
         }
         _say(ended.get(why, f"the rendezvous at {endpoint} was closed: another node has given up, and says why"))
-
-
-def own_lines(stream: IO[str], on_log_line: Callable[[str], None]) -> Iterator[str]:
-    """The lines of ``stream`` that torchrun did not write; its log lines and last words go to ``on_log_line``."""
-    held: list[str] = []  # a traceback, with those that it followed from, until the line after it tells whose it is
-    complete = False
-    for line in stream:
-        if LOG_LINE.match(line):
-            on_log_line(line)
-        elif NATIVE_LINE.match(line):
-            continue
-        elif held and line.startswith(LAST_WORDS):
-            on_log_line(line)
-            for _ in stream:  # the summary of the failed workers, the last that torchrun writes
-                pass
-            return
-        elif held and (line[:1].isspace() or line.startswith(FOLLOWS)):
-            held.append(line)
-        elif held and not complete:
-            held.append(line)
-            complete = True
-        elif held and line.startswith(TRACEBACK) and any(text.startswith(FOLLOWS) for text in held[-3:]):
-            held.append(line)
-            complete = False
-        else:
-            yield from held
-            held, complete = [], False
-            if line.startswith(TRACEBACK):
-                held = [line]
-            else:
-                yield line
-    yield from held
 
 
 def _say(text: str) -> None:

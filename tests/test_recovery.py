@@ -40,7 +40,7 @@ OFTEN = [
     "data.eval_batch_size=4",
     "train.epochs=4",
 ]
-PATIENCE_S = 120
+PATIENCE_S = 300
 
 
 @pytest.fixture(scope="module")

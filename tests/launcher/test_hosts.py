@@ -19,10 +19,16 @@ from tests.launcher.command_line import CONFIG, REPOSITORY
 from tests.launcher.hosts import Host, hosts, why_not
 from tests.test_train import SMALL, losses, metrics
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+pytestmark = pytest.mark.slow
 
 PATIENCE_S = 300
 JOB = [*SMALL, "data.batch_size=4", "train.epochs=6", "train.checkpoint_every=2", "train.hang_timeout_s=20"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def hosts_can_be_made() -> None:
+    if reason := why_not():
+        pytest.skip(reason)
 
 
 @pytest.fixture(scope="module")

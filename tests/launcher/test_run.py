@@ -14,6 +14,7 @@ import pytest
 
 from launcher import torchrun
 from launcher.job import Job
+from launcher.torchrun_output import own_lines
 from tests.launcher.command_line import CONFIG, REPOSITORY, launch, the_error
 
 
@@ -190,7 +191,7 @@ def test_a_workers_tracebacks_pass_whole_beside_torchruns_lines() -> None:
     last = "torch.distributed.elastic.rendezvous.api.RendezvousConnectionError: failed\n"
     logs: list[str] = []
     lines = [*mine, *follows, *mine, logged, "more\n", *native, *mine, *follows, *mine[:2], last, "=====\n"]
-    assert list(torchrun.own_lines(lines, logs.append)) == [*mine, *follows, *mine, "more\n"]
+    assert list(own_lines(lines, logs.append)) == [*mine, *follows, *mine, "more\n"]
     assert logs == [logged, last]
 
 
