@@ -68,11 +68,12 @@ SETTINGS: dict[str, list[str]] = {
 
 
 class Rate(NamedTuple):
-    """Of one repetition, over all ranks: trained tokens a second, the same of CPU time, FLOPs a second."""
+    """Of one repetition, over all ranks: trained tokens and FLOPs a second, and a second of CPU time."""
 
     tokens_per_s: float
-    tokens_per_cpu_s: float
     flops_per_s: float
+    tokens_per_cpu_s: float
+    flops_per_cpu_s: float
 
 
 def main(
@@ -148,6 +149,11 @@ def run_worker(arguments: list[str]) -> None:
         if world.rank == 0:
             counted = config.model.block == "fuxi"  # what `mme.flops` knows
             flops_per_s = statistics.median(rate.flops_per_s for rate in rates) if counted else 0.0
+            of_cpu_time = None
+            if (
+                counted and world.device.type == "cpu" and torch.get_num_threads() == 1
+            ):  # one core a process, as its rate
+                of_cpu_time = statistics.median(rate.flops_per_cpu_s for rate in rates) / (matrix_flops / world.size)
             result: dict[str, Any] = {
                 "tokens_per_s": statistics.median(rate.tokens_per_s for rate in rates),
                 "tokens_per_s_all": [round(rate.tokens_per_s, 1) for rate in rates],
@@ -156,6 +162,7 @@ def run_worker(arguments: list[str]) -> None:
                 "gflops_per_s": flops_per_s / 1e9 if counted else None,
                 "matrix_gflops_per_s": matrix_flops / 1e9,
                 "model_flops_utilisation": flops_per_s / matrix_flops if counted else None,
+                "utilisation_of_cpu_time": of_cpu_time,
                 "steps": steps * repetitions,
                 "rss_gib_after_warm_up": round(memory[0], 3),
                 "rss_gib_at_end": round(memory[-1], 3),
@@ -270,7 +277,12 @@ class _Measured:
 
         summed = torch.tensor([float(flops), cpu_s], dtype=torch.float64, device=self.world.device)
         flops_everywhere, cpu_s_everywhere = self.world.sum(summed).tolist()
-        return Rate(tokens / seconds, tokens / cpu_s_everywhere, flops_everywhere / seconds)
+        return Rate(
+            tokens / seconds,
+            flops_everywhere / seconds,
+            tokens / cpu_s_everywhere,
+            flops_everywhere / cpu_s_everywhere,
+        )
 
 
 def _against(rates: list[Rate], padded: list[Rate]) -> dict[str, Any]:
@@ -318,6 +330,8 @@ def _print(result: dict[str, Any]) -> None:
     if result["model_flops_utilisation"]:
         of = f"{result['gflops_per_s']:,.0f} of {result['matrix_gflops_per_s']:,.0f} GFLOP/s"
         table.add_row("model FLOPs utilisation", f"{result['model_flops_utilisation']:.1%} ({of})")
+    if result["utilisation_of_cpu_time"]:
+        table.add_row("the same, of CPU time", f"{result['utilisation_of_cpu_time']:.1%}")
     table.add_row("peak memory of rank 0", f"{result['peak_mem_gib']:.2f} GiB")
     table.add_row(
         "resident, after warm-up and later", f"{result['rss_gib_after_warm_up']}, {result['rss_gib_at_end']} GiB"
