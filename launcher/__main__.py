@@ -259,14 +259,13 @@ def preflight(
         job = Job(config or Path(), tuple(overrides or ()), nnodes, processes, 0, rdzv_endpoint)
         if overrides and config is None:
             raise UserError(f"{overrides[0]}: values of a configuration need --config FILE")
-        needs = needs_of(job, items) if config is not None else None
         folder = output_dir or (Path(job.load().output_dir) if config is not None else Path("runs"))
         if dry_run:
             torchrun.require_endpoint_given(job)
             print("\n".join(shlex.join(line) for line in commands(job, folder)))
             return
         torchrun.require_endpoint(job)
-        raise typer.Exit(check(job, folder, needs))
+        raise typer.Exit(check(job, folder, needs_of(job, items) if config is not None else None))
 
 
 @app.command(no_args_is_help=True)

@@ -8,7 +8,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from mme.config import Config, load_config, validate_world_size
+from mme.config import USER_ID, Config, load_config, validate_world_size
 from mme.errors import UserError
 
 CPU_PROCESSES = 2  # processes of a node without a GPU, unless asked otherwise
@@ -58,15 +58,22 @@ def require_dataset(config: Config) -> None:
 
 
 def items_of(config: Config) -> int:
-    """The items of the catalogue, as the data set says.
+    """The rows of each table, as the data set says: its items, and the values of the features that the model reads.
 
     Raises:
         UserError: there is no data set that does.
     """
-    path = Path(config.data.path) / "dataset.json"
+    path, model = Path(config.data.path) / "dataset.json", config.model
     try:
-        return int(json.loads(path.read_text())["num_items"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        info = json.loads(path.read_text())
+        sizes = {**info.get("features", {}), USER_ID: info["num_users"]} if model.feature_columns else {}
+        # Beside its values each feature has a row for one that is missing.
+        return int(info["num_items"]) + sum(sizes[name] + 1 for name in (*model.event_features, *model.user_features))
+    except KeyError as error:
+        raise UserError(
+            f"{path}: {error.args[0]} is not in it: prepare the data set with it, or give --items N"
+        ) from error
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: no num_items to be read there: prepare the data set, or give --items N") from error
 
 

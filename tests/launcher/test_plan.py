@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from launcher.devices import DEVICES, Device
+from launcher.job import items_of
 from launcher.memory import Memory, memory_of
 from launcher.plan import choice, layouts, predict
 from launcher.shape import Shape
@@ -171,3 +172,14 @@ def test_the_number_of_items_comes_from_the_data_set(tmp_path: Path) -> None:
     assert "dataset.json: no num_items to be read there" in the_error(launch(*arguments))
     (tmp_path / "dataset.json").write_text(json.dumps({"num_items": 1234}))
     assert "1,234 items" in launch(*arguments).stdout
+
+
+def test_features_have_rows_in_the_tables_too(tmp_path: Path) -> None:
+    from mme.model.feature_rows import FeatureRows
+
+    (tmp_path / "dataset.json").write_text(json.dumps({"num_items": 1000, "num_users": 50, "features": {"tab": 4}}))
+    overrides = ["model.event_features=[tab]", "model.user_features=[user_id]", f"data.path={tmp_path}"]
+    config = load_config(REPOSITORY / CONFIG, overrides)
+    assert items_of(config) == FeatureRows(config.model, 1000, {"tab": 5, "user_id": 51}).num_rows
+    unknown = launch("plan", "--config", CONFIG, f"data.path={tmp_path}", "model.event_features=[rating]")
+    assert "dataset.json: rating is not in it" in the_error(unknown)

@@ -1,0 +1,240 @@
+"""How does training scale: measured on CPU processes, predicted for GPUs that are not here.
+
+    python -m benchmarks.scaling --json benchmarks/results/scaling_cpu.json
+    python -m benchmarks.scaling --no-measure --config configs/kuairand-27k.yaml --items 32038725
+
+Measured: whole training steps by `benchmarks.train_throughput` with 1, 2 and 4 processes of one thread each, a total batch
+that stays and one that grows with the processes. Predicted: `launcher.plan`'s models for 8 to 1,024 GPUs, each time in
+the layout that the plan chooses, for a batch that grows with the GPUs and for the batch of 8 GPUs split among ever more. A part
+becomes the bound where it first takes more time than any other; so it says for how many GPUs that is, with the host's time,
+which is a guess, and without. Efficiency is the rate of a process or GPU beside that of
+the smallest number.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from launcher.devices import DEVICES, Device
+from launcher.job import items_of
+from launcher.plan import Layout, assumptions, choice, layouts
+from launcher.shape import Shape
+from mme.config import Config, load_config
+from mme.errors import UserError
+
+PROCESSES = (1, 2, 4)
+TOTAL_SEQUENCES, SEQUENCES_EACH = 128, 64  # of a step: where the work stays, and of a process where it grows
+GPUS_OF_A_NODE = 8
+GPUS = [8 * 2**doublings for doublings in range(8)]  # to 1,024
+KINDS = ("a100-80g", "h100-80g")
+
+
+def main(
+    measure: Annotated[bool, typer.Option(help="Measure here, by the quick start.")] = True,
+    steps: Annotated[int, typer.Option(help="Steps of a repetition.", min=1)] = 5,
+    repetitions: Annotated[int, typer.Option(help="Repetitions, after some steps that warm up.", min=2)] = 7,
+    config: Annotated[Path, typer.Option(help="What the GPUs are predicted to train.")] = Path(
+        "configs/kuairand-27k.yaml"
+    ),
+    items: Annotated[Optional[int], typer.Option(help="Items of the catalogue; default: KuaiRand-27K's.")] = 32_038_725,  # noqa: UP045
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="key.path=value, of the prediction")] = None,  # noqa: UP045
+    output: Annotated[Optional[Path], typer.Option("--json", help="Where to write the figures.")] = None,  # noqa: UP045
+) -> None:
+    """Prints measured and predicted scaling."""
+    try:
+        settings = load_config(config, overrides or [])
+        items = items or items_of(settings)
+    except UserError as error:
+        raise typer.BadParameter(str(error)) from error
+    console = Console(width=150)
+    result: dict[str, Any] = {}
+    if measure:
+        load = os.getloadavg()[1]  # of other work too: the last five minutes
+        measured = [_measured(processes, sequences, steps, repetitions) for processes, sequences in _settings()]
+        result["measured"] = {
+            "cores": os.cpu_count(),
+            "load_average_before": load,
+            "setting": "quick start, one thread a process",
+            "runs": measured,
+            "fixed_work": _efficiency(measured, lambda run: run["processes"] * run["sequences"] == TOTAL_SEQUENCES),
+            "growing_work": _efficiency(measured, lambda run: run["sequences"] == SEQUENCES_EACH),
+        }
+        for work in ("fixed_work", "growing_work"):
+            console.print(_measured_table(work, result["measured"][work]))
+    predicted = [
+        _predicted(settings, items, DEVICES[kind], work) for kind in KINDS for work in ("growing work", "fixed work")
+    ]
+    for prediction in predicted:
+        console.print(_predicted_table(prediction))
+    result["predicted"] = {"config": str(config), "overrides": overrides or [], "items": items, "runs": predicted}
+    for line in predicted[0]["assumptions"]:
+        console.print(f"- {line}", highlight=False)
+    if output:
+        output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _settings() -> list[tuple[int, int]]:
+    """(processes, sequences of each) of all runs, each once."""
+    wanted = [(n, TOTAL_SEQUENCES // n) for n in PROCESSES] + [(n, SEQUENCES_EACH) for n in PROCESSES]
+    return list(dict.fromkeys(wanted))
+
+
+def _measured(processes: int, sequences: int, steps: int, repetitions: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "result.json"
+        options = ["--processes", processes, "--steps", steps, "--repetitions", repetitions, "--json", file]
+        command = [*options, "--padded-steps", 0, "--profiled-steps", 0, f"data.batch_size={sequences}"]
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.train_throughput", *map(str, command)],
+            check=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.DEVNULL,
+        )
+        found = json.loads(file.read_text())
+    keys = ("processes", "tokens_per_s_all", "tokens_per_cpu_s_all", "torch", "device", "processor")
+    return {"sequences": sequences, **{key: found[key] for key in keys}}
+
+
+def _efficiency(runs: list[dict[str, Any]], belongs: Any) -> list[dict[str, Any]]:
+    """Median and quartiles of the rates of the runs that belong, and how much of one process's rate each has."""
+    rows: list[dict[str, Any]] = []
+    for run in sorted(filter(belongs, runs), key=lambda run: run["processes"]):
+        lower, median, upper = statistics.quantiles(run["tokens_per_s_all"], n=4)
+        row = {
+            "processes": run["processes"],
+            "sequences": run["sequences"],
+            "tokens_per_s": median,
+            "quartiles": [lower, upper],
+            "tokens_per_cpu_s": statistics.median(run["tokens_per_cpu_s_all"]),
+        }
+        first = rows[0] if rows else row
+        row["speed_up"] = median / first["tokens_per_s"]
+        row["efficiency"] = row["speed_up"] * first["processes"] / run["processes"]
+        row["efficiency_of_cpu_time"] = row["tokens_per_cpu_s"] / first["tokens_per_cpu_s"]
+        rows.append(row)
+    return rows
+
+
+def _predicted(config: Config, items: int, device: Device, work: str) -> dict[str, Any]:
+    """The plan's prediction from 8 to 1,024 GPUs, but for numbers that no layout fits or that the work cannot be dealt to."""
+    planned: list[Layout] = []
+    for gpus in GPUS:
+        dealt = _with_batch(config, gpus, work)
+        if dealt is None:
+            continue
+        shape = Shape(dealt, gpus, GPUS_OF_A_NODE, items)
+        layout = choice(layouts(shape, device), None, device)
+        if layout.memory.total <= device.memory:
+            planned.append(layout)
+    first = planned[0]
+    rows = []
+    for layout in planned:
+        rate = layout.shape.ranks * layout.shape.tokens / layout.step_s
+        alone = first.shape.tokens / first.step_s
+        rows.append(
+            {
+                "gpus": layout.shape.ranks,
+                "tokens_a_gpu": layout.shape.tokens,
+                "layout": layout.overrides,
+                "memory_gib": layout.memory.total / 2**30,
+                "step_ms": 1e3 * layout.step_s,
+                "tokens_per_s": rate,
+                "efficiency": rate / layout.shape.ranks / alone,
+                "parts": {name: {"ms": 1e3 * part.seconds, "bound": part.bound} for name, part in layout.time.items()},
+            }
+        )
+    return {
+        "gpu": asdict(device),
+        "work": work,
+        "rows": rows,
+        "largest_part_from": _largest_from(rows),
+        "largest_part_beside_the_host_from": _largest_from(rows, beside="host"),
+        "assumptions": assumptions(first.shape, device),
+    }
+
+
+def _with_batch(config: Config, gpus: int, work: str) -> Config | None:
+    """``config`` as it is, or with the tokens of 8 GPUs dealt to all; None where that is less than a sequence for each."""
+    if work == "growing work":
+        return config
+    data = config.data
+    each = GPUS[0] * (data.tokens_per_batch or data.batch_size * data.max_seq_len) // gpus
+    return replace(config, data=replace(data, tokens_per_batch=each)) if each >= data.max_seq_len else None
+
+
+def _largest_from(rows: list[dict[str, Any]], beside: str | None = None) -> dict[str, int | None]:
+    """By part, the smallest number of GPUs at which it takes more time than any other but ``beside``; None: at none."""
+    found: dict[str, int | None] = dict.fromkeys(name for row in rows for name in row["parts"])
+    for row in reversed(rows):
+        parts = {name: part["ms"] for name, part in row["parts"].items() if name != beside}
+        found[max(parts, key=parts.__getitem__)] = row["gpus"]
+    return found
+
+
+def _measured_table(work: str, rows: list[dict[str, Any]]) -> Table:
+    table = Table(title=f"measured, {work.replace('_', ' ')}: {os.cpu_count()} cores, gloo", title_justify="left")
+    headings = (
+        "processes",
+        "sequences each",
+        "tokens/s",
+        "quartiles",
+        "speed-up",
+        "efficiency",
+        "efficiency of CPU time",
+    )
+    _columns(table, headings)
+    for row in rows:
+        low, high = row["quartiles"]
+        table.add_row(
+            str(row["processes"]),
+            str(row["sequences"]),
+            f"{row['tokens_per_s']:,.0f}",
+            f"{low:,.0f} – {high:,.0f}",
+            *(f"{row[key]:.2f}" for key in ("speed_up", "efficiency", "efficiency_of_cpu_time")),
+        )
+    return table
+
+
+def _predicted_table(prediction: dict[str, Any]) -> Table:
+    rows = prediction["rows"]
+    title = f"predicted, not measured: {prediction['gpu']['name']}, {prediction['work']}; ms by part"
+    table = Table(title=title, title_justify="left")
+    _columns(table, ("GPUs", *(f"{row['gpus']:,}" for row in rows), "largest from", "beside the host"))
+    figures = {
+        "tokens a GPU": ("tokens_a_gpu", "{:,}"),
+        "step, ms": ("step_ms", "{:,.1f}"),
+        "million tokens/s": ("tokens_per_s", "{:,.1f}"),
+        "efficiency": ("efficiency", "{:.2f}"),
+        "memory, GiB": ("memory_gib", "{:,.1f}"),
+    }
+    for name, (key, form) in figures.items():
+        scale = 1e-6 if key == "tokens_per_s" else 1
+        table.add_row(name, *(form.format(row[key] * scale if scale != 1 else row[key]) for row in rows), "", "")
+    table.add_section()
+    for name, gpus in prediction["largest_part_from"].items():
+        times = (f"{row['parts'][name]['ms']:,.2f}" if name in row["parts"] else "" for row in rows)
+        marks = (gpus, prediction["largest_part_beside_the_host_from"][name])
+        table.add_row(name, *times, *("" if mark is None else f"{mark:,}" for mark in marks))
+    return table
+
+
+def _columns(table: Table, headings: Iterable[str]) -> None:
+    for number, heading in enumerate(headings):
+        table.add_column(heading, justify="right" if number else "left")
+
+
+if __name__ == "__main__":
+    typer.run(main)

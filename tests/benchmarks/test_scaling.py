@@ -1,0 +1,60 @@
+"""`benchmarks.scaling`: its predictions are the plan's, and its efficiencies those of its rates."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.scaling import _efficiency, _largest_from
+from launcher.devices import DEVICES
+from launcher.plan import choice, layouts
+from launcher.shape import Shape
+from mme.config import load_config
+from tests.launcher.command_line import REPOSITORY
+
+
+def test_predictions_are_those_of_the_plan(tmp_path: Path) -> None:
+    file, overrides = tmp_path / "scaling.json", ["model.num_blocks=6"]
+    command = [sys.executable, "-m", "benchmarks.scaling", "--no-measure", "--json", str(file), *overrides]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "predicted, not measured: h100-80g, growing work" in done.stdout
+    growing_a100, fixed_a100, growing_h100, _ = json.loads(file.read_text())["predicted"]["runs"]
+    config = load_config(REPOSITORY / "configs/kuairand-27k.yaml", overrides)
+    for run, kind in ((growing_a100, "a100-80g"), (growing_h100, "h100-80g")):
+        assert [row["gpus"] for row in run["rows"]] == [8, 16, 32, 64, 128, 256, 512, 1024]
+        for row in run["rows"]:
+            planned = choice(layouts(Shape(config, row["gpus"], 8, 32_038_725), DEVICES[kind]), None, DEVICES[kind])
+            assert row["step_ms"] == pytest.approx(1e3 * planned.step_s)
+            assert sum(part["ms"] for part in row["parts"].values()) == pytest.approx(row["step_ms"])
+        assert run["rows"][0]["efficiency"] == 1
+    # A batch of 8 × 64 sequences cannot be dealt to 1,024 GPUs.
+    assert [row["gpus"] for row in fixed_a100["rows"]] == [8, 16, 32, 64, 128, 256, 512]
+    assert {row["gpus"] * row["tokens_a_gpu"] for row in fixed_a100["rows"]} == {8 * 65_536}
+
+
+def test_a_part_is_the_largest_from_where_it_first_is() -> None:
+    def row(gpus: int, **ms: float) -> dict[str, object]:
+        return {"gpus": gpus, "parts": {name: {"ms": value} for name, value in ms.items()}}
+
+    rows = [
+        row(8, host=9, attention=5, exchange=1),
+        row(16, host=9, attention=5, exchange=6),
+        row(32, host=9, exchange=10),
+    ]
+    assert _largest_from(rows) == {"host": 8, "attention": None, "exchange": 32}
+    assert _largest_from(rows, beside="host") == {"host": None, "attention": 8, "exchange": 16}
+
+
+def test_efficiency_is_the_rate_of_a_process_beside_one_alone() -> None:
+    runs = [
+        {"processes": n, "sequences": 64, "tokens_per_s_all": [rate] * 3, "tokens_per_cpu_s_all": [rate / n] * 3}
+        for n, rate in ((4, 200.0), (1, 100.0))
+    ]
+    one, four = _efficiency(runs, lambda run: True)
+    assert (one["efficiency"], four["speed_up"], four["efficiency"]) == (1, 2, 0.5)
+    assert four["efficiency_of_cpu_time"] == 0.5
