@@ -58,11 +58,10 @@ def _store_rows(p, value, i_row, m_row, D: tl.constexpr):
 
 @triton.jit
 def _offsets(p_bias, i_row, m_row, offset):
-    """(rows,) what is added to the logits of these negatives."""
-    b_offset = tl.full(i_row.shape, 0.0, tl.float32) + offset
+    """What is added to the logits of these negatives, in the shape of ``i_row``; one number where items have no bias."""
     if p_bias is not None:
-        b_offset += tl.load(p_bias + i_row, mask=m_row, other=0.0)
-    return b_offset
+        offset += tl.load(p_bias + i_row, mask=m_row, other=0.0)
+    return offset
 
 
 @triton.jit
@@ -211,8 +210,8 @@ def forward_shared_kernel(
         m_slot = i_slot < num_negatives
         i_row = tl.load(p_negatives + i_slot, mask=m_slot, other=0).to(tl.int32)
         b_e = _load_rows(p_items, i_row, m_slot, D)
-        b_offset = _offsets(p_bias, i_row, m_slot, offset)
-        z = tl.dot(b_h, tl.trans(b_e), input_precision=PRECISION) * scale + b_offset[None, :]
+        b_offset = _offsets(p_bias, i_row[None, :], m_slot[None, :], offset)
+        z = tl.dot(b_h, tl.trans(b_e), input_precision=PRECISION) * scale + b_offset
         z = tl.where(i_row[None, :] == target[:, None], _MASKED, z)
         z = tl.where(m_slot[None, :], z, float("-inf"))
         next_largest = tl.maximum(largest, tl.max(z, axis=1))
@@ -243,17 +242,9 @@ def backward_hidden_shared_kernel(
         m_slot = i_slot < num_negatives
         i_row = tl.load(p_negatives + i_slot, mask=m_slot, other=0).to(tl.int32)
         b_e = _load_rows(p_items, i_row, m_slot, D)
-        b_offset = _offsets(p_bias, i_row, m_slot, offset)
+        b_offset = _offsets(p_bias, i_row[None, :], m_slot[None, :], offset)
         b_p = _shared_tile(
-            b_h,
-            b_e,
-            i_row[None, :],
-            target[:, None],
-            m_slot[None, :],
-            scale,
-            b_offset[None, :],
-            log_sum[:, None],
-            PRECISION,
+            b_h, b_e, i_row[None, :], target[:, None], m_slot[None, :], scale, b_offset, log_sum[:, None], PRECISION
         )
         b_d = tl.dot(b_p.to(b_e.dtype), b_e, b_d, input_precision=PRECISION)
     weight = tl.load(p_grad + i_token, mask=m_token, other=0.0) * scale
@@ -274,7 +265,7 @@ def backward_negatives_kernel(
         tl.int32
     )
     b_e = _load_rows(p_items, i_row, m_slot, D)
-    b_offset = _offsets(p_bias, i_row, m_slot, offset)
+    b_offset = _offsets(p_bias, i_row[:, None], m_slot[:, None], offset)
     start = (i_split % splits) * split_tokens
     end = tl.minimum(tl.minimum(start + split_tokens, group_size), num_tokens - i_group * group_size)
     b_d = tl.zeros([BLOCK, triton.next_power_of_2(max(D, 16))], tl.float32)
@@ -286,15 +277,7 @@ def backward_negatives_kernel(
         log_sum = tl.load(p_log_sum + i_token, mask=m_token, other=0.0)
         b_h = _load_rows(p_hidden, i_token, m_token, D)
         b_p = _shared_tile(
-            b_e,
-            b_h,
-            i_row[:, None],
-            target[None, :],
-            m_token[None, :],
-            scale,
-            b_offset[:, None],
-            log_sum[None, :],
-            PRECISION,
+            b_e, b_h, i_row[:, None], target[None, :], m_token[None, :], scale, b_offset, log_sum[None, :], PRECISION
         )
         b_w = b_p * tl.load(p_grad + i_token, mask=m_token, other=0.0)[None, :]
         b_d = tl.dot(b_w.to(b_h.dtype), b_h, b_d, input_precision=PRECISION)
