@@ -142,13 +142,17 @@ def _with_features(
 def _user_numbers(column: pa.Array, users: Path, dataset: Path, info: dict[str, Any]) -> pa.Array:
     """One and the row of each user in the training data; 0 for one that it did not have."""
     known = pa.concat_arrays([ids for part in info["parts"] for ids in read_user_ids(dataset, part)])
+    return pc.add(_places(column, known, users, USER_ID).fill_null(-1), 1)
+
+
+def _places(ids: pa.Array, known: pa.Array, users: Path, column: str) -> pa.Array:
+    """Where each raw id stands among those of the training data; null where it does not."""
     try:
-        rows = pc.index_in(column.cast(known.type), known)
+        return pc.index_in(ids.cast(known.type), known)
     except pa.ArrowException as error:
         raise UserError(
-            f"{users}: column {USER_ID!r} holds {column.type}, expected the raw ids of the training data ({known.type})"
+            f"{users}: column {column!r} holds {ids.type}, expected the raw ids of the training data ({known.type})"
         ) from error
-    return pc.add(rows.fill_null(-1), 1)
 
 
 def _list_column(table: pa.Table, users: Path, name: str) -> Any:
@@ -163,12 +167,7 @@ def _list_column(table: pa.Table, users: Path, name: str) -> Any:
 def _item_index(raw: Any, catalogue: pa.Array, users: Path) -> pa.Array:
     """Item indices of all events, row after row."""
     events = raw.flatten()
-    try:
-        index = pc.index_in(events.cast(catalogue.type), catalogue)
-    except pa.ArrowInvalid as error:
-        raise UserError(
-            f"{users}: column 'item_ids' holds {events.type}, expected the raw ids of the training data ({catalogue.type})"
-        ) from error
+    index = _places(events, catalogue, users, "item_ids")
     if index.null_count:
         event = pc.index(pc.is_null(index), True).as_py()
         row = pc.list_parent_indices(raw)[event].as_py()
