@@ -13,13 +13,14 @@ from pathlib import Path
 
 import pytest
 
-from mme.data.synthetic import prepare_synthetic
-from mme.metrics_file import read_metrics
 from tests.launcher.command_line import CONFIG, REPOSITORY
 from tests.launcher.hosts import Host, hosts, why_not
-from tests.test_train import SMALL, losses, metrics
+from tests.test_recovery import check_same, data, reached
+from tests.test_train import SMALL
 
-pytestmark = pytest.mark.slow
+__all__ = ["data"]  # a fixture
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 
 PATIENCE_S = 300
 JOB = [*SMALL, "data.batch_size=4", "train.epochs=6", "train.checkpoint_every=2", "train.hang_timeout_s=20"]
@@ -29,13 +30,6 @@ JOB = [*SMALL, "data.batch_size=4", "train.epochs=6", "train.checkpoint_every=2"
 def hosts_can_be_made() -> None:
     if reason := why_not():
         pytest.skip(reason)
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "small"
-    prepare_synthetic("quickstart", folder, users=100, items=120, seed=3)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -95,20 +89,10 @@ def wait_until(condition: Callable[[], bool], nodes: list[Node]) -> None:
         time.sleep(0.02)
 
 
-def reached(run: Path, step: int) -> bool:
-    path = run / "metrics.jsonl"
-    return path.exists() and any(line["step"] >= step for line in read_metrics(path) if line["kind"] == "train")
-
-
 def end(nodes: list[Node]) -> list[int]:
     """The exit statuses of the launchers, once all have ended."""
     wait_until(lambda: all(node.launcher.poll() is not None for node in nodes), nodes)
     return [node.launcher.returncode for node in nodes]
-
-
-def check_same(run: Path, alone: Path) -> None:
-    assert losses(run) == losses(alone)
-    assert metrics(run, "test") == metrics(alone, "test")
 
 
 def test_four_hosts_train_as_one_machine_with_four_processes(data: Path, alone: Path, tmp_path: Path) -> None:
