@@ -168,7 +168,7 @@ def prepare(
         from mme.data.prepare import prepare as prepare_files
 
         if add_to:
-            _refuse(_given(filters), "--add-to, for the set's own filters hold,")
+            _refuse(_given(filters), "--add-to, for the set keeps its own filters and columns,")
             info = add_events(files, add_to, format=format, columns=names, **_given(limits))
         else:
             if feature_columns is not None:
