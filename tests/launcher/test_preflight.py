@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from launcher.job import Job
 from mme.distributed.groups import World
 from tests.distributed.processes import run_on
 from tests.launcher.command_line import CONFIG, REPOSITORY, launch, the_error
+from tests.launcher.hosts import Host, hosts, why_not
 
 
 @pytest.mark.slow
@@ -347,3 +350,59 @@ def test_a_process_that_dies_is_a_finding_of_the_others(tmp_path: Path) -> None:
     assert findings["all-reduce"].status == "ok"
     assert findings["all-to-all"].status == "failed", done.stdout + done.stderr
     assert "a process or a link is dead" in findings["all-to-all"].advice
+
+
+CHECK_GROUP = """
+import os, sys
+from pathlib import Path
+from launcher import torchrun
+from launcher.job import Job
+nodes, endpoint, folder = sys.argv[1:]
+job = Job(Path(), (), int(nodes), 1, 0, endpoint)
+line = torchrun.command(job, ["launcher.group_check", folder])
+os.execve(line[0], line, {**os.environ, **torchrun.environment(job)})
+"""
+
+
+def check_group_on(made: list[Host], folder: Path) -> list[dict[str, Finding]]:
+    """What the group's check finds on hosts of one process each, which meet on the first."""
+    command = [sys.executable, "-c", CHECK_GROUP, str(len(made)), f"{made[0].address}:29500", str(folder)]
+    processes = [
+        host.start(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for host in made
+    ]
+    outputs = [process.communicate(timeout=500)[0] for process in processes]
+    return [{finding.check: finding for finding in read_lines(output)} for output in outputs]
+
+
+@pytest.fixture
+def three_hosts() -> Iterator[list[Host]]:
+    if reason := why_not():
+        pytest.skip(reason)
+    with hosts(3) as made:
+        yield made
+
+
+@pytest.mark.slow
+def test_two_nodes_that_do_not_hear_each_other_are_named(three_hosts: list[Host], tmp_path: Path) -> None:
+    second, third = three_hosts[1:]
+    # What the second sends to the third goes to a card that nobody has.
+    nobody = ["neighbour", "add", third.address, "lladdr", "02:00:00:00:00:99", "dev", "eth0"]
+    subprocess.run(["ip", "-n", second.name, *nobody], check=True)
+    for findings in check_group_on(three_hosts, tmp_path):
+        assert findings["links"].status == "failed"
+        assert (
+            f"({second.address}) cannot reach {socket.gethostname()} ({third.address}): timed out"
+            in findings["links"].found
+        )
+        assert "all TCP ports must be open" in findings["links"].advice
+
+
+@pytest.mark.slow
+def test_a_node_with_a_slow_cable_is_named(three_hosts: list[Host], tmp_path: Path) -> None:
+    limit = ["root", "tbf", "rate", "100mbit", "burst", "64kb", "latency", "500ms"]
+    limited = ["tc", "-n", three_hosts[2].name, "qdisc", "add", "dev", "eth0", *limit]
+    if shutil.which("tc") is None or subprocess.run(limited, capture_output=True, check=False).returncode:
+        pytest.skip("this kernel limits no link's rate (tc qdisc tbf)")
+    for findings in check_group_on(three_hosts, tmp_path):
+        assert findings["links"].status == "warning", findings
+        assert f"those of rank 2 on {socket.gethostname()}" in findings["links"].found
