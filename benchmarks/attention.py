@@ -3,16 +3,21 @@
     python -m benchmarks.attention                                    # the shapes that this device is asked about
     python -m benchmarks.attention --lengths 256,1024 --widths 4x16 --skewed --json out.json
 
-The padded form is what the public FuXi-α code does: q, k, v padded to (B, N), weights of (B, N, N) for each channel. On a
-GPU it is also timed under torch.compile. FLOPs are counted over true lengths: 2 a multiply-add, L(L + 1)/2 pairs a
-sequence, G·(dqk + 3·dv) multiply-adds a pair forward and G·(3·dqk + 5·dv) backward: S, g_A vᵀ, dq, dk, dP, dT and three of dv; so padding, work above the
-diagonal and recomputation count as none. The roofline is the matrix rate measured in the same run.
+Forms: `torch` and `triton`, ours; `padded`, what the public FuXi-α code does: q, k, v padded to (B, N), weights of (B, N, N)
+for each channel, and the same under torch.compile; on a GPU public HSTU kernels, where they are installed, which compute the
+semantic channel alone. FLOPs are counted over true lengths: 2 a multiply-add, L(L + 1)/2 pairs a sequence,
+G·(dqk + 3·dv) multiply-adds a pair forward and G·(3·dqk + 5·dv) backward: S, g_A vᵀ, dq, dk, dP, dT and three of dv (one
+channel: dqk + dv, and 3·dqk + 2·dv); so padding, work above the diagonal and recomputation count as none. The roofline is the
+matrix rate measured in the same run. Step GiB is the peak of forward and backward together.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -21,11 +26,12 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from benchmarks.roofline import matrix_rate, publish, run_header, timed
+from benchmarks.roofline import backends, matrix_rate, publish, run_header, step_memory, timed
 from kernels import plan_attention, relative_attention
 from kernels.relative_attention.reference import time_bucket
 
-MEMORY_LIMIT_BYTES = 8 << 30  # the padded form is left out where its three weights, kept for backward, pass this
+# The padded form is left out where its three weights, kept for backward, pass this.
+MEMORY_LIMIT_BYTES = {"cuda": 24 << 30, "cpu": 2 << 30}
 
 
 def main(
@@ -33,6 +39,10 @@ def main(
     widths: Annotated[str, typer.Option(help="GROUPSxWIDTH, such as 1x50,4x16")] = "",
     tokens: Annotated[int, typer.Option(help="tokens of a batch; 0: 65536 on a GPU, 8192 on a CPU")] = 0,
     skewed: Annotated[bool, typer.Option(help="one sequence of full length, all others a tenth of it")] = False,
+    compiled: Annotated[
+        Optional[bool],  # noqa: UP045
+        typer.Option(help="time torch.compile of the padded form; on a GPU by default"),
+    ] = None,
     seconds: Annotated[float, typer.Option(help="time spent on each figure")] = 0.5,
     json_path: Annotated[Optional[Path], typer.Option("--json")] = None,  # noqa: UP045  (typer on Python 3.10)
 ) -> None:
@@ -49,29 +59,38 @@ def main(
     rows = []
     for longest in asked_lengths:
         for groups, width in asked_widths:
-            rows += measure(longest, int(groups), int(width), tokens, skewed, dtype, device, seconds)
+            shape = Shape(longest, int(groups), int(width), tokens, skewed)
+            rows += measure(shape, dtype, device, seconds, on_gpu if compiled is None else compiled)
     for row in rows:
         row["roofline_share"] = row["gflop"] / row["ms"] / peak if row["gflop"] else None
     report(rows, device, dtype, peak, json_path)
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What is asked about: ``tokens`` in sequences of up to ``longest``, ``groups`` of ``width`` columns."""
+
+    longest: int
+    groups: int
+    width: int
+    tokens: int
+    skewed: bool
+
+    def lengths(self, random: torch.Generator) -> Tensor:
+        """Of the sequences: 0.65 to 1 of the longest, or one of it and, with as many tokens, the others a tenth of it."""
+        if self.skewed:
+            dwarfs = max(1, 10 * (self.tokens - self.longest) // self.longest)
+            return torch.tensor([self.longest] + [max(1, self.longest // 10)] * dwarfs)
+        count = max(1, self.tokens // self.longest)
+        return torch.randint(int(0.65 * self.longest), self.longest + 1, (count,), generator=random)
+
+
 def measure(
-    longest: int,
-    groups: int,
-    width: int,
-    tokens: int,
-    skewed: bool,
-    dtype: torch.dtype,
-    device: torch.device,
-    seconds: float,
+    shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float, compiled: bool
 ) -> list[dict[str, Any]]:
     """Forward and backward of every form that fits, for one shape."""
-    random = torch.Generator().manual_seed(longest)
-    sizes = torch.randint(int(0.65 * longest), longest + 1, (max(1, tokens // longest),), generator=random)
-    if skewed:
-        sizes = torch.cat(
-            [sizes.new_tensor([longest]), sizes.new_full((max(1, 10 * tokens // longest - 10),), longest // 10)]
-        )
+    random = torch.Generator().manual_seed(shape.longest)
+    sizes, longest, groups, width = shape.lengths(random), shape.longest, shape.groups, shape.width
     offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(device)
     num_tokens = int(offsets[-1])
     steps = torch.exp(13 * torch.rand(num_tokens + len(sizes), generator=random)).long()
@@ -81,43 +100,86 @@ def measure(
         return (0.3 * torch.randn(*shape, generator=random)).to(device, dtype).requires_grad_()
 
     q, k, v = (normal(groups, num_tokens, width) for _ in range(3))
-    ts_weights, pos_weights = normal(129), normal(2 * longest - 1)
-    operands = (q, k, v, offsets, longest, timestamps, ts_weights, pos_weights)
-    plan = plan_attention(offsets, longest, timestamps)
-    forms: dict[str, Callable[[], Tensor]] = {"jagged": lambda: relative_attention(*operands, plan=plan)}
-    kept = 3 * len(sizes) * (groups + 1) * longest**2 * q.element_size()
-    if kept <= MEMORY_LIMIT_BYTES:
-        forms["padded"] = lambda: padded_attention(*operands)
-        check_agreement(forms["jagged"], forms["padded"], 1e-5 if dtype == torch.float32 else 2e-2)
-        if device.type == "cuda":
-            compiled = torch.compile(padded_attention, dynamic=False)
-            forms["padded, compiled"] = lambda: compiled(*operands)
+    operands = (q, k, v, offsets, longest, timestamps, normal(129), normal(2 * longest - 1))
+    inputs = [operand for operand in operands if isinstance(operand, Tensor) and operand.requires_grad]
+    described = {"longest": longest, "sequences": len(sizes), "tokens": num_tokens, "groups": groups, "width": width}
     pairs = (sizes.double() * (sizes + 1) / 2).sum().item()
-    gflop = {"forward": 2e-9 * pairs * groups * 4 * width, "backward": 2e-9 * pairs * groups * 8 * width}
-    shape = {"longest": longest, "sequences": len(sizes), "tokens": num_tokens, "groups": groups, "width": width}
-    rows: list[dict[str, Any]] = [
-        shape | {"form": "plan", "pass": "once a batch", "gflop": None}
-        | timed(lambda: plan_attention(offsets, longest, timestamps), device, seconds)
-    ]  # fmt: skip
-    for form, attend in forms.items():
+    rows: list[dict[str, Any]] = []
+    forms: dict[str, Callable[[], Tensor]] = {}
+    for backend in ["triton"] if device.type == "cuda" else backends(device):
+        make_plan = functools.partial(plan_attention, offsets, longest, timestamps, backend=backend)
+        forms[backend] = functools.partial(relative_attention, *operands, backend=backend, plan=make_plan())
+        planned = timed(make_plan, device, seconds)
+        rows.append(described | {"form": f"plan, {backend}", "pass": "once a batch", "gflop": None} | planned)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    if 3 * len(sizes) * (groups + 1) * longest**2 * q.element_size() <= MEMORY_LIMIT_BYTES[device.type]:
+        padded = functools.partial(padded_attention, *operands)
+        for name, form in forms.items():
+            check_agreement(name, form, padded, inputs, tolerance)
+        forms["padded"] = padded
+        if compiled:
+            forms["padded, compiled"] = functools.partial(torch.compile(padded_attention, dynamic=False), *operands)
+    by_form = {name: (form, inputs, {"forward": 4 * width, "backward": 8 * width}) for name, form in forms.items()}
+    ours = next(iter(forms.values()))
+    for name, form, given in public_forms(q, k, v, offsets, longest):
         with torch.no_grad():
-            forward = timed(attend, device, seconds)
-        y = attend()
-        inputs = [q, k, v, ts_weights, pos_weights]
-        differentiate = functools.partial(torch.autograd.grad, y, inputs, torch.randn_like(y), retain_graph=True)
-        backward = timed(differentiate, device, seconds)
-        for name, figures in (("forward", forward), ("backward", backward)):
-            rows.append(shape | {"form": form, "pass": name, "gflop": gflop[name]} | figures)
+            check_same(name, form(), ours().unflatten(2, (3, width))[:, :, 2].transpose(0, 1), tolerance)
+        by_form[name] = form, given, {"forward": 2 * width, "backward": 5 * width}
+    for name, (form, given, products) in by_form.items():
+        with torch.no_grad():
+            times = {"forward": timed(form, device, seconds)}
+        y = form()
+        differentiate = functools.partial(torch.autograd.grad, y, given, torch.randn_like(y), retain_graph=True)
+        times["backward"] = timed(differentiate, device, seconds)
+        for direction, figures in times.items():
+            counted = {"form": name, "pass": direction, "gflop": 2e-9 * pairs * groups * products[direction]}
+            rows.append(described | counted | figures)
+        del y, differentiate
+        rows[-1]["step_mem_gib"] = step_memory(form, given, device)
     return rows
 
 
-def check_agreement(found: Callable[[], Tensor], expected: Callable[[], Tensor], tolerance: float) -> None:
-    """No time is told of a form that computes something else."""
-    with torch.no_grad():
-        y, reference = found().double(), expected().double()
-    error = ((y - reference).norm() / reference.norm()).item()
+def public_forms(
+    q: Tensor, k: Tensor, v: Tensor, seq_offsets: Tensor, max_seq_len: int
+) -> Iterator[tuple[str, Callable[[], Tensor], list[Tensor]]]:
+    """The public HSTU kernels that are installed: name, call → (T, G, dv), and the inputs that it differentiates.
+
+    They take (T, heads, width) and compute SiLU(q kᵀ) / N · v, causal: the semantic channel.
+    """
+    given = [x.detach().transpose(0, 1).contiguous().requires_grad_() for x in (q, k, v)]
+    if importlib.util.find_spec("generative_recommenders"):
+        common = importlib.import_module("generative_recommenders.common")
+        operation = importlib.import_module("generative_recommenders.ops.hstu_attention")
+        triton_kernel = common.HammerKernel.TRITON
+        yield (
+            "generative-recommenders",
+            functools.partial(operation.hstu_mha, max_seq_len, 1.0, *given, seq_offsets, kernel=triton_kernel),
+            given,
+        )
+    if importlib.util.find_spec("hstu_attn"):
+        attend = importlib.import_module("hstu_attn").hstu_attn_varlen_func
+        bounds = [seq_offsets.int()] * 2
+        yield (
+            "hstu_attn",
+            functools.partial(attend, *given, *bounds, max_seq_len, max_seq_len, window_size=(-1, 0)),
+            given,
+        )
+
+
+def check_agreement(
+    name: str, form: Callable[[], Tensor], expected: Callable[[], Tensor], inputs: list[Tensor], tolerance: float
+) -> None:
+    """No time is told of a form that computes something else, forward or backward."""
+    upstream = torch.randn_like(expected())
+    results = ([y.detach(), *torch.autograd.grad(y, inputs, upstream)] for y in (form(), expected()))
+    for found, reference in zip(*results, strict=True):
+        check_same(name, found, reference, tolerance)
+
+
+def check_same(name: str, found: Tensor, reference: Tensor, tolerance: float) -> None:
+    error = ((found.double() - reference.double()).norm() / reference.double().norm()).item()
     if not error <= tolerance:
-        raise RuntimeError(f"the jagged form differs from the padded one by {error:.2e}, more than {tolerance:.0e}")
+        raise RuntimeError(f"the {name} form differs by {error:.2e}, more than {tolerance:.0e}")
 
 
 def padded_attention(
@@ -153,10 +215,10 @@ def report(
         (str(row["longest"]), str(row["sequences"]), f"{row['groups']} × {row['width']}", row["form"], row["pass"])
         + (f"{row['ms']:.2f}", f"{row['spread_ms']:.2f}")
         + ((f"{row['gflop']:.2f}", f"{row['roofline_share']:.0%}") if row["gflop"] else ("", ""))
-        + (f"{row['peak_mem_gib']:.3f}" if "peak_mem_gib" in row else "",)
+        + (f"{row['step_mem_gib']:.3f}" if "step_mem_gib" in row else "",)
         for row in rows
     ]
-    columns = ("longest", "sequences", "groups × width", "form", "pass", "ms", "± ms", "GFLOP", "of peak", "GiB")
+    columns = ("longest", "sequences", "groups × width", "form", "pass", "ms", "± ms", "GFLOP", "of peak", "step GiB")
     publish("Relative attention", run_header(device, dtype, matrix_tflops=peak), columns, cells, rows, path)
 
 

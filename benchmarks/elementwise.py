@@ -20,9 +20,8 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from benchmarks.roofline import memory_rate, publish, run_header, timed
+from benchmarks.roofline import backends, memory_rate, publish, run_header, timed
 from kernels import gated_rms_norm, rms_norm, silu_split
-from kernels.backend import triton_installed
 
 DROPOUT = 0.2
 NUM_VIEWS = 4
@@ -112,10 +111,6 @@ def measure_forms(
         for direction, figures in times.items():
             measured.append(shape | {"form": name, "pass": direction, "gbyte": 1e-9 * moved[direction]} | figures)
     return measured
-
-
-def backends(device: torch.device) -> list[str]:
-    return ["torch", "triton"] if device.type == "cuda" and triton_installed() else ["torch"]
 
 
 def _alone(operation: Callable[..., Tensor], *inputs: Tensor, **options: Any) -> tuple[Tensor]:

@@ -4,7 +4,7 @@
     python -m benchmarks.expert_ffn --widths 16x64,64x256 --experts 8 --json out.json
 
 Forms: `eager`, three matrix products an expert with hidden rows kept for backward; `grouped`, three calls of
-torch._grouped_mm (bfloat16 on a GPU); `torch`, our PyTorch form; `triton`. Then the whole mixture (top 2): `copies` makes
+torch._grouped_mm (widths that are multiples of 8); `torch`, our PyTorch form; `triton`. Then the whole mixture (top 2): `copies` makes
 the sorted copies and the weighted sum beside the kernel, `routed` gathers and weighs inside it.
 
 FLOPs are 6·R·d·f forward and twice that backward: recomputation counts as none. Bytes are rows and weights read once, and
@@ -23,9 +23,8 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from benchmarks.roofline import matrix_rate, memory_rate, publish, run_header, timed
+from benchmarks.roofline import backends, matrix_rate, memory_rate, publish, run_header, timed
 from kernels import expert_ffn, routed_expert_ffn
-from kernels.backend import triton_installed
 from kernels.expert_ffn.routing import sorted_copies, weighted_choices
 
 TOP_K = 2
@@ -84,11 +83,10 @@ def measure(
     w1, w3 = (normal(num_experts, dim, hidden_dim, scale=dim**-0.5) for _ in range(2))
     w2 = normal(num_experts, hidden_dim, dim, scale=hidden_dim**-0.5)
     weights = torch.rand(rows // top_k, top_k, generator=random).to(device).requires_grad_()
-    backends = ["torch", "triton"] if device.type == "cuda" and triton_installed() else ["torch"]
     forms: dict[str, Callable[[], Tensor]] = {"eager": lambda: eager_ffn(x, offsets, w1, w3, w2)}
-    if device.type == "cuda" and dtype == torch.bfloat16 and dim % 8 == hidden_dim % 8 == 0:
+    if (device.type == "cpu" or dtype == torch.bfloat16) and dim % 8 == hidden_dim % 8 == 0:
         forms["grouped"] = lambda: grouped_ffn(x, offsets.int()[1:], w1, w3, w2)
-    for backend in backends:
+    for backend in backends(device):
         options: dict[str, Any] = {"backend": backend, "check_offsets": False}
         forms[backend] = functools.partial(expert_ffn, x, offsets, w1, w3, w2, **options)
     mixture: dict[str, Callable[[], Tensor]] = {

@@ -16,6 +16,9 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
+
+from kernels.backend import interpreting, triton_installed
 
 
 def timed(run: Callable[[], Any], device: torch.device, seconds: float) -> dict[str, float]:
@@ -42,6 +45,35 @@ def timed(run: Callable[[], Any], device: torch.device, seconds: float) -> dict[
     if on_gpu:
         figures["peak_mem_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
     return figures
+
+
+def peak_memory(run: Callable[[], Any], device: torch.device) -> float:
+    """GiB that ``run`` takes at its peak beyond what is held before it; on a CPU the growth of the resident set."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        return (torch.cuda.max_memory_allocated() - before) / 2**30
+    Path("/proc/self/clear_refs").write_text("5")  # the mark of the highest resident set falls to what is resident now
+    before = _resident_kib("VmRSS")
+    run()
+    return max(0, _resident_kib("VmHWM") - before) / 2**20
+
+
+def step_memory(form: Callable[[], Tensor], inputs: list[Tensor], device: torch.device) -> float:
+    """GiB that forward and backward together take at their peak beyond the inputs: what is kept for backward included."""
+    return peak_memory(lambda: torch.autograd.grad(form().float().mean(), inputs), device)
+
+
+def _resident_kib(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+
+def backends(device: torch.device) -> list[str]:
+    """The backends to compare on ``device``, Triton's interpreter among them where it is asked for."""
+    return ["torch", "triton"] if interpreting() or (device.type == "cuda" and triton_installed()) else ["torch"]
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:

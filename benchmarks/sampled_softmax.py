@@ -22,9 +22,8 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from benchmarks.roofline import matrix_rate, memory_rate, publish, run_header, timed
+from benchmarks.roofline import backends, matrix_rate, memory_rate, publish, run_header, step_memory, timed
 from kernels import sampled_softmax_loss
-from kernels.backend import triton_installed
 from kernels.sampled_softmax.torch_form import MASKED_LOGIT
 
 TEMPERATURE = 0.05
@@ -84,9 +83,9 @@ def measure(
     loss = functools.partial(
         sampled_softmax_loss, hidden, items, targets, negatives, group_size=group_size, temperature=TEMPERATURE
     )
-    forms: dict[str, Callable[[], Tensor]] = {"torch": functools.partial(loss, backend="torch")}
-    if device.type == "cuda" and triton_installed():
-        forms["triton"] = functools.partial(loss, backend="triton")
+    forms: dict[str, Callable[[], Tensor]] = {
+        backend: functools.partial(loss, backend=backend) for backend in backends(device)
+    }
     if 2 * groups * count * width * hidden.element_size() + 12 * tokens * count <= MEMORY_LIMIT_BYTES:
         eager = functools.partial(eager_loss, hidden, items, targets, negatives, size)
         for name, form in forms.items():
@@ -115,18 +114,8 @@ def measure(
         figures["backward"] = timed(backward, device, seconds)
         for direction, measured in figures.items():
             rows.append(shape | {"form": name, "pass": direction} | counted[direction] | measured)
-        if device.type == "cuda":
-            rows[-1]["step_mem_gib"] = step_memory(form, [hidden, items])
+        rows[-1]["step_mem_gib"] = step_memory(form, [hidden, items], device)
     return rows
-
-
-def step_memory(form: Callable[[], Tensor], inputs: list[Tensor]) -> float:
-    """What forward and backward together take at their peak beyond the inputs, in GiB: saved tensors included."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    torch.autograd.grad(form().mean(), inputs)
-    return float(torch.cuda.max_memory_allocated() - before) / 2**30
 
 
 def check_agreement(

@@ -1,0 +1,119 @@
+"""How much memory does a training step take beside its weights, on the kernels and in eager padded PyTorch?
+
+    python -m benchmarks.step_memory --lengths 2048,4096,8192 --json out.json
+
+One batch of full-length histories, forward, loss and backward, of FuXi-α (one table, dense FFN, negatives of each token's
+own): `kernels` is `mme.model` on the backend that `auto` takes, `padded` is `benchmarks.padded_fuxi`. On a GPU the peak is
+of the allocator, on a CPU of the resident set. The padded form is left out where it would not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import torch
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from benchmarks.padded_fuxi import PaddedFuxi
+from benchmarks.roofline import peak_memory, publish, run_header
+from kernels import sampled_softmax_loss
+from mme.config import Config, load_config
+from mme.data.batch import SequenceBatch
+from mme.model.decoder import Decoder
+
+NUM_ITEMS = 20_000
+# What autograd keeps of a block in padded form, in matrices of (B, N, N) for each head: three weights, scores and masks.
+PADDED_MATRICES = 12
+MEMORY_LIMIT_BYTES = {"cuda": 64 << 30, "cpu": 8 << 30}
+
+
+def main(
+    lengths: Annotated[str, typer.Option(help="N, such as 2048,8192")] = "2048,4096,8192",
+    sequences: Annotated[int, typer.Option(help="of a batch; 0: 4 on a GPU, 1 on a CPU")] = 0,
+    width: Annotated[int, typer.Option(help="D, of one table")] = 64,
+    blocks: Annotated[int, typer.Option(help="FuXi blocks")] = 2,
+    json_path: Annotated[Optional[Path], typer.Option("--json")] = None,  # noqa: UP045  (typer on Python 3.10)
+) -> None:
+    """Prints a table of peaks and, with --json, writes them."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    sequences = sequences or (4 if device.type == "cuda" else 1)
+    rows = []
+    for longest in (int(x) for x in lengths.split(",")):
+        rows += measure(longest, sequences, width, blocks, device)
+    cells = []
+    for row in rows:
+        share = "" if row["share"] is None else f"{row['share']:.1%}"
+        cells.append((str(row["longest"]), str(row["sequences"]), row["form"], f"{row['step_mem_gib']:.3f}", share))
+    columns = ("N", "sequences", "form", "step GiB", "of padded")
+    header = run_header(device, torch.float32, width=width, blocks=blocks)
+    publish("Memory of a training step", header, columns, cells, rows, json_path)
+
+
+def measure(longest: int, sequences: int, width: int, blocks: int, device: torch.device) -> list[dict[str, Any]]:
+    """The peak of each form that fits, and its share of the padded form's."""
+    config = load_config(
+        None,
+        [
+            "data.path=unused",
+            f"data.max_seq_len={longest}",
+            "model.num_tables=1",
+            f"model.embedding_dim={width}",
+            f"model.num_blocks={blocks}",
+            "model.moe.num_experts=0",
+        ],
+    )
+    batch = full_batch(longest, sequences).to(device)
+    steps: dict[str, Callable[[], Tensor]] = {"kernels": kernel_step(config, batch, device)}
+    if (
+        4 * PADDED_MATRICES * blocks * sequences * config.model.num_heads * longest**2
+        <= MEMORY_LIMIT_BYTES[device.type]
+    ):
+        padded = PaddedFuxi(config, NUM_ITEMS).to(device)
+        steps["padded"] = lambda: padded(batch)
+    peaks = {}
+    for name, step in steps.items():
+        step().backward()  # gradients, and what libraries set up at first, are there before
+        peaks[name] = peak_memory(lambda step=step: step().backward(), device)  # type: ignore[misc]
+    shape = {"longest": longest, "sequences": sequences}
+    padded_peak = peaks.get("padded")
+    return [
+        shape | {"form": name, "step_mem_gib": peak, "share": peak / padded_peak if padded_peak else None}
+        for name, peak in peaks.items()
+    ]
+
+
+def full_batch(longest: int, sequences: int) -> SequenceBatch:
+    """Histories of ``longest`` events, random items and rising times."""
+    random = torch.Generator().manual_seed(longest)
+    items = torch.randint(NUM_ITEMS, (sequences, longest + 1), generator=random)
+    steps = torch.exp(13 * torch.rand(sequences, longest + 1, generator=random)).long()
+    return SequenceBatch(
+        item_ids=items[:, :-1].flatten(),
+        seq_offsets=longest * torch.arange(sequences + 1),
+        timestamps=(1_500_000_000 + steps.cumsum(1)).flatten(),
+        target_ids=items[:, 1:].flatten(),
+        user_rows=torch.arange(sequences),
+    )
+
+
+def kernel_step(config: Config, batch: SequenceBatch, device: torch.device) -> Callable[[], Tensor]:
+    """The mean loss of ``batch`` by the decoder and the loss that train, on a table held whole."""
+    decoder = Decoder(config).to(device)
+    table = torch.nn.Embedding(NUM_ITEMS, config.model.embedding_dim, device=device)
+
+    def step() -> Tensor:
+        out = decoder(table.weight[:, None], batch.item_ids, batch.seq_offsets, batch.timestamps)
+        queries, items = (F.normalize(x.flatten(1), dim=-1, eps=1e-6) for x in (out.hidden, table.weight))
+        negatives = torch.randint(NUM_ITEMS, (batch.num_tokens, config.loss.num_negatives), device=device)
+        temperature = config.loss.temperature
+        return sampled_softmax_loss(queries, items, batch.target_ids, negatives, temperature=temperature).mean()
+
+    return step
+
+
+if __name__ == "__main__":
+    typer.run(main)
