@@ -5,6 +5,7 @@ python -m benchmarks.roofline
 
 from __future__ import annotations
 
+import ctypes
 import json
 import platform
 import statistics
@@ -55,6 +56,8 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> float:
         before = torch.cuda.memory_allocated()
         run()
         return (torch.cuda.max_memory_allocated() - before) / 2**30
+    # What earlier calls gave back may be with the allocator still: it would serve `run` unseen.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the mark of the highest resident set falls to what is resident now
     before = _resident_kib("VmRSS")
     run()
