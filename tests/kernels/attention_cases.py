@@ -1,7 +1,8 @@
 """Jagged batches for the tests of relative attention, and the comparison of a form of it with its definition.
 
-Tolerance, relative to the norm of the reference in float64: TOLERANCES by dtype, about 100 rounding steps of float32;
-for bfloat16 and float16 twice what the definition itself errs in that dtype (see `test_relative_attention_triton.py`).
+Tolerance, relative to the norm of the reference in float64: about 30 rounding steps of float32; for bfloat16 and float16
+twice what the definition itself errs in that dtype (see `test_relative_attention_triton.py`). Where terms cancel to less
+than a tenth of the sum of their sizes, as in gradients of few elements they may, relative to that tenth.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from kernels.relative_attention.reference import relative_attention_reference
 
+OPERANDS = ("q", "k", "v", "ts_weights", "pos_weights")
 NAMES = ("output", "grad q", "grad k", "grad v", "grad ts_weights", "grad pos_weights")
 
 
@@ -34,6 +36,10 @@ class Case:
             name: x.to(dtype) for name, x in vars(self).items() if isinstance(x, Tensor) and x.is_floating_point()
         }
         return replace(self, **floats)
+
+    def sizes(self) -> Case:
+        """All numbers positive, so that no term cancels another."""
+        return replace(self, **{name: getattr(self, name).abs() for name in (*OPERANDS, "grad")})
 
 
 def make_case(
@@ -82,7 +88,7 @@ def times_of_every_bucket() -> Tensor:
 
 def results(attention: Callable[..., Tensor], case: Case) -> list[Tensor]:
     """Output and the five gradients, in the order of NAMES."""
-    leaves = [x.detach().clone().requires_grad_() for x in (case.q, case.k, case.v, case.ts_weights, case.pos_weights)]
+    leaves = [getattr(case, name).detach().clone().requires_grad_() for name in OPERANDS]
     q, k, v, ts_weights, pos_weights = leaves
     y = attention(q, k, v, case.seq_offsets, case.max_seq_len, case.timestamps, ts_weights, pos_weights)
     gradients = torch.autograd.grad(y, leaves, case.grad, allow_unused=True)
@@ -102,6 +108,12 @@ def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
 def assert_agrees(attention: Callable[..., Tensor], case: Case, dtype: torch.dtype, tolerance: float) -> None:
     """Output and every gradient of ``case`` in ``dtype`` against the definition in float64."""
     low = case.to(dtype)
-    errors = relative_errors(results(attention, low), results(relative_attention_reference, low.to(torch.float64)))
+    exact = low.to(torch.float64)
+    expected = results(relative_attention_reference, exact)
+    errors = relative_errors(results(attention, low), expected)
+    if max(errors) > tolerance:
+        terms = results(relative_attention_reference, exact.sizes())
+        shares = [(x.norm() / y.norm().clamp(min=1e-30)).item() for x, y in zip(expected, terms, strict=True)]
+        errors = [error * min(1.0, 10 * share) for error, share in zip(errors, shares, strict=True)]
     for name, error in zip(NAMES, errors, strict=True):
         assert error <= tolerance, f"{name}: relative error {error:.2e} over {tolerance:.0e}"
