@@ -225,7 +225,7 @@ class _Stopping:
     """Passes the first signal received on.
 
     SIGTERM goes to each worker once: a scheduler may have sent it to all processes of the job already, and torchrun, told
-    twice, would leave its workers behind. torchrun itself is told where it has no workers.
+    twice, would leave its workers behind. torchrun itself is told as soon as no worker is alive, before it starts new ones.
     """
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
@@ -245,12 +245,16 @@ class _Stopping:
     def _tell_workers(self) -> None:
         while self.process.poll() is None:
             with suppress(psutil.Error):
-                workers = psutil.Process(self.process.pid).children()
-                for worker in workers or [psutil.Process(self.process.pid)]:
-                    if worker.pid not in self._told:
-                        self._told.add(worker.pid)
-                        worker.terminate()
-            time.sleep(1)
+                for process in _living_workers(self.process.pid) or [psutil.Process(self.process.pid)]:
+                    if process.pid not in self._told:
+                        self._told.add(process.pid)
+                        process.terminate()
+            time.sleep(0.05)
+
+
+def _living_workers(torchrun: int) -> list[psutil.Process]:
+    workers = psutil.Process(torchrun).children()
+    return [worker for worker in workers if worker.status() != psutil.STATUS_ZOMBIE]
 
 
 class LaunchError(RuntimeError):
@@ -309,8 +313,7 @@ class _Watch:
         limit_s, alive_at = 2 * self.job.rdzv_timeout_s + UNANSWERED_S, time.monotonic()
         while self.process.poll() is None:
             with suppress(psutil.Error):
-                workers = psutil.Process(self.process.pid).children()
-                if any(worker.status() != psutil.STATUS_ZOMBIE for worker in workers):
+                if _living_workers(self.process.pid):
                     alive_at = time.monotonic()
             if time.monotonic() - alive_at > limit_s:
                 self.alone = True
