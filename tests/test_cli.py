@@ -269,6 +269,8 @@ def test_interrupt_ends_with_one_line_and_the_same_command_goes_on(run: Path) ->
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        # Where the tests run in the background of a shell, Ctrl-C is ignored, and so by what they start.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for _ in range(600):
         if any((output / "checkpoints").glob("step_*")) or process.poll() is not None:
