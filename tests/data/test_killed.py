@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import subprocess
 import sys
 import threading
@@ -52,6 +51,10 @@ def write_days(folder: Path) -> list[Path]:
     return [folder / f"{day}.csv" for day in range(2)]
 
 
+def interrupted(*arguments: Any) -> None:
+    raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("added", [False, True])
 def test_an_interrupted_run_goes_on_from_the_events_that_it_had_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, added: bool
@@ -66,9 +69,6 @@ def test_an_interrupted_run_goes_on_from_the_events_that_it_had_read(
 
     for name in ("set", "other") if added else ():
         prepare(days[:1], "csv", tmp_path / name, feature_columns=["kind"], **options)
-
-    def interrupted(*arguments: Any) -> None:
-        raise KeyboardInterrupt
 
     def unread(source: SourceFile) -> None:
         raise AssertionError(f"{source.path} is read again")
@@ -94,7 +94,7 @@ def test_what_another_run_had_read_is_not_used(tmp_path: Path, monkeypatch: pyte
     days = write_days(tmp_path)
     options: dict[str, Any] = {"max_malformed_share": 0.1}
     with monkeypatch.context() as patch:
-        patch.setattr(prepare_module, "write_histories", lambda *arguments: signal.raise_signal(signal.SIGINT))
+        patch.setattr(prepare_module, "write_histories", interrupted)
         with pytest.raises(KeyboardInterrupt):
             prepare(days, "csv", tmp_path / "set", **options)
     if change == "generator":
