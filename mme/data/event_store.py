@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from mme.data.histories import NEW, Histories, IntArray
 from mme.data.layout import FEATURE_PREFIX
 
-EVENTS_AT_ONCE = 1 << 20
+EVENTS_AT_ONCE = 1 << 18
 
 
 class EventStore:

@@ -41,7 +41,7 @@ from mme.errors import UserError
 _BYTES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SMALLEST_MEMORY = 512 * 2**20
 # What the process takes besides DuckDB: interpreter and libraries, batches on their way, the row group being written.
-OTHER_MEMORY = 320 * 2**20
+OTHER_MEMORY = 384 * 2**20
 KEPT = Path(WORK_FOLDER, READ_FILE)  # of an interrupted run
 DUCKDB_SHARE = 0.9  # of the rest: DuckDB takes some more than the limit it is given
 
