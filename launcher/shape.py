@@ -158,7 +158,7 @@ class Shape:
         model, d = self.config.model, self.config.model.view_dim
         block = flops.projections(model) + d + 129 + 2 * self.config.data.max_seq_len - 1
         ffn = (model.num_blocks - self.expert_blocks) * flops.expert_row(model)
-        router = self.expert_blocks * d * model.moe.num_experts
+        router = self.expert_blocks * d * model.moe.num_experts * model.router_views**2
         positions = (model.num_tables if model.positions == "per_view" else 1) * self.config.data.max_seq_len * d
         return model.num_blocks * block + ffn + router + positions
 

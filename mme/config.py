@@ -45,6 +45,9 @@ class MoEConfig:
     num_experts: int = 8  # E; 0: dense FFN
     top_k: int = 2
     placement: list[int] = field(default_factory=list)  # blocks that have experts, from 0; empty: all
+    router: Literal["view", "all_views"] = (
+        "view"  # what decides over a view of a token: that view, or all of the token's
+    )
     renormalize: bool = True  # the k chosen probabilities of a token sum to 1
     capacity_factor: float = 0.0  # room of an expert, as a multiple of an even share, per rank; 0: nothing is dropped
     load_balance_coef: float = 0.01
@@ -73,6 +76,11 @@ class ModelConfig:
     @property
     def view_dim(self) -> int:
         return self.embedding_dim // self.num_tables
+
+    @property
+    def router_views(self) -> int:
+        """How many views of a token a router sees."""
+        return self.num_tables if self.moe.router == "all_views" else 1
 
     @property
     def feature_columns(self) -> list[str]:

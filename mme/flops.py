@@ -58,7 +58,7 @@ def training_flops(config: Config, num_tokens: int, num_pairs: int, num_items: i
     scored = num_items if loss.kind == "full_softmax" else loss.num_negatives + 1
     forward = {
         "attention": blocks * (rows * projections(model) + model.num_tables * num_pairs * attention_pair(model)),
-        "routing": with_experts * rows * model.view_dim * model.moe.num_experts,
+        "routing": with_experts * rows * model.router_views * model.view_dim * model.moe.num_experts,
         "experts": (with_experts * top_k + blocks - with_experts) * rows * expert_row(model),
         "loss": num_tokens * scored * model.embedding_dim,
     }

@@ -110,7 +110,14 @@ def _block(config: Config, index: int) -> nn.Module:
     ffn: DenseFFN | MixtureOfExperts
     if moe.num_experts and (not moe.placement or index in moe.placement):
         ffn = MixtureOfExperts(
-            moe.num_experts, moe.top_k, dim, hidden_dim, moe.renormalize, backend, moe.capacity_factor
+            moe.num_experts,
+            moe.top_k,
+            dim,
+            hidden_dim,
+            moe.renormalize,
+            backend,
+            moe.capacity_factor,
+            views_seen=model.router_views,
         )
     else:
         ffn = DenseFFN(dim, hidden_dim, backend)

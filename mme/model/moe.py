@@ -1,6 +1,7 @@
 """Mixture of gated experts: router, experts, and the seam at which tokens may travel to other ranks.
 
-p = softmax(z W_g) in float32, the k largest kept and (choice) renormalised to sum 1, y = Σ_k p_k · Expert_k(z).
+p = softmax(z W_g) in float32, the k largest kept and (choice) renormalised to sum 1, y = Σ_k p_k · Expert_k(z). A
+router sees one view of a token, W_g (d, E), or (choice) all of them, W_g (M·d, M·E), and still decides for each by itself.
 Load-balance loss of the Switch Transformer (arXiv 2101.03961) and GShard (arXiv 2006.16668); router z-loss of ST-MoE
 (arXiv 2202.08906).
 
@@ -139,13 +140,16 @@ class MixtureOfExperts(nn.Module):
         renormalize: bool,
         backend: str = "auto",
         capacity_factor: float = 0.0,
+        views_seen: int = 1,
     ) -> None:
+        """``views_seen``: 1, a row is routed by itself; M, by all views of its token."""
         super().__init__()
         self.num_experts = num_experts
+        self.views_seen = views_seen
         self.top_k = top_k
         self.renormalize = renormalize
         self.capacity_factor = capacity_factor
-        self.router = nn.Linear(dim, num_experts, bias=False)
+        self.router = nn.Linear(views_seen * dim, views_seen * num_experts, bias=False)
         self.experts = GatedExperts(num_experts, dim, hidden_dim, backend)
         self.dispatcher: Dispatcher | None = None
 
@@ -197,7 +201,8 @@ class MixtureOfExperts(nn.Module):
         return torch.bincount(bins, minlength=num_views * self.num_experts).view(num_views, self.num_experts)
 
     def route(self, z: Tensor, num_views: int) -> Routing:
-        logits = self.router(z.to(self.router.weight.dtype)).float()
+        seen = z.to(self.router.weight.dtype).unflatten(0, (self.views_seen, -1)).transpose(0, 1).flatten(1)
+        logits = self.router(seen).float().unflatten(1, (self.views_seen, -1)).transpose(0, 1).flatten(0, 1)
         probabilities = torch.softmax(logits, dim=-1)
         weights, experts = probabilities.topk(self.top_k, dim=-1)
         if self.renormalize:

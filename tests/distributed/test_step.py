@@ -160,6 +160,12 @@ def test_experts_and_processes_that_receive_no_token(split: list[list[int]]) -> 
     compare(expected, run_on(len(split), one_step, split, [f"parallel.expert_parallel_size={len(split)}"], 2))
 
 
+def test_routers_that_see_all_views() -> None:
+    option = ["model.moe.router=all_views"]
+    ((loss, gradients, weights),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], option)
+    check((loss, whole([gradients]), whole([weights])), [[0, 3, 1, 2, 4], []], *option)
+
+
 def test_a_process_without_sequences(alone: Any) -> None:
     check(alone, [[0, 1, 2, 3, 4], []])
 

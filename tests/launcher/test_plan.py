@@ -34,6 +34,7 @@ def seconds(planned: Shape, device: Device = H100) -> dict[str, float]:
         (),
         ("model.moe.num_experts=0",),
         ("model.moe.placement=[1]", "model.num_heads=2", "model.positions=shared"),
+        ("model.moe.router=all_views",),
         ("model.dqk=5", "model.dv=7", "model.ffn_multiplier=1.7"),
     ],
 )

@@ -13,15 +13,18 @@ from mme.model.moe import MixtureOfExperts, load_balance_loss, router_z_loss
 NUM_EXPERTS, TOP_K, DIM, HIDDEN = 5, 2, 6, 9
 
 
-def mixture(renormalize: bool) -> MixtureOfExperts:
+def mixture(renormalize: bool, views_seen: int = 1) -> MixtureOfExperts:
     torch.manual_seed(0)
-    return MixtureOfExperts(NUM_EXPERTS, TOP_K, DIM, HIDDEN, renormalize).double()
+    return MixtureOfExperts(NUM_EXPERTS, TOP_K, DIM, HIDDEN, renormalize, views_seen=views_seen).double()
 
 
 def by_token(moe: MixtureOfExperts, z: torch.Tensor) -> torch.Tensor:
-    rows = []
-    for row in z:
-        probabilities = torch.softmax((row @ moe.router.weight.T).float(), dim=0)
+    num_tokens, rows = len(z) // moe.views_seen, []
+    for place, row in enumerate(z):
+        view, token = divmod(place, num_tokens)
+        seen = torch.cat([z[other * num_tokens + token] for other in range(moe.views_seen)])
+        logits = (moe.router.weight @ seen).view(moe.views_seen, NUM_EXPERTS)[view]
+        probabilities = torch.softmax(logits.float(), dim=0)
         chosen = probabilities.argsort(descending=True)[:TOP_K]
         weights = probabilities[chosen]
         weights = weights / weights.sum() if moe.renormalize else weights
@@ -31,9 +34,9 @@ def by_token(moe: MixtureOfExperts, z: torch.Tensor) -> torch.Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize("renormalize", [True, False])
-def test_equals_a_loop_over_tokens(renormalize: bool) -> None:
-    moe = mixture(renormalize)
+@pytest.mark.parametrize(("renormalize", "views_seen"), [(True, 1), (False, 1), (True, 2)])
+def test_equals_a_loop_over_tokens(renormalize: bool, views_seen: int) -> None:
+    moe = mixture(renormalize, views_seen)
     z = torch.randn(2 * 7, DIM, dtype=torch.float64, requires_grad=True)
     inputs = [z, *moe.parameters()]
     expected = by_token(moe, z)
@@ -49,8 +52,9 @@ def test_equals_a_loop_over_tokens(renormalize: bool) -> None:
         assert routing.counts[view].tolist() == torch.bincount(chosen[view], minlength=NUM_EXPERTS).tolist()
 
 
-def test_no_rows() -> None:
-    y, routing = mixture(True)(torch.empty(0, DIM, dtype=torch.float64), num_views=3)
+@pytest.mark.parametrize("views_seen", [1, 3])
+def test_no_rows(views_seen: int) -> None:
+    y, routing = mixture(True, views_seen)(torch.empty(0, DIM, dtype=torch.float64), num_views=3)
     assert y.shape == (0, DIM)
     assert routing.counts.tolist() == [[0] * NUM_EXPERTS] * 3
 
