@@ -33,11 +33,20 @@ from mme.errors import UserError
 from mme.metrics_file import METRICS_FILE, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-NUM_VIEWS, WIDTH = 4, 64
-# The hidden width of an FFN or expert is WIDTH in every model: ffn_multiplier counts view widths.
-ONE_TABLE = [f"model.embedding_dim={WIDTH}", "model.num_tables=1", "model.ffn_multiplier=1"]
-MANY_TABLES = [f"model.embedding_dim={WIDTH}", f"model.num_tables={NUM_VIEWS}", f"model.ffn_multiplier={NUM_VIEWS}"]
-DENSE, EXPERTS = ["model.moe.num_experts=0"], ["model.moe.num_experts=8", "model.moe.top_k=2"]
+NUM_VIEWS, WIDTH = 2, 64
+BATCH_SIZE = 64  # sequences, over all processes
+
+
+def _tables(number: int) -> list[str]:
+    """Heads are as wide as a view and as many as views, ffn_multiplier counts view widths: in every model the heads are
+    ``WIDTH`` wide together, and so is the hidden layer of an FFN or expert."""
+    head = f"model.num_heads={number} model.dqk={WIDTH // number} model.dv={WIDTH // number}"
+    return f"model.embedding_dim={WIDTH} model.num_tables={number} {head} model.ffn_multiplier={number}".split()
+
+
+ONE_TABLE, MANY_TABLES = _tables(1), _tables(NUM_VIEWS)
+DENSE = ["model.moe.num_experts=0"]
+EXPERTS = "model.moe.num_experts=8 model.moe.top_k=2 model.moe.router=all_views model.moe.load_balance_coef=0.001".split()
 MODELS = {
     "sasrec": [*ONE_TABLE, *DENSE, "model.block=sasrec"],
     "hstu": [*ONE_TABLE, *DENSE, "model.block=hstu"],
@@ -119,6 +128,7 @@ def train(
     overrides = [
         f"data.path={dataset}",
         "data.protocol=leave_two_out",
+        f"data.batch_size={BATCH_SIZE // processes}",
         *MODELS[name],
         *common,
         f"train.seed={seed}",
