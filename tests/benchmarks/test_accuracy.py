@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.accuracy import MODELS, ndcg_at_10, paired_p
+from benchmarks.accuracy import MODELS, SETTINGS, ndcg_at_10, overrides_of, paired_p
 from mme.config import load_config
 from mme.data.synthetic import prepare_synthetic
 
@@ -32,8 +32,9 @@ def test_p_is_that_of_all_choices_of_signs() -> None:
     assert paired_p(torch.ones(50)) == pytest.approx(1 / 10_001)
 
 
-def test_models_have_tables_of_the_same_number_of_parameters() -> None:
-    configs = {name: load_config(None, ["data.path=unused", *overrides]) for name, overrides in MODELS.items()}
+@pytest.mark.parametrize("data", SETTINGS)
+def test_models_have_tables_of_the_same_number_of_parameters(data: str) -> None:
+    configs = {name: load_config(None, ["data.path=unused", *overrides_of(name, data)]) for name in MODELS}
     assert {config.model.num_tables * config.model.view_dim for config in configs.values()} == {64}
     assert {name: (c.model.num_tables, c.model.moe.num_experts) for name, c in configs.items()} == {
         "sasrec": (1, 0),
