@@ -89,6 +89,8 @@ def main(
         for name in models:
             if name not in MODELS:
                 raise UserError(f"--model {name}: expected one of {', '.join(MODELS)}")
+        if processes < 1 or BATCH_SIZE % processes:
+            raise UserError(f"--processes {processes}: expected a divisor of {BATCH_SIZE}, the sequences of a batch")
         common = [*([f"train.epochs={epochs}"] if epochs else []), *(setting or [])]
         dataset = prepare(data, input_file, work)
         runs = {name: [train(name, one, data, dataset, common, work, processes) for one in seeds] for name in models}

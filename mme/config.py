@@ -45,9 +45,7 @@ class MoEConfig:
     num_experts: int = 8  # E; 0: dense FFN
     top_k: int = 2
     placement: list[int] = field(default_factory=list)  # blocks that have experts, from 0; empty: all
-    router: Literal["view", "all_views"] = (
-        "view"  # what decides over a view of a token: that view, or all of the token's
-    )
+    router: Literal["view", "all_views"] = "view"  # what decides where a view of a token goes: it alone, or all views
     renormalize: bool = True  # the k chosen probabilities of a token sum to 1
     capacity_factor: float = 0.0  # room of an expert, as a multiple of an even share, per rank; 0: nothing is dropped
     load_balance_coef: float = 0.01

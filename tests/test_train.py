@@ -112,10 +112,10 @@ def test_two_processes_repeat_their_losses(data: Path, tmp_path: Path, overrides
     assert popularity["model"] == "popularity"
     assert model["targets_sha256"] == popularity["targets_sha256"]
     with_capacity = "model.moe.capacity_factor=1" in overrides
-    of_experts = records(runs[0], "experts")
-    assert all(("dropped" in record) == with_capacity for record in of_experts)
-    dropped = [share for record in of_experts for views in record.get("dropped", []) for share in views]
-    assert all(0 <= share < 1 for share in dropped) and any(dropped) == with_capacity
+    for record in records(runs[0], "experts"):
+        assert ("dropped" in record) == with_capacity
+        for first, second in record.get("dropped", []):  # the first view's rows come first and may all find room
+            assert 0 <= first < 1 and 0 < second < 1
     assert {"protocol", "sort_rule", "hr@10", "hr@50", "ndcg@10", "ndcg@50", "mrr"} <= set(model)
 
 
