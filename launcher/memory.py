@@ -160,12 +160,13 @@ def _kept_by_experts(shape: Shape, device: Device) -> float:
 
 
 def _kept_by_loss(shape: Shape, device: Device) -> float:
-    """Normalised states, twice; the negatives of the whole batch, and rows and slopes, which GPUs do not keep."""
+    """Normalised states, twice; the negatives of the whole batch, and rows and slopes of each softmax, which GPUs do not keep."""
     tokens = shape.tokens / shape.config.train.micro_batches
     states = 2 * tokens * shape.config.model.embedding_dim * FLOAT
     if shape.is_full_softmax:
         return states
-    slopes = 0 if device.is_gpu else 2 * FLOAT * tokens * shape.scored
+    softmaxes = shape.config.model.num_tables if shape.config.loss.views == "each" else 1
+    slopes = 0 if device.is_gpu else 2 * FLOAT * tokens * shape.scored * softmaxes
     return states + slopes + shape.negative_sets * (shape.scored - 1) * INT64
 
 

@@ -100,6 +100,9 @@ class LossConfig:
     uniform_share: float = 0.0  # popularity, in_batch: this share of the negatives is uniform all the same
     log_q_correction: bool = False  # subtract ln of how often an item is expected among the negatives from its logit
     temperature: float = 0.05
+    views: Literal["together", "each"] = (
+        "together"  # what predicts: the sum of the views' scores, or each view by itself
+    )
 
     @property
     def needs_training_counts(self) -> bool:
@@ -251,6 +254,11 @@ def validate(config: Config) -> None:
     if loss.kind == "full_softmax" and (loss.sampling != "uniform" or loss.log_q_correction):
         raise UserError(
             "loss.kind=full_softmax has no negatives: loss.sampling and loss.log_q_correction go with sampled_softmax"
+        )
+    if loss.views == "each" and model.score_norm != "per_view":
+        raise UserError(
+            "loss.views=each trains the cosine of each view, not how views weigh against each other: it needs "
+            "model.score_norm=per_view"
         )
     if not 0 < data.global_time_test_fraction < 1:
         raise UserError(

@@ -95,11 +95,17 @@ def test_a_stopped_run_goes_on_bit_for_bit(data: Path, tmp_path: Path, overrides
             "data.window_stride=8",
             "data.readers=2",
         ],
-        ["model.moe.placement=[1]", "model.score_norm=per_view", "parallel.zero_stage=2", "train.grad_clip=1"],
+        [
+            "model.moe.placement=[1]",
+            "model.score_norm=per_view",
+            "loss.views=each",
+            "parallel.zero_stage=2",
+            "train.grad_clip=1",
+        ],
         ["train.precision=bfloat16", "train.recompute=blocks", "model.moe.capacity_factor=1", "train.log_every=1"],
         ["loss.sampling=in_batch", "loss.uniform_share=0.5", "loss.log_q_correction=true", "train.micro_batches=2"],
     ],
-    ids=["shared", "full softmax", "fuxi-alpha", "placement", "bfloat16 within capacity", "in batch"],
+    ids=["shared", "full softmax", "fuxi-alpha", "placement, views apart", "bfloat16 within capacity", "in batch"],
 )
 def test_two_processes_repeat_their_losses(data: Path, tmp_path: Path, overrides: list[str]) -> None:
     runs = [tmp_path / "first", tmp_path / "second"]

@@ -4,6 +4,9 @@ Position t of a sequence predicts item t + 1 among that item and negatives (`neg
 batch); a negative equal to the target is masked. With n shared negatives each negative logit gets + ln(128 / n), so that
 losses compare (the published protocol has 128); with the log-Q correction − ln of how often its item is expected instead.
 
+Scores are those of all views together, or (`loss.views: each`) each view has a softmax over its own cosines, and the loss
+is the mean of the M: ranking then adds up M predictors that were each trained to be right alone, an ensemble.
+
 Legend: B sequences, T tokens, M views, d view width, D = M·d, U distinct items of a batch, n negatives of a token.
 """
 
@@ -63,6 +66,7 @@ class NextItemLoss:
     ) -> None:
         self.loss = config.loss
         self.score_norm = config.model.score_norm
+        self.views_at_once = 1 if config.loss.views == "each" else config.model.num_tables
         self.backend = config.kernels.backend
         self.num_items = num_items
         self.rows = rows or FeatureRows(config.model, num_items, {})
@@ -110,6 +114,11 @@ class NextItemLoss:
         Returns:
             (T,) float32, −log of the softmax at each token's target.
         """
+        parts = zip(hidden.split(self.views_at_once, 1), item_rows.split(self.views_at_once, 1), strict=True)
+        return torch.stack([self._of_views(*part, items) for part in parts]).mean(0)
+
+    def _of_views(self, hidden: Tensor, item_rows: Tensor, items: BatchItems) -> Tensor:
+        """The loss (T,) by the scores of some of the views alone, given as all are to `__call__`."""
         queries = normalize_views(hidden.float(), self.score_norm).to(hidden.dtype)
         vectors = normalize_views(item_rows, self.score_norm).to(hidden.dtype)
         if items.negatives is None:

@@ -78,6 +78,12 @@ SMALL_BATCH = ["data.batch_size=8"]
         pytest.param(1, 20_000, ["data.batch_size=64", "model.num_heads=2", "model.ffn_multiplier=1"], id="negatives"),
         pytest.param(
             1,
+            20_000,
+            ["data.batch_size=64", "loss.num_negatives=512", "loss.views=each", "model.score_norm=per_view"],
+            id="a softmax of each view",
+        ),
+        pytest.param(
+            1,
             300_000,
             ["train.table_optimizer=adagrad", "train.recompute=blocks", "model.num_blocks=4", *SMALL_BATCH, *SHARED],
             id="fused tables, recomputation",

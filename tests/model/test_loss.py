@@ -9,6 +9,7 @@ import torch
 
 from mme.config import load_config
 from mme.data.batch import SequenceBatch
+from mme.errors import UserError
 from mme.model.loss import NextItemLoss, compact
 from mme.model.scoring import normalize_views
 
@@ -26,7 +27,9 @@ def batch_of(num_tokens: int) -> SequenceBatch:
     )
 
 
-@pytest.mark.parametrize("score_norm", ["concat", "per_view"])
+@pytest.mark.parametrize(
+    ("score_norm", "views"), [("concat", "together"), ("per_view", "together"), ("per_view", "each")]
+)
 @pytest.mark.parametrize(
     ("options", "groups"),
     [
@@ -37,9 +40,10 @@ def batch_of(num_tokens: int) -> SequenceBatch:
     ],
 )
 def test_loss_is_the_softmax_over_target_and_negatives(
-    options: list[str], groups: list[int] | None, score_norm: str
+    options: list[str], groups: list[int] | None, score_norm: str, views: str
 ) -> None:
     model = [f"model.num_tables={VIEWS}", f"model.embedding_dim={VIEWS * DIM}", f"model.score_norm={score_norm}"]
+    model.append(f"loss.views={views}")
     config = load_config(None, ["data.path=unused", "loss.num_negatives=50", *model, *options])
     loss, batch = NextItemLoss(config, NUM_ITEMS), batch_of(7)
     (items,) = loss.items_of([batch], 3)
@@ -47,7 +51,10 @@ def test_loss_is_the_softmax_over_target_and_negatives(
     hidden = torch.randn(7, VIEWS, DIM)
     found = loss(hidden, tables[items.ids], items)
 
-    vectors, states = normalize_views(tables, score_norm), normalize_views(hidden, score_norm)
+    # What each softmax is over: (softmaxes, items or tokens, width).
+    apart = [slice(0, VIEWS)] if views == "together" else [slice(m, m + 1) for m in range(VIEWS)]
+    vectors = torch.stack([normalize_views(tables[:, some], score_norm) for some in apart])
+    states = torch.stack([normalize_views(hidden[:, some], score_norm) for some in apart])
     assert torch.equal(items.ids[items.inputs.items], batch.item_ids)
     for token in range(7):
         target = int(batch.target_ids[token])
@@ -60,9 +67,15 @@ def test_loss_is_the_softmax_over_target_and_negatives(
             assert len(drawn) == 50
             candidates = [item for item in drawn if item != target]
             offset = math.log(128 / 50) if len(set(groups)) < 7 else 0.0
-        logits = [states[token] @ vectors[target] / 0.05]
-        logits += [states[token] @ vectors[item] / 0.05 + offset for item in candidates]
-        assert found[token].item() == pytest.approx(-torch.log_softmax(torch.stack(logits), 0)[0].item(), abs=1e-4)
+        logits = torch.einsum("sd,sid->si", states[:, token], vectors[:, [target, *candidates]]) / 0.05
+        logits[:, 1:] += offset
+        expected = -torch.log_softmax(logits, 1)[:, 0].mean()
+        assert found[token].item() == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_views_of_their_own_need_scores_of_their_own() -> None:
+    with pytest.raises(UserError, match=r"loss\.views=each .* needs model\.score_norm=per_view"):
+        load_config(None, ["data.path=unused", "loss.views=each"])
 
 
 def test_a_view_counts_alike_in_per_view_scores() -> None:
