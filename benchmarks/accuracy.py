@@ -33,16 +33,14 @@ from mme.errors import UserError
 from mme.metrics_file import METRICS_FILE, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-NUM_VIEWS, WIDTH = 2, 64
+NUM_VIEWS, WIDTH = 2, 128
 BATCH_SIZE = 64  # sequences, over all processes
-
-
-def _tables(number: int) -> list[str]:
-    """In every model the heads of a view are ``WIDTH`` wide together, and so is the hidden layer of an FFN or expert."""
-    head = f"model.num_heads={number} model.dqk={WIDTH // number} model.dv={WIDTH // number}"
-    return f"model.embedding_dim={WIDTH} model.num_tables={number} {head} model.ffn_multiplier={number}".split()
-
-
+# In every model the heads of a view are as wide together as the view, and so is the hidden layer of an FFN or expert.
+SHAPE = [f"model.embedding_dim={WIDTH}", "model.num_heads=2", "model.ffn_multiplier=1"]
+TABLES = {
+    1: ["model.num_tables=1", "loss.views=together", "model.score_norm=concat"],
+    NUM_VIEWS: [f"model.num_tables={NUM_VIEWS}", "loss.views=each", "model.score_norm=per_view"],
+}
 DENSE = ["model.moe.num_experts=0"]
 EXPERTS = [
     "model.moe.num_experts=8",
@@ -61,9 +59,9 @@ MODELS: dict[str, tuple[int, list[str]]] = {  # the number of tables, and what e
 # Over the data's configuration, by the number of tables: what the validation split preferred for FuXi-α and for Fuxi-MME
 # (docs/reproducing.md); the other models share it.
 SETTINGS: dict[str, dict[int, list[str]]] = {
-    "quickstart": {1: [], NUM_VIEWS: []},
+    "quickstart": {1: ["model.dropout=0.5"], NUM_VIEWS: []},
     "ml-latest-small": {
-        1: ["train.lr=0.004", "model.dropout=0.3"],
+        1: ["train.lr=0.004", "model.dropout=0.4"],
         NUM_VIEWS: ["train.lr=0.004", "model.dropout=0.4"],
     },
 }
@@ -135,7 +133,7 @@ def prepare(data: str, input_file: Path | None, work: Path) -> Path:
 def overrides_of(name: str, data: str) -> list[str]:
     """What makes a model of the data's configuration."""
     num_tables, others = MODELS[name]
-    return [*_tables(num_tables), *others, *SETTINGS[data][num_tables]]
+    return [*SHAPE, *TABLES[num_tables], *others, *SETTINGS[data][num_tables]]
 
 
 def train(

@@ -134,7 +134,7 @@ def test_the_page_shows_parts_totals_and_assumptions() -> None:
     assert done.returncode == 0, done.stderr
     for text in [
         "2 × 8 a100-80g, 50,000 items",
-        "row_wise: 32 parts of 3,125 × 32 over 16 of 16 ranks",
+        "row_wise: 32 parts of 3,125 × 64 over 16 of 16 ranks",
         "1 on each of 8 ranks, 2 copies",
     ]:
         assert text in done.stdout
