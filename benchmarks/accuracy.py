@@ -41,10 +41,11 @@ TABLES = {
     1: ["model.num_tables=1", "loss.views=together", "model.score_norm=concat"],
     NUM_VIEWS: [f"model.num_tables={NUM_VIEWS}", "loss.views=each", "model.score_norm=per_view"],
 }
-DENSE = ["model.moe.num_experts=0"]
+DENSE = ["model.moe.num_experts=0", "model.moe.placement=[]"]
 EXPERTS = [
     "model.moe.num_experts=8",
     "model.moe.top_k=2",
+    "model.moe.placement=[1]",
     "model.moe.router=all_views",
     "model.moe.load_balance_coef=0.001",
 ]
