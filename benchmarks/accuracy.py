@@ -62,8 +62,14 @@ MODELS: dict[str, tuple[int, list[str]]] = {  # the number of tables, and what e
 SETTINGS: dict[str, dict[int, list[str]]] = {
     "quickstart": {1: ["model.dropout=0.5"], NUM_VIEWS: []},
     "ml-latest-small": {
-        1: ["train.lr=0.004", "model.dropout=0.4"],
-        NUM_VIEWS: ["train.lr=0.004", "model.dropout=0.4", "loss.views=together", "model.score_norm=concat"],
+        1: ["train.lr=0.004", "model.dropout=0.4", "model.moe.placement=[]"],
+        NUM_VIEWS: [
+            "train.lr=0.004",
+            "model.dropout=0.4",
+            "model.moe.placement=[]",
+            "loss.views=together",
+            "model.score_norm=concat",
+        ],
     },
 }
 COMPARED_WITH = "fuxi-alpha"
