@@ -109,7 +109,7 @@ def test_wrong_arguments_end_with_one_line_and_status_2(
         ("nonsense=1", "unknown key"),
         ("train.steps=many", "train.steps"),
         ("train.lr=-1", "train.lr (-1.0) must be positive"),
-        ("model.num_tables=5", "model.embedding_dim (64) must be divisible by model.num_tables (5)"),
+        ("model.num_tables=5", "model.embedding_dim (128) must be divisible by model.num_tables (5)"),
         ("model.moe.top_k=9", "model.moe.top_k (9) must be between 1 and num_experts (8)"),
         ("parallel.expert_parallel_size=3", "must be divisible by parallel.expert_parallel_size (3)"),
         ("parallel.expert_parallel_size=2", "must divide the number of processes (1)"),

@@ -20,8 +20,14 @@ from tests.launcher.command_line import CONFIG, REPOSITORY, launch, the_error
 H100, A100 = DEVICES["h100-80g"], DEVICES["a100-80g"]
 
 
+# Whatever the quick start has.
+MODEL = (
+    "model.num_tables=2 model.embedding_dim=64 model.dqk=32 model.dv=32 model.ffn_multiplier=2 model.moe.placement=[]"
+)
+
+
 def shape(ranks: int, *overrides: str, items: int = 100_000) -> Shape:
-    return Shape(load_config(REPOSITORY / CONFIG, list(overrides)), ranks, min(ranks, 8), items)
+    return Shape(load_config(REPOSITORY / CONFIG, [*MODEL.split(), *overrides]), ranks, min(ranks, 8), items)
 
 
 def seconds(planned: Shape, device: Device = H100) -> dict[str, float]:
@@ -47,11 +53,11 @@ def test_weights_are_those_of_the_decoder(overrides: tuple[str, ...]) -> None:
 
 
 def test_sharded_parts_shrink_with_the_ranks_and_the_others_do_not() -> None:
-    one, eight = (memory_of(shape(ranks, "model.embedding_dim=64"), H100).parts for ranks in (1, 8))
+    one, eight = (memory_of(shape(ranks), H100).parts for ranks in (1, 8))
     for part in ("item tables", "tables' optimizer", "experts", "decoder's optimizer"):
         assert eight[part] == pytest.approx(one[part] / 8)
     assert eight["decoder"] == one["decoder"]
-    whole = memory_of(shape(8, "parallel.table_sharding=data_parallel", "model.embedding_dim=64"), H100).parts
+    whole = memory_of(shape(8, "parallel.table_sharding=data_parallel"), H100).parts
     assert whole["item tables"] == one["item tables"] == 100_000 * 64 * 4
 
 
@@ -66,10 +72,10 @@ def test_tables_by_columns_are_cut_as_torchrec_cuts_them() -> None:
 
 
 def test_more_ranks_than_tables_leave_some_without() -> None:
-    planned = shape(8, "model.num_tables=4", "model.embedding_dim=64", "parallel.table_sharding=table_wise")
+    planned = shape(8, "model.num_tables=4", "parallel.table_sharding=table_wise")
     assert planned.table_elements == 100_000 * 16
     assert planned.table_skew == 2
-    by_rows = shape(8, "model.num_tables=4", "model.embedding_dim=64")
+    by_rows = shape(8, "model.num_tables=4")
     assert seconds(planned)["tables: exchange"] > 1.5 * seconds(by_rows)["tables: exchange"]
 
 
