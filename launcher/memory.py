@@ -165,7 +165,8 @@ def _kept_by_loss(shape: Shape, device: Device) -> float:
     states = 2 * tokens * shape.config.model.embedding_dim * FLOAT
     if shape.is_full_softmax:
         return states
-    softmaxes = shape.config.model.num_tables if shape.config.loss.views == "each" else 1
+    num_tables = shape.config.model.num_tables
+    softmaxes = {"together": 1, "each": num_tables, "both": 1 + num_tables}[shape.config.loss.views]
     slopes = 0 if device.is_gpu else 2 * FLOAT * tokens * shape.scored * softmaxes
     return states + slopes + shape.negative_sets * (shape.scored - 1) * INT64
 

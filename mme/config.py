@@ -100,9 +100,8 @@ class LossConfig:
     uniform_share: float = 0.0  # popularity, in_batch: this share of the negatives is uniform all the same
     log_q_correction: bool = False  # subtract ln of how often an item is expected among the negatives from its logit
     temperature: float = 0.05
-    views: Literal["together", "each"] = (
-        "together"  # what predicts: the sum of the views' scores, or each view by itself
-    )
+    # What predicts: the sum of the views' scores, each view by itself, or (the mean of the two losses) both.
+    views: Literal["together", "each", "both"] = "together"
 
     @property
     def needs_training_counts(self) -> bool:
@@ -258,7 +257,7 @@ def validate(config: Config) -> None:
     if loss.views == "each" and model.score_norm != "per_view":
         raise UserError(
             "loss.views=each trains the cosine of each view, not how views weigh against each other: it needs "
-            "model.score_norm=per_view"
+            "model.score_norm=per_view, or choose loss.views=both"
         )
     if not 0 < data.global_time_test_fraction < 1:
         raise UserError(

@@ -5,7 +5,8 @@ batch); a negative equal to the target is masked. With n shared negatives each n
 losses compare (the published protocol has 128); with the log-Q correction − ln of how often its item is expected instead.
 
 Scores are those of all views together, or (`loss.views: each`) each view has a softmax over its own cosines, and the loss
-is the mean of the M: ranking then adds up M predictors that were each trained to be right alone, an ensemble.
+is the mean of the M: ranking then adds up M predictors that were each trained to be right alone, an ensemble. With
+`both` the loss is the mean of those two.
 
 Legend: B sequences, T tokens, M views, d view width, D = M·d, U distinct items of a batch, n negatives of a token.
 """
@@ -66,7 +67,8 @@ class NextItemLoss:
     ) -> None:
         self.loss = config.loss
         self.score_norm = config.model.score_norm
-        self.views_at_once = 1 if config.loss.views == "each" else config.model.num_tables
+        num_views = config.model.num_tables
+        self.views_at_once = {"together": [num_views], "each": [1], "both": [num_views, 1]}[config.loss.views]
         self.backend = config.kernels.backend
         self.num_items = num_items
         self.rows = rows or FeatureRows(config.model, num_items, {})
@@ -114,8 +116,11 @@ class NextItemLoss:
         Returns:
             (T,) float32, −log of the softmax at each token's target.
         """
-        parts = zip(hidden.split(self.views_at_once, 1), item_rows.split(self.views_at_once, 1), strict=True)
-        return torch.stack([self._of_views(*part, items) for part in parts]).mean(0)
+        losses = []
+        for width in self.views_at_once:
+            parts = zip(hidden.split(width, 1), item_rows.split(width, 1), strict=True)
+            losses.append(torch.stack([self._of_views(*part, items) for part in parts]).mean(0))
+        return torch.stack(losses).mean(0)
 
     def _of_views(self, hidden: Tensor, item_rows: Tensor, items: BatchItems) -> Tensor:
         """The loss (T,) by the scores of some of the views alone, given as all are to `__call__`."""

@@ -28,7 +28,8 @@ def batch_of(num_tokens: int) -> SequenceBatch:
 
 
 @pytest.mark.parametrize(
-    ("score_norm", "views"), [("concat", "together"), ("per_view", "together"), ("per_view", "each")]
+    ("score_norm", "views"),
+    [("concat", "together"), ("per_view", "together"), ("per_view", "each"), ("concat", "both")],
 )
 @pytest.mark.parametrize(
     ("options", "groups"),
@@ -51,10 +52,10 @@ def test_loss_is_the_softmax_over_target_and_negatives(
     hidden = torch.randn(7, VIEWS, DIM)
     found = loss(hidden, tables[items.ids], items)
 
-    # What each softmax is over: (softmaxes, items or tokens, width).
-    apart = [slice(0, VIEWS)] if views == "together" else [slice(m, m + 1) for m in range(VIEWS)]
-    vectors = torch.stack([normalize_views(tables[:, some], score_norm) for some in apart])
-    states = torch.stack([normalize_views(hidden[:, some], score_norm) for some in apart])
+    # What each softmax is over, and its share of the loss.
+    all_views, one_view = [slice(0, VIEWS)], [slice(m, m + 1) for m in range(VIEWS)]
+    apart = {"together": all_views, "each": one_view, "both": all_views + one_view}[views]
+    shares = {"together": [1.0], "each": [0.5, 0.5], "both": [0.5, 0.25, 0.25]}[views]
     assert torch.equal(items.ids[items.inputs.items], batch.item_ids)
     for token in range(7):
         target = int(batch.target_ids[token])
@@ -67,10 +68,13 @@ def test_loss_is_the_softmax_over_target_and_negatives(
             assert len(drawn) == 50
             candidates = [item for item in drawn if item != target]
             offset = math.log(128 / 50) if len(set(groups)) < 7 else 0.0
-        logits = torch.einsum("sd,sid->si", states[:, token], vectors[:, [target, *candidates]]) / 0.05
-        logits[:, 1:] += offset
-        expected = -torch.log_softmax(logits, 1)[:, 0].mean()
-        assert found[token].item() == pytest.approx(expected.item(), abs=1e-4)
+        expected = 0.0
+        for some, share in zip(apart, shares, strict=True):
+            vectors, states = normalize_views(tables[:, some], score_norm), normalize_views(hidden[:, some], score_norm)
+            logits = vectors[[target, *candidates]] @ states[token] / 0.05
+            logits[1:] += offset
+            expected -= share * torch.log_softmax(logits, 0)[0].item()
+        assert found[token].item() == pytest.approx(expected, abs=1e-4)
 
 
 def test_views_of_their_own_need_scores_of_their_own() -> None:
