@@ -79,6 +79,10 @@ def test_flops_of_the_public_setting() -> None:
     expected = {part: 6 * 3 * count for part, count in per_token.items()}
     expected["attention"] += 6 * 6 * per_pair
     assert training_flops(config, num_tokens=3, num_pairs=6, num_items=1000) == expected
+    config.loss.views = "both"  # of one view, a loss twice
+    assert training_flops(config, num_tokens=3, num_pairs=6, num_items=1000) == expected | {
+        "loss": 2 * expected["loss"]
+    }
     assert attention_equals_rest_at(config.model) == (50 * 300 + 150 * 50 + 3 * 50 * 50) // 200
 
 
