@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.accuracy import MODELS, SETTINGS, WIDTH, ndcg_at_10, overrides_of, paired_p
+from benchmarks.accuracy import MODELS, SETTINGS, ndcg_at_10, overrides_of, paired_p
 from mme.config import load_config
 from mme.data.synthetic import prepare_synthetic
 
@@ -35,7 +35,9 @@ def test_p_is_that_of_all_choices_of_signs() -> None:
 @pytest.mark.parametrize("data", SETTINGS)
 def test_models_have_tables_of_the_same_number_of_parameters(data: str) -> None:
     configs = {name: load_config(None, ["data.path=unused", *overrides_of(name, data)]) for name in MODELS}
-    assert {config.model.num_tables * config.model.view_dim for config in configs.values()} == {WIDTH}
+    assert {config.model.num_tables * config.model.view_dim for config in configs.values()} == {
+        128 if data == "quickstart" else 64
+    }
     assert {name: (c.model.num_tables, c.model.moe.num_experts) for name, c in configs.items()} == {
         "sasrec": (1, 0),
         "hstu": (1, 0),
@@ -62,7 +64,7 @@ def test_every_model_trains_and_a_stopped_table_goes_on(tmp_path: Path) -> None:
     assert list(table["models"]) == ["popularity", *MODELS]
     for name in MODELS:
         assert 0 < table["models"][name]["p"] <= 1 if name != "fuxi-alpha" else "p" not in table["models"][name]
-        assert table["models"][name]["parameters"]["item tables"] == WIDTH * 120
+        assert table["models"][name]["parameters"]["item tables"] == 128 * 120
 
     # One run lost its end: it alone is trained again, from its checkpoint, and the table is the same.
     lost = tmp_path / "runs" / "quickstart" / "hstu" / "seed-1"
