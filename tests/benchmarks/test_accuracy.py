@@ -34,7 +34,8 @@ def test_p_is_that_of_all_choices_of_signs() -> None:
 
 @pytest.mark.parametrize("data", SETTINGS)
 def test_models_have_tables_of_the_same_number_of_parameters(data: str) -> None:
-    configs = {name: load_config(None, ["data.path=unused", *overrides_of(name, data)]) for name in MODELS}
+    path = REPOSITORY / "configs" / f"{data}.yaml"
+    configs = {name: load_config(path, ["data.path=unused", *overrides_of(name, data)]) for name in MODELS}
     assert {config.model.num_tables * config.model.view_dim for config in configs.values()} == {
         128 if data == "quickstart" else 64
     }
