@@ -206,7 +206,7 @@ def test_a_device_that_computes_wrongly_or_not_twice_alike_fails() -> None:
 def test_memory_and_disk_are_checked_for_the_job_that_is_to_run() -> None:
     small = preflight.needs_of(Job(Path(CONFIG), (), 1, 2, 0), items=1000)
     assert preflight._memory(2, small).status == preflight._disk(Path("runs"), small).status == "ok"
-    large = preflight.needs_of(Job(Path(CONFIG), (), 1, 2, 0), items=2_000_000_000)
+    large = preflight.needs_of(Job(Path(CONFIG), ("model.embedding_dim=64",), 1, 2, 0), items=2_000_000_000)
     memory, disk = preflight._memory(2, large), preflight._disk(Path("runs"), large)
     assert memory.status == disk.status == "failed"
     # Tables of 2·10⁹ × 64 floats with Adam's two moments are 1.4 TiB, in the copy as in training.
