@@ -114,7 +114,7 @@ class NextItemLoss:
             item_rows: (U, M, d) the rows of ``items.ids`` in the M tables.
 
         Returns:
-            (T,) float32, −log of the softmax at each token's target.
+            (T,) float32, −log of the softmax at each token's target, the mean where a token has several.
         """
         losses = []
         for width in self.views_at_once:
