@@ -18,11 +18,13 @@ from torch import Tensor
 
 from mme.data.batch import EvaluationBatch
 from mme.distributed.recommender import Recommender
+from mme.metrics import rank_metrics
 from mme.model.baselines import popularity_order
 from mme.model.multi_embedding import positions_in_sequence
+from mme.ranking import Ranker
 
 TABLE_ROWS = 65_536  # items of a rank that one lookup brings
-ROUTED_BATCHES = 16  # evaluation batches of each rank whose routing is counted
+HISTORY_BATCHES = 16  # evaluation batches of each rank that are ranked by each view and whose routing is counted
 DECILES = 10
 
 
@@ -42,13 +44,18 @@ def insight(
 
     Returns:
         ``singular_values`` [view][d] falling, ``effective_rank`` [view], ``similarity`` [view][view] in 0 … 1;
+        ``ranking`` (with several views): NDCG@10 by each view's share of the score alone, ``ndcg@10`` [view], by all,
+        ``all_views``, and the number of ``users``;
         ``routing`` (with experts): for "view", "popularity" and "position" the ``groups`` and the ``share`` of each group's
         choices, [block][group][expert]; ``blocks`` of them; ``time_weights`` and ``position_weights`` [block][…].
     """
     products, sums = table_products(recommender, before_batch)
     found: dict[str, Any] = table_figures(products, sums, recommender.num_items, recommender.config.model.num_tables)
+    some = list(itertools.islice(batches, HISTORY_BATCHES))
+    if recommender.config.model.num_tables > 1:
+        found["ranking"] = _ranking(recommender, some, before_batch)
     if recommender.decoder.moe_layers():
-        found["routing"] = _routing(recommender, counts, batches, before_batch)
+        found["routing"] = _routing(recommender, counts, some, before_batch)
     return found | _curves(recommender)
 
 
@@ -90,8 +97,20 @@ def _by_view(products: Tensor, num_views: int) -> list[list[Tensor]]:
     return [list(rows.chunk(num_views, 1)) for rows in products.chunk(num_views)]
 
 
+def _ranking(
+    recommender: Recommender, batches: list[EvaluationBatch], before_batch: Callable[[], Any]
+) -> dict[str, Any]:
+    ranker, parts = Ranker(recommender), []
+    for batch in batches:
+        before_batch()
+        parts.append(ranker.target_ranks_by_view(batch.sequences, batch.seen_ids, batch.seen_offsets, batch.targets))
+    ranks = torch.cat(parts, dim=1)
+    *by_view, of_all = [rank_metrics(of)["ndcg@10"] for of in ranks]
+    return {"users": ranks.shape[1], "all_views": of_all, "ndcg@10": by_view}
+
+
 def _routing(
-    recommender: Recommender, counts: Tensor, batches: Iterable[EvaluationBatch], before_batch: Callable[[], Any]
+    recommender: Recommender, counts: Tensor, batches: list[EvaluationBatch], before_batch: Callable[[], Any]
 ) -> dict[str, Any]:
     config, device = recommender.config, recommender.world.device
     moe, num_views = config.model.moe, config.model.num_tables
@@ -104,7 +123,7 @@ def _routing(
         "position": [f"from {bound}" for bound in bounds],
     }
     totals = {name: counts.new_zeros(len(blocks), len(groups), moe.num_experts) for name, groups in names.items()}
-    for batch in itertools.islice(batches, ROUTED_BATCHES):
+    for batch in batches:
         before_batch()
         sequences = batch.sequences.to(device)
         output = recommender.decode(sequences)

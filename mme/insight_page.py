@@ -28,7 +28,8 @@ def insight_section(found: dict[str, Any]) -> str:
     charts = line_chart(spectra, title="Singular values of each table, largest = 1", x_label="place", from_zero=True)
     charts += "".join(_curves(found))
     note = f"Effective rank of the tables, of {len(found['singular_values'][0])} possible: {ranks}."
-    tables = [_similarity(found["similarity"])] if len(found["similarity"]) > 1 else []
+    tables = [_ranking(found["ranking"])] if "ranking" in found else []
+    tables += [_similarity(found["similarity"])] if len(found["similarity"]) > 1 else []
     tables += _routing(found["routing"]) if "routing" in found else []
     return (
         f"<section><h2>What the model learned</h2><p class='note'>{note} A table that collapses has a few large singular "
@@ -53,6 +54,14 @@ def _curves(found: dict[str, Any]) -> list[str]:
         for name, (title, x_label, unit) in shown.items()
         if name in found
     ]
+
+
+def _ranking(ranking: dict[str, Any]) -> str:
+    by_view = "".join(f", by view {view} alone {value:.4f}" for view, value in enumerate(ranking["ndcg@10"]))
+    return (
+        f"<h3>How well each view predicts alone: NDCG@10 by its share of the score, {ranking['users']:,} histories</h3>"
+        f"<p>By all views {ranking['all_views']:.4f}{by_view}.</p>"
+    )
 
 
 def _similarity(similarity: list[list[float]]) -> str:

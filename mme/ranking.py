@@ -57,10 +57,23 @@ class Ranker:
             (U,) int64 ranks for the histories of all ranks, in rank order, the same on every rank.
         """
         histories = self._gather(batch, seen_ids, seen_offsets)
+        return self._ranks(histories, torch.cat(self.world.gather(targets)), slice(None))
+
+    def target_ranks_by_view(
+        self, batch: SequenceBatch, seen_ids: Tensor, seen_offsets: Tensor, targets: Tensor
+    ) -> Tensor:
+        """`target_ranks` by each view's share of the scores alone and, last, by all of them: (M + 1, U) int64."""
+        histories = self._gather(batch, seen_ids, seen_offsets)
         targets = torch.cat(self.world.gather(targets))
+        model = self.recommender.config.model
+        views = [slice(start, start + model.view_dim) for start in range(0, model.embedding_dim, model.view_dim)]
+        return torch.stack([self._ranks(histories, targets, of) for of in [*views, slice(None)]])
+
+    def _ranks(self, histories: Histories, targets: Tensor, of: slice) -> Tensor:
+        """(U,) ranks of the targets of all ranks by the components ``of`` the vectors alone."""
         columns = torch.arange(self.vectors.shape[0], device=targets.device)
         ranks = [targets[:0]]
-        for part, scores in self._scores(histories, keep=targets):
+        for part, scores in self._scores(histories, targets, of):
             target_column = (targets[part] - self.first_item)[:, None]
             own = columns == target_column
             target_scores = self.world.sum(scores.where(own, 0).sum(1))[:, None]
@@ -76,7 +89,7 @@ class Ranker:
         histories = self._gather(batch, seen_ids, seen_offsets)
         items = [torch.empty(0, k, dtype=torch.int64, device=histories.states.device)]
         values = [histories.states.new_empty(0, k)]
-        for _, scores in self._scores(histories, keep=None):
+        for _, scores in self._scores(histories):
             best, column = _first_of_the_best(scores, min(k, scores.shape[1]))
             best = torch.cat(self.world.gather(best.T)).T  # candidates of all ranks, (u, ranks · 2k)
             candidate = torch.cat(self.world.gather((column + self.first_item).T)).T
@@ -94,8 +107,13 @@ class Ranker:
         states = torch.cat(self.world.gather(self.recommender.encode(batch)))
         return Histories(states, torch.cat(self.world.gather(seen_ids)), seen_by)
 
-    def _scores(self, histories: Histories, keep: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-        """Scores (u, width) of this rank's share for a part of the histories; −inf where an item is not ranked."""
+    def _scores(
+        self, histories: Histories, keep: Tensor | None = None, of: slice = slice(None)
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Scores (u, width) of this rank's share for a part of the histories; −inf where an item is not ranked.
+
+        ``keep``: items that are ranked even where they were seen. ``of``: the components of the vectors that count.
+        """
         excluded = histories.seen_by, histories.seen - self.first_item
         wanted = (excluded[1] >= 0) & (excluded[1] < self.num_local)
         if keep is not None:
@@ -104,7 +122,7 @@ class Ranker:
         step = max(1, SCORES_AT_ONCE // self.vectors.shape[0])
         for start in range(0, histories.states.shape[0], step):
             part = slice(start, min(start + step, histories.states.shape[0]))
-            scores = histories.states[part] @ self.vectors.T
+            scores = histories.states[part, of] @ self.vectors[:, of].T
             scores[:, self.num_local :] = -torch.inf
             inside = (row >= part.start) & (row < part.stop)
             scores[row[inside] - part.start, column[inside]] = -torch.inf

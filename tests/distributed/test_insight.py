@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from mme.data.batch import EvaluationBatch
+from mme.data.batch import EvaluationBatch, SequenceBatch
 from mme.distributed.groups import World
 from mme.distributed.recommender import Recommender
 from mme.insight import insight
+from mme.metrics import rank_metrics
 from mme.model.loss import compact
 from tests.distributed.processes import run_on
 from tests.distributed.test_step import NUM_ITEMS, configuration, sequences
@@ -26,19 +28,32 @@ def learned(world: World) -> tuple[dict[str, Any], Any]:
             if shard.name == "item_1":  # the second table: of rank 1 but for a little
                 shard.tensor[:, 1:] *= 1e-3
     batch = sequences(SPLITS[world.size][world.rank])
-    empty = torch.zeros(0, dtype=torch.int64)
-    found = insight(recommender, COUNTS, [EvaluationBatch(batch, empty, empty, empty)])
+    evaluated = EvaluationBatch(batch, targets(batch), torch.zeros(0, dtype=torch.int64), 0 * batch.seq_offsets)
+    found = insight(recommender, COUNTS, [evaluated])
     if world.size > 1:
         return found, None
     with torch.no_grad():
         rows = recommender.tables.lookup(torch.arange(NUM_ITEMS))
         ids, (index,) = compact([batch.item_ids], NUM_ITEMS)
         output = recommender.decoder(rows[ids], index, batch.seq_offsets, batch.timestamps)
-    return found, (rows, batch.item_ids, [routing.experts for routing in output.routing])
+        last = output.hidden[batch.seq_offsets[1:] - 1]
+    ranks = torch.stack([alone(last, rows, targets(batch), view) for view in range(rows.shape[1])])
+    return found, (rows, batch.item_ids, [routing.experts for routing in output.routing], ranks)
+
+
+def targets(batch: SequenceBatch) -> Tensor:
+    return batch.item_ids[batch.seq_offsets[:-1]]  # each history's first item
+
+
+def alone(states: Tensor, rows: Tensor, wanted: Tensor, view: int) -> Tensor:
+    """(B,) ranks of the items wanted among all by the part of the score that one view adds."""
+    lengths = rows.flatten(1).norm(dim=1)  # of the whole vectors: `score_norm: concat`
+    scores = states[:, view] @ rows[:, view].T / lengths
+    return 1 + (scores > scores.gather(1, wanted[:, None])).sum(1)
 
 
 def test_figures_equal_those_of_the_whole() -> None:
-    ((found, (rows, item_ids, experts)),) = run_on(1, learned)
+    ((found, (rows, item_ids, experts, ranks)),) = run_on(1, learned)
     num_views = rows.shape[1]
     for view in range(num_views):
         values = torch.linalg.svdvals(rows[:, view].double())
@@ -53,6 +68,12 @@ def test_figures_equal_those_of_the_whole() -> None:
         for b in range(num_views):
             cka = (kernels[a] * kernels[b]).sum() / (kernels[a].norm() * kernels[b].norm())
             assert found["similarity"][a][b] == pytest.approx(float(cka), rel=1e-4)
+
+    assert found["ranking"]["users"] == ranks.shape[1]
+    by_view = [rank_metrics(of)["ndcg@10"] for of in ranks]
+    assert found["ranking"]["ndcg@10"] == pytest.approx(by_view)
+    assert by_view[0] != by_view[1]
+    assert found["ranking"]["all_views"] == pytest.approx(by_view[0])  # the second table is next to nothing
 
     routing = found["routing"]
     assert routing["blocks"] == list(range(len(experts)))
@@ -70,6 +91,7 @@ def test_figures_equal_those_of_the_whole() -> None:
 
     for sharded, _ in run_on(2, learned):
         assert sharded["routing"] == routing
+        assert sharded["ranking"] == found["ranking"]
         assert sharded["time_weights"] == found["time_weights"]
         for a, b in zip(sharded["singular_values"], found["singular_values"], strict=True):
             assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
