@@ -55,7 +55,7 @@ MODELS: dict[str, tuple[int, list[str]]] = {  # the number of tables, and what e
 # of an FFN or expert is 64 wide in every view, 128 in one table of 128.
 SETTINGS: dict[str, dict[int, list[str]]] = {
     "quickstart": {
-        1: ["loss.views=together", "model.score_norm=concat", "model.dropout=0.5"],
+        1: ["loss.views=together", "model.score_norm=concat", "model.dropout=0.6", "train.lr_schedule=cosine"],
         NUM_VIEWS: [],
     },
     "ml-latest-small": {
@@ -81,7 +81,7 @@ def main(
     input_file: Annotated[Optional[Path], typer.Option("--input", help="MovieLens ml-latest-small as Parquet.")] = None,  # noqa: UP045
     model: Annotated[Optional[list[str]], typer.Option(help=f"Of {', '.join(MODELS)}; default: all.")] = None,  # noqa: UP045
     seed: Annotated[Optional[list[int]], typer.Option(help="May be repeated; default: 42, 43, 44.")] = None,  # noqa: UP045
-    epochs: Annotated[Optional[int], typer.Option(help="Default: as the data's configuration says.")] = None,  # noqa: UP045
+    epochs: Annotated[int, typer.Option(min=1, help="Of every run; the best one on the validation split counts.")] = 60,
     setting: Annotated[Optional[list[str]], typer.Option("--set", help="key.path=value, for every model.")] = None,  # noqa: UP045
     processes: Annotated[int, typer.Option(help="Processes of a run.")] = 1,
     work: Annotated[Path, typer.Option(help="Data sets and runs.")] = Path("runs/accuracy"),
@@ -95,7 +95,7 @@ def main(
                 raise UserError(f"--model {name}: expected one of {', '.join(MODELS)}")
         if processes < 1 or BATCH_SIZE % processes:
             raise UserError(f"--processes {processes}: expected a divisor of {BATCH_SIZE}, the sequences of a batch")
-        common = [*([f"train.epochs={epochs}"] if epochs else []), *(setting or [])]
+        common = [f"train.epochs={epochs}", *(setting or [])]
         dataset = prepare(data, input_file, work)
         runs = {name: [train(name, one, data, dataset, common, work, processes) for one in seeds] for name in models}
     except UserError as error:
