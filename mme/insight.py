@@ -44,15 +44,15 @@ def insight(
 
     Returns:
         ``singular_values`` [view][d] falling, ``effective_rank`` [view], ``similarity`` [view][view] in 0 … 1;
-        ``ranking`` (with several views): NDCG@10 by each view's share of the score alone, ``ndcg@10`` [view], by all,
-        ``all_views``, and the number of ``users``;
+        ``ranking`` (with several views, where there are histories): NDCG@10 by each view's share of the score alone,
+        ``ndcg@10`` [view], by all, ``all_views``, and the number of ``users``;
         ``routing`` (with experts): for "view", "popularity" and "position" the ``groups`` and the ``share`` of each group's
         choices, [block][group][expert]; ``blocks`` of them; ``time_weights`` and ``position_weights`` [block][…].
     """
     products, sums = table_products(recommender, before_batch)
     found: dict[str, Any] = table_figures(products, sums, recommender.num_items, recommender.config.model.num_tables)
     some = list(itertools.islice(batches, HISTORY_BATCHES))
-    if recommender.config.model.num_tables > 1:
+    if some and recommender.config.model.num_tables > 1:
         found["ranking"] = _ranking(recommender, some, before_batch)
     if recommender.decoder.moe_layers():
         found["routing"] = _routing(recommender, counts, some, before_batch)

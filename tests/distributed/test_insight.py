@@ -97,3 +97,13 @@ def test_figures_equal_those_of_the_whole() -> None:
             assert a == pytest.approx(b, rel=1e-3, abs=1e-6)
         for a, b in zip(sharded["similarity"], found["similarity"], strict=True):
             assert a == pytest.approx(b, rel=1e-6)
+
+
+def without_histories(world: World) -> dict[str, Any]:
+    return insight(Recommender(configuration(), NUM_ITEMS, world), COUNTS, [])
+
+
+def test_without_histories_the_tables_alone_are_described() -> None:
+    (found,) = run_on(1, without_histories)
+    assert "ranking" not in found
+    assert len(found["effective_rank"]) == 2
