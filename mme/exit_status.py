@@ -79,8 +79,10 @@ def _interrupted(folder: Path | None) -> str:
 
 
 def print_error(text: str) -> None:
+    """One line on standard error, in one write: the ranks share it, and under torchrun no buffer joins two."""
     who = "" if rank() == 0 else f"rank {rank()}: "
-    print(f"{who}error: {text}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"{who}error: {text}\n")
+    sys.stderr.flush()
 
 
 def _append_to_log(folder: Path | None, text: str) -> Path | None:

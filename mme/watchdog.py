@@ -134,7 +134,6 @@ class Watchdog:
             with (self.folder.parent / name).open("a") as log:
                 log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} error: {why}\n")
         print_error(why)
-        sys.stderr.flush()
         os._exit(1)  # the main thread hangs: nothing else would end it
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -18,7 +20,7 @@ import yaml
 
 from mme.cli import main
 from mme.errors import UserError
-from mme.exit_status import job_status
+from mme.exit_status import job_status, print_error
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL_MODEL = [
@@ -53,6 +55,15 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     (line,) = captured.err.splitlines()
     assert line.startswith("error: ")
     return line.removeprefix("error: ")
+
+
+def test_an_error_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two would let another rank's line in between: torchrun runs its workers without a buffer."""
+    reading, writing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with reading, writing, writing.makefile("wb", buffering=0) as raw:
+        monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(raw, write_through=True))
+        print_error("what is wrong")
+        assert reading.recv(1000) == b"error: what is wrong\n"
 
 
 @pytest.mark.parametrize("command", ["prepare", "train", "evaluate", "recommend", "report"])

@@ -95,10 +95,10 @@ folder, behaviour = pathlib.Path(sys.argv[1]), sys.argv[2]
 rank = os.environ["RANK"]
 tries = folder / f"tries-{rank}"
 tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
-print(f"worker {rank} speaks", file=sys.stderr, flush=True)
+sys.stderr.write(f"worker {rank} speaks\\n")  # in one write: the other worker's line doesn't come between
 if behaviour == "refuses":
     if rank == "0":
-        print("error: data.path: what was found, what was expected", file=sys.stderr, flush=True)
+        sys.stderr.write("error: data.path: what was found, what was expected\\n")
     sys.exit(2)
 if behaviour == "dies once" and rank == "1" and len(tries.read_text()) == 1:
     os.kill(os.getpid(), 9)
