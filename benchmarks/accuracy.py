@@ -2,11 +2,12 @@
 
     python -m benchmarks.accuracy --data quickstart
     python -m benchmarks.accuracy --data ml-latest-small --input ratings.parquet --seed 42 --seed 43 --seed 44
-    python -m benchmarks.accuracy --data quickstart --model fuxi-alpha --model fuxi-mme --epochs 2
+    python -m benchmarks.accuracy --data quickstart --model fuxi-alpha --model fuxi-mme --tables 4 --work runs/tables-4
 
 Every model is trained by `mme train` in a process of its own, one after another, on the same split, for the same number
-of epochs, with item tables of the same number of parameters, and tested at the checkpoint that the validation split chose
-(leave_two_out). A run that is finished is not trained again; one that was stopped goes on from its checkpoint.
+of epochs, with item tables of the same number of parameters (`--tables 4`: twice as many in all), and tested at the
+checkpoint that the validation split chose (leave_two_out). A run that is finished is not trained again; one that was
+stopped goes on from its checkpoint.
 
 The test pairs users: the NDCG@10 of each, mean over the seeds, against that of the model compared with. Two-sided p by
 random signs of the differences.
@@ -33,7 +34,7 @@ from mme.errors import UserError
 from mme.metrics_file import METRICS_FILE, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-NUM_VIEWS = 2
+SINGLE_TABLE_HEAD = 64  # width of a head where there is one table
 BATCH_SIZE = 64  # sequences, over all processes
 DENSE = ["model.moe.num_experts=0"]
 EXPERTS = [
@@ -42,26 +43,26 @@ EXPERTS = [
     "model.moe.router=all_views",
     "model.moe.load_balance_coef=0.001",
 ]
-MODELS: dict[str, tuple[int, list[str]]] = {  # the number of tables, and what else makes the model
-    "sasrec": (1, [*DENSE, "model.block=sasrec"]),
-    "hstu": (1, [*DENSE, "model.block=hstu"]),
-    "fuxi-alpha": (1, DENSE),
-    "multi-embedding": (NUM_VIEWS, DENSE),
-    "moe": (1, EXPERTS),
-    "fuxi-mme": (NUM_VIEWS, EXPERTS),
+MODELS: dict[str, tuple[bool, list[str]]] = {  # whether it has several tables, and what else makes the model
+    "sasrec": (False, [*DENSE, "model.block=sasrec"]),
+    "hstu": (False, [*DENSE, "model.block=hstu"]),
+    "fuxi-alpha": (False, DENSE),
+    "multi-embedding": (True, DENSE),
+    "moe": (False, EXPERTS),
+    "fuxi-mme": (True, EXPERTS),
 }
-# Over the data's configuration, by the number of tables: what the validation split preferred for FuXi-α and for Fuxi-MME
-# (docs/reproducing.md); the other models share it. Tables have the same number of parameters in all, and the hidden layer
-# of an FFN or expert is 64 wide in every view, 128 in one table of 128.
-SETTINGS: dict[str, dict[int, list[str]]] = {
+VIEW_DIM = {"quickstart": 64, "ml-latest-small": 32}
+# Over the data's configuration, for one table and for several: what the validation split preferred for FuXi-α and for
+# Fuxi-MME (docs/reproducing.md); the other models share it. The hidden layer of an FFN or expert is 64 wide in every view,
+# in one table as wide as the table.
+SETTINGS: dict[str, dict[bool, list[str]]] = {
     "quickstart": {
-        1: ["loss.views=together", "model.score_norm=concat", "model.dropout=0.6", "train.lr_schedule=cosine"],
-        NUM_VIEWS: [],
+        False: ["loss.views=together", "model.score_norm=concat", "model.dropout=0.6", "train.lr_schedule=cosine"],
+        True: [],
     },
     "ml-latest-small": {
-        1: ["model.embedding_dim=64", "model.ffn_multiplier=1", "train.lr=0.004", "model.dropout=0.3"],
-        NUM_VIEWS: [
-            "model.embedding_dim=64",
+        False: ["model.ffn_multiplier=1", "train.lr=0.004", "model.dropout=0.3"],
+        True: [
             "model.num_heads=2",
             "model.dqk=32",
             "model.dv=32",
@@ -81,6 +82,7 @@ def main(
     input_file: Annotated[Optional[Path], typer.Option("--input", help="MovieLens ml-latest-small as Parquet.")] = None,  # noqa: UP045
     model: Annotated[Optional[list[str]], typer.Option(help=f"Of {', '.join(MODELS)}; default: all.")] = None,  # noqa: UP045
     seed: Annotated[Optional[list[int]], typer.Option(help="May be repeated; default: 42, 43, 44.")] = None,  # noqa: UP045
+    tables: Annotated[int, typer.Option(min=2, help="Of the models of several; one is as wide as they together.")] = 2,
     epochs: Annotated[int, typer.Option(min=1, help="Of every run; the best one on the validation split counts.")] = 60,
     setting: Annotated[Optional[list[str]], typer.Option("--set", help="key.path=value, for every model.")] = None,  # noqa: UP045
     processes: Annotated[int, typer.Option(help="Processes of a run.")] = 1,
@@ -95,9 +97,12 @@ def main(
                 raise UserError(f"--model {name}: expected one of {', '.join(MODELS)}")
         if processes < 1 or BATCH_SIZE % processes:
             raise UserError(f"--processes {processes}: expected a divisor of {BATCH_SIZE}, the sequences of a batch")
-        common = [f"train.epochs={epochs}", *(setting or [])]
         dataset = prepare(data, input_file, work)
-        runs = {name: [train(name, one, data, dataset, common, work, processes) for one in seeds] for name in models}
+        common = [f"train.epochs={epochs}", *(setting or [])]
+        of_model = {name: [*overrides_of(name, data, tables), *common] for name in models}
+        runs = {
+            name: [train(name, one, data, dataset, of_model[name], work, processes) for one in seeds] for name in models
+        }
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -106,6 +111,7 @@ def main(
     about = {
         "data": data,
         "seeds": seeds,
+        "tables": tables,
         "settings": common,
         "processes": processes,
         "processor": platform.processor() or platform.machine(),
@@ -136,15 +142,16 @@ def prepare(data: str, input_file: Path | None, work: Path) -> Path:
     return folder
 
 
-def overrides_of(name: str, data: str) -> list[str]:
-    """What makes a model of the data's configuration."""
-    num_tables, others = MODELS[name]
-    return [f"model.num_tables={num_tables}", *others, *SETTINGS[data][num_tables]]
+def overrides_of(name: str, data: str, tables: int) -> list[str]:
+    """What makes a model of the data's configuration; in all its tables are as wide as ``tables`` views."""
+    several, others = MODELS[name]
+    width = tables * VIEW_DIM[data]
+    heads = [] if several else [f"model.num_heads={max(1, width // SINGLE_TABLE_HEAD)}"]
+    shape = [f"model.num_tables={tables if several else 1}", f"model.embedding_dim={width}", *heads]
+    return [*shape, *others, *SETTINGS[data][several]]
 
 
-def train(
-    name: str, seed: int, data: str, dataset: Path, common: list[str], work: Path, processes: int
-) -> dict[str, Any]:
+def train(name: str, seed: int, data: str, dataset: Path, own: list[str], work: Path, processes: int) -> dict[str, Any]:
     """One finished run: its test records and ranks, trained now unless they are there already."""
     folder = work / "runs" / data / name / f"seed-{seed}"
     path = REPOSITORY / "configs" / f"{data}.yaml"
@@ -152,8 +159,7 @@ def train(
         f"data.path={dataset}",
         "data.protocol=leave_two_out",
         f"data.batch_size={BATCH_SIZE // processes}",
-        *overrides_of(name, data),
-        *common,
+        *own,
         f"train.seed={seed}",
         f"output_dir={folder}",
     ]

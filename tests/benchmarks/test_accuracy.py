@@ -32,20 +32,21 @@ def test_p_is_that_of_all_choices_of_signs() -> None:
     assert paired_p(torch.ones(50)) == pytest.approx(1 / 10_001)
 
 
+@pytest.mark.parametrize("tables", [2, 4])
 @pytest.mark.parametrize("data", SETTINGS)
-def test_models_have_tables_of_the_same_number_of_parameters(data: str) -> None:
+def test_models_have_tables_of_the_same_number_of_parameters(data: str, tables: int) -> None:
     path = REPOSITORY / "configs" / f"{data}.yaml"
-    configs = {name: load_config(path, ["data.path=unused", *overrides_of(name, data)]) for name in MODELS}
+    configs = {name: load_config(path, ["data.path=unused", *overrides_of(name, data, tables)]) for name in MODELS}
     assert {config.model.num_tables * config.model.view_dim for config in configs.values()} == {
-        128 if data == "quickstart" else 64
+        tables * (64 if data == "quickstart" else 32)
     }
     assert {name: (c.model.num_tables, c.model.moe.num_experts) for name, c in configs.items()} == {
         "sasrec": (1, 0),
         "hstu": (1, 0),
         "fuxi-alpha": (1, 0),
-        "multi-embedding": (2, 0),
+        "multi-embedding": (tables, 0),
         "moe": (1, 8),
-        "fuxi-mme": (2, 8),
+        "fuxi-mme": (tables, 8),
     }
 
 
