@@ -190,10 +190,12 @@ def _commands() -> list[Any]:
 
 
 def _run_folder(run: Path) -> Path:
+    from mme.config import CONFIG_FILE
+
     if not run.is_dir():
         raise UserError(f"{run}: no such run folder (made by `mme train`, as output_dir)")
-    if not (run / "config.yaml").is_file():
-        raise UserError(f"{run}: no config.yaml in it: expected a run's folder, made by `mme train`")
+    if not (run / CONFIG_FILE).is_file():
+        raise UserError(f"{run}: no {CONFIG_FILE} in it: expected a run's folder, made by `mme train`")
     return run
 
 

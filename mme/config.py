@@ -6,7 +6,9 @@ Imports nothing heavy, so that ``--help``, ``--dry-run`` and the launcher answer
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
 
@@ -15,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from mme.errors import UserError
 
+CONFIG_FILE = "config.yaml"  # in a run's folder
 USER_ID = "user_id"  # of `model.user_features`: the user, not a column
 
 # OmegaConf reads the annotations of the dataclasses and knows Optional[X], not X | None.
@@ -139,7 +142,7 @@ class TrainConfig:
     profile: int = 0  # steps to be profiled into the run's profile/; 0: none
     profile_start: int = 10  # steps of this process before them
     profile_ranks: list[int] = field(default_factory=lambda: [0])  # which processes; empty: all
-    resume: bool = True  # go on from the newest complete checkpoint in output_dir, if there is one
+    resume: bool = True  # go on from output_dir's newest complete checkpoint; false: remove all there and start anew
 
 
 @dataclass
@@ -189,17 +192,44 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
         except Exception as error:  # the YAML reader's own errors have no common base
             raise UserError(f"override {override!r}: {_first_line(error)}") from error
         merged = _merge(merged, value, source=f"override {override!r}")
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise UserError(f"{path or 'configuration'}: {missing[0]} is required, such as {missing[0]}=…")
-    config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise UserError(f"{path or 'configuration'}: {missing[0]} is required, such as {missing[0]}=…")
+        config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:  # an interpolation ${…} that leads nowhere
+        raise UserError(f"{path or 'configuration'}: {_first_line(error)}") from error
     validate(config)
+    return config
+
+
+def load_run_config(run: Path) -> Config:
+    """The configuration that a run was trained with, for any number of processes: experts lie as those allow.
+
+    Raises:
+        UserError: see `load_config`.
+    """
+    config = load_config(run / CONFIG_FILE)
+    config.parallel.expert_parallel_size = 0
     return config
 
 
 def save_config(config: Config, path: Path) -> None:
     """Writes the resolved configuration as YAML that `load_config` reads back."""
     path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Each value by its whole key, such as ``train.lr``."""
+
+    def of(prefix: str, values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            if isinstance(value, dict):
+                yield from of(f"{prefix}{key}.", value)
+            else:
+                yield f"{prefix}{key}", value
+
+    return dict(of("", asdict(config)))
 
 
 def validate(config: Config) -> None:
@@ -212,6 +242,7 @@ def validate(config: Config) -> None:
         config.train,
         config.parallel,
     )
+    _require_finite(config)
     _require_positive("data", data, ["max_seq_len", "batch_size", "eval_batch_size", "readers"])
     _require_positive("model", model, ["num_tables", "embedding_dim", "num_blocks", "num_heads", "ffn_multiplier"])
     _require_positive("loss", loss, ["num_negatives", "temperature"])
@@ -235,6 +266,7 @@ def validate(config: Config) -> None:
             "checkpoint_every",
             "hang_timeout_s",
             "profile",
+            "seed",
         ],
         "loss": ["negative_group_size", "popularity_power"],
         "model.moe": ["num_experts", "capacity_factor", "load_balance_coef", "z_loss_coef"],
@@ -246,8 +278,13 @@ def validate(config: Config) -> None:
                 raise UserError(f"{section}.{key} ({getattr(values, key)}) must not be negative")
     if train.steps is None and train.epochs is None:
         raise UserError("train.steps and train.epochs are both null: one must say when to stop")
-    if not 0 <= model.dropout < 1:
-        raise UserError(f"model.dropout ({model.dropout}) must be at least 0 and below 1")
+    for name, share in (
+        ("model.dropout", model.dropout),
+        ("train.beta1", train.beta1),
+        ("train.beta2", train.beta2),
+    ):
+        if not 0 <= share < 1:
+            raise UserError(f"{name} ({share}) must be at least 0 and below 1")
     if not 0 <= loss.uniform_share <= 1:
         raise UserError(f"loss.uniform_share ({loss.uniform_share}) must lie between 0 and 1")
     if loss.kind == "full_softmax" and (loss.sampling != "uniform" or loss.log_q_correction):
@@ -325,6 +362,12 @@ def validate_world_size(config: Config, world_size: int) -> None:
             f"parallel.expert_parallel_size ({size}) must divide the number of processes ({world_size}): choose a "
             f"divisor of {world_size}, or 0 for the largest that fits"
         )
+
+
+def _require_finite(config: Config) -> None:
+    for key, value in flat(config).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{key} ({value}) must be finite")
 
 
 def _require_positive(section: str, values: Any, keys: list[str]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mme.config import Config, load_config
+from mme.config import Config, load_run_config
 from mme.data.dataset import PreparedDataset
 from mme.data.sequences import EvaluationLoader, Features
 from mme.distributed.checkpoint import load_weights
@@ -113,7 +113,7 @@ def evaluate_run(run: Path, checkpoint: int | None) -> dict[str, Any]:
     Raises:
         UserError: the run, its configuration, its data or the checkpoint is missing or damaged.
     """
-    config = load_config(run / "config.yaml")
+    config = load_run_config(run)
     with process_group() as world:
         dataset = PreparedDataset.open(config.data.path, config.data.cache_dir)
         recommender = Recommender(config, dataset.num_items, world, dataset.feature_sizes(config.model.feature_columns))

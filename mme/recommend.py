@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from mme.config import USER_ID, Config, ModelConfig, load_config
+from mme.config import USER_ID, Config, ModelConfig, load_run_config
 from mme.data.batch import SequenceBatch
 from mme.data.features import feature_sizes, read_vocabularies
 from mme.data.parts import read_info, read_user_ids
@@ -43,7 +43,7 @@ def recommend(run: Path, users: Path, top_k: int, output: Path) -> int:
     Raises:
         UserError: a file, column, row or item is missing, unknown or of the wrong type, or a history is empty.
     """
-    config = load_config(run / "config.yaml")
+    config = load_run_config(run)
     with process_group() as world:
         data, model = Path(config.data.path), config.model
         info = read_info(data)

@@ -15,7 +15,7 @@ from typing import Any
 from rich.table import Table
 
 from mme.charts import Line, line_chart, smoothed
-from mme.config import Config, load_config
+from mme.config import CONFIG_FILE, Config, load_config
 from mme.errors import UserError
 from mme.experts_page import expert_warnings, experts_section
 from mme.insight_page import insight_section
@@ -54,7 +54,7 @@ def read_run(folder: Path) -> Run:
     records = read_metrics(folder / METRICS_FILE)
     if not records:
         raise UserError(f"{folder / METRICS_FILE}: empty: expected the metrics of a run (made by `mme train`)")
-    config_path = folder / "config.yaml"
+    config_path = folder / CONFIG_FILE
     config = load_config(config_path)
     dataset = _dataset_info(Path(config.data.path))
     results = _results(records)

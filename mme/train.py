@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from mme.config import Config, save_config, validate_world_size
+from mme.config import CONFIG_FILE, Config, flat, load_config, save_config, validate_world_size
 from mme.data.balance import attention_equals_rest_at
 from mme.data.batch import SequenceBatch
 from mme.data.dataset import PreparedDataset
@@ -114,14 +114,15 @@ class Training:
         progress = None
         if self.config.train.resume:
             progress = checkpoint.load_training(self.run_folder, self.recommender, self.engine, monitor.note)
+        else:
+            self._begin_anew(monitor)
         if progress is None:
             progress = Progress(0, 0, 0)
         else:
-            self.writer.resumed_at(progress.step)
-            self._keep_global_batches(progress, monitor)
+            self._go_on(progress, monitor)
         self.skipped = progress.skipped
         if self.world.rank == 0:
-            save_config(self.config, self.run_folder / "config.yaml")
+            save_config(self.config, self.run_folder / CONFIG_FILE)
         monitor.resume_at(progress.step, self.total_steps)
         monitor.run_info(
             {
@@ -131,6 +132,34 @@ class Training:
             }
         )
         return progress
+
+    def _begin_anew(self, monitor: Monitor) -> None:
+        """Else the newest and the best checkpoint would go on to be those of the run before."""
+        if self.world.rank == 0 and (removed := checkpoint.remove_all(self.run_folder)):
+            monitor.note(f"train.resume=false: {removed} checkpoints of the run before are removed")
+        self.world.barrier()
+
+    def _go_on(self, progress: Progress, monitor: Monitor) -> None:
+        if progress.dataset not in ("", self.dataset.sha256):
+            raise UserError(
+                f"{checkpoint.folder(self.run_folder, progress.step)}: was trained on another data set than data.path="
+                f"{self.config.data.path} holds now (choose another output_dir, or train.resume=false, which removes this "
+                "run's checkpoints)"
+            )
+        self.writer.resumed_at(progress.step)
+        self._keep_global_batches(progress, monitor)
+        if self.world.rank == 0 and (changed := self._changed_settings()):
+            monitor.note(f"goes on with {', '.join(changed)}")
+        if progress.step >= self.total_steps and not progress.evaluate:
+            monitor.note(f"nothing is left to train: the checkpoint of step {progress.step} is tested again")
+
+    def _changed_settings(self) -> list[str]:
+        """What differs from the configuration that the run had before, such as ``train.lr 0.01 (was 0.004)``."""
+        try:
+            before = flat(load_config(self.run_folder / CONFIG_FILE))
+        except UserError:  # none, or of a version with other keys
+            return []
+        return [f"{key} {new} (was {before[key]})" for key, new in flat(self.config).items() if new != before[key]]
 
     def _keep_global_batches(self, progress: Progress, monitor: Monitor) -> None:
         """As large as they were before, unless the configuration asks for another size now."""
@@ -219,8 +248,14 @@ class Training:
         """``after``, a step's, with whether it is to be evaluated there."""
         ends_epoch, every = after.sequences == 0, self.config.train.eval_every
         due = after.step % every == 0 if every else ends_epoch
-        size: dict[str, Any] = {"shares": self.loader.shares, "rank_batch": rank_batch(self.config)}
-        return replace(after, skipped=self.skipped, evaluate=due or after.step == self.total_steps, **size)
+        return replace(
+            after,
+            skipped=self.skipped,
+            evaluate=due or after.step == self.total_steps,
+            shares=self.loader.shares,
+            rank_batch=rank_batch(self.config),
+            dataset=self.dataset.sha256,
+        )
 
     @region("checkpoint")
     def _save_where_due(self, monitor: Monitor, progress: Progress, stop: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -120,6 +121,10 @@ def test_wrong_arguments_end_with_one_line_and_status_2(
         ("nonsense=1", "unknown key"),
         ("train.steps=many", "train.steps"),
         ("train.lr=-1", "train.lr (-1.0) must be positive"),
+        ("train.table_lr=.nan", "train.table_lr (nan) must be finite"),
+        ("train.beta1=2", "train.beta1 (2.0) must be at least 0 and below 1"),
+        ("train.seed=-1", "train.seed (-1) must not be negative"),
+        ("train.lr=${lr}", "Interpolation key 'lr' not found"),
         ("model.num_tables=5", "model.embedding_dim (128) must be divisible by model.num_tables (5)"),
         ("model.moe.top_k=9", "model.moe.top_k (9) must be between 1 and num_experts (8)"),
         ("parallel.expert_parallel_size=3", "must be divisible by parallel.expert_parallel_size (3)"),
@@ -218,6 +223,13 @@ def test_evaluate_prints_json_alone(run: Path) -> None:
         if record.get("split") == "test" and record.get("model") == "fuxi-mme"
     ]
     assert metrics["ndcg@10"] == pytest.approx(record["ndcg@10"], rel=1e-6)
+    elsewhere = run.with_name("trained by two processes")
+    shutil.copytree(run, elsewhere)
+    text = (run / "config.yaml").read_text().replace("expert_parallel_size: 0", "expert_parallel_size: 2")
+    (elsewhere / "config.yaml").write_text(text)
+    by_one = run_mme("evaluate", "--run", elsewhere)
+    assert by_one.returncode == 0, by_one.stderr
+    assert json.loads(by_one.stdout) == metrics | {"run": str(elsewhere)}
     missing = run_mme("evaluate", "--run", run, "--checkpoint", "99999")
     assert missing.returncode == 2 and missing.stdout == ""
     assert "step_99999" in missing.stderr.splitlines()[-1]

@@ -152,3 +152,29 @@ def test_a_checkpoint_of_another_model_is_refused(data: Path, tmp_path: Path) ->
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
     assert "belongs to another model configuration" in refused.stderr
+
+
+def test_a_run_that_begins_anew_leaves_nothing_of_the_run_before(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(data, run).returncode == 0
+    done = train(data, run, "train.resume=false", "train.epochs=1", "train.seed=1")
+    assert done.returncode == 0, done.stderr
+    assert "train.resume=false: 2 checkpoints of the run before are removed" in done.stdout
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_7"]
+    assert [step for step, _ in losses(run)] == list(range(1, 8))
+    assert metrics(run, "test")[0]["step"] == 7
+
+
+def test_a_finished_run_says_what_is_asked_for_anew_and_that_nothing_is_trained(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(data, run, "train.epochs=1").returncode == 0
+    again = train(data, run, "train.epochs=1", "train.lr=0.5")
+    assert again.returncode == 0, again.stderr
+    assert "goes on with train.lr 0.5 (was 0.004)" in again.stdout
+    assert "nothing is left to train: the checkpoint of step 7 is tested again" in again.stdout
+
+    prepare_synthetic("quickstart", tmp_path / "other", users=100, items=120, seed=4)
+    refused = train(tmp_path / "other", run, "train.epochs=2")
+    assert refused.returncode == 2
+    assert "step_7: was trained on another data set than data.path=" in refused.stderr
+    assert refused.stderr.count("\n") == 1

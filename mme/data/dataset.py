@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -61,6 +62,11 @@ class PreparedDataset:
         folder = Path(path)
         info = read_info(folder)
         return cls(folder, info, open_event_file(folder, info, None if cache_dir is None else Path(cache_dir)))
+
+    @property
+    def sha256(self) -> str:
+        """Of what dataset.json says, with the sums of the files that it was made of: the same wherever the folder lies."""
+        return hashlib.sha256(json.dumps(self.info, sort_keys=True).encode()).hexdigest()
 
     @property
     def num_items(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,7 +38,8 @@ class Progress:
 
     ``sequences`` of ``epoch``'s order have been trained on, by however many processes; ``skipped`` of the steps before
     changed nothing; ``evaluate``: this step is to be evaluated still; ``score`` is the validation NDCG@10 at this step,
-    if it was measured. A global batch is ``shares`` times ``rank_batch``, such as "64 sequences".
+    if it was measured. A global batch is ``shares`` times ``rank_batch``, such as "64 sequences". ``dataset`` is the
+    SHA-256 of the set trained on ("": a checkpoint that does not say).
     """
 
     step: int
@@ -48,6 +50,7 @@ class Progress:
     score: float | None = None
     shares: int = 1
     rank_batch: str = ""
+    dataset: str = ""
 
 
 def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -> Progress | None:
@@ -87,6 +90,21 @@ def load_weights(run: Path, step: int | None, recommender: Recommender, note: An
         if candidate != candidates[-1] and (note or recommender.world.rank == 0):
             (note or partial(print, file=sys.stderr))(f"checkpoint passed over: {index}")
     raise UserError(index)
+
+
+def remove_all(run: Path) -> int:
+    """Removes all complete checkpoints of the run; returns how many there were."""
+    found = steps(run)
+    for step in found:
+        remove(folder(run, step))
+    return len(found)
+
+
+def remove(checkpoint: Path) -> None:
+    """Takes its name away first: a process that is killed meanwhile leaves nothing that looks complete."""
+    nameless = checkpoint.with_name(f".{checkpoint.name}.removed.partial")
+    checkpoint.rename(nameless)
+    shutil.rmtree(nameless)
 
 
 def steps(run: Path) -> list[int]:
@@ -204,7 +222,8 @@ def _restore(run: Path, step: int, index: Any, pieces: list[Piece]) -> None:
             found = f"has shape {parts[0][1]['shape']}" if parts else "is missing"
             raise UserError(
                 f"{folder(run, step)}: tensor {piece.name} {found}, expected {list(piece.shape)}: the checkpoint belongs "
-                "to another model configuration or data set (choose another output_dir, or train.resume=false)"
+                "to another model configuration or data set (choose another output_dir, or train.resume=false, which removes "
+                "this run's checkpoints)"
             )
         piece.write(_assemble(piece, parts))
 

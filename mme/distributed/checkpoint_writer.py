@@ -23,7 +23,17 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mme.distributed.checkpoint import FORMAT, INDEX, Progress, best_step, folder, piece_key, sha256, steps
+from mme.distributed.checkpoint import (
+    FORMAT,
+    INDEX,
+    Progress,
+    best_step,
+    folder,
+    piece_key,
+    remove,
+    sha256,
+    steps,
+)
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import Piece, optimizer_pieces, weight_pieces
 from mme.errors import JobError, Preempted
@@ -188,8 +198,8 @@ class CheckpointWriter:
         try:
             _write_index(partial, {"format": FORMAT, "progress": asdict(progress), "files": entries})
             _flush(partial)
-            if final.exists():  # damaged, or of a run that began anew: else it were resumed from
-                _remove(final)
+            if final.exists():  # damaged: else it were resumed from
+                remove(final)
             partial.rename(final)
             _flush(final.parent)
             self._prune()
@@ -210,14 +220,7 @@ class CheckpointWriter:
     def _prune(self) -> None:
         found = steps(self.run)
         for step in set(found[: -self.keep]) - {best_step(self.run)}:
-            _remove(folder(self.run, step))
-
-
-def _remove(checkpoint: Path) -> None:
-    """Takes its name away first: a process that is killed meanwhile leaves nothing that looks complete."""
-    nameless = checkpoint.with_name(f".{checkpoint.name}.removed.partial")
-    checkpoint.rename(nameless)
-    shutil.rmtree(nameless)
+            remove(folder(self.run, step))
 
 
 def _write_index(checkpoint: Path, index: dict[str, Any]) -> None:
