@@ -29,12 +29,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mme.data.layout import INFO_FILE
+from mme.data.layout import CACHE_FOLDER, INFO_FILE
 from mme.data.parts import IntArray, feature_limits, limits, read_part
 from mme.errors import UserError
 
 RECORD = np.dtype([("item", "<i4"), ("timestamp", "<i8")])
-CACHE_FOLDER = ".cache"
 MOST_THREADS = 4  # that lay out parts beside each other
 EVENTS_AT_ONCE = 1 << 18  # of a pass over all events
 NOTED_EVENTS = 10_000_000  # so many take seconds to lay out, and the user is told

@@ -7,4 +7,7 @@ INFO_FILE = "dataset.json"
 ITEMS_FILE = "items.parquet"
 LEFT_OUT_FILE = "left_out.parquet"
 FEATURES_FILE = "features.parquet"
+PART_FILES = "part-*.parquet"
+CACHE_FOLDER = ".cache"  # of what is made of the set when it is first read
+OWN_FILES = (INFO_FILE, ITEMS_FILE, LEFT_OUT_FILE, FEATURES_FILE, PART_FILES, CACHE_FOLDER)
 FEATURE_PREFIX = "feature_"  # of the parts' columns that `--feature-columns` asks for

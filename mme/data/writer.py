@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mme.data.layout import FORMAT_VERSION, INFO_FILE, ITEMS_FILE
+from mme.data.layout import FORMAT_VERSION, INFO_FILE, ITEMS_FILE, OWN_FILES
 from mme.data.replacement import FolderReplacement
 from mme.data.statistics import LengthHistogram, popularity_summary
 from mme.errors import UserError
@@ -51,8 +52,13 @@ class DatasetWriter:
 
     def __enter__(self) -> DatasetWriter:
         if self.output.is_dir():
-            if any(self.output.iterdir()) and not (self.output / INFO_FILE).is_file():
-                raise UserError(f"{self.output}: holds other files: expected a new folder, or an older training set")
+            names = sorted(path.name for path in self.output.iterdir())
+            others = [name for name in names if not any(fnmatch(name, own) for own in OWN_FILES)]
+            if others or (names and INFO_FILE not in names):
+                found = (others or names)[0]
+                raise UserError(
+                    f"{self.output}: holds other files ({found}): expected a new folder, or an older training set alone"
+                )
         elif self.output.exists():
             raise UserError(f"{self.output}: is a file: expected a folder to write to")
         self.replacement.__enter__()

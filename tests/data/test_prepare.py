@@ -222,9 +222,11 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "a.csv", ["1,2,3", "1,4,5", "1,6,7"])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("x")
-    with pytest.raises(UserError, match="out: holds other files"):
-        prepare([file], "csv", tmp_path / "out")
-    assert (tmp_path / "out" / "thesis.txt").read_text() == "x"
+    for name in ("some.json", "dataset.json"):  # a training set, too, that holds something else
+        (tmp_path / "out" / name).write_text("{}")
+        with pytest.raises(UserError, match=r"out: holds other files \((some.json|thesis.txt)\)"):
+            prepare([file], "csv", tmp_path / "out")
+        assert (tmp_path / "out" / "thesis.txt").read_text() == "x"
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data, real interactions beside the checkout")
