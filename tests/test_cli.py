@@ -295,7 +295,7 @@ def test_interrupt_ends_with_one_line_and_the_same_command_goes_on(run: Path) ->
         # Where the tests run in the background of a shell, Ctrl-C is ignored, and so by what they start.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    for _ in range(600):
+    for _ in range(3000):
         if any((output / "checkpoints").glob("step_*")) or process.poll() is not None:
             break
         time.sleep(0.1)

@@ -177,7 +177,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(data: Path, whole: Pa
     run, moments = tmp_path / "run", random.Random(5)
     with started(data, run, max_restarts=2) as job:
         for kill in range(4):
-            wait_until(lambda: len(workers(run)) == 2 and reached(run, 2 + 12 * kill), job)  # noqa: B023
+            wait_until(lambda: len(workers(run)) == 2 and reached(run, 2 + 8 * kill), job)  # noqa: B023
             time.sleep(moments.uniform(0, 0.5))
             victim = moments.choice(workers(run))
             victim.kill()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import socket
 import time
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from mme.distributed.groups import World, process_group
 from mme.watchdog import Watchdog
 from tests.distributed.processes import run_on
+from tests.ports import free_port
 
 
 def work(rank: int, port: int, run: Path, hanging: str) -> None:
@@ -39,9 +39,7 @@ def fall_asleep() -> None:
     ("hanging", "doing"), [("between steps", "training step 1"), ("within a step", "training step 2")]
 )
 def test_the_rank_that_hangs_is_named(tmp_path: Path, hanging: str, doing: str) -> None:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        port = listener.getsockname()[1]
+    port = free_port()
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mme.train"])
     processes = [context.Process(target=work, args=(rank, port, tmp_path, hanging)) for rank in range(2)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +12,7 @@ import torch
 import torch.multiprocessing as mp
 
 from mme.distributed.groups import process_group
+from tests.ports import free_port
 
 
 def run_on(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -24,7 +24,7 @@ def run_on(world_size: int, function: Callable[..., Any], *args: Any) -> list[An
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["mme.train"])  # the imports, half of a short test, are done once
     results: Any = context.Queue()
-    port = _free_port()
+    port = free_port()
     workers = [
         context.Process(target=_work, args=(rank, world_size, port, function, args, results))
         for rank in range(world_size)
@@ -50,9 +50,3 @@ def _work(rank: int, world_size: int, port: int, function: Callable[..., Any], a
     except BaseException:
         answer = pickle.dumps((rank, (False, traceback.format_exc())))
     results.put(answer)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("localhost", 0))
-        return listener.getsockname()[1]

@@ -22,6 +22,7 @@ from mme.distributed.groups import World
 from tests.distributed.processes import run_on
 from tests.launcher.command_line import CONFIG, REPOSITORY, launch, the_error
 from tests.launcher.hosts import Host, hosts, why_not
+from tests.ports import free_port
 
 
 @pytest.mark.slow
@@ -41,9 +42,7 @@ def test_this_node_and_a_group_of_two_pass(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_nodes_with_folders_of_their_own_fail_and_say_so(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{free_port()}"
     arguments = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", endpoint, "--output-dir"]
     nodes = [
         subprocess.Popen(

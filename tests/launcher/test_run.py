@@ -16,10 +16,13 @@ from launcher import torchrun
 from launcher.job import Job
 from launcher.torchrun_output import own_lines
 from tests.launcher.command_line import CONFIG, REPOSITORY, launch, the_error
+from tests.ports import free_port
+
+PATIENCE_S = 300
 
 
 def test_dry_run_prints_the_torchrun_command_of_two_cpu_processes() -> None:
-    done = launch("run", "--config", CONFIG, "train.epochs=2", "--dry-run", PATH="/usr/bin:/bin")
+    done = launch("run", "--config", CONFIG, "train.epochs=2", "--dry-run", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
     store, *words = shlex.split(done.stdout)
     assert store == "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
@@ -133,7 +136,7 @@ def start_workers(folder: Path, behaviour: str, max_restarts: int) -> subprocess
 
 def test_a_refused_input_ends_the_job_with_status_2_and_its_one_line(tmp_path: Path) -> None:
     launcher = start_workers(tmp_path, "refuses", max_restarts=3)
-    _, errors = launcher.communicate(timeout=60)
+    _, errors = launcher.communicate(timeout=PATIENCE_S)
     assert launcher.returncode == 2
     lines = [line for line in errors.splitlines() if "speaks" not in line]
     assert lines == ["error: data.path: what was found, what was expected"]
@@ -141,7 +144,7 @@ def test_a_refused_input_ends_the_job_with_status_2_and_its_one_line(tmp_path: P
 
 def test_workers_start_again_after_one_has_died(tmp_path: Path) -> None:
     launcher = start_workers(tmp_path, "dies once", max_restarts=2)
-    _, errors = launcher.communicate(timeout=60)
+    _, errors = launcher.communicate(timeout=PATIENCE_S)
     assert launcher.returncode == 0
     assert (tmp_path / "tries-1").read_text() == "xx"
     lines = [line for line in errors.splitlines() if "speaks" not in line]
@@ -153,7 +156,7 @@ def test_workers_start_again_after_one_has_died(tmp_path: Path) -> None:
 
 def test_a_job_that_always_fails_shows_the_workers_traceback_and_not_torchruns(tmp_path: Path) -> None:
     launcher = start_workers(tmp_path, "always fails", max_restarts=1)
-    _, errors = launcher.communicate(timeout=60)
+    _, errors = launcher.communicate(timeout=PATIENCE_S)
     assert launcher.returncode == 1
     assert "ValueError: the worker's own traceback" in errors
     assert "no restart is left" in errors
@@ -167,7 +170,7 @@ def test_a_signal_reaches_the_workers(tmp_path: Path) -> None:
         assert launcher.poll() is None
         time.sleep(0.05)
     launcher.send_signal(signal.SIGTERM)
-    _, errors = launcher.communicate(timeout=45)
+    _, errors = launcher.communicate(timeout=PATIENCE_S)
     assert launcher.returncode == 128 + signal.SIGTERM
     assert "Traceback" not in errors
     assert (tmp_path / "tries-0").read_text() == "x"
@@ -187,9 +190,7 @@ def test_a_workers_tracebacks_pass_whole_beside_torchruns_lines() -> None:
 
 def test_nodes_that_do_not_come_are_told_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text("{}")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        endpoint = f"127.0.0.1:{free.getsockname()[1]}"
+    endpoint = f"127.0.0.1:{free_port()}"
     arguments = ["--nnodes", "2", "--rdzv-endpoint", endpoint, "--rdzv-timeout", "3", f"data.path={tmp_path}"]
     done = launch("run", "--config", CONFIG, *arguments)
     assert done.returncode == 1
