@@ -1,7 +1,7 @@
 """How accurate Fuxi-MME is beside its baselines and without either of its two parts, over seeds.
 
     python -m benchmarks.accuracy --data quickstart
-    python -m benchmarks.accuracy --data ml-latest-small --input ratings.parquet --seed 42 --seed 43 --seed 44
+    python -m benchmarks.accuracy --data ml-latest-small --input ratings.csv --seed 42 --seed 43 --seed 44
     python -m benchmarks.accuracy --data quickstart --model fuxi-alpha --model fuxi-mme --tables 4 --work runs/tables-4
 
 Every model is trained by `mme train` in a process of its own, one after another, on the same split, for the same number
@@ -29,7 +29,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.user_ranks import RANKS_FILE
-from mme.config import Config, load_config
+from mme.config import CONFIG_FILE, Config, load_config
 from mme.errors import UserError
 from mme.metrics_file import METRICS_FILE, read_metrics
 
@@ -79,12 +79,14 @@ NUM_FLIPS = 10_000
 
 def main(
     data: Annotated[str, typer.Option(help="quickstart (embedded) or ml-latest-small (needs --input).")] = "quickstart",
-    input_file: Annotated[Optional[Path], typer.Option("--input", help="MovieLens ml-latest-small as Parquet.")] = None,  # noqa: UP045
+    input_file: Annotated[Optional[Path], typer.Option("--input", help="ml-latest-small's ratings.csv.")] = None,  # noqa: UP045
     model: Annotated[Optional[list[str]], typer.Option(help=f"Of {', '.join(MODELS)}; default: all.")] = None,  # noqa: UP045
     seed: Annotated[Optional[list[int]], typer.Option(help="May be repeated; default: 42, 43, 44.")] = None,  # noqa: UP045
     tables: Annotated[int, typer.Option(min=2, help="Of the models of several; one is as wide as they together.")] = 2,
     epochs: Annotated[int, typer.Option(min=1, help="Of every run; the best one on the validation split counts.")] = 60,
-    setting: Annotated[Optional[list[str]], typer.Option("--set", help="key.path=value, for every model.")] = None,  # noqa: UP045
+    setting: Annotated[
+        list[str] | None, typer.Option("--set", help="key.path=value for every model, MODEL:key.path=value for one.")
+    ] = None,
     processes: Annotated[int, typer.Option(help="Processes of a run.")] = 1,
     work: Annotated[Path, typer.Option(help="Data sets and runs.")] = Path("runs/accuracy"),
     output: Annotated[Optional[Path], typer.Option(help="Stem of the .json and .md; default: in --work.")] = None,  # noqa: UP045
@@ -98,11 +100,10 @@ def main(
         if processes < 1 or BATCH_SIZE % processes:
             raise UserError(f"--processes {processes}: expected a divisor of {BATCH_SIZE}, the sequences of a batch")
         dataset = prepare(data, input_file, work)
-        common = [f"train.epochs={epochs}", *(setting or [])]
-        of_model = {name: [*overrides_of(name, data, tables), *common] for name in models}
-        runs = {
-            name: [train(name, one, data, dataset, of_model[name], work, processes) for one in seeds] for name in models
-        }
+        runs = {}
+        for name in models:
+            own = [*overrides_of(name, data, tables), f"train.epochs={epochs}", *set_for(name, setting or [])]
+            runs[name] = [train(name, one, data, dataset, own, work, processes) for one in seeds]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -112,7 +113,8 @@ def main(
         "data": data,
         "seeds": seeds,
         "tables": tables,
-        "settings": common,
+        "epochs": epochs,
+        "settings": setting or [],
         "processes": processes,
         "processor": platform.processor() or platform.machine(),
         "torch": torch.__version__,
@@ -135,9 +137,9 @@ def prepare(data: str, input_file: Path | None, work: Path) -> Path:
     if data == "quickstart":
         source = ["--synthetic", "quickstart"]
     elif input_file is None:
-        raise UserError(f"--data {data}: --input is required, the ratings as Parquet (user_id, item_id, timestamp)")
+        raise UserError(f"--data {data}: --input is required, its ratings.csv")
     else:
-        source = ["--input", str(input_file), "--format", "parquet"]
+        source = ["--input", str(input_file), "--format", "auto"]
     _run([sys.executable, "-m", "mme", "prepare", *source, "--output", str(folder)])
     return folder
 
@@ -149,6 +151,20 @@ def overrides_of(name: str, data: str, tables: int) -> list[str]:
     heads = [] if several else [f"model.num_heads={max(1, width // SINGLE_TABLE_HEAD)}"]
     shape = [f"model.num_tables={tables if several else 1}", f"model.embedding_dim={width}", *heads]
     return [*shape, *others, *SETTINGS[data][several]]
+
+
+def set_for(name: str, settings: list[str]) -> list[str]:
+    """Those of ``settings`` that are for this model: ``key.path=value`` and ``name:key.path=value``."""
+    own = []
+    for setting in settings:
+        model, colon, override = setting.partition(":")
+        if not colon or "=" in model:  # a value may hold a colon
+            own.append(setting)
+        elif model not in MODELS:
+            raise UserError(f"--set {setting}: no model {model}: expected one of {', '.join(MODELS)}")
+        elif model == name:
+            own.append(override)
+    return own
 
 
 def train(name: str, seed: int, data: str, dataset: Path, own: list[str], work: Path, processes: int) -> dict[str, Any]:
@@ -164,7 +180,7 @@ def train(name: str, seed: int, data: str, dataset: Path, own: list[str], work: 
         f"output_dir={folder}",
     ]
     config = load_config(path, overrides)
-    if (folder / "config.yaml").exists() and load_config(folder / "config.yaml") != config:
+    if (folder / CONFIG_FILE).exists() and load_config(folder / CONFIG_FILE) != config:
         raise UserError(f"{folder}: has another configuration than this run would: choose another --work")
     if not (folder / RANKS_FILE).exists():
         started = time.perf_counter()

@@ -134,6 +134,7 @@ def _peak_rss_kib(pid: int) -> int:
 
 
 def processor() -> str:
+    """How many cores of what, as the benchmarks' results name it."""
     with open("/proc/cpuinfo") as file:
         names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     return f"{len(names)} × {names[0]}" if names else platform.processor()

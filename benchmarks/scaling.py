@@ -1,7 +1,7 @@
 """How does training scale: measured on CPU processes, predicted for GPUs that are not here.
 
     python -m benchmarks.scaling --json benchmarks/results/scaling_cpu.json
-    python -m benchmarks.scaling --no-measure --config configs/kuairand-27k.yaml --items 32038725
+    python -m benchmarks.scaling --no-measure --config configs/ml-20m.yaml --items 26744
 
 Measured: whole training steps by `benchmarks.train_throughput` with 1, 2 and 4 processes of one thread each, a total batch
 that stays and one that grows with the processes. Predicted: `launcher.plan`'s models for 8 to 1,024 GPUs, each time in
@@ -33,32 +33,35 @@ from launcher.job import items_of
 from launcher.plan import Layout, assumptions, choice, layouts
 from launcher.shape import Shape
 from mme.config import Config, load_config
-from mme.errors import UserError
+from mme.exit_status import job_status
 
 PROCESSES = (1, 2, 4)
 TOTAL_SEQUENCES, SEQUENCES_EACH = 128, 64  # of a step: where the work stays, and of a process where it grows
 GPUS_OF_A_NODE = 8
 GPUS = [8 * 2**doublings for doublings in range(8)]  # to 1,024
 KINDS = ("a100-80g", "h100-80g")
+KUAIRAND, KUAIRAND_ITEMS = Path("configs/kuairand-27k.yaml"), 32_038_725
 
 
 def main(
     measure: Annotated[bool, typer.Option(help="Measure here, by the quick start.")] = True,
     steps: Annotated[int, typer.Option(help="Steps of a repetition.", min=1)] = 5,
     repetitions: Annotated[int, typer.Option(help="Repetitions, after some steps that warm up.", min=2)] = 7,
-    config: Annotated[Path, typer.Option(help="What the GPUs are predicted to train.")] = Path(
-        "configs/kuairand-27k.yaml"
-    ),
-    items: Annotated[Optional[int], typer.Option(help="Items of the catalogue; default: KuaiRand-27K's.")] = 32_038_725,  # noqa: UP045
+    config: Annotated[Path, typer.Option(help="What the GPUs are predicted to train.")] = KUAIRAND,
+    items: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(
+            help="Items of the catalogue; default: KuaiRand-27K's, of another --config its data set's.", min=1
+        ),
+    ] = None,
     overrides: Annotated[Optional[list[str]], typer.Argument(help="key.path=value, of the prediction")] = None,  # noqa: UP045
     output: Annotated[Optional[Path], typer.Option("--json", help="Where to write the figures.")] = None,  # noqa: UP045
 ) -> None:
     """Prints measured and predicted scaling."""
-    try:
+    with job_status():
         settings = load_config(config, overrides or [])
-        items = items or items_of(settings)
-    except UserError as error:
-        raise typer.BadParameter(str(error)) from error
+        known = KUAIRAND_ITEMS if config.resolve() == KUAIRAND.resolve() else None
+        num_items = items or known or items_of(settings)
     console = Console(width=150)
     result: dict[str, Any] = {}
     if measure:
@@ -75,11 +78,13 @@ def main(
         for work in ("fixed_work", "growing_work"):
             console.print(_measured_table(work, result["measured"][work]))
     predicted = [
-        _predicted(settings, items, DEVICES[kind], work) for kind in KINDS for work in ("growing work", "fixed work")
+        _predicted(settings, num_items, DEVICES[kind], work)
+        for kind in KINDS
+        for work in ("growing work", "fixed work")
     ]
     for prediction in predicted:
         console.print(_predicted_table(prediction))
-    result["predicted"] = {"config": str(config), "overrides": overrides or [], "items": items, "runs": predicted}
+    result["predicted"] = {"config": str(config), "overrides": overrides or [], "items": num_items, "runs": predicted}
     for line in predicted[0]["assumptions"]:
         console.print(f"- {line}", highlight=False)
     if output:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -37,6 +36,7 @@ from rich.table import Table
 from mme.config import load_config
 from mme.data.synthetic import prepare_synthetic
 from mme.errors import UserError
+from mme.exit_status import job_status
 
 if TYPE_CHECKING:
     from mme.data.batch import SequenceBatch
@@ -89,11 +89,13 @@ def main(
     output: Annotated[Optional[Path], typer.Option("--json", help="Where to write the figures.")] = None,  # noqa: UP045
 ) -> None:
     """Measures and prints training throughput."""
-    options = [*SETTINGS[setting], *(overrides or []), *([f"data.path={data}"] if data else [])]
-    try:
+    from benchmarks.prepare import processor  # not above: DuckDB would count as memory of the workers
+
+    with job_status():
+        if setting not in SETTINGS:
+            raise UserError(f"--setting {setting}: expected one of {', '.join(SETTINGS)}")
+        options = [*SETTINGS[setting], *(overrides or []), *([f"data.path={data}"] if data else [])]
         path = Path(load_config(config, options).data.path)
-    except UserError as error:
-        raise typer.BadParameter(str(error)) from error
     if path == EMBEDDED and not path.exists():
         prepare_synthetic("quickstart", path)
     with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +110,7 @@ def main(
             env=environment | {RESULT: str(result_file), "PYTHONWARNINGS": "ignore"},  # of libraries, about themselves
         )
         result = json.loads(result_file.read_text())
-    result |= {"setting": setting, "overrides": options, "processes": processes, "processor": _processor()}
+    result |= {"setting": setting, "overrides": options, "processes": processes, "processor": processor()}
     _print(result)
     if output:
         output.write_text(json.dumps(result, indent=2) + "\n")
@@ -307,12 +309,6 @@ def _memory_gib(name: str) -> float:
     """A figure of this process from /proc: VmRSS, resident now; VmHWM, the most it was."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(name)) / 2**20
-
-
-def _processor() -> str:
-    with open("/proc/cpuinfo") as file:
-        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
-    return f"{len(names)} × {names[0]}" if names else platform.processor()
 
 
 def _print(result: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import typer
 
-from mme.config import load_config
+from mme.config import load_run_config
 from mme.data.dataset import PreparedDataset
 from mme.distributed.checkpoint import load_weights
 from mme.distributed.groups import process_group
@@ -24,10 +24,10 @@ RANKS_FILE = "test_ranks.json"
 
 def main(run: Path) -> None:
     """Ranks the test users' targets and keeps the ranks in the run's folder."""
-    config = load_config(run / "config.yaml")
+    config = load_run_config(run)
     with process_group() as world:
         dataset = PreparedDataset.open(config.data.path, config.data.cache_dir)
-        recommender = Recommender(config, dataset.num_items, world)
+        recommender = Recommender(config, dataset.num_items, world, dataset.feature_sizes(config.model.feature_columns))
         load_weights(run, None, recommender)
         ranks = target_ranks(recommender, dataset, config, "test")
     partial = run / f"{RANKS_FILE}.partial"

@@ -3,7 +3,8 @@
 #
 #   scripts/train.sh CONFIG DATA [key.path=value …]
 #
-# DATA: a file of interactions (Parquet, CSV, MovieLens, …); empty: the embedded data set.
+# DATA: a file or folder of interactions (Parquet, CSV, MovieLens, …); empty: the embedded data set for the quick start's
+# configuration, data.path as it is for any other.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -11,29 +12,35 @@ config=$1
 data=$2
 shift 2
 
-if [ -z "$data" ]; then
-    dataset=datasets/quickstart
-    prepare=(--synthetic quickstart)
-    source="embedded"
-    overrides=(data.path="$dataset")
-else
+dataset=
+if [ -n "$data" ]; then
     if [ ! -s "$data" ]; then
         echo "error: DATA=$data: $([ -e "$data" ] && echo "empty" || echo "no such") file, expected interactions" >&2
         exit 2
     fi
-    name=$(basename "$data")
-    name=${name%.*}
+    path=$(realpath "$data")
+    file=$(basename "$path")
+    # Folder and file, for the reader, and a sum that tells two of the same names apart.
+    name=$(basename "$(dirname "$path")")-${file%.*}-$(echo "$path" | sha256sum | cut -c 1-6)
+    name=${name//[^[:alnum:]._-]/-} # a value of an override is read as YAML
     dataset=datasets/$name
     prepare=(--input "$data" --format auto)
-    source="$(realpath "$data") $(stat -c '%s %Y' "$data")"
-    overrides=(data.path="$dataset" output_dir="runs/$name")
+    source=$(find -L "$path" -type f -printf '%p %s %T@\n' | LC_ALL=C sort | sha256sum)
+    set -- output_dir="runs/$name" "$@"
+elif [ "$config" -ef configs/quickstart.yaml ]; then
+    dataset=datasets/quickstart
+    prepare=(--synthetic quickstart)
+    source="embedded"
 fi
 
-# The set is made anew where the file is another one or the code that reads it has changed.
-source="$source $(cat mme/data/*.py | sha256sum | cut -d' ' -f1)"
-if [ ! -f "$dataset/dataset.json" ] || [ "$(cat "$dataset.source" 2>/dev/null)" != "$source" ]; then
-    rm -f "$dataset.source"
-    .venv/bin/python -m mme prepare "${prepare[@]}" --output "$dataset"
-    echo "$source" >"$dataset.source"
+if [ -n "$dataset" ]; then
+    # The set is made anew where the files are others or the code that reads them has changed.
+    source="$source $(cat mme/data/*.py | sha256sum | cut -d' ' -f1)"
+    if [ ! -f "$dataset/dataset.json" ] || [ "$(cat "$dataset.source" 2>/dev/null)" != "$source" ]; then
+        rm -f "$dataset.source"
+        .venv/bin/python -m mme prepare "${prepare[@]}" --output "$dataset"
+        echo "$source" >"$dataset.source"
+    fi
+    set -- data.path="$dataset" "$@"
 fi
-exec .venv/bin/python -m launcher run --config "$config" "${overrides[@]}" "$@"
+exec .venv/bin/python -m launcher run --config "$config" "$@"

@@ -9,12 +9,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
-from benchmarks.accuracy import MODELS, SETTINGS, ndcg_at_10, overrides_of, paired_p
+from benchmarks.accuracy import MODELS, SETTINGS, ndcg_at_10, overrides_of, paired_p, prepare, set_for
 from mme.config import load_config
 from mme.data.synthetic import prepare_synthetic
+from mme.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ["data.max_seq_len=16", "data.batch_size=32", "train.log_every=1", "train.keep_checkpoints=1"]
@@ -48,6 +51,27 @@ def test_models_have_tables_of_the_same_number_of_parameters(data: str, tables: 
         "moe": (1, 8),
         "fuxi-mme": (tables, 8),
     }
+
+
+def test_ratings_as_published_are_the_same_set_as_in_parquet(tmp_path: Path) -> None:
+    events = [(user, item, 1000 * user + item) for user in range(1, 6) for item in range(1, 5)]
+    csv, parquet = tmp_path / "ratings.csv", tmp_path / "ratings.parquet"
+    lines = [f"{user},{item},4.5,{seconds}" for user, item, seconds in events]
+    csv.write_text("\n".join(["userId,movieId,rating,timestamp", *lines]) + "\n")
+    columns = zip(["user_id", "item_id", "timestamp"], zip(*events, strict=True), strict=True)
+    pq.write_table(pa.table(dict(columns)), parquet)
+    sets = [prepare("ml-latest-small", file, tmp_path / file.suffix) for file in (csv, parquet)]
+    first, second = (pq.read_table(folder / "part-00000.parquet") for folder in sets)
+    assert first.num_rows == 5
+    assert first.equals(second)
+
+
+def test_a_setting_is_for_every_model_or_for_one() -> None:
+    settings = ["train.lr=0.1", "hstu:model.dropout=0.5", "data.path=a:b"]
+    assert set_for("hstu", settings) == ["train.lr=0.1", "model.dropout=0.5", "data.path=a:b"]
+    assert set_for("sasrec", settings) == ["train.lr=0.1", "data.path=a:b"]
+    with pytest.raises(UserError, match="no model hst: expected one of sasrec, hstu"):
+        set_for("hstu", ["hst:train.lr=0.1"])
 
 
 def run_table(work: Path, *options: str) -> subprocess.CompletedProcess[str]:

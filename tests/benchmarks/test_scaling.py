@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
-from benchmarks.scaling import _efficiency, _largest_from
+from benchmarks.scaling import _efficiency, _largest_from, main
 from launcher.devices import DEVICES
 from launcher.plan import choice, layouts
 from launcher.shape import Shape
@@ -23,7 +24,9 @@ def test_predictions_are_those_of_the_plan(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "predicted, not measured: h100-80g, growing work" in done.stdout
-    growing_a100, fixed_a100, growing_h100, _ = json.loads(file.read_text())["predicted"]["runs"]
+    predicted = json.loads(file.read_text())["predicted"]
+    assert predicted["items"] == 32_038_725
+    growing_a100, fixed_a100, growing_h100, _ = predicted["runs"]
     config = load_config(REPOSITORY / "configs/kuairand-27k.yaml", overrides)
     for run, kind in ((growing_a100, "a100-80g"), (growing_h100, "h100-80g")):
         assert [row["gpus"] for row in run["rows"]] == [8, 16, 32, 64, 128, 256, 512, 1024]
@@ -35,6 +38,26 @@ def test_predictions_are_those_of_the_plan(tmp_path: Path) -> None:
     # A batch of 8 × 64 sequences cannot be dealt to 1,024 GPUs.
     assert [row["gpus"] for row in fixed_a100["rows"]] == [8, 16, 32, 64, 128, 256, 512]
     assert {row["gpus"] * row["tokens_a_gpu"] for row in fixed_a100["rows"]} == {8 * 65_536}
+
+
+def test_another_configuration_has_the_items_of_its_data_set(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, config = tmp_path / "scaling.json", REPOSITORY / "configs/ml-1m.yaml"
+
+    def predict(items: int | None = None) -> int:
+        main(measure=False, config=config, items=items, overrides=[f"data.path={tmp_path}"], output=file)
+        found: int = json.loads(file.read_text())["predicted"]["items"]
+        return found
+
+    with pytest.raises(typer.Exit) as refused:
+        predict()
+    assert refused.value.exit_code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and line.endswith("give --items N")
+    (tmp_path / "dataset.json").write_text('{"num_items": 3706}')
+    assert predict() == 3706
+    assert predict(items=5000) == 5000
 
 
 def test_a_part_is_the_largest_from_where_it_first_is() -> None:

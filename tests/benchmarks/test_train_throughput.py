@@ -86,6 +86,19 @@ def test_flops_of_the_public_setting() -> None:
     assert attention_equals_rest_at(config.model) == (50 * 300 + 150 * 50 + 3 * 50 * 50) // 200
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--setting", "nope"], "--setting nope: expected one of quickstart, fuxi-alpha"),
+        (["train.stepz=3"], "override 'train.stepz=3': train.stepz: unknown key (did you mean train.steps?)"),
+    ],
+)
+def test_wrong_input_is_refused_in_one_line(words: list[str], message: str) -> None:
+    command = [sys.executable, "-m", "benchmarks.train_throughput", *words]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", f"error: {message}\n")
+
+
 @pytest.mark.slow
 def test_the_benchmark_says_where_the_time_went(tmp_path: Path) -> None:
     data, result = tmp_path / "data", tmp_path / "result.json"
