@@ -70,7 +70,7 @@ class Shape:
 
     @property
     def hidden(self) -> int:
-        return flops.hidden_dim(self.config.model)
+        return self.config.model.hidden_dim
 
     @property
     def expert_blocks(self) -> int:
@@ -78,8 +78,7 @@ class Shape:
 
     @property
     def expert_parallel_size(self) -> int:
-        experts = self.config.model.moe.num_experts
-        return self.config.parallel.expert_parallel_size or (math.gcd(experts, self.ranks) if experts else 1)
+        return self.config.experts_over(self.ranks)
 
     @property
     def expert_copies(self) -> int:

@@ -7,7 +7,6 @@ A worker that ends with status 2 met a mistake that only the user can mend: noth
 
 from __future__ import annotations
 
-import ctypes
 import ipaddress
 import os
 import re
@@ -20,6 +19,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import IO, Any
@@ -29,6 +29,8 @@ import psutil
 from launcher.job import Job, split_endpoint
 from launcher.torchrun_output import LAST_WORDS, own_lines
 from mme.errors import UserError
+from mme.exit_status import PREEMPTED
+from mme.preemption import signal_when_parent_dies
 
 RDZV_ID = "mme"
 HOST_KNOWN_AFTER_S = 60
@@ -36,9 +38,7 @@ UNANSWERED_S = 30  # beyond the time that torchrun may take to connect to the re
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 USER_ERROR = 2
 INTERRUPTED = 130
-PREEMPTED = 143  # a worker was asked to stop, on this node or another, and all have saved what they had
 STOPS_WITHIN_S = 60  # what workers have, once asked, to write a checkpoint
-PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 WORKER_FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 NOT_MET = re.compile(re.escape(LAST_WORDS) + r"rendezvous\.api\.Rendezvous(\w+)Error")
@@ -191,7 +191,8 @@ def _run_once(job: Job, resumes: bool, module: list[str] | None) -> tuple[int, _
         errors="replace",
         # A session of its own: Ctrl-C reaches torchrun once, from here, and not a second time in its clean-up.
         start_new_session=True,
-        preexec_fn=_end_with_parent,
+        # torchrun, and by it the workers, are asked to stop where this process dies.
+        preexec_fn=partial(signal_when_parent_dies, signal.SIGTERM),
     )
     stopping = _Stopping(process)
     before = {number: signal.signal(number, stopping.pass_on) for number in PASSED_ON}
@@ -212,13 +213,6 @@ def _run_once(job: Job, resumes: bool, module: list[str] | None) -> tuple[int, _
     if status < 0 and not watch.alone:
         _say(f"torchrun was killed by signal {-status} ({signal.Signals(-status).name})")
     return 1 if status else 0, watch
-
-
-def _end_with_parent() -> None:
-    """torchrun, and by it the workers, are asked to stop where this process dies (Linux)."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "prctl"):
-        libc.prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM))
 
 
 class _Stopping:

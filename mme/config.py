@@ -79,6 +79,17 @@ class ModelConfig:
         return self.embedding_dim // self.num_tables
 
     @property
+    def head_dims(self) -> tuple[int, int]:
+        """Width of a head's queries and keys, and of its values."""
+        default = self.view_dim // self.num_heads
+        return self.dqk or default, self.dv or default
+
+    @property
+    def hidden_dim(self) -> int:
+        """Width of the hidden layer of an FFN or expert."""
+        return max(1, round(self.ffn_multiplier * self.view_dim))
+
+    @property
     def router_views(self) -> int:
         """How many views of a token a router sees."""
         return self.num_tables if self.moe.router == "all_views" else 1
@@ -168,6 +179,11 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     output_dir: str = "runs/default"
+
+    def experts_over(self, processes: int) -> int:
+        """How many of a job's ``processes`` share one set of experts: the largest number that divides both, if none is set."""
+        num_experts = self.model.moe.num_experts
+        return self.parallel.expert_parallel_size or (math.gcd(num_experts, processes) if num_experts else 1)
 
     @property
     def history_len(self) -> int:

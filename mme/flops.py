@@ -13,13 +13,8 @@ from mme.config import Config, ModelConfig
 
 def head_widths(model: ModelConfig) -> tuple[int, int]:
     """H·dqk and H·dv."""
-    default = model.view_dim // model.num_heads
-    return model.num_heads * (model.dqk or default), model.num_heads * (model.dv or default)
-
-
-def hidden_dim(model: ModelConfig) -> int:
-    """f."""
-    return max(1, round(model.ffn_multiplier * model.view_dim))
+    dqk, dv = model.head_dims
+    return model.num_heads * dqk, model.num_heads * dv
 
 
 def num_expert_blocks(model: ModelConfig) -> int:
@@ -41,7 +36,7 @@ def attention_pair(model: ModelConfig) -> int:
 
 def expert_row(model: ModelConfig) -> int:
     """Multiply-adds of one expert, or of the dense FFN, for a row."""
-    return 3 * model.view_dim * hidden_dim(model)
+    return 3 * model.view_dim * model.hidden_dim
 
 
 def training_flops(config: Config, num_tokens: int, num_pairs: int, num_items: int) -> dict[str, int]:

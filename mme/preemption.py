@@ -27,7 +27,7 @@ class Preemption:
     def __enter__(self) -> Preemption:
         self._before: Any = signal.signal(signal.SIGTERM, self._note)
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            _signal_when_parent_dies(signal.SIGTERM)
+            signal_when_parent_dies(signal.SIGTERM)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -38,7 +38,7 @@ class Preemption:
         self.requested = True
 
 
-def _signal_when_parent_dies(number: signal.Signals) -> None:
+def signal_when_parent_dies(number: signal.Signals) -> None:
     """Linux tells a process by a signal; elsewhere the watchdog notices."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):

@@ -9,7 +9,6 @@ Legend: R·k rows sent by this rank, E experts, P expert_parallel_size.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -81,11 +80,6 @@ def spread_experts(decoder: Decoder, expert_parallel_size: int) -> None:
             local.allreduce = False  # type: ignore[attr-defined]  # DeepSpeed's mark of an expert's parameter
             local.group_name = dispatcher.expert_group_name  # type: ignore[attr-defined]
             setattr(layer.experts, name, local)
-
-
-def choose_expert_parallel_size(requested: int, num_experts: int, world_size: int) -> int:
-    """``requested``, or where that is 0 the largest number of ranks that divides both experts and ranks."""
-    return requested or math.gcd(num_experts, world_size)
 
 
 def _expert_major(by_source: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from kernels.backend import resolve_backend
 from mme.config import Config
 from mme.data.batch import SequenceBatch
-from mme.distributed.experts import choose_expert_parallel_size, spread_experts
+from mme.distributed.experts import spread_experts
 from mme.distributed.groups import World
 from mme.distributed.tables import ItemTables
 from mme.errors import UserError
@@ -50,10 +50,7 @@ class Recommender:
         torch.manual_seed(config.train.seed)  # the same decoder on every rank
         self.decoder = Decoder(config)
         if config.model.moe.num_experts:
-            size = choose_expert_parallel_size(
-                config.parallel.expert_parallel_size, config.model.moe.num_experts, world.size
-            )
-            spread_experts(self.decoder, size)
+            spread_experts(self.decoder, config.experts_over(world.size))
         self.decoder.to(world.device)
 
     def num_parameters(self) -> dict[str, int]:

@@ -101,10 +101,9 @@ def _block(config: Config, index: int) -> nn.Module:
     """The ``index``-th block, of the kind that `model.block` names."""
     model, moe, backend = config.model, config.model.moe, config.kernels.backend
     dim, max_seq_len = model.view_dim, config.data.max_seq_len
-    dqk, dv = model.dqk or dim // model.num_heads, model.dv or dim // model.num_heads
-    hidden_dim = max(1, round(model.ffn_multiplier * dim))
+    dqk, dv = model.head_dims
     if model.block == "sasrec":
-        return SASRecBlock(dim, model.num_heads, dqk, dv, hidden_dim, model.dropout)
+        return SASRecBlock(dim, model.num_heads, dqk, dv, model.hidden_dim, model.dropout)
     if model.block == "hstu":
         return HSTUBlock(dim, max_seq_len, model.num_heads, dqk, dv, model.dropout)
     ffn: DenseFFN | MixtureOfExperts
@@ -113,12 +112,12 @@ def _block(config: Config, index: int) -> nn.Module:
             moe.num_experts,
             moe.top_k,
             dim,
-            hidden_dim,
+            model.hidden_dim,
             moe.renormalize,
             backend,
             moe.capacity_factor,
             views_seen=model.router_views,
         )
     else:
-        ffn = DenseFFN(dim, hidden_dim, backend)
+        ffn = DenseFFN(dim, model.hidden_dim, backend)
     return FuxiBlock(dim, max_seq_len, model.num_heads, dqk, dv, ffn, model.dropout, backend)
