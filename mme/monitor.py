@@ -291,8 +291,12 @@ class Monitor:
         path = self.output_dir / METRICS_FILE
         keep_lines_until(path, self._resume_step)
         self._metrics = path.open("a", buffering=1)
+        folder = self.output_dir / "tensorboard"
         purge = self._resume_step + 1 if self._resume_step else None
-        self._tensorboard = SummaryWriter(str(self.output_dir / "tensorboard"), purge_step=purge)
+        if not self._resume_step:  # of the run that was here before
+            for curves in folder.glob("events.*"):
+                curves.unlink()
+        self._tensorboard = SummaryWriter(str(folder), purge_step=purge)
 
     def _scalars(self, step: int, values: Mapping[str, float]) -> None:
         for name, value in values.items():

@@ -77,7 +77,19 @@ class Training:
         self.step = TrainStep(config, self.recommender, self.engine, self.total_steps, counts)
         self.pace = Pace(world)
         self.skipped = self.skipped_in_a_row = 0
+        self._look_up_targets()
         self.select_split = "valid" if "valid" in dataset.splits(config.data.protocol) else "test"
+
+    def _look_up_targets(self) -> None:
+        """Before anything is trained: there must be some, and the data set may be replaced while the job runs."""
+        data, dataset = self.config.data, self.dataset
+        for split in dataset.splits(data.protocol):
+            rows, _ = dataset.targets(data.protocol, split, data.global_time_test_fraction)
+            if not rows.size:
+                raise UserError(
+                    f"{data.path}: no user has an event for the {split} split of data.protocol={data.protocol}"
+                )
+            dataset.targets_sha256(data.protocol, split, data.global_time_test_fraction)  # kept by the data set
 
     def run(self) -> list[dict[str, Any]]:
         config, world = self.config, self.world
@@ -103,8 +115,8 @@ class Training:
                     self.skipped_in_a_row = 0
                 self._record(monitor, at.step + 1, at.epoch, result)
                 stop, *votes = result.votes
+                writer.after_step(*votes)  # of the checkpoint before: of the next one, nothing is written yet
                 self._save_where_due(monitor, self._following(after), stop)
-                writer.after_step(*votes)
                 self.watchdog.beat(f"waiting for the batch of step {at.step + 2}")
                 self.pace.begin_step()
             writer.wait()

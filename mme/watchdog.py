@@ -47,7 +47,10 @@ class Watchdog:
     def __enter__(self) -> Watchdog:
         if self.timeout_s:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._stacks = (self.folder / f"rank_{self.world.rank}.txt").open("w")
+            path = self.folder / f"rank_{self.world.rank}.txt"
+            if path.exists() and path.stat().st_size:  # of an attempt that hung, and was told to look there
+                path.rename(path.with_suffix(f".{time.strftime('%Y%m%d-%H%M%S')}.txt"))
+            self._stacks = path.open("w")
         self.beat("starting")
         self._thread.start()
         return self
@@ -58,7 +61,7 @@ class Watchdog:
         if self._stacks is not None:
             faulthandler.cancel_dump_traceback_later()
             self._stacks.close()
-            Path(self._stacks.name).unlink()
+            Path(self._stacks.name).unlink(missing_ok=True)
             with suppress(OSError):  # the other ranks' files may be there
                 self.folder.rmdir()
 

@@ -4,15 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 
+from mme.config import load_config
+from mme.data.dataset import PreparedDataset
 from mme.data.synthetic import prepare_synthetic
+from mme.data.writer import DatasetWriter
+from mme.distributed.checkpoint_writer import CheckpointWriter
+from mme.distributed.groups import World
+from mme.preemption import Preemption
+from mme.train import Training
+from tests.distributed.processes import run_on
 
 SMALL = [
     "data.max_seq_len=16",
@@ -138,6 +150,59 @@ def test_with_other_global_batches_every_sequence_is_trained_on_once(data: Path,
     assert (index["progress"]["epoch"], index["progress"]["sequences"]) == (2, 0)
 
 
+def test_a_split_without_targets_is_refused(tmp_path: Path) -> None:
+    data = tmp_path / "one user leaves before the other comes"
+    with DatasetWriter(data) as writer:
+        items, times = np.array([0, 1, 2, 0, 1, 2]), np.array([1, 2, 3, 10, 11, 12])
+        writer.add(pa.array([7, 8]), np.array([0, 3, 6]), items, times)
+        writer.finish({"name": "short", "sort_rule": "by time"}, pa.array([30, 31, 32]), np.array([2, 2, 2]))
+    refused = train(data, tmp_path / "run", "data.protocol=global_time", "data.global_time_test_fraction=0.5")
+    assert refused.returncode == 2
+    assert refused.stderr == f"error: {data}: no user has an event for the test split of data.protocol=global_time\n"
+
+
+def train_with_a_slow_disk(world: World, data: str, run: str) -> tuple[list[int], list[str]]:
+    """The steps that were done before the first checkpoint was written, and the splits that were evaluated in the end.
+
+    The data set's folder is gone by then.
+    """
+    config = load_config(
+        Path(__file__).parents[1] / "configs" / "quickstart.yaml", [f"data.path={data}", f"output_dir={run}", *SMALL]
+    )
+    dataset = PreparedDataset.open(data)
+    with Preemption() as preemption:
+        training = Training(config, dataset, world, preemption)
+        shutil.rmtree(data)
+        done: list[int] = []
+        beyond, before = threading.Event(), []
+        write, record = CheckpointWriter._write_part, Training._record
+
+        def write_slowly(*arguments: Any) -> None:
+            beyond.wait(60)
+            before.append(max(done))
+            write(*arguments)
+
+        def note(self: Training, monitor: Any, step: int, *rest: Any) -> None:
+            record(self, monitor, step, *rest)
+            done.append(step)
+            if step == 9:
+                beyond.set()
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(CheckpointWriter, "_write_part", write_slowly)
+            patch.setattr(Training, "_record", note)
+            records_of_test = training.run()
+    return before, [line["split"] for line in records_of_test]
+
+
+def test_checkpoints_are_written_beside_the_steps_and_the_data_set_may_go(data: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "data"
+    shutil.copytree(data, copy)
+    ((before, splits),) = run_on(1, train_with_a_slow_disk, str(copy), str(tmp_path / "run"))
+    assert before[0] >= 9  # the first is of step 7
+    assert splits == ["test", "test"]
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton runs where there is a GPU")
 def test_a_backend_that_cannot_run_here_is_refused(data: Path, tmp_path: Path) -> None:
     refused = train(data, tmp_path / "run", "kernels.backend=triton")
@@ -163,6 +228,7 @@ def test_a_run_that_begins_anew_leaves_nothing_of_the_run_before(data: Path, tmp
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_7"]
     assert [step for step, _ in losses(run)] == list(range(1, 8))
     assert metrics(run, "test")[0]["step"] == 7
+    assert len(list((run / "tensorboard").iterdir())) == 1
 
 
 def test_a_finished_run_says_what_is_asked_for_anew_and_that_nothing_is_trained(data: Path, tmp_path: Path) -> None:

@@ -32,8 +32,9 @@ class FolderReplacement:
 
     def __init__(self, output: Path, kept: Path | None = None) -> None:
         """``kept``: a file in a folder of ``partial``, which outlives an interruption where the file is there by then."""
-        self.output, self._kept = output, kept
-        absolute = Path(os.path.abspath(output))
+        # Where a link leads, not the link: else the two would change places, and the older set stay where it is.
+        self.output, self._kept = Path(os.path.realpath(output)), kept
+        absolute = self.output
         self.partial = absolute.with_name(f".{absolute.name}.partial")
         self._older = absolute.with_name(f".{absolute.name}.older")
         self._lock_file = absolute.with_name(f".{absolute.name}.lock")

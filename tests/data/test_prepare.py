@@ -229,6 +229,19 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
         assert (tmp_path / "out" / "thesis.txt").read_text() == "x"
 
 
+def test_a_link_to_a_set_stays_one_and_nothing_of_the_older_set_stays(tmp_path: Path) -> None:
+    file = write_csv(tmp_path / "a.csv", ["1,2,3", "1,4,5", "1,6,7", "2,2,1"])  # the second user is left out
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "out")
+    prepare([file], "csv", tmp_path / "out")
+    for _ in range(2):
+        prepare([write_csv(tmp_path / "b.csv", ["1,2,3", "1,4,5", "1,6,8"])], "csv", tmp_path / "out")
+        assert (tmp_path / "out").is_symlink()
+        assert [path.name for path in (tmp_path / "disk").iterdir()] == ["out"]
+        assert read(tmp_path / "out") == {1: [(2, 3), (4, 5), (6, 8)]}
+    assert not (tmp_path / "out" / "left_out.parquet").exists()
+
+
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data, real interactions beside the checkout")
 def test_movielens_csv_and_parquet_give_the_same_targets(tmp_path: Path) -> None:
     hashes = []
