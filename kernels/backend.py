@@ -54,6 +54,7 @@ def resolve_backend(requested: str, device: torch.device) -> str:
     return requested
 
 
+@torch.compiler.assume_constant_result
 def triton_installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 

@@ -62,7 +62,6 @@ def command(job: Job, module: list[str] | None = None) -> list[str]:
         if address is not None:
             line += ["--local-addr", address]
     line += ["--nproc-per-node", str(job.nproc_per_node), "--max-restarts", str(job.max_restarts)]
-    line += ["--shutdown-timeout", str(STOPS_WITHIN_S)]
     return [*line, "-m", *(module or job.train_arguments)]
 
 
@@ -77,6 +76,8 @@ def environment(job: Job) -> dict[str, str]:
         # Else torchrun (2.13) keeps one store for all restarts, and workers that start again may read in it where those
         # before them listened: they are refused there, or wait for as long as a collective may take.
         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+        # By the environment: torchrun 2.11, of the CUDA requirements, doesn't know the option and gives them 30 seconds.
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOPS_WITHIN_S),
     }
     address = local_address(job.rdzv_endpoint) if job.rdzv_endpoint is not None and job.nnodes > 1 else None
     for interface, addresses in psutil.net_if_addrs().items():

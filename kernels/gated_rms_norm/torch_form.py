@@ -27,12 +27,12 @@ class _GatedRMSNorm(torch.autograd.Function):
         inverse = mean_square.add_(eps).rsqrt_()
         y = wide * (inverse * scale)
         if u is not None:
-            y.mul_(u)
+            y = y * u  # not in place: torch.compile of 2.11 then loses the gradient of a
         if mask is not None:
-            y.mul_(mask)
+            y = y * mask
         ctx.save_for_backward(a, u, mask, inverse)
         ctx.scale = scale
-        return y.to(a.dtype)
+        return y if y.dtype == a.dtype else y.to(a.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -150,7 +150,8 @@ def attention_op(
     precision: str,
 ) -> Tensor:
     """(G, T, 3·dv); the lists are those of `LaunchConfig.choose`'s block for ``precision``, that of the products."""
-    q, k, v, ts_weights, pos_weights, timestamps = _contiguous(q, k, v, ts_weights, pos_weights, timestamps)
+    q, k, v, ts_weights, pos_weights = _contiguous(q, k, v, ts_weights, pos_weights)
+    seq_offsets, timestamps = _contiguous(seq_offsets, timestamps)
     groups, num_tokens, dqk, dv = *q.shape, v.shape[2]
     config = LaunchConfig.choose(groups, dqk, dv, q.itemsize, precision)
     out = v.new_empty(groups, num_tokens, 3 * dv)
@@ -187,7 +188,7 @@ def attention_backward_op(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, ts_weights and pos_weights."""
-    grad, q, k, v, timestamps = _contiguous(grad, q, k, v, timestamps)
+    grad, q, k, v, seq_offsets, timestamps = _contiguous(grad, q, k, v, seq_offsets, timestamps)
     ts_weights, pos_weights = _contiguous(ts_weights, pos_weights)
     groups, num_tokens, dqk, dv = *q.shape, v.shape[2]
     dq, dk, d_values = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

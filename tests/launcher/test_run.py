@@ -24,8 +24,8 @@ PATIENCE_S = 300
 def test_dry_run_prints_the_torchrun_command_of_two_cpu_processes() -> None:
     done = launch("run", "--config", CONFIG, "train.epochs=2", "--dry-run", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
-    store, *words = shlex.split(done.stdout)
-    assert store == "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"
+    store, patience, *words = shlex.split(done.stdout)
+    assert (store, patience) == ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=60")
     assert words[:3] == [sys.executable, "-m", "torch.distributed.run"]
     assert "--standalone" in words
     assert words[words.index("--nproc-per-node") + 1] == "2"
@@ -206,6 +206,7 @@ def test_cores_are_shared_among_the_processes(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.delenv("OMP_NUM_THREADS")
     job = Job(Path("x.yaml"), (), 1, 4, 0)
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "90")
     assert torchrun.environment(job) == {"OMP_NUM_THREADS": "2"}
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert torchrun.environment(job) == {}
