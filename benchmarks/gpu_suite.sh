@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 results=${1:-benchmarks/results/gpu}
 mkdir -p "$results"
-python -m pytest -q tests/kernels tests/benchmarks tests/data/test_prefetch.py tests/distributed/test_triton_training.py
+python -m pytest -q -m "not slow" tests/kernels tests/benchmarks tests/data/test_prefetch.py tests/distributed/test_triton_training.py
 lengths=128,256,512,1024,2048,4096,8192
 python -m benchmarks.attention --lengths "$lengths" --json "$results/attention_uniform.json"
 python -m benchmarks.attention --lengths "$lengths" --skewed --json "$results/attention_skewed.json"
