@@ -84,9 +84,7 @@ def main(
     seed: Annotated[Optional[list[int]], typer.Option(help="May be repeated; default: 42, 43, 44.")] = None,  # noqa: UP045
     tables: Annotated[int, typer.Option(min=2, help="Of the models of several; one is as wide as they together.")] = 2,
     epochs: Annotated[int, typer.Option(min=1, help="Of every run; the best one on the validation split counts.")] = 60,
-    setting: Annotated[
-        list[str] | None, typer.Option("--set", help="key.path=value for every model, MODEL:key.path=value for one.")
-    ] = None,
+    setting: Annotated[Optional[list[str]], typer.Option("--set", help="[MODEL:]key.path=value; all, or one.")] = None,  # noqa: UP045
     processes: Annotated[int, typer.Option(help="Processes of a run.")] = 1,
     work: Annotated[Path, typer.Option(help="Data sets and runs.")] = Path("runs/accuracy"),
     output: Annotated[Optional[Path], typer.Option(help="Stem of the .json and .md; default: in --work.")] = None,  # noqa: UP045
@@ -148,7 +146,7 @@ def overrides_of(name: str, data: str, tables: int) -> list[str]:
     """What makes a model of the data's configuration; in all its tables are as wide as ``tables`` views."""
     several, others = MODELS[name]
     width = tables * VIEW_DIM[data]
-    heads = [] if several else [f"model.num_heads={max(1, width // SINGLE_TABLE_HEAD)}"]
+    heads = [] if several else [f"model.num_heads={width // SINGLE_TABLE_HEAD}"]
     shape = [f"model.num_tables={tables if several else 1}", f"model.embedding_dim={width}", *heads]
     return [*shape, *others, *SETTINGS[data][several]]
 

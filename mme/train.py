@@ -155,8 +155,7 @@ class Training:
         if progress.dataset not in ("", self.dataset.sha256):
             raise UserError(
                 f"{checkpoint.folder(self.run_folder, progress.step)}: was trained on another data set than data.path="
-                f"{self.config.data.path} holds now (choose another output_dir, or train.resume=false, which removes this "
-                "run's checkpoints)"
+                f"{self.config.data.path} holds now ({checkpoint.ELSEWHERE})"
             )
         self.writer.resumed_at(progress.step)
         self._keep_global_batches(progress, monitor)

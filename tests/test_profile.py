@@ -196,7 +196,7 @@ def test_a_profiled_job_has_the_losses_of_one_that_is_not(tmp_path: Path) -> Non
     assert set(REGIONS) <= set(percent)  # step 4 ends an epoch: an evaluation and a checkpoint
     by_part = {f"backward: {name}" for name in ("lookup", "attention", "routing", "experts", "loss")}
     assert set(percent) - set(REGIONS) == {*by_part, "other"}
-    assert percent["other"] < 50
+    assert percent["other"] < 20
     assert record["allocated_bytes"] > 0
     refused = train(data, tmp_path / "refused", "train.steps=6", "train.profile=3", "train.profile_start=4")
     assert refused.returncode == 2

@@ -55,6 +55,20 @@ def test_the_rank_that_hangs_is_named(tmp_path: Path, hanging: str, doing: str) 
     assert "all_reduce" in (tmp_path / "stacks" / "rank_0.txt").read_text()
 
 
+def leave_nothing_of_its_own(world: World, run: str) -> None:
+    with Watchdog(Path(run), world, timeout_s=5):
+        pass
+
+
+def test_the_next_attempt_keeps_the_stacks_of_a_hang(tmp_path: Path) -> None:
+    stacks = tmp_path / "stacks"
+    stacks.mkdir()
+    (stacks / "rank_0.txt").write_text("where it hung")
+    run_on(1, leave_nothing_of_its_own, str(tmp_path))
+    (kept,) = stacks.iterdir()
+    assert kept.read_text() == "where it hung"
+
+
 def get_on(world: World, run: str) -> list[str]:
     """Beats for longer than the watchdog waits, which looks once a second."""
     with Watchdog(Path(run), world, timeout_s=5) as watchdog:

@@ -30,6 +30,7 @@ from mme.errors import UserError
 
 INDEX = "index.json"
 FORMAT = 2
+ELSEWHERE = "choose another output_dir, or train.resume=false, which removes this run's checkpoints"
 
 
 @dataclass(frozen=True)
@@ -222,8 +223,7 @@ def _restore(run: Path, step: int, index: Any, pieces: list[Piece]) -> None:
             found = f"has shape {parts[0][1]['shape']}" if parts else "is missing"
             raise UserError(
                 f"{folder(run, step)}: tensor {piece.name} {found}, expected {list(piece.shape)}: the checkpoint belongs "
-                "to another model configuration or data set (choose another output_dir, or train.resume=false, which removes "
-                "this run's checkpoints)"
+                f"to another model configuration or data set ({ELSEWHERE})"
             )
         piece.write(_assemble(piece, parts))
 

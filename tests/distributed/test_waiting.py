@@ -41,8 +41,8 @@ def test_the_slowest_rank_is_named_and_the_others_wait_for_it() -> None:
         assert found == results[0][0]
         assert found["slowest_rank"] == 1
         # Rank 0 waits as long as rank 1 sleeps, rank 1 hardly: half of the sleep is the mean, and beyond the mean.
-        assert found["wait_ms"] > 300 * SLEEP_S
-        assert found["straggler_ms"] > 300 * SLEEP_S
+        assert found["wait_ms"] > 400 * SLEEP_S
+        assert found["straggler_ms"] > 400 * SLEEP_S
         assert restored
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -83,6 +84,12 @@ def test_equal_times_and_times_that_step_back() -> None:
     for times in (torch.full_like(rising, 7), rising.flip(0), rising[torch.randperm(len(rising))]):
         case = make_case([len(times) - 1], dqk=4, dv=4, timestamps=times)
         assert_agrees(attention, on_device(case), torch.float32, 2e-6)
+
+
+def test_offsets_that_are_not_contiguous() -> None:
+    case = on_device(make_case([5, 0, 19]))
+    strided = torch.stack([case.seq_offsets, torch.full_like(case.seq_offsets, -1)], dim=1)[:, 0]
+    assert_agrees(attention, replace(case, seq_offsets=strided), torch.float32, 2e-6)
 
 
 @pytest.mark.parametrize("width", [8, 16, 24, 50, 64, 96, 128, 192, 256])
