@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import platform
+import signal
+import socket
 import statistics
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable
@@ -31,6 +34,7 @@ SLOW_GPU_GB_PER_S = 2.0  # below it NCCL goes through ordinary sockets
 CLOCK_TOLERANCE_S = 1.0
 FOLDER_PATIENCE_S = 30.0  # network file systems show a new file to other nodes with delay
 ANSWERS_WITHIN_S = 120.0  # a collective
+LAST_WORDS_S = 5.0  # between SIGTERM and the end
 
 
 class Place(NamedTuple):
@@ -66,6 +70,7 @@ class Group:
 
 
 def main() -> None:
+    _outlive_sigterm()
     output_dir = Path(sys.argv[1])
     checks: dict[str, Callable[[Group], Finding]] = {
         "group": _members,
@@ -94,6 +99,23 @@ def main() -> None:
         found = f"rank {os.environ.get('RANK', '0')} on {platform.node()}: {said}"
         Finding(name, "failed", found, f"a process or a link is dead: {OPEN_PORTS}").print_line()
         raise SystemExit(1) from error
+
+
+def _outlive_sigterm() -> None:
+    """Ends this process a few seconds after SIGTERM, which torchrun sends as soon as another one has died: it may be about
+    to say so. By a thread, for the main one may hang in a collective, where Python hears no signal."""
+    woken, wakes = socket.socketpair()
+    wakes.setblocking(False)
+
+    def end() -> None:
+        while signal.SIGTERM not in woken.recv(1):
+            pass
+        time.sleep(LAST_WORDS_S)
+        os._exit(128 + signal.SIGTERM)
+
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(wakes.detach())
+    threading.Thread(target=end, daemon=True).start()
 
 
 def group_of(world: World) -> Group:

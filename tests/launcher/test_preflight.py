@@ -328,9 +328,10 @@ def test_a_node_that_cannot_be_reached_is_named() -> None:
 @pytest.mark.slow
 def test_a_process_that_dies_is_a_finding_of_the_others(tmp_path: Path) -> None:
     code = (
-        "import os, sys, launcher.group_check as check\n"
+        "import os, sys, time, launcher.group_check as check\n"
         "stay = check._all_to_all\n"
-        "check._all_to_all = lambda group: os._exit(9) if group.world.rank else stay(group)\n"
+        # Long after torchrun has seen the end of the other, and asked this one to end.
+        "check._all_to_all = lambda group: os._exit(9) if group.world.rank else time.sleep(2) or stay(group)\n"
         f"sys.argv[1:] = [{str(tmp_path)!r}]\n"
         "check.main()"
     )
