@@ -27,8 +27,9 @@ def main(run: Path) -> None:
     config = load_run_config(run)
     with process_group() as world:
         dataset = PreparedDataset.open(config.data.path, config.data.cache_dir)
-        recommender = Recommender(config, dataset.num_items, world, dataset.feature_sizes(config.model.feature_columns))
-        load_weights(run, None, recommender)
+        features = config.model.feature_columns
+        recommender = Recommender(config, dataset.num_items, world, dataset.feature_sizes(features))
+        load_weights(run, None, recommender, dataset.numbering_sha256(features))
         ranks = target_ranks(recommender, dataset, config, "test")
     partial = run / f"{RANKS_FILE}.partial"
     partial.write_text(json.dumps({name: values.tolist() for name, values in ranks.items()}))

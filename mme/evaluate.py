@@ -116,7 +116,8 @@ def evaluate_run(run: Path, checkpoint: int | None) -> dict[str, Any]:
     config = load_run_config(run)
     with process_group() as world:
         dataset = PreparedDataset.open(config.data.path, config.data.cache_dir)
-        recommender = Recommender(config, dataset.num_items, world, dataset.feature_sizes(config.model.feature_columns))
-        step = load_weights(run, checkpoint, recommender)
+        features = config.model.feature_columns
+        recommender = Recommender(config, dataset.num_items, world, dataset.feature_sizes(features))
+        step = load_weights(run, checkpoint, recommender, dataset.numbering_sha256(features))
         model, popularity = _records(recommender, dataset, config, "test", step)
     return {"run": str(run), "checkpoint": step, **model, "popularity": popularity}

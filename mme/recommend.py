@@ -16,6 +16,7 @@ from torch import Tensor
 from mme.config import USER_ID, Config, ModelConfig, load_run_config
 from mme.data.batch import SequenceBatch
 from mme.data.features import feature_sizes, read_vocabularies
+from mme.data.numbering import numbering_sha256, read_item_ids
 from mme.data.parts import read_info, read_user_ids
 from mme.distributed.checkpoint import load_weights
 from mme.distributed.groups import World, process_group
@@ -48,11 +49,11 @@ def recommend(run: Path, users: Path, top_k: int, output: Path) -> int:
         data, model = Path(config.data.path), config.model
         info = read_info(data)
         sizes = feature_sizes(data, info, model.feature_columns)
-        catalogue = _raw_item_ids(data)
+        catalogue = read_item_ids(data)
         histories = _read_histories(users, catalogue)
         histories = _with_features(histories, users, model, data, info)
         recommender = Recommender(config, info["num_items"], world, sizes)
-        load_weights(run, None, recommender)
+        load_weights(run, None, recommender, numbering_sha256(data, info, model.feature_columns))
         ranker = Ranker(recommender)
         results = []
         for start in range(0, histories.num_rows, config.data.eval_batch_size * world.size):
@@ -63,12 +64,6 @@ def recommend(run: Path, users: Path, top_k: int, output: Path) -> int:
         if world.rank == 0:
             _write_whole(pa.concat_tables(results), output)
     return histories.num_rows
-
-
-def _raw_item_ids(dataset: Path) -> pa.Array:
-    """Raw item ids by item index."""
-    table = pq.read_table(dataset / "items.parquet").sort_by("item_index")
-    return table["item_id"].combine_chunks()
 
 
 def _read_histories(users: Path, catalogue: pa.Array) -> pa.Table:

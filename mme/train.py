@@ -63,6 +63,8 @@ class Training:
             config, dataset.num_items, world, dataset.feature_sizes(config.model.feature_columns)
         )
         self.engine = initialize_engine(self.recommender.decoder, config)
+        features = config.model.feature_columns
+        self.numbering: str = world.of_first(dataset.numbering_sha256(features) if world.rank == 0 else "")
         self.loader = train_loader(dataset, config, world)
         self.total_steps = self._total_steps(Progress(0, 0, 0))
         needed = config.train.profile_start + config.train.profile
@@ -266,6 +268,7 @@ class Training:
             shares=self.loader.shares,
             rank_batch=rank_batch(self.config),
             dataset=self.dataset.sha256,
+            numbering=self.numbering,
         )
 
     @region("checkpoint")
@@ -296,7 +299,7 @@ class Training:
 
     def _test(self, monitor: Monitor) -> list[dict[str, Any]]:
         """The test metrics of the checkpoint that validation chose (the last one where there is no validation)."""
-        step = checkpoint.load_weights(self.run_folder, None, self.recommender, monitor.note)
+        step = checkpoint.load_weights(self.run_folder, None, self.recommender, self.numbering, monitor.note)
         records = self._evaluate("test", step)
         for record in records:
             monitor.evaluation(record)

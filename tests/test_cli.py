@@ -265,6 +265,27 @@ def test_recommend_writes_top_k_for_each_history(run: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_a_data_set_that_numbers_the_items_in_another_way_is_refused(run: Path, tmp_path: Path) -> None:
+    for folder in ("data", "run"):
+        shutil.copytree(run.parent / folder, tmp_path / folder)
+    config = (run / "config.yaml").read_text().replace(str(run.parent / "data"), str(tmp_path / "data"))
+    (tmp_path / "run" / "config.yaml").write_text(config)
+    items = pq.read_table(tmp_path / "data" / "items.parquet")
+    raw_ids = items["item_id"].to_pylist()
+    renumbered = items.set_column(items.column_names.index("item_id"), "item_id", pa.array(raw_ids[::-1]))
+    pq.write_table(renumbered, tmp_path / "data" / "items.parquet")
+    users = tmp_path / "histories.parquet"
+    pq.write_table(pa.table({"user_id": [1], "item_ids": [raw_ids[:2]], "timestamps": [[1, 2]]}), users)
+    top = tmp_path / "top.parquet"
+    evaluated = run_mme("evaluate", "--run", tmp_path / "run")
+    recommended = run_mme("recommend", "--run", tmp_path / "run", "--users", users, "--output", top)
+    for done in (evaluated, recommended):
+        assert done.returncode == 2 and done.stdout == ""
+        assert "was trained on a data set that numbers items, or values of features, in another way" in done.stderr
+    assert not top.exists()
+
+
+@pytest.mark.slow
 def test_recommend_refuses_what_is_no_history(run: Path, tmp_path: Path) -> None:
     users = tmp_path / "wrong.parquet"
     pq.write_table(pa.table({"user": [1]}), users)

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from mme.data.event_file import EventFile, Records, open_event_file
 from mme.data.features import feature_sizes
-from mme.data.layout import ITEMS_FILE
+from mme.data.numbering import numbering_sha256, read_item_ids
 from mme.data.parts import IntArray, read_info, read_user_ids
 
 SPLITS = {
@@ -84,6 +83,10 @@ class PreparedDataset:
         """See `mme.data.features`; raises UserError where the set has no such column."""
         return feature_sizes(self.folder, self.info, names)
 
+    def numbering_sha256(self, features: Sequence[str]) -> str:
+        """See `mme.data.numbering`."""
+        return numbering_sha256(self.folder, self.info, features)
+
     def read(self, starts: IntArray, lengths: IntArray) -> Records:
         """The events (``item``, ``timestamp`` and features) at ``starts[i]`` … ``starts[i] + lengths[i] - 1`` of each range, in turn.
 
@@ -140,7 +143,7 @@ class PreparedDataset:
 
     def _compute_targets_sha256(self, protocol: str, split: str, fraction: float) -> str:
         rows, positions = self.targets(protocol, split, fraction)
-        raw_items = pq.read_table(self.folder / ITEMS_FILE, columns=["item_index", "item_id"]).sort_by("item_index")
+        raw_items = read_item_ids(self.folder)
         digest = hashlib.sha256()
         first = 0
         for part in self.info["parts"]:
@@ -149,7 +152,7 @@ class PreparedDataset:
                 items = self.read(positions[here], np.ones_like(positions[here]))["item"]
                 lines = pc.binary_join_element_wise(
                     user_ids.take(pa.array(rows[here] - first)).cast(pa.string()),
-                    raw_items["item_id"].take(pa.array(items)).combine_chunks().cast(pa.string()),
+                    raw_items.take(pa.array(items)).cast(pa.string()),
                     "\t",
                 )
                 digest.update("".join(f"{line}\n" for line in lines.to_pylist()).encode())

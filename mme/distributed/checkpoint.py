@@ -40,7 +40,7 @@ class Progress:
     ``sequences`` of ``epoch``'s order have been trained on, by however many processes; ``skipped`` of the steps before
     changed nothing; ``evaluate``: this step is to be evaluated still; ``score`` is the validation NDCG@10 at this step,
     if it was measured. A global batch is ``shares`` times ``rank_batch``, such as "64 sequences". ``dataset`` is the
-    SHA-256 of the set trained on ("": a checkpoint that does not say).
+    SHA-256 of the set trained on, ``numbering`` that of its numbering ("": a checkpoint that does not say).
     """
 
     step: int
@@ -52,6 +52,7 @@ class Progress:
     shares: int = 1
     rank_batch: str = ""
     dataset: str = ""
+    numbering: str = ""
 
 
 def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -> Progress | None:
@@ -64,7 +65,7 @@ def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -
         if isinstance(index, str):
             note(f"checkpoint passed over: {index}")
             continue
-        _restore(run, step, index, [*weight_pieces(recommender), *optimizer_pieces(recommender)])
+        _restore(run, step, index, [*weight_pieces(recommender), *optimizer_pieces(recommender)], f" ({ELSEWHERE})")
         progress = Progress(**index["progress"])
         applied = progress.step - progress.skipped
         recommender.tables.set_optimizer_step(applied)
@@ -73,19 +74,25 @@ def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -
     return None
 
 
-def load_weights(run: Path, step: int | None, recommender: Recommender, note: Any = None) -> int:
+def load_weights(run: Path, step: int | None, recommender: Recommender, numbering: str, note: Any = None) -> int:
     """Restores the weights of checkpoint ``step`` (None: the best by validation, else the newest) and returns its step.
 
-    Where none is asked for, a damaged one is passed over for the next best, and ``note`` (default: a line on standard
+    ``numbering``: of the data set that the model is to read, see `mme.data.numbering`. Where none is asked for, a damaged one is passed over for the next best, and ``note`` (default: a line on standard
     error) is called.
 
     Raises:
-        UserError: no such checkpoint, all or the one asked for are damaged, or it belongs to another configuration.
+        UserError: no such checkpoint, all or the one asked for are damaged, or it belongs to another configuration
+            or numbering.
     """
     candidates = recommender.world.of_first(_from_the_best(run)) if step is None else [step]
     for candidate in candidates:
         index = _sound_index(run, candidate, recommender.world)
         if not isinstance(index, str):
+            if index["progress"].get("numbering", "") not in ("", numbering):
+                raise UserError(
+                    f"{folder(run, candidate)}: was trained on a data set that numbers items, or values of features, in "
+                    f"another way than {recommender.config.data.path} does now"
+                )
             _restore(run, candidate, index, list(weight_pieces(recommender)))
             return candidate
         if candidate != candidates[-1] and (note or recommender.world.rank == 0):
@@ -212,7 +219,7 @@ def _lacking(path: Path, pieces: list[dict[str, Any]]) -> str | None:
     return next((key for key, shape in keys.items() if shapes.get(key) != shape), None)
 
 
-def _restore(run: Path, step: int, index: Any, pieces: list[Piece]) -> None:
+def _restore(run: Path, step: int, index: Any, pieces: list[Piece], advice: str = "") -> None:
     saved: dict[str, list[tuple[Path, dict[str, Any]]]] = {}
     for entry in index["files"]:
         for part in entry["pieces"]:
@@ -223,7 +230,7 @@ def _restore(run: Path, step: int, index: Any, pieces: list[Piece]) -> None:
             found = f"has shape {parts[0][1]['shape']}" if parts else "is missing"
             raise UserError(
                 f"{folder(run, step)}: tensor {piece.name} {found}, expected {list(piece.shape)}: the checkpoint belongs "
-                f"to another model configuration or data set ({ELSEWHERE})"
+                f"to another model configuration or data set{advice}"
             )
         piece.write(_assemble(piece, parts))
 

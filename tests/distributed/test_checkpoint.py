@@ -82,15 +82,15 @@ def load_damaged(world: World, run: str) -> Any:
     notes: list[str] = []
     progress = checkpoint.load_training(Path(run), recommender, engine, notes.append)
     with pytest.raises(UserError) as damaged:
-        checkpoint.load_weights(Path(run), 3, recommender)
+        checkpoint.load_weights(Path(run), 3, recommender, "")
     passed_over: list[str] = []
-    assert checkpoint.load_weights(Path(run), None, recommender, passed_over.append) == 1
+    assert checkpoint.load_weights(Path(run), None, recommender, "", passed_over.append) == 1
     assert passed_over == notes
     with pytest.raises(UserError) as missing:
-        checkpoint.load_weights(Path(run), 7, recommender)
+        checkpoint.load_weights(Path(run), 7, recommender, "")
     other = Recommender(configuration("model.embedding_dim=32"), NUM_ITEMS, world)
     with pytest.raises(UserError) as mismatch:
-        checkpoint.load_weights(Path(run), 1, other)
+        checkpoint.load_weights(Path(run), 1, other, "")
     return progress, notes, str(damaged.value), str(missing.value), str(mismatch.value)
 
 

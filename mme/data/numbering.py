@@ -1,0 +1,53 @@
+"""What the rows of a model's tables stand for: item ids, values of features and user ids, in the order of their numbers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mme.config import USER_ID
+from mme.data.features import read_vocabularies
+from mme.data.layout import ITEMS_FILE
+from mme.data.parts import read_user_ids
+from mme.errors import UserError
+
+TEXTS_AT_ONCE = 65_536
+
+
+def read_item_ids(folder: Path) -> pa.Array:
+    """Raw item ids by item index.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    path = folder / ITEMS_FILE
+    try:
+        table = pq.read_table(path, columns=["item_index", "item_id"]).sort_by("item_index")
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: can't be read: {str(error).splitlines()[0]}; run `mme prepare` again") from error
+    return table["item_id"].combine_chunks()
+
+
+def numbering_sha256(folder: Path, info: dict[str, Any], features: Iterable[str]) -> str:
+    """Of the raw ids of the items, and of the values of each of ``features`` (of `user_id` the users' ids), in order.
+
+    A model reads a set right if it was trained on one that has the same: events may have been added since.
+    """
+    names = list(features)
+    digest = hashlib.sha256()
+    values: Iterator[pa.Array] = iter([read_item_ids(folder)])
+    for name, vocabulary in read_vocabularies(folder, [name for name in names if name != USER_ID]).items():
+        values = chain(values, [pa.array([name]), pa.array(vocabulary.numbers, pa.string())])
+    if USER_ID in names:
+        values = chain(values, *(read_user_ids(folder, part) for part in info["parts"]))
+    for array in values:
+        for start in range(0, len(array), TEXTS_AT_ONCE):
+            texts = array.slice(start, TEXTS_AT_ONCE).to_pylist()
+            digest.update("".join(f"{text}\n" for text in texts).encode())
+    return digest.hexdigest()
