@@ -42,8 +42,8 @@ def script(job: Job, *, name: str, gpus_per_node: int, log: str, options: dict[s
     if gpus_per_node:
         settings["gpus-per-node"] = gpus_per_node
     # A job that Slurm takes a node from is queued again, and goes on from its last checkpoint.
-    directives = [f"#SBATCH --{option}={value}" for option, value in settings.items()]
-    directives += [f"#SBATCH --{option}={value}" for option, value in options.items() if value is not None]
+    given = settings | {option: value for option, value in options.items() if value is not None}
+    directives = [f"#SBATCH --{option}={shlex.quote(str(value))}" for option, value in given.items()]
     directives += ["#SBATCH --exclusive", "#SBATCH --requeue", f"#SBATCH --signal=TERM@{SIGNAL_BEFORE_END_S}"]
     return TEMPLATE.format(
         directives="\n".join(directives),

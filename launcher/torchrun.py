@@ -33,7 +33,6 @@ from mme.exit_status import PREEMPTED
 from mme.preemption import signal_when_parent_dies
 
 RDZV_ID = "mme"
-HOST_KNOWN_AFTER_S = 60
 UNANSWERED_S = 30  # beyond the time that torchrun may take to connect to the rendezvous and then to wait for the nodes
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 USER_ERROR = 2
@@ -111,7 +110,7 @@ def require_endpoint(job: Job) -> None:
     if job.rdzv_endpoint is None:
         return
     host, port = split_endpoint(job.rdzv_endpoint)
-    address = _wait_for_address(host, port)
+    address = _wait_for_address(host, port, job.rdzv_timeout_s)
     if _is_free(address) or not _is_here(address):
         return
     holder = _holder(port)
@@ -331,18 +330,19 @@ def _say(text: str) -> None:
     print(f"launcher: {text}", file=sys.stderr, flush=True)
 
 
-def _wait_for_address(host: str, port: int) -> tuple[Any, ...]:
+def _wait_for_address(host: str, port: int, patience_s: int) -> tuple[Any, ...]:
     """The address of the rendezvous: a cluster may know a node's name only some time after it has started."""
-    deadline = time.monotonic() + HOST_KNOWN_AFTER_S
+    deadline = time.monotonic() + patience_s
     waiting = False
     while True:
         try:
             return socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         except OSError as error:
             if time.monotonic() > deadline:
-                raise LaunchError(f"--rdzv-endpoint: host {host} is still unknown ({error.strerror})") from error
+                unknown = f"--rdzv-endpoint: host {host} is still unknown after {patience_s} s ({error.strerror})"
+                raise LaunchError(unknown) from error
         if not waiting:
-            _say(f"waiting for host {host} to become known")
+            _say(f"waiting for host {host} to become known, at most {patience_s} s")
         waiting = True
         time.sleep(1)
 

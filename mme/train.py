@@ -32,6 +32,7 @@ from mme.preemption import Preemption
 from mme.profile import FOLDER as PROFILE_FOLDER
 from mme.profile import StepProfile
 from mme.regions import each_in_region, region
+from mme.run_lock import only_job
 from mme.step import StepResult, TrainStep
 from mme.watchdog import Watchdog
 
@@ -49,7 +50,8 @@ def train(config: Config) -> list[dict[str, Any]]:
     with Preemption() as preemption, process_group(patience_s) as world:
         validate_world_size(config, world.size)
         dataset = PreparedDataset.open(config.data.path, config.data.cache_dir)
-        return Training(config, dataset, world, preemption).run()
+        with only_job(Path(config.output_dir), world):
+            return Training(config, dataset, world, preemption).run()
 
 
 class Training:

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import os
 import shutil
 from pathlib import Path
 from types import TracebackType
 
 from mme.errors import UserError
+from mme.lock import release_lock, take_lock
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -43,7 +43,7 @@ class FolderReplacement:
     def __enter__(self) -> FolderReplacement:
         try:
             self.partial.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _take_lock(self._lock_file)
+            self._lock = take_lock(self._lock_file)
         except BlockingIOError as error:
             raise UserError(f"{self.output}: another `mme prepare` is writing it") from error
         except OSError as error:
@@ -54,7 +54,7 @@ class FolderReplacement:
             self._remove_leftovers(self._kept)
             self.partial.mkdir(exist_ok=True)
         except OSError as error:
-            self._release()
+            release_lock(self._lock_file, self._lock)
             raise UserError(f"{self.output}: can't be written: {error.strerror}") from error
         return self
 
@@ -62,7 +62,7 @@ class FolderReplacement:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._remove_leftovers(self._kept if kind is KeyboardInterrupt else None)
-        self._release()
+        release_lock(self._lock_file, self._lock)
 
     def commit(self) -> None:
         """Makes what is in ``partial`` durable, then ``partial`` and ``output`` one in a single step."""
@@ -83,25 +83,6 @@ class FolderReplacement:
         for path in self.partial.iterdir():
             if path.name != kept.parts[0]:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-    def _release(self) -> None:
-        self._lock_file.unlink(missing_ok=True)
-        os.close(self._lock)
-
-
-def _take_lock(path: Path) -> int:
-    """The descriptor of the locked file; BlockingIOError where another process holds it."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last holder may have removed the file after it was opened here: then the lock is of no file.
-            if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
-                return descriptor
-        except OSError:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
 
 
 def _exchange(first: Path, second: Path) -> bool:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mme.errors import JobError, Preempted
+from mme.errors import JobError, Preempted, UserError
 
 PATIENCE_S = 600.0  # how long a collective waits for the other ranks
 LEAVE_S = 0.3  # between the last collective and the end of the group
@@ -71,12 +71,18 @@ def process_group(patience_s: float = PATIENCE_S) -> Iterator[World]:
     """Joins the group that torchrun described in the environment, or forms a group of one.
 
     A collective that waits for longer than ``patience_s`` raises.
+
+    Raises:
+        UserError: there are more processes on this node than GPUs.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even where it is alone
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
+        processes, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if processes > found:
+            raise UserError(f"{processes} processes on a node with {found} GPUs: expected one GPU or more for each")
         torch.cuda.set_device(device)
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
