@@ -27,6 +27,7 @@ import torch.distributed as dist
 from launcher.findings import Finding
 from launcher.link_check import CHOOSE_INTERFACE, OPEN_PORTS, board, dead_links, judge, measure_pairs, there_and_back
 from mme.distributed.groups import World, process_group
+from mme.errors import first_line
 
 REPEATS = 5
 BYTES = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}  # sent by each process
@@ -95,7 +96,7 @@ def main() -> None:
                 if group.places[world.rank].local_rank == 0:
                     finding.print_line()
     except RuntimeError as error:  # of the process group: a process that has gone, or a link that is dead
-        said = str(error).strip().splitlines()[0]
+        said = first_line(error)
         found = f"rank {os.environ.get('RANK', '0')} on {platform.node()}: {said}"
         Finding(name, "failed", found, f"a process or a link is dead: {OPEN_PORTS}").print_line()
         raise SystemExit(1) from error

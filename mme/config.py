@@ -15,7 +15,7 @@ from typing import Any, Literal, Optional
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mme.errors import UserError
+from mme.errors import UserError, first_line
 
 CONFIG_FILE = "config.yaml"  # in a run's folder
 USER_ID = "user_id"  # of `model.user_features`: the user, not a column
@@ -206,7 +206,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
         try:
             value = OmegaConf.from_dotlist([override])
         except Exception as error:  # the YAML reader's own errors have no common base
-            raise UserError(f"override {override!r}: {_first_line(error)}") from error
+            raise UserError(f"override {override!r}: {first_line(error)}") from error
         merged = _merge(merged, value, source=f"override {override!r}")
     try:
         missing = sorted(OmegaConf.missing_keys(merged))
@@ -214,7 +214,7 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
             raise UserError(f"{path or 'configuration'}: {missing[0]} is required, such as {missing[0]}=…")
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:  # an interpolation ${…} that leads nowhere
-        raise UserError(f"{path or 'configuration'}: {_first_line(error)}") from error
+        raise UserError(f"{path or 'configuration'}: {first_line(error)}") from error
     validate(config)
     return config
 
@@ -398,7 +398,7 @@ def _read_yaml(path: Path) -> DictConfig:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such configuration file") from error
     except Exception as error:  # the YAML reader's own errors have no common base
-        raise UserError(f"{path}: not a YAML configuration: {_first_line(error)}") from error
+        raise UserError(f"{path}: not a YAML configuration: {first_line(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path}: expected a mapping of sections (data, model, …), found a list")
     return loaded
@@ -410,7 +410,7 @@ def _merge(base: Any, update: Any, source: str) -> Any:
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         hint = _nearest_key(base, key) if type(error).__name__ == "ConfigKeyError" else ""
-        reason = "unknown key" if hint is not None and type(error).__name__ == "ConfigKeyError" else _first_line(error)
+        reason = "unknown key" if hint is not None and type(error).__name__ == "ConfigKeyError" else first_line(error)
         raise UserError(f"{source}: {key}: {reason}{hint}") from error
 
 
@@ -420,7 +420,3 @@ def _nearest_key(base: Any, key: str) -> str:
     names = [f"{section}.{name}" if section else str(name) for name in known] if known is not None else []
     near = difflib.get_close_matches(key, names, n=1)
     return f" (did you mean {near[0]}?)" if near else f" (known: {', '.join(names)})"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

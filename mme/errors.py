@@ -17,3 +17,8 @@ class JobError(Exception):
 
 class Preempted(Exception):
     """The job was asked to stop (SIGTERM) and has saved all: all ranks leave with status 143, to be started again."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, on one line; where it says nothing, what it is called."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -21,7 +21,7 @@ from mme.data.parts import read_info, read_user_ids
 from mme.distributed.checkpoint import load_weights
 from mme.distributed.groups import World, process_group
 from mme.distributed.recommender import Recommender
-from mme.errors import UserError
+from mme.errors import UserError, first_line
 from mme.ranking import Ranker
 
 REQUEST_TIME = "request_timestamp"
@@ -73,7 +73,7 @@ def _read_histories(users: Path, catalogue: pa.Array) -> pa.Table:
     except FileNotFoundError as error:
         raise UserError(f"{users}: no such file") from error
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{users}: not a readable Parquet file ({str(error).splitlines()[0]})") from error
+        raise UserError(f"{users}: not a readable Parquet file ({first_line(error)})") from error
     for column in ("user_id", "item_ids", "timestamps"):
         if column not in table.column_names:
             raise UserError(f"{users}: no column {column!r} (found: {', '.join(table.column_names)})")
@@ -83,6 +83,7 @@ def _read_histories(users: Path, catalogue: pa.Array) -> pa.Table:
     times = _list_column(table, users, "timestamps")
     if not pa.types.is_integer(times.type.value_type):
         raise UserError(f"{users}: column 'timestamps' holds {times.type.value_type}, expected integer seconds")
+    times = _as_int64(times, pa.list_(pa.int64()), users, "timestamps")
     lengths = pc.list_value_length(raw)
     for row, (events, stamps) in enumerate(
         zip(lengths.to_pylist(), pc.list_value_length(times).to_pylist(), strict=True)
@@ -97,7 +98,7 @@ def _read_histories(users: Path, catalogue: pa.Array) -> pa.Table:
     if REQUEST_TIME in table.column_names:
         if not pa.types.is_integer(table.schema.field(REQUEST_TIME).type) or table[REQUEST_TIME].null_count:
             raise UserError(f"{users}: column {REQUEST_TIME!r}: expected an integer in every row")
-        request = table[REQUEST_TIME].to_pylist()
+        request = _as_int64(table[REQUEST_TIME], pa.int64(), users, REQUEST_TIME).to_pylist()
     given = {name: table[name] for name in table.column_names}
     index_lists = pa.ListArray.from_arrays(raw.offsets, index)
     return pa.table(
@@ -157,6 +158,13 @@ def _list_column(table: pa.Table, users: Path, name: str) -> Any:
     if column.null_count or column.flatten().null_count:
         raise UserError(f"{users}: column {name!r} has a null: expected a value in every row and event")
     return column.cast(pa.list_(column.type.value_type))
+
+
+def _as_int64(column: Any, kind: pa.DataType, users: Path, name: str) -> Any:
+    try:
+        return column.cast(kind)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{users}: column {name!r}: {first_line(error)}") from error
 
 
 def _item_index(raw: Any, catalogue: pa.Array, users: Path) -> pa.Array:

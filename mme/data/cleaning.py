@@ -17,7 +17,8 @@ from mme.data.readers import SourceFile
 from mme.errors import UserError
 
 EXAMPLES = 3
-WHOLE_NUMBER = r"^-?(0|[1-9]\d{0,17})(\.0+)?$"
+WHOLE_NUMBER = r"^-?(0|[1-9]\d{0,18})(\.0+)?$"
+LARGEST = str(2**63 - 1)
 FRACTION = r"^\d{1,15}(\.\d*)?$"
 # Seconds reach 1e11 in the year 5138, milliseconds did in 1973: the size of a time tells its unit.
 LARGEST_TIME_S = 10**11
@@ -230,7 +231,9 @@ def _whole_numbers(column: pa.Array) -> tuple[pa.Array, dict[str, pa.Array]]:
         text = pc.utf8_trim_whitespace(column)
         whole = pc.fill_null(pc.match_substring_regex(text, WHOLE_NUMBER), False)
         digits = pc.replace_substring_regex(pc.if_else(whole, text, None), r"\.0+$", "")
-        numbers = digits.cast(pa.int64())
+        size = pc.utf8_ltrim(digits, "-")
+        fits = pc.or_(pc.less(pc.binary_length(size), len(LARGEST)), pc.less_equal(size, LARGEST))
+        numbers = pc.if_else(fits, digits, None).cast(pa.int64())
     return numbers, {"no value": missing, "not a whole number": pc.and_not(pc.is_null(numbers), missing)}
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from mme.config import USER_ID
 from mme.data.layout import FEATURE_PREFIX, FEATURES_FILE
-from mme.errors import UserError
+from mme.errors import UserError, first_line
 
 MOST_VALUES = 1_000_000  # of a column: they are kept in memory, and each has a row in the model's tables
 TRAILING_ZEROS = r"^([+-]?\d+)\.0+$"
@@ -112,7 +112,7 @@ def read_vocabularies(folder: Path, names: Iterable[str]) -> dict[str, Vocabular
         table = pq.read_table(path).sort_by("value_index")
         return {name: Vocabulary(table.filter(pc.equal(table["column"], name))["value"].to_pylist()) for name in names}
     except (pa.ArrowException, KeyError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{path}: can't be read: {reason}; run `mme prepare` again") from error
 
 

@@ -22,8 +22,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mme.data.layout import FEATURE_PREFIX
-from mme.data.readers import SourceFile, first_line, json_fields
-from mme.errors import UserError
+from mme.data.readers import SourceFile, json_fields
+from mme.errors import UserError, first_line
 
 ROLES = ("user", "item", "timestamp")
 KNOWN_NAMES = {

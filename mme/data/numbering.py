@@ -15,7 +15,7 @@ from mme.config import USER_ID
 from mme.data.features import read_vocabularies
 from mme.data.layout import ITEMS_FILE
 from mme.data.parts import read_user_ids
-from mme.errors import UserError
+from mme.errors import UserError, first_line
 
 TEXTS_AT_ONCE = 65_536
 
@@ -30,7 +30,7 @@ def read_item_ids(folder: Path) -> pa.Array:
     try:
         table = pq.read_table(path, columns=["item_index", "item_id"]).sort_by("item_index")
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: can't be read: {str(error).splitlines()[0]}; run `mme prepare` again") from error
+        raise UserError(f"{path}: can't be read: {first_line(error)}; run `mme prepare` again") from error
     return table["item_id"].combine_chunks()
 
 

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 from mme.data.features import parts_column
 from mme.data.layout import INFO_FILE, ITEMS_FILE
-from mme.errors import UserError
+from mme.errors import UserError, first_line
 
 IntArray = NDArray[np.int64]
 
@@ -123,7 +123,7 @@ def _readable(path: Path) -> Iterator[None]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file, though {INFO_FILE} names it") from error
     except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise UserError(f"{path}: not a readable Parquet file, perhaps truncated ({reason})") from error
 
 

@@ -33,10 +33,10 @@ from mme.data.left_out import LeftOutWriter
 from mme.data.manifest import Settings, describe, file_record
 from mme.data.merging import write_histories
 from mme.data.prior import ID_TYPES, PriorSet
-from mme.data.readers import SourceFile, first_line
+from mme.data.readers import SourceFile
 from mme.data.unfinished import READ_FILE, WORK_FOLDER, WorkFolder
 from mme.data.writer import DatasetWriter
-from mme.errors import UserError
+from mme.errors import UserError, first_line
 
 _BYTES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SMALLEST_MEMORY = 512 * 2**20

@@ -15,8 +15,7 @@ from mme.data.histories import NEW, Histories, IntArray
 from mme.data.layout import FORMAT_VERSION, INFO_FILE, ITEMS_FILE, LEFT_OUT_FILE
 from mme.data.manifest import Settings
 from mme.data.parts import read_info
-from mme.data.readers import first_line
-from mme.errors import UserError
+from mme.errors import UserError, first_line
 
 ID_TYPES = {"int64": pa.int64(), "string": pa.string()}
 

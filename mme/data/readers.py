@@ -13,7 +13,7 @@ import pyarrow.csv
 import pyarrow.json
 import pyarrow.parquet as pq
 
-from mme.errors import UserError
+from mme.errors import UserError, first_line
 
 NULL_TEXTS = ["", "NULL", "null", "NaN", "nan", "None", "none", "NA", "N/A", "\\N"]
 BLOCK_BYTES = 8 << 20
@@ -114,13 +114,21 @@ class SourceFile:
             row = json_fields(line) or {}
             for name in names:
                 if row.get(name) is not None and name not in kinds:
-                    kinds[name] = pa.scalar(row[name]).type
+                    kinds[name] = self._json_kind(name, row[name])
             if len(kinds) == len(names):
                 break
         for role, name in self.columns.items():
             if role not in ("user", "item", "timestamp") and kinds.get(name) == pa.int64():
                 kinds[name] = pa.float64()  # a rating of 5 may be followed by one of 4.5
         return pa.schema([(name, kinds.get(name, pa.string())) for name in names])
+
+    def _json_kind(self, name: str, value: Any) -> pa.DataType:
+        try:
+            return pa.scalar(value).type
+        except OverflowError as error:
+            raise UserError(
+                f"{self.path}: column {name!r} holds {value}, expected a whole number below 2^63, or a text"
+            ) from error
 
     def _json_slowly(self, text: bytes, schema: pa.Schema, lines_before: int) -> pa.RecordBatch:
         """Line by line, each that is no JSON object counted as broken; a value of another type counts as none."""
@@ -146,10 +154,6 @@ def json_fields(line: str | bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) else None
 
 
-def first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _whole_lines(stream: pa.NativeFile) -> Iterator[bytes]:
     """Blocks of lines, without the newline at their end."""
     rest = b""
@@ -173,5 +177,5 @@ def _json_fast(text: bytes, schema: pa.Schema) -> pa.RecordBatch:
 def _as_type(value: Any, kind: pa.DataType) -> Any:
     try:
         return pa.scalar(value, kind).as_py()
-    except (pa.ArrowException, TypeError, ValueError):
+    except (pa.ArrowException, TypeError, ValueError, OverflowError):
         return None

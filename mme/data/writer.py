@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from mme.data.layout import FORMAT_VERSION, INFO_FILE, ITEMS_FILE, OWN_FILES
 from mme.data.replacement import FolderReplacement
 from mme.data.statistics import LengthHistogram, popularity_summary
-from mme.errors import UserError
+from mme.errors import UserError, first_line
 
 EVENTS_PER_PART = 4_000_000
 EVENTS_PER_ROW_GROUP = 500_000
@@ -69,7 +69,7 @@ class DatasetWriter:
     ) -> None:
         self.replacement.__exit__(kind, error, traceback)
         if isinstance(error, OSError):
-            reason = error.strerror or str(error).splitlines()[0]
+            reason = error.strerror or first_line(error)
             raise UserError(f"{self.output}: can't be written: {reason}; nothing was written") from error
 
     def add(

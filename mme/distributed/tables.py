@@ -35,6 +35,7 @@ from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mme.config import Config
 from mme.distributed.groups import World
+from mme.errors import UserError
 
 FEATURE = "item"
 INIT_STD = 0.02
@@ -45,6 +46,13 @@ FUSED_OPTIMIZERS = {
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "sgd": EmbOptimType.EXACT_SGD,
+}
+# What checkpoints call an optimizer's states, by the names that FBGEMM and torch.optim have for them.
+STATE_NAMES = {
+    "adam": {"momentum1": "exp_avg", "momentum2": "exp_avg_sq"},
+    "adagrad": {"sum": "momentum1"},
+    "rowwise_adagrad": {"sum": "momentum1"},
+    "sgd": {},
 }
 
 
@@ -70,6 +78,7 @@ class ItemTables:
         self.num_rows = num_rows
         self.dim = model.view_dim
         self.device = world.device
+        self.optimizer_name = train.table_optimizer
         self.names = [f"item_{table}" for table in range(model.num_tables)]
         collection = torchrec.EmbeddingCollection(
             tables=[
@@ -93,6 +102,8 @@ class ItemTables:
         if world.device.type == "cpu" and train.table_optimizer == "adam":
             for table in plan.plan[""].values():  # type: ignore[attr-defined]
                 table.compute_kernel = EmbeddingComputeKernel.DENSE.value
+        elif world.device.type == "cpu":
+            self._require_rows_everywhere(plan, config)
         self.model = DistributedModelParallel(
             collection,
             device=world.device,
@@ -134,22 +145,28 @@ class ItemTables:
             yield from _local_shards(key.split(".")[-2], value)
 
     def optimizer_states(self) -> Iterator[Shard]:
-        """This rank's parts of the optimizer's states, named item_0/exp_avg and the like."""
+        """This rank's parts of the optimizer's states, named item_0/exp_avg and the like, as `STATE_NAMES` has them."""
+        names = STATE_NAMES[self.optimizer_name]
         for key, states in self.model.fused_optimizer.state_dict()["state"].items():
             for state, value in states.items():
-                yield from _local_shards(f"{key.split('.')[-2]}/{state.split('.')[-1]}", value)
+                name = state.split(".")[-1]
+                yield from _local_shards(f"{key.split('.')[-2]}/{names.get(name, name)}", value)
         if self.optimizer is None:
             return
-        shards = {shard.name: shard for shard in self.weights()}
-        for key, parameter in self.model.named_parameters():
-            shard = shards.get(key.split(".")[-2])
-            for state, value in self.optimizer.state.get(parameter, {}).items():
-                if shard is not None and isinstance(value, Tensor) and value.dim():
-                    whole = tuple(
-                        size if part == local else part
-                        for size, part, local in zip(shard.shape, value.shape, shard.tensor.shape, strict=True)
-                    )
-                    yield Shard(f"{shard.name}/{state}", value, shard.offsets, whole)
+        for shard in self.weights():
+            # A parameter holds all pieces of a table that this rank has, one after another.
+            for parameter, states in self.optimizer.state.items():
+                start = (shard.tensor.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+                if not 0 <= start < parameter.numel():
+                    continue
+                for state, value in states.items():
+                    name = f"{shard.name}/{names.get(state, state)}"
+                    if value.shape == parameter.shape:
+                        piece = value.view(-1)[start : start + shard.tensor.numel()].view(shard.tensor.shape)
+                        yield Shard(name, piece, shard.offsets, shard.shape)
+                    elif value.dim():  # one value a row
+                        first, rows = start // shard.tensor.shape[1], shard.tensor.shape[0]
+                        yield Shard(name, value.view(-1)[first : first + rows], shard.offsets[:1], shard.shape[:1])
 
     def set_optimizer_step(self, step: int) -> None:
         """Sets the count of steps on which Adam's bias correction depends."""
@@ -172,6 +189,18 @@ class ItemTables:
         topology = Topology(world_size=world.size, compute_device=world.device.type)
         planner = EmbeddingShardingPlanner(topology=topology, constraints=dict.fromkeys(self.names, constraint))
         return planner.collective_plan(collection, [sharder], torch.distributed.group.WORLD)  # type: ignore[list-item]
+
+    def _require_rows_everywhere(self, plan: Any, config: Config) -> None:
+        """Raises UserError where a rank would have no row of a table that FBGEMM updates, which its CPU form can't do."""
+        shards = [
+            shard for table in plan.plan[""].values() if table.sharding_spec for shard in table.sharding_spec.shards
+        ]
+        if any(0 in shard.shard_sizes for shard in shards):
+            raise UserError(
+                f"parallel.table_sharding={config.parallel.table_sharding}: {self.num_rows} rows of each item table leave a "
+                f"process without any, which train.table_optimizer={self.optimizer_name} can't do on CPU: expected fewer "
+                "processes, or data_parallel"
+            )
 
     def _initialise(self, seed: int) -> None:
         """Truncated normal, the same values for every number of ranks and every sharding."""

@@ -109,6 +109,25 @@ def test_malformed_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     assert not (tmp_path / "strict").exists()
 
 
+def test_ids_of_nineteen_digits(tmp_path: Path) -> None:
+    rows = ["1,7,5", f"1,{2**63 - 1},6", f"1,{2**63},7", "1,-9,8", "1,1000000000000000000.0,9"]
+    info = prepare([write_csv(tmp_path / "a.csv", rows)], "csv", tmp_path / "out", max_malformed_share=0.5)
+    assert read(tmp_path / "out") == {1: [(7, 5), (2**63 - 1, 6), (10**18, 9)]}
+    assert {reason: entry["rows"] for reason, entry in info["malformed"].items()} == {
+        "not a whole number in item_id": 1,
+        "negative id in item_id": 1,
+    }
+
+
+def test_json_numbers_that_are_no_int64_are_named(tmp_path: Path) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(f'{{"user_id": 1, "item_id": {2**63 + item}, "timestamp": 5}}\n' for item in range(3)))
+    with pytest.raises(
+        UserError, match=r"a.jsonl: column 'item_id' holds 9223372036854775808, expected .* below 2\^63"
+    ):
+        prepare([file], "json", tmp_path / "out")
+
+
 def test_parquet_floats_with_nan_and_timestamps(tmp_path: Path) -> None:
     start = datetime.datetime(2020, 1, 1, tzinfo=datetime.timezone.utc)
     file = write_parquet(

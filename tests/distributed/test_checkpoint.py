@@ -76,6 +76,35 @@ def test_a_checkpoint_loads_at_another_size(tmp_path: Path, optimizer: str) -> N
             assert torch.equal(found, wanted[name]), name
 
 
+WIDE = ["model.num_tables=1", "model.embedding_dim=512"]  # wide enough for several pieces of a row on each rank
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "saved_as", "loaded_as", "model"),
+    [
+        ("adagrad", "row_wise", "data_parallel", []),
+        ("rowwise_adagrad", "data_parallel", "row_wise", []),
+        ("rowwise_adagrad", "row_wise", "data_parallel", []),
+        ("adam", "column_wise", "row_wise", WIDE),
+        ("adam", "row_wise", "column_wise", WIDE),
+        ("adagrad", "column_wise", "row_wise", WIDE),
+    ],
+)
+def test_a_checkpoint_loads_with_another_sharding_of_the_tables(
+    tmp_path: Path, optimizer: str, saved_as: str, loaded_as: str, model: list[str]
+) -> None:
+    overrides = [f"train.table_optimizer={optimizer}", *model]
+    saved = run_on(2, train_and_save, str(tmp_path), [*overrides, f"parallel.table_sharding={saved_as}"])
+    loaded = run_on(2, load_and_train, str(tmp_path), [*overrides, f"parallel.table_sharding={loaded_as}"])
+    wanted = whole([parts for parts, _ in saved])
+    assert sum(name.startswith("tables/item_0/") for name in wanted) == (2 if optimizer == "adam" else 1)
+    found = whole([parts for parts, *_ in loaded])
+    assert wanted.keys() == found.keys()
+    for name in wanted:
+        assert torch.equal(found[name], wanted[name]), name
+    assert loaded[0][1] == pytest.approx(saved[0][1], rel=1e-5)
+
+
 def load_damaged(world: World, run: str) -> Any:
     recommender = Recommender(configuration("train.table_lr=0.001"), NUM_ITEMS, world)
     engine = initialize_engine(recommender.decoder, recommender.config)

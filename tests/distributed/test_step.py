@@ -17,6 +17,7 @@ from mme.distributed.engine import initialize_engine, reduced_gradients
 from mme.distributed.groups import World
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import weight_pieces
+from mme.errors import UserError
 from mme.step import TrainStep
 from tests.distributed.processes import run_on
 
@@ -313,6 +314,17 @@ def masked_steps(world: World, split: list[list[int]], keep: list[str]) -> list[
         gradients = step.backward(0, batch)
         results.append((gradients.loss, gradients.tokens, gradients.item_rows.clone()))
     return results
+
+
+def refused(world: World, overrides: list[str]) -> str:
+    with pytest.raises(UserError) as error:
+        Recommender(configuration(*overrides), 4, world)
+    return str(error.value)
+
+
+def test_a_process_without_rows_of_a_table_is_refused_where_it_cannot_be() -> None:
+    for line in run_on(3, refused, ["train.table_optimizer=adagrad"]):
+        assert "4 rows of each item table leave a process without any" in line
 
 
 def test_a_token_for_context_alone_has_no_loss() -> None:
