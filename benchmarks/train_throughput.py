@@ -1,6 +1,6 @@
 """Training throughput of a configuration, where its time goes, and how it compares with padded eager FuXi-α.
 
-    python -m benchmarks.train_throughput                                     # the quick start, two processes
+    python -m benchmarks.train_throughput                                     # the quick start
     python -m benchmarks.train_throughput --config F.yaml --processes 4 model.num_blocks=4
     python -m benchmarks.train_throughput --data datasets/ml-latest-small --setting fuxi-alpha --json out.json
 
@@ -33,6 +33,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from launcher.job import default_processes
 from mme.config import load_config
 from mme.data.synthetic import prepare_synthetic
 from mme.errors import UserError
@@ -81,7 +82,7 @@ def main(
     data: Annotated[Optional[Path], typer.Option(help="Prepared data set; default: the configuration's.")] = None,  # noqa: UP045
     setting: Annotated[str, typer.Option(help=f"One of {', '.join(SETTINGS)}.")] = "quickstart",
     config: Annotated[Path, typer.Option(help="Configuration file.")] = Path("configs/quickstart.yaml"),
-    processes: Annotated[int, typer.Option(help="Processes.", min=1)] = 2,
+    processes: Annotated[Optional[int], typer.Option(help="Default: one a GPU, without one 2.", min=1)] = None,  # noqa: UP045
     steps: Annotated[int, typer.Option(help="Steps of one repetition.", min=1)] = 10,
     repetitions: Annotated[int, typer.Option(help="Repetitions after one that warms up.", min=1)] = 5,
     padded_steps: Annotated[int, typer.Option(help="Steps of padded FuXi-α in each turn; 0: without it.", min=0)] = 2,
@@ -98,6 +99,7 @@ def main(
         path = Path(load_config(config, options).data.path)
     if path == EMBEDDED and not path.exists():
         prepare_synthetic("quickstart", path)
+    processes = processes or default_processes()
     with tempfile.TemporaryDirectory() as folder:
         result_file = Path(folder) / "result.json"
         counts = [str(count) for count in (steps, repetitions, padded_steps, profiled_steps)]

@@ -202,7 +202,7 @@ class CheckpointWriter:
                 remove(final)
             partial.rename(final)
             _flush(final.parent)
-            self._prune()
+            self._prune(progress.step)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
             self._failure = f"{final}: {error}"
@@ -217,8 +217,9 @@ class CheckpointWriter:
         except (OSError, ValueError) as error:
             self._failure = f"{final / INDEX}: {error}"
 
-    def _prune(self) -> None:
-        found = steps(self.run)
+    def _prune(self, newest: int) -> None:
+        # Later ones were passed over as damaged when this run went on: they don't count.
+        found = [step for step in steps(self.run) if step <= newest]
         for step in set(found[: -self.keep]) - {best_step(self.run)}:
             remove(folder(self.run, step))
 

@@ -71,6 +71,23 @@ def test_a_writer_killed_in_the_middle_leaves_the_checkpoint_before(tmp_path: Pa
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_3"]
 
 
+def save_behind_a_damaged_one(world: World, run: Path) -> list[int]:
+    recommender, _ = recommender_of(world)
+    with CheckpointWriter(run, recommender, keep=1) as writer:
+        for step in (1, 9):
+            writer.save(Progress(step, 0, step))
+    file = run / "checkpoints" / "step_9" / "rank_00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with CheckpointWriter(run, recommender, keep=1) as writer:  # went on from an earlier one
+        for step in (2, 3):
+            writer.save(Progress(step, 0, step))
+    return checkpoint.steps(run)
+
+
+def test_a_damaged_checkpoint_of_a_later_step_takes_no_sound_one_with_it(tmp_path: Path) -> None:
+    assert run_on(1, save_behind_a_damaged_one, tmp_path) == [[3, 9]]
+
+
 def save_where_one_cannot(world: World, run: str, rank: int) -> str:
     """Where ``rank`` would write there is a folder; the others go on with their steps, and all raise at the same one."""
     recommender, _ = recommender_of(world)
