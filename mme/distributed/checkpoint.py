@@ -77,8 +77,8 @@ def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -
 def load_weights(run: Path, step: int | None, recommender: Recommender, numbering: str, note: Any = None) -> int:
     """Restores the weights of checkpoint ``step`` (None: the best by validation, else the newest) and returns its step.
 
-    ``numbering``: of the data set that the model is to read, see `mme.data.numbering`. Where none is asked for, a damaged one is passed over for the next best, and ``note`` (default: a line on standard
-    error) is called.
+    Where none is asked for, a damaged one is passed over for the next best, and ``note`` (default: a line on standard
+    error) is called. ``numbering``: of the data set that the model is to read, see `mme.data.numbering`.
 
     Raises:
         UserError: no such checkpoint, all or the one asked for are damaged, or it belongs to another configuration

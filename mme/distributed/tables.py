@@ -47,9 +47,10 @@ FUSED_OPTIMIZERS = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "sgd": EmbOptimType.EXACT_SGD,
 }
-# What checkpoints call an optimizer's states, by the names that FBGEMM and torch.optim have for them.
+# What checkpoints call an optimizer's states, by the names that TorchRec (always momentum1 for the first) and torch.optim have
+# for them.
 STATE_NAMES = {
-    "adam": {"momentum1": "exp_avg", "momentum2": "exp_avg_sq"},
+    "adam": {"momentum1": "exp_avg"},
     "adagrad": {"sum": "momentum1"},
     "rowwise_adagrad": {"sum": "momentum1"},
     "sgd": {},
