@@ -13,11 +13,8 @@ from pathlib import Path
 import typer
 
 from mme.config import load_run_config
-from mme.data.dataset import PreparedDataset
-from mme.distributed.checkpoint import load_weights
 from mme.distributed.groups import process_group
-from mme.distributed.recommender import Recommender
-from mme.evaluate import target_ranks
+from mme.evaluate import load_trained, target_ranks
 
 RANKS_FILE = "test_ranks.json"
 
@@ -26,10 +23,7 @@ def main(run: Path) -> None:
     """Ranks the test users' targets and keeps the ranks in the run's folder."""
     config = load_run_config(run)
     with process_group() as world:
-        dataset = PreparedDataset.open(config.data.path, config.data.cache_dir)
-        features = config.model.feature_columns
-        recommender = Recommender(config, dataset.num_items, world, dataset.feature_sizes(features))
-        load_weights(run, None, recommender, dataset.numbering_sha256(features))
+        dataset, recommender, _ = load_trained(run, None, config, world)
         ranks = target_ranks(recommender, dataset, config, "test")
     partial = run / f"{RANKS_FILE}.partial"
     partial.write_text(json.dumps({name: values.tolist() for name, values in ranks.items()}))

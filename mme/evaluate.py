@@ -12,7 +12,7 @@ from mme.config import Config, load_run_config
 from mme.data.dataset import PreparedDataset
 from mme.data.sequences import EvaluationLoader, Features
 from mme.distributed.checkpoint import load_weights
-from mme.distributed.groups import process_group
+from mme.distributed.groups import World, process_group
 from mme.distributed.recommender import Recommender
 from mme.insight import insight
 from mme.metrics import rank_metrics
@@ -107,6 +107,20 @@ def _loader(recommender: Recommender, dataset: PreparedDataset, config: Config, 
     )
 
 
+def load_trained(
+    run: Path, checkpoint: int | None, config: Config, world: World
+) -> tuple[PreparedDataset, Recommender, int]:
+    """The data set of a run, and its model as of a checkpoint (None: its best), with the checkpoint's step.
+
+    Raises:
+        UserError: the data or the checkpoint is missing or damaged, or the data is not what the model was trained on.
+    """
+    dataset = PreparedDataset.open(config.data.path, config.data.cache_dir)
+    features = config.model.feature_columns
+    recommender = Recommender(config, dataset.num_items, world, dataset.feature_sizes(features))
+    return dataset, recommender, load_weights(run, checkpoint, recommender, dataset.numbering_sha256(features))
+
+
 def evaluate_run(run: Path, checkpoint: int | None) -> dict[str, Any]:
     """The test metrics of a run's checkpoint (None: its best), with popularity's under `popularity`, as one JSON object.
 
@@ -115,9 +129,6 @@ def evaluate_run(run: Path, checkpoint: int | None) -> dict[str, Any]:
     """
     config = load_run_config(run)
     with process_group() as world:
-        dataset = PreparedDataset.open(config.data.path, config.data.cache_dir)
-        features = config.model.feature_columns
-        recommender = Recommender(config, dataset.num_items, world, dataset.feature_sizes(features))
-        step = load_weights(run, checkpoint, recommender, dataset.numbering_sha256(features))
+        dataset, recommender, step = load_trained(run, checkpoint, config, world)
         model, popularity = _records(recommender, dataset, config, "test", step)
     return {"run": str(run), "checkpoint": step, **model, "popularity": popularity}

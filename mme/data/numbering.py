@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +38,19 @@ def numbering_sha256(folder: Path, info: dict[str, Any], features: Iterable[str]
 
     A model reads a set right if it was trained on one that has the same: events may have been added since.
     """
-    names = list(features)
     digest = hashlib.sha256()
-    values: Iterator[pa.Array] = iter([read_item_ids(folder)])
-    for name, vocabulary in read_vocabularies(folder, [name for name in names if name != USER_ID]).items():
-        values = chain(values, [pa.array([name]), pa.array(vocabulary.numbers, pa.string())])
-    if USER_ID in names:
-        values = chain(values, *(read_user_ids(folder, part) for part in info["parts"]))
-    for array in values:
+    for array in _numbered(folder, info, list(features)):
         for start in range(0, len(array), TEXTS_AT_ONCE):
             texts = array.slice(start, TEXTS_AT_ONCE).to_pylist()
             digest.update("".join(f"{text}\n" for text in texts).encode())
     return digest.hexdigest()
+
+
+def _numbered(folder: Path, info: dict[str, Any], features: list[str]) -> Iterator[pa.Array]:
+    yield read_item_ids(folder)
+    for name, vocabulary in read_vocabularies(folder, [name for name in features if name != USER_ID]).items():
+        yield pa.array([name])
+        yield pa.array(vocabulary.numbers, pa.string())
+    if USER_ID in features:
+        for part in info["parts"]:
+            yield from read_user_ids(folder, part)
