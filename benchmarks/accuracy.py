@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks.user_ranks import RANKS_FILE
 from mme.config import CONFIG_FILE, Config, load_config
 from mme.errors import UserError
-from mme.metrics_file import METRICS_FILE, read_metrics
+from mme.run.metrics_file import METRICS_FILE, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SINGLE_TABLE_HEAD = 64  # width of a head where there is one table

@@ -40,8 +40,8 @@ from launcher.step_time import time_parts, total_s
 from mme.config import load_config
 from mme.data.balance import deal, sequence_cost, straggler_share
 from mme.data.dataset import PreparedDataset
-from mme.data.sequences import TrainLoader
-from mme.data.writer import DatasetWriter
+from mme.data.loaders import TrainLoader
+from mme.prepare.writer import DatasetWriter
 
 USERS_AT_ONCE = 20_000
 LONGEST = 200_000

@@ -17,7 +17,7 @@ from kernels.relative_attention.reference import time_bucket
 from mme.config import Config
 from mme.data.batch import SequenceBatch
 from mme.model.fuxi_block import NUM_TIME_BUCKETS
-from mme.model.multi_embedding import positions_in_sequence
+from mme.model.inputs import positions_in_sequence
 
 MASKED_LOGIT = -5e4
 

@@ -33,7 +33,7 @@ from launcher.job import items_of
 from launcher.plan import Layout, assumptions, choice, layouts
 from launcher.shape import Shape
 from mme.config import Config, load_config
-from mme.exit_status import job_status
+from mme.run.exit_status import job_status
 
 PROCESSES = (1, 2, 4)
 TOTAL_SEQUENCES, SEQUENCES_EACH = 128, 64  # of a step: where the work stays, and of a process where it grows

@@ -25,8 +25,8 @@ from rich.table import Table
 from torch import Tensor
 
 from mme.config import Config, load_config
-from mme.distributed.groups import World, process_group
 from mme.distributed.tables import ItemTables
+from mme.distributed.world import World, process_group
 
 
 def main(

@@ -8,7 +8,7 @@ Starts the processes by torchrun and runs whole training steps (data, lookup, fo
 are trained positions, none of them padding; figures are medians over repetitions of a fixed number of steps. In turns with
 them runs `benchmarks.padded_fuxi`, FuXi-α at the same widths, blocks, batches and negatives, one copy a process that
 exchanges no gradients; the ratio counts tokens a second, and tokens a second of CPU time, which a busy machine disturbs
-less. Some more steps are profiled (`mme.profile`) for the time by part, and one checkpoint is written.
+less. Some more steps are profiled (`mme.profiling.profile`) for the time by part, and one checkpoint is written.
 
 Model FLOPs utilisation: what `mme.flops` counts over the true lengths, forward and backward, as a share of the rate of
 large matrix products that all processes reach here at once.
@@ -35,9 +35,9 @@ from rich.table import Table
 
 from launcher.job import default_processes
 from mme.config import load_config
-from mme.data.synthetic import prepare_synthetic
 from mme.errors import UserError
-from mme.exit_status import job_status
+from mme.prepare.synthetic import prepare_synthetic
+from mme.run.exit_status import job_status
 
 if TYPE_CHECKING:
     from mme.data.batch import SequenceBatch
@@ -124,8 +124,8 @@ def run_worker(arguments: list[str]) -> None:
 
     from benchmarks.roofline import matrix_rate
     from mme.data.dataset import PreparedDataset
-    from mme.distributed.groups import process_group
-    from mme.preemption import Preemption
+    from mme.distributed.world import process_group
+    from mme.run.preemption import Preemption
     from mme.train import Training
 
     config = load_config(Path(arguments[0]), arguments[5:])
@@ -212,8 +212,8 @@ class _Measured:
 
     def profile(self, steps: int) -> dict[str, Any]:
         """Time by part of some more steps; of rank 0, which alone returns it."""
-        from mme.profile import StepProfile
-        from mme.regions import region
+        from mme.profiling.profile import StepProfile
+        from mme.profiling.regions import region
 
         profile = None
         if self.world.rank == 0:
@@ -341,8 +341,8 @@ def _print(result: dict[str, Any]) -> None:
             table.add_row(f"times padded FuXi-α, {name}", f"{padded[key]:.1f} ({min(every):.1f} – {max(every):.1f})")
     console.print(table)
     if "profile" in result:
-        from mme.profile import time_table
-        from mme.trace import TimeByPart
+        from mme.profiling.profile import time_table
+        from mme.profiling.trace import TimeByPart
 
         figures = {field.name: result["profile"][field.name] for field in fields(TimeByPart)}
         console.print(time_table(TimeByPart(**figures)))

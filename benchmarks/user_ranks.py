@@ -13,8 +13,8 @@ from pathlib import Path
 import typer
 
 from mme.config import load_run_config
-from mme.distributed.groups import process_group
-from mme.evaluate import load_trained, target_ranks
+from mme.distributed.world import process_group
+from mme.evaluation.evaluate import load_trained, target_ranks
 
 RANKS_FILE = "test_ranks.json"
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from launcher.findings import Finding
 from launcher.link_check import CHOOSE_INTERFACE, OPEN_PORTS, board, dead_links, judge, measure_pairs, there_and_back
-from mme.distributed.groups import World, process_group
+from mme.distributed.world import World, process_group
 from mme.errors import first_line
 
 REPEATS = 5

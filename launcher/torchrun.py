@@ -29,8 +29,8 @@ import psutil
 from launcher.job import Job, split_endpoint
 from launcher.torchrun_output import LAST_WORDS, own_lines
 from mme.errors import UserError
-from mme.exit_status import PREEMPTED
-from mme.preemption import signal_when_parent_dies
+from mme.run.exit_status import PREEMPTED
+from mme.run.preemption import signal_when_parent_dies
 
 RDZV_ID = "mme"
 UNANSWERED_S = 30  # beyond the time that torchrun may take to connect to the rendezvous and then to wait for the nodes

@@ -18,8 +18,8 @@ from typing import Annotated, Any, Optional
 import typer
 
 from mme.errors import UserError
-from mme.exit_status import job_status, print_error, rank
-from mme.prepare_command import prepare
+from mme.prepare.command import prepare
+from mme.run.exit_status import job_status, print_error, rank
 
 # typer reads the annotations and Python 3.10 shows Optional[X] and X | None to it alike.
 # ruff: noqa: UP045
@@ -124,7 +124,7 @@ def evaluate(
     with job_status() as job, _standard_output_to_error() as output:
         job.folder = _run_folder(run)
         _name_accelerator()
-        from mme.evaluate import evaluate_run
+        from mme.evaluation.evaluate import evaluate_run
 
         metrics = evaluate_run(run, checkpoint)
         if rank() == 0:
@@ -156,7 +156,7 @@ def recommend(
     with job_status() as job:
         job.folder = _run_folder(run)
         _name_accelerator()
-        from mme.recommend import recommend as recommend_items
+        from mme.evaluation.recommend import recommend as recommend_items
 
         recommend_items(run, users, top_k, output)
         if rank() == 0:
@@ -175,7 +175,7 @@ def report(run: RunOption) -> None:
     """
     with job_status() as job:
         job.folder = _run_folder(run)
-        from mme.report import write_report
+        from mme.report.page import write_report
 
         print(f"wrote {write_report(run)}")
 
@@ -233,7 +233,7 @@ def _standard_output_to_error() -> Iterator[int]:
 def _print_results(run: Path) -> None:
     from rich.console import Console
 
-    from mme.report import read_run, results_table, write_report
+    from mme.report.page import read_run, results_table, write_report
 
     path = write_report(run)
     table = results_table(read_run(run))

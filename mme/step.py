@@ -25,8 +25,8 @@ from mme.distributed.recommender import Recommender
 from mme.distributed.tables import mix_seed
 from mme.model.loss import BatchItems, NextItemLoss
 from mme.model.moe import Routing, load_balance_loss, router_z_loss
-from mme.non_finite import is_spoiled
-from mme.regions import region
+from mme.profiling.regions import region
+from mme.run.non_finite import is_spoiled
 
 
 @dataclass(frozen=True)

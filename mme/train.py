@@ -16,25 +16,25 @@ from mme.config import CONFIG_FILE, Config, flat, load_config, save_config, vali
 from mme.data.balance import attention_equals_rest_at
 from mme.data.batch import SequenceBatch
 from mme.data.dataset import PreparedDataset
-from mme.data.sequences import Features, TrainLoader
+from mme.data.loaders import Features, TrainLoader
 from mme.distributed import checkpoint
 from mme.distributed.checkpoint import Progress
 from mme.distributed.checkpoint_writer import CheckpointWriter
 from mme.distributed.engine import initialize_engine
-from mme.distributed.groups import PATIENCE_S, World, process_group
+from mme.distributed.pace import Pace
 from mme.distributed.recommender import Recommender
-from mme.distributed.waiting import Pace
+from mme.distributed.world import PATIENCE_S, World, process_group
 from mme.errors import Preempted, UserError
-from mme.evaluate import evaluate
-from mme.monitor import Monitor
-from mme.non_finite import FOLDER, MOST_IN_A_ROW, NonFiniteError, save_batch
-from mme.preemption import Preemption
-from mme.profile import FOLDER as PROFILE_FOLDER
-from mme.profile import StepProfile
-from mme.regions import each_in_region, region
-from mme.run_lock import only_job
+from mme.evaluation.evaluate import evaluate
+from mme.profiling.profile import FOLDER as PROFILE_FOLDER
+from mme.profiling.profile import StepProfile
+from mme.profiling.regions import each_in_region, region
+from mme.run.monitor import Monitor
+from mme.run.non_finite import FOLDER, MOST_IN_A_ROW, NonFiniteError, save_batch
+from mme.run.preemption import Preemption
+from mme.run.run_lock import only_job
+from mme.run.watchdog import Watchdog
 from mme.step import StepResult, TrainStep
-from mme.watchdog import Watchdog
 
 Batch = tuple[Progress, SequenceBatch, Progress]  # where training stands, what is next, where it stands then
 

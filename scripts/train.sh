@@ -35,7 +35,7 @@ fi
 
 if [ -n "$dataset" ]; then
     # The set is made anew where the files are others or the code that reads them has changed.
-    source="$source $(cat mme/data/*.py | sha256sum | cut -d' ' -f1)"
+    source="$source $(cat mme/data/*.py mme/prepare/*.py | sha256sum | cut -d' ' -f1)"
     if [ ! -f "$dataset/dataset.json" ] || [ "$(cat "$dataset.source" 2>/dev/null)" != "$source" ]; then
         rm -f "$dataset.source"
         .venv/bin/python -m mme prepare "${prepare[@]}" --output "$dataset"

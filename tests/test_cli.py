@@ -21,7 +21,7 @@ import yaml
 
 from mme.cli import main
 from mme.errors import UserError
-from mme.exit_status import job_status, print_error
+from mme.run.exit_status import job_status, print_error
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL_MODEL = [

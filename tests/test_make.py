@@ -34,12 +34,13 @@ def test_every_benchmark_of_make_runs_without_arguments() -> None:
 def project(tmp_path: Path) -> Path:
     """The script in a folder of its own, where the interpreter writes down its arguments and makes an empty set."""
     project = tmp_path / "project"
-    for folder in ("scripts", ".venv/bin", "configs", "mme/data"):
+    for folder in ("scripts", ".venv/bin", "configs", "mme/data", "mme/prepare"):
         (project / folder).mkdir(parents=True)
     shutil.copy(REPOSITORY / "scripts" / "train.sh", project / "scripts")
     shutil.copy(REPOSITORY / QUICKSTART, project / QUICKSTART)
     (project / "configs" / "other.yaml").touch()
-    (project / "mme" / "data" / "reader.py").touch()
+    (project / "mme" / "data" / "parts.py").touch()
+    (project / "mme" / "prepare" / "reader.py").touch()
     stand_in = project / ".venv" / "bin" / "python"
     stand_in.write_text(
         '#!/bin/sh\necho "$@"\n[ "$3" = prepare ] || exit 0\n'

@@ -22,11 +22,11 @@ import pytest
 from mme.config import load_config
 from mme.data.dataset import PreparedDataset
 from mme.data.event_file import CACHE_FOLDER
-from mme.data.synthetic import prepare_synthetic
-from mme.distributed.groups import World
+from mme.distributed.world import World
 from mme.errors import Preempted
-from mme.metrics_file import read_metrics
-from mme.preemption import Preemption
+from mme.prepare.synthetic import prepare_synthetic
+from mme.run.metrics_file import read_metrics
+from mme.run.preemption import Preemption
 from mme.train import Training
 from tests.distributed.processes import run_on
 from tests.test_train import SMALL, losses, metrics

@@ -18,11 +18,11 @@ import torch
 
 from mme.config import load_config
 from mme.data.dataset import PreparedDataset
-from mme.data.synthetic import prepare_synthetic
-from mme.data.writer import DatasetWriter
 from mme.distributed.checkpoint_writer import CheckpointWriter
-from mme.distributed.groups import World
-from mme.preemption import Preemption
+from mme.distributed.world import World
+from mme.prepare.synthetic import prepare_synthetic
+from mme.prepare.writer import DatasetWriter
+from mme.run.preemption import Preemption
 from mme.train import Training
 from tests.distributed.processes import run_on
 

@@ -56,7 +56,7 @@ def expert_ffn(
     if chosen == "torch":
         return torch_expert_ffn(x, expert_offsets, w1, w3, w2)
     # Here, not above: the triton package need not be installed where it does not run.
-    from kernels.expert_ffn.triton_op import expert_ffn_op
+    from kernels.expert_ffn.triton_form import expert_ffn_op
 
     return expert_ffn_op(x, expert_offsets, w1, w3, w2)
 
@@ -108,7 +108,7 @@ def routed_expert_ffn(
         if not torch.equal(order.sort().values, torch.arange(order.numel(), device=order.device)):
             raise ValueError(f"order must hold each of the {order.numel()} choices once")
     if backend_for(backend, "x", x) == "triton":
-        from kernels.expert_ffn.triton_op import WIDEST_BACKWARD, routed_expert_ffn_op
+        from kernels.expert_ffn.triton_form import WIDEST_BACKWARD, routed_expert_ffn_op
 
         if x.shape[1] <= WIDEST_BACKWARD:
             return routed_expert_ffn_op(x, order, choice_weights.float(), expert_offsets, w1, w3, w2)

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from kernels.expert_ffn import triton_kernels, wide_kernels
-from kernels.expert_ffn.triton_op import SUM_BLOCK, WIDE_INNER, WIDEST_BACKWARD, WIDEST_FORWARD, LaunchConfig, Tiles
+from kernels.expert_ffn import triton_kernels, triton_wide_kernels
+from kernels.expert_ffn.triton_form import SUM_BLOCK, WIDE_INNER, WIDEST_BACKWARD, WIDEST_FORWARD, LaunchConfig, Tiles
 from kernels.variant import Variant
 
 NUM_EXPERTS = 8
@@ -53,15 +53,15 @@ def _narrow_variants(
 def _wide_variants(
     name: str, dtype: str, constants: dict[str, Any], config: LaunchConfig, forward: bool
 ) -> list[Variant]:
-    variants = [_variant(wide_kernels.outer_kernel, name, dtype, constants, config.weights)]
+    variants = [_variant(triton_wide_kernels.outer_kernel, name, dtype, constants, config.weights)]
     constants = constants | {"INNER": WIDE_INNER}
     for backward in (False, True) if forward else (True,):
         passes = f"{name} {'backward' if backward else 'forward'}"
         # A launch makes a stride of 1 a constant.
         options = constants | {"BACKWARD": backward, "PAIR": backward, "inner_stride" if backward else "out_stride": 1}
         tiles = config.rows if backward else config.forward
-        variants.append(_variant(wide_kernels.hidden_kernel, passes, dtype, options, tiles))
-        variants.append(_variant(wide_kernels.product_kernel, passes, dtype, options, config.product))
+        variants.append(_variant(triton_wide_kernels.hidden_kernel, passes, dtype, options, tiles))
+        variants.append(_variant(triton_wide_kernels.product_kernel, passes, dtype, options, config.product))
     return variants
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 from kernels.backend import backend_for, dot_precision, resolve_backend
 from kernels.relative_attention.plan import TilePlan, make_tile_plan
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS
-from kernels.relative_attention.tiled_op import TiledAttention, tiled_op
+from kernels.relative_attention.torch_op import TiledAttention, tiled_op
 
 if TYPE_CHECKING:
-    from kernels.relative_attention.triton_op import WorkPlan
+    from kernels.relative_attention.triton_form import WorkPlan
 
 
 def plan_attention(
@@ -42,7 +42,7 @@ def plan_attention(
     if chosen == "torch":
         return None if torch.compiler.is_compiling() else make_tile_plan(seq_offsets, timestamps)
     # Here, not above: the triton package need not be installed where it does not run.
-    from kernels.relative_attention.triton_op import WorkPlan
+    from kernels.relative_attention.triton_form import WorkPlan
 
     return WorkPlan(seq_offsets, timestamps.numel() - seq_offsets.numel() + 1, max_seq_len)
 
@@ -96,7 +96,7 @@ def relative_attention(
         raise ValueError(f"plan is a {type(plan).__name__}, made for another backend than {chosen}")
     if isinstance(plan, TilePlan):
         return TiledAttention.apply(*operands, max_seq_len, plan)
-    from kernels.relative_attention.triton_op import LaunchConfig, attention_op
+    from kernels.relative_attention.triton_form import LaunchConfig, attention_op
 
     precision = dot_precision(q.dtype)
     lists = plan.lists(LaunchConfig.tile(q.shape[2], v.shape[2], q.itemsize, precision)[0])

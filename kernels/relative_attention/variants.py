@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from kernels.relative_attention import triton_kernels
-from kernels.relative_attention.triton_op import LaunchConfig
+from kernels.relative_attention.triton_form import LaunchConfig
 from kernels.variant import Variant
 
 BIAS_GRADIENT_KERNELS = (triton_kernels.backward_time_kernel, triton_kernels.backward_position_kernel)

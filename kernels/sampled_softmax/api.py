@@ -66,7 +66,7 @@ def sampled_softmax_loss(
         raise ValueError(f"hidden has width {hidden.shape[1]}; the triton backend takes widths to {TRITON_WIDTH}")
     if chosen == "triton" and hidden.shape[1] <= TRITON_WIDTH:
         # Here, not above: the triton package need not be installed where it does not run.
-        from kernels.sampled_softmax.triton_op import loss_op
+        from kernels.sampled_softmax.triton_form import loss_op
 
         loss, _ = loss_op(hidden, items, targets, negatives, item_bias, group_size, temperature, logit_offset)
         return loss

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from kernels.sampled_softmax import triton_kernels
-from kernels.sampled_softmax.triton_op import PIECE, LaunchConfig
+from kernels.sampled_softmax.triton_form import PIECE, LaunchConfig
 from kernels.variant import Variant
 
 OWN_KERNELS = (

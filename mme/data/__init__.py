@@ -1,1 +1,1 @@
-"""From raw interactions to batches of jagged sequences."""
+"""From a training set to batches of jagged sequences."""

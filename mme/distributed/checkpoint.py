@@ -23,9 +23,9 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 
 from mme.distributed.engine import set_optimizer_step
-from mme.distributed.groups import World
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import Piece, optimizer_pieces, weight_pieces
+from mme.distributed.world import World
 from mme.errors import UserError
 
 INDEX = "index.json"

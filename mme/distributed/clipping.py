@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mme.distributed.groups import World
+from mme.distributed.world import World
 
 
 def clip_gradients(

@@ -14,8 +14,8 @@ from kernels.backend import resolve_backend
 from mme.config import Config
 from mme.data.batch import SequenceBatch
 from mme.distributed.experts import spread_experts
-from mme.distributed.groups import World
 from mme.distributed.tables import ItemTables
+from mme.distributed.world import World
 from mme.errors import UserError
 from mme.model.decoder import Decoder, DecoderOutput
 from mme.model.feature_rows import FeatureRows

@@ -34,7 +34,7 @@ from torchrec.distributed.types import ShardingType
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mme.config import Config
-from mme.distributed.groups import World
+from mme.distributed.world import World
 from mme.errors import UserError
 
 FEATURE = "item"

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS, time_bucket
 from mme.model.moe import Routing
-from mme.regions import region
+from mme.profiling.regions import region
 
 ROWS_AT_ONCE = 32  # sequences of one group in a chunk; more would pad more, fewer would launch more
 EPS = 1e-6

@@ -15,9 +15,9 @@ from kernels import plan_attention
 from mme.config import Config
 from mme.model.baselines import HSTUBlock, SASRecBlock
 from mme.model.fuxi_block import FuxiBlock
+from mme.model.inputs import InputViews, UserTokens
 from mme.model.moe import DenseFFN, MixtureOfExperts, Routing
-from mme.model.multi_embedding import InputViews, UserTokens
-from mme.regions import region
+from mme.profiling.regions import region
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kernels import gated_rms_norm, relative_attention, rms_norm, silu_split
 from mme.model.moe import DenseFFN, MixtureOfExperts, Routing
-from mme.regions import region
+from mme.profiling.regions import region
 
 NUM_TIME_BUCKETS = 129
 

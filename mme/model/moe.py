@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from kernels import expert_ffn, routed_expert_ffn
 from kernels.expert_ffn.routing import sorted_copies, weighted_choices
-from mme.regions import region
+from mme.profiling.regions import region
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import torch
 
 from benchmarks.accuracy import MODELS, SETTINGS, ndcg_at_10, overrides_of, paired_p, prepare, set_for
 from mme.config import load_config
-from mme.data.synthetic import prepare_synthetic
 from mme.errors import UserError
+from mme.prepare.synthetic import prepare_synthetic
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ["data.max_seq_len=16", "data.batch_size=32", "train.log_every=1", "train.keep_checkpoints=1"]

@@ -16,10 +16,10 @@ from kernels import sampled_softmax_loss
 from mme.config import load_config
 from mme.data.balance import attention_equals_rest_at
 from mme.data.batch import SequenceBatch
-from mme.data.synthetic import prepare_synthetic
 from mme.flops import training_flops
 from mme.model.fuxi_block import FuxiBlock
 from mme.model.moe import DenseFFN
+from mme.prepare.synthetic import prepare_synthetic
 
 LENGTHS, N, DIM, HEADS, HIDDEN = [3, 0, 7, 1], 9, 8, 2, 12
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from benchmarks import user_ranks
 from mme.config import load_config, save_config
 from mme.data.dataset import PreparedDataset
-from mme.data.synthetic import prepare_synthetic
 from mme.distributed.checkpoint import Progress
 from mme.distributed.checkpoint_writer import CheckpointWriter
 from mme.distributed.engine import initialize_engine
-from mme.distributed.groups import process_group
 from mme.distributed.recommender import Recommender
+from mme.distributed.world import process_group
+from mme.prepare.synthetic import prepare_synthetic
 
 SMALL = ["data.max_seq_len=8", "model.num_tables=2", "model.embedding_dim=8", "model.moe.num_experts=0"]
 

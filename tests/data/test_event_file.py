@@ -21,9 +21,9 @@ from benchmarks.data_loading import write_set as write_large_set
 from mme.data import event_file
 from mme.data.dataset import PreparedDataset
 from mme.data.event_file import RECORD, ReadError
-from mme.data.sequences import TrainLoader
-from mme.data.writer import DatasetWriter
+from mme.data.loaders import TrainLoader
 from mme.errors import UserError
+from mme.prepare.writer import DatasetWriter
 
 NUM_ITEMS = 50
 ROOT = os.geteuid() == 0

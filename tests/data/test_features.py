@@ -14,9 +14,9 @@ import pytest
 
 from mme.data.dataset import PreparedDataset
 from mme.data.features import Vocabulary, read_vocabularies
-from mme.data.prepare import add_events, prepare
-from mme.data.sequences import EvaluationLoader, Features, TrainLoader
+from mme.data.loaders import EvaluationLoader, Features, TrainLoader
 from mme.errors import UserError
+from mme.prepare.pipeline import add_events, prepare
 
 ACTIONS = ["view", "cart", "buy", None]
 COLUMNS = ["action", "my rating"]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as mp
 
-from mme.distributed.groups import process_group
+from mme.distributed.world import process_group
 from tests.ports import free_port
 
 

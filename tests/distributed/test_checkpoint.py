@@ -17,9 +17,9 @@ from mme.distributed import checkpoint
 from mme.distributed.checkpoint import Progress
 from mme.distributed.checkpoint_writer import CheckpointWriter
 from mme.distributed.engine import initialize_engine
-from mme.distributed.groups import World
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import optimizer_pieces, weight_pieces
+from mme.distributed.world import World
 from mme.errors import UserError
 from mme.step import TrainStep
 from tests.distributed.processes import run_on

@@ -20,8 +20,8 @@ from mme.distributed import checkpoint
 from mme.distributed.checkpoint import Progress
 from mme.distributed.checkpoint_writer import CheckpointError, CheckpointWriter
 from mme.distributed.engine import initialize_engine
-from mme.distributed.groups import World, process_group
 from mme.distributed.recommender import Recommender
+from mme.distributed.world import World, process_group
 from tests.distributed.processes import run_on
 from tests.distributed.test_step import NUM_ITEMS, configuration
 

@@ -11,9 +11,9 @@ import pytest
 from mme.config import load_config
 from mme.data.batch import SequenceBatch
 from mme.data.dataset import PreparedDataset
-from mme.distributed.groups import World
+from mme.distributed.world import World
 from mme.errors import Preempted
-from mme.preemption import Preemption
+from mme.run.preemption import Preemption
 from mme.train import Training
 from tests.distributed.processes import run_on
 from tests.test_recovery import QUICKSTART, data

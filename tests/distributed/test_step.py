@@ -14,9 +14,9 @@ from torch import Tensor
 from mme.config import Config, load_config
 from mme.data.batch import SequenceBatch
 from mme.distributed.engine import initialize_engine, reduced_gradients
-from mme.distributed.groups import World
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import weight_pieces
+from mme.distributed.world import World
 from mme.errors import UserError
 from mme.step import TrainStep
 from tests.distributed.processes import run_on

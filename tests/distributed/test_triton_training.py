@@ -8,9 +8,9 @@ from torch import Tensor
 
 from mme.config import load_config
 from mme.distributed.engine import initialize_engine
-from mme.distributed.groups import World
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import weight_pieces
+from mme.distributed.world import World
 from mme.step import TrainStep
 from tests.distributed.processes import run_on
 from tests.distributed.test_step import NUM_ITEMS, sequences

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import expert_ffn, routed_expert_ffn
-from kernels.expert_ffn.triton_op import expert_ffn_op, routed_expert_ffn_op
+from kernels.expert_ffn.triton_form import expert_ffn_op, routed_expert_ffn_op
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LOW_PRECISION = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.float16, id="f16")]

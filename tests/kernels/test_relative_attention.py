@@ -11,7 +11,7 @@ from kernels import plan_attention, relative_attention
 from kernels.relative_attention import plan as plan_module
 from kernels.relative_attention.plan import MASKED_BUCKET, make_tile_plan
 from kernels.relative_attention.reference import time_bucket
-from kernels.relative_attention.tiled_op import tiled_op
+from kernels.relative_attention.torch_op import tiled_op
 from tests.kernels.attention_cases import Case, assert_agrees, make_case, relative_errors, results
 
 EDGES = {

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from kernels import plan_attention, relative_attention
 from kernels.relative_attention.reference import relative_attention_reference, time_bucket
-from kernels.relative_attention.triton_op import LaunchConfig, attention_op, make_work_lists, time_thresholds
+from kernels.relative_attention.triton_form import LaunchConfig, attention_op, make_work_lists, time_thresholds
 from tests.kernels.attention_cases import (
     Case,
     assert_agrees,

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import sampled_softmax_loss
-from kernels.sampled_softmax import triton_op
+from kernels.sampled_softmax import triton_form
 from kernels.sampled_softmax.torch_form import MASKED_LOGIT
 
 pytest.importorskip("triton")
@@ -66,7 +66,7 @@ def definition(case: Case, hidden: Tensor, items: Tensor) -> Tensor:
     return -torch.log_softmax(torch.cat([positive, negative], 1).to(wide), 1)[:, 0]
 
 
-def triton_form(case: Case, hidden: Tensor, items: Tensor) -> Tensor:
+def by_triton(case: Case, hidden: Tensor, items: Tensor) -> Tensor:
     return sampled_softmax_loss(
         hidden,
         items,
@@ -89,7 +89,7 @@ def results(form: Callable[[Case, Tensor, Tensor], Tensor], case: Case) -> list[
 
 def assert_agrees(case: Case) -> None:
     expected = results(definition, case)
-    found = results(triton_form, case.to(torch.float32))
+    found = results(by_triton, case.to(torch.float32))
     for name, value, wanted in zip(("loss", "d hidden", "d items"), found, expected, strict=True):
         assert value.dtype == torch.float32
         error = (value.double() - wanted).abs().max().item() if wanted.numel() else 0.0
@@ -144,9 +144,9 @@ def test_random_shapes(tokens: int, items: int, negatives: int, group: int, widt
 @pytest.mark.parametrize("group", [1, 16])
 def test_items_gradient_in_parts(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is done in several passes, of several pieces and several splits of the tokens gives the same."""
-    monkeypatch.setattr(triton_op, "ENTRIES_AT_ONCE", 16 * 6)
-    monkeypatch.setattr(triton_op, "PARTIAL_FLOATS_AT_ONCE", 1)
-    monkeypatch.setattr(triton_op, "PIECE", 16)
+    monkeypatch.setattr(triton_form, "ENTRIES_AT_ONCE", 16 * 6)
+    monkeypatch.setattr(triton_form, "PARTIAL_FLOATS_AT_ONCE", 1)
+    monkeypatch.setattr(triton_form, "PIECE", 16)
     assert_agrees(make_case(40, 2, 5, group, 8))
     assert_agrees(make_case(150, 3, 5, 0 if group > 1 else 1, 8))
 
@@ -154,7 +154,7 @@ def test_items_gradient_in_parts(group: int, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize("num_items", [3, 32767, 32768, 40000])
 def test_entries_stand_by_item_in_their_order(num_items: int) -> None:
     rows = torch.tensor([[num_items - 1, 2, 0], [2, 2, num_items - 1]], device=DEVICE)
-    order, starts = triton_op._sort_by_item(rows, num_items)
+    order, starts = triton_form._sort_by_item(rows, num_items)
     items = rows.flatten().tolist()
     assert order.tolist() == sorted(range(6), key=lambda position: items[position])
     assert starts.tolist() == [sum(item < bound for item in items) for bound in range(num_items + 1)]
@@ -171,7 +171,7 @@ def test_low_precision(dtype: torch.dtype, group: int) -> None:
     case = case.to(dtype).to(torch.float64)
     exact = results(definition, case)
     eager = results(definition, case.to(dtype))
-    for value, limit, wanted in zip(results(triton_form, case.to(dtype)), eager, exact, strict=True):
+    for value, limit, wanted in zip(results(by_triton, case.to(dtype)), eager, exact, strict=True):
         norm = wanted.norm().item()
         error, allowed = (value.double() - wanted).norm().item(), (limit.double() - wanted).norm().item()
         assert error <= 2 * (allowed + torch.finfo(dtype).eps * norm)
@@ -181,7 +181,7 @@ def test_low_precision(dtype: torch.dtype, group: int) -> None:
 def test_repeats_bit_for_bit_and_takes_strides(group: int) -> None:
     case = make_case(70, 5, 12, group, 20).to(torch.float32)
     strided = replace(case, hidden=case.hidden.T.contiguous().T, items=case.items.T.contiguous().T)
-    first, second = results(triton_form, case), results(triton_form, strided)
+    first, second = results(by_triton, case), results(by_triton, strided)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -190,7 +190,7 @@ def test_custom_operator_passes_opcheck(group: int) -> None:
     case = replace(make_case(10, 5, 4, group, 6).to(torch.float32), bias=torch.randn(5, device=DEVICE))
     leaves = [case.hidden.requires_grad_(), case.items.requires_grad_()]
     arguments = (*leaves, case.targets, case.negatives, case.bias, group, TEMPERATURE, OFFSET)
-    torch.library.opcheck(triton_op.loss_op, arguments)
+    torch.library.opcheck(triton_form.loss_op, arguments)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
@@ -221,6 +221,6 @@ def test_wrong_arguments_are_named(backend: str) -> None:
 def test_what_the_triton_form_alone_refuses() -> None:
     case = make_case(3, 4, 5, 1, 6)
     with pytest.raises(ValueError, match=r"hidden has dtype torch\.float64; the triton backend takes float32"):
-        results(triton_form, case)
+        results(by_triton, case)
     with pytest.raises(ValueError, match="hidden has width 513"):
-        triton_form(case, torch.zeros(3, 513, device=DEVICE), torch.zeros(4, 513, device=DEVICE))
+        by_triton(case, torch.zeros(3, 513, device=DEVICE), torch.zeros(4, 513, device=DEVICE))

@@ -13,8 +13,8 @@ from launcher.shape import Shape
 from mme.config import Config, load_config
 from mme.data.batch import SequenceBatch
 from mme.distributed.engine import initialize_engine
-from mme.distributed.groups import World
 from mme.distributed.recommender import Recommender
+from mme.distributed.world import World
 from mme.step import TrainStep
 from tests.distributed.processes import run_on
 

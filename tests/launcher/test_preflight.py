@@ -18,7 +18,7 @@ import torch
 from launcher import group_check, link_check, node_check, package_check, preflight
 from launcher.findings import Finding, read_lines
 from launcher.job import Job
-from mme.distributed.groups import World
+from mme.distributed.world import World
 from tests.distributed.processes import run_on
 from tests.launcher.command_line import CONFIG, REPOSITORY, launch, the_error
 from tests.launcher.hosts import Host, hosts, why_not

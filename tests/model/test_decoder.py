@@ -7,7 +7,7 @@ import torch
 
 from mme.config import load_config
 from mme.model.decoder import Decoder
-from mme.model.multi_embedding import positions_in_sequence
+from mme.model.inputs import positions_in_sequence
 
 NUM_ITEMS = 12
 

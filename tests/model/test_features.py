@@ -10,8 +10,8 @@ from mme.data.batch import SequenceBatch
 from mme.errors import UserError
 from mme.model.decoder import Decoder
 from mme.model.feature_rows import FeatureRows
+from mme.model.inputs import UserTokens
 from mme.model.loss import NextItemLoss
-from mme.model.multi_embedding import UserTokens
 from tests.model.test_decoder import NUM_ITEMS, decoder, inputs
 
 NUM_ROWS = NUM_ITEMS  # `inputs` names rows at random: features may share them with items

@@ -1,0 +1,1 @@
+"""Exact ranking, metrics and recommendations of a trained model."""

@@ -1,0 +1,134 @@
+"""Metrics of a model beside popularity's, on the validation or test split of a protocol."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mme.config import Config, load_run_config
+from mme.data.dataset import PreparedDataset
+from mme.data.loaders import EvaluationLoader, Features
+from mme.distributed.checkpoint import load_weights
+from mme.distributed.recommender import Recommender
+from mme.distributed.world import World, process_group
+from mme.evaluation.insight import insight
+from mme.evaluation.metrics import rank_metrics
+from mme.evaluation.ranking import Ranker
+from mme.model.baselines import popularity_ranks
+
+MODELS = {"fuxi": "fuxi-mme", "hstu": "hstu", "sasrec": "sasrec"}  # in metrics and report, by `model.block`
+
+
+def evaluate(
+    recommender: Recommender,
+    dataset: PreparedDataset,
+    config: Config,
+    split: str,
+    step: int,
+    before_batch: Callable[[], Any] = lambda: None,
+) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl` for the model and for popularity on one split, the same on every rank.
+
+    On the test split the model's record says under ``insight`` what it has learned, see `mme.evaluation.insight`.
+    ``before_batch`` is called before each batch, on every rank; what it raises ends the evaluation.
+    """
+    model, popularity = _records(recommender, dataset, config, split, step, before_batch)
+    if split == "test":
+        data = config.data
+        counts = dataset.training_counts(data.protocol, data.global_time_test_fraction).to(recommender.world.device)
+        histories = _loader(recommender, dataset, config, split).batches()
+        model["insight"] = insight(recommender, counts, histories, before_batch)
+    return [model, popularity]
+
+
+def _records(
+    recommender: Recommender,
+    dataset: PreparedDataset,
+    config: Config,
+    split: str,
+    step: int,
+    before_batch: Callable[[], Any] = lambda: None,
+) -> list[dict[str, Any]]:
+    data = config.data
+    by_model = target_ranks(recommender, dataset, config, split, before_batch)
+    common = {
+        "step": step,
+        "split": split,
+        "protocol": data.protocol,
+        "sort_rule": dataset.info["sort_rule"],
+        "targets_sha256": dataset.targets_sha256(data.protocol, split, data.global_time_test_fraction),
+        "users": by_model["popularity"].numel(),
+    }
+    return [common | {"model": name} | rank_metrics(ranks) for name, ranks in by_model.items()]
+
+
+def target_ranks(
+    recommender: Recommender,
+    dataset: PreparedDataset,
+    config: Config,
+    split: str,
+    before_batch: Callable[[], Any] = lambda: None,
+) -> dict[str, torch.Tensor]:
+    """The rank of each user's target, (users,) int64, by the model and then by popularity; the same on every rank.
+
+    The order of the users depends on the data, the split and the number of processes alone. ``before_batch``: see
+    `evaluate`.
+    """
+    world, data = recommender.world, config.data
+    loader = _loader(recommender, dataset, config, split)
+    ranker = Ranker(recommender)
+    counts = dataset.training_counts(data.protocol, data.global_time_test_fraction).to(world.device)
+    model_ranks, popular_ranks = [counts[:0]], [counts[:0]]
+    for batch in loader.batches():
+        before_batch()
+        model_ranks.append(ranker.target_ranks(batch.sequences, batch.seen_ids, batch.seen_offsets, batch.targets))
+        local = popularity_ranks(counts, batch.targets, batch.seen_ids, batch.seen_offsets)
+        popular_ranks.append(torch.cat(world.gather(local)))
+    return {MODELS[config.model.block]: torch.cat(model_ranks), "popularity": torch.cat(popular_ranks)}
+
+
+def _loader(recommender: Recommender, dataset: PreparedDataset, config: Config, split: str) -> EvaluationLoader:
+    world, data = recommender.world, config.data
+    return EvaluationLoader(
+        dataset,
+        data.protocol,
+        split,
+        max_seq_len=config.history_len,
+        batch_size=data.eval_batch_size,
+        rank=world.rank,
+        world_size=world.size,
+        readers=data.readers,
+        device=world.device,
+        global_time_test_fraction=data.global_time_test_fraction,
+        features=Features(config.model.event_features, config.model.user_features),
+    )
+
+
+def load_trained(
+    run: Path, checkpoint: int | None, config: Config, world: World
+) -> tuple[PreparedDataset, Recommender, int]:
+    """The data set of a run, and its model as of a checkpoint (None: its best), with the checkpoint's step.
+
+    Raises:
+        UserError: the data or the checkpoint is missing or damaged, or the data is not what the model was trained on.
+    """
+    dataset = PreparedDataset.open(config.data.path, config.data.cache_dir)
+    features = config.model.feature_columns
+    recommender = Recommender(config, dataset.num_items, world, dataset.feature_sizes(features))
+    return dataset, recommender, load_weights(run, checkpoint, recommender, dataset.numbering_sha256(features))
+
+
+def evaluate_run(run: Path, checkpoint: int | None) -> dict[str, Any]:
+    """The test metrics of a run's checkpoint (None: its best), with popularity's under `popularity`, as one JSON object.
+
+    Raises:
+        UserError: the run, its configuration, its data or the checkpoint is missing or damaged.
+    """
+    config = load_run_config(run)
+    with process_group() as world:
+        dataset, recommender, step = load_trained(run, checkpoint, config, world)
+        model, popularity = _records(recommender, dataset, config, "test", step)
+    return {"run": str(run), "checkpoint": step, **model, "popularity": popularity}

@@ -1,0 +1,167 @@
+"""What a trained model has learned, in figures small enough for metrics.jsonl.
+
+The tables stay sharded: their rows pass by in pieces, each rank its share of the items, and only a D × D matrix of
+products is kept. From it follow the singular values of each table and how alike two views are (linear CKA, Kornblith et
+al., arXiv 1905.00414). Routing is counted over a part of the test histories.
+
+Legend: M views, d view width, D = M·d, E experts, R = M·T rows, N max_seq_len.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mme.data.batch import EvaluationBatch
+from mme.distributed.recommender import Recommender
+from mme.evaluation.metrics import rank_metrics
+from mme.evaluation.ranking import Ranker
+from mme.model.baselines import popularity_order
+from mme.model.inputs import positions_in_sequence
+
+TABLE_ROWS = 65_536  # items of a rank that one lookup brings
+HISTORY_BATCHES = 16  # evaluation batches of each rank that are ranked by each view and whose routing is counted
+DECILES = 10
+
+
+@torch.no_grad()
+def insight(
+    recommender: Recommender,
+    counts: Tensor,
+    batches: Iterable[EvaluationBatch],
+    before_batch: Callable[[], Any] = lambda: None,
+) -> dict[str, Any]:
+    """Spectra and likeness of the tables, who uses which expert, and the learned curves; the same on every rank.
+
+    Args:
+        counts: (num_items,) int64, training events of each item.
+        batches: histories of this rank, as many batches on every rank.
+        before_batch: called before each collective part of the work.
+
+    Returns:
+        ``singular_values`` [view][d] falling, ``effective_rank`` [view], ``similarity`` [view][view] in 0 … 1;
+        ``ranking`` (with several views, where there are histories): NDCG@10 by each view's share of the score alone,
+        ``ndcg@10`` [view], by all, ``all_views``, and the number of ``users``;
+        ``routing`` (with experts): for "view", "popularity" and "position" the ``groups`` and the ``share`` of each group's
+        choices, [block][group][expert]; ``blocks`` of them; ``time_weights`` and ``position_weights`` [block][…].
+    """
+    products, sums = table_products(recommender, before_batch)
+    found: dict[str, Any] = table_figures(products, sums, recommender.num_items, recommender.config.model.num_tables)
+    some = list(itertools.islice(batches, HISTORY_BATCHES))
+    if some and recommender.config.model.num_tables > 1:
+        found["ranking"] = _ranking(recommender, some, before_batch)
+    if recommender.decoder.moe_layers():
+        found["routing"] = _routing(recommender, counts, some, before_batch)
+    return found | _curves(recommender)
+
+
+def table_products(recommender: Recommender, before_batch: Callable[[], Any]) -> tuple[Tensor, Tensor]:
+    """(D, D) float64 XᵀX of the whole catalogue's rows X, (num_items, D), and their sum (D,)."""
+    world, model = recommender.world, recommender.config.model
+    products = torch.zeros(model.embedding_dim, model.embedding_dim, dtype=torch.float64, device=world.device)
+    sums = products.new_zeros(model.embedding_dim)
+    share = -(-recommender.num_items // world.size)
+    first = min(world.rank * share, recommender.num_items)
+    last = min(first + share, recommender.num_items)
+    for start in range(0, share, TABLE_ROWS):  # as often on every rank: a lookup is a collective
+        before_batch()
+        begin, end = min(first + start, last), min(first + start + TABLE_ROWS, last)
+        rows = recommender.tables.lookup(torch.arange(begin, end, device=world.device)).flatten(1).double()
+        products += rows.T @ rows
+        sums += rows.sum(0)
+    return world.sum(products), world.sum(sums)
+
+
+def table_figures(products: Tensor, sums: Tensor, num_items: int, num_views: int) -> dict[str, Any]:
+    """Singular values, effective rank exp(entropy of the singular values as shares) and CKA of every two views."""
+    blocks = _by_view(products, num_views)
+    values = [torch.linalg.eigvalsh(blocks[m][m]).clamp(min=0).sqrt().flip(0) for m in range(num_views)]
+    shares = [value / value.sum().clamp(min=1e-30) for value in values]
+    centred = _by_view(products - torch.outer(sums, sums) / num_items, num_views)
+    norms = [centred[m][m].norm().clamp(min=1e-30) for m in range(num_views)]
+    return {
+        "singular_values": [_rounded(value) for value in values],
+        "effective_rank": [float(torch.special.entr(share).sum().exp()) for share in shares],
+        "similarity": [
+            [float(centred[a][b].square().sum() / (norms[a] * norms[b])) for b in range(num_views)]
+            for a in range(num_views)
+        ],
+    }
+
+
+def _by_view(products: Tensor, num_views: int) -> list[list[Tensor]]:
+    return [list(rows.chunk(num_views, 1)) for rows in products.chunk(num_views)]
+
+
+def _ranking(
+    recommender: Recommender, batches: list[EvaluationBatch], before_batch: Callable[[], Any]
+) -> dict[str, Any]:
+    ranker, parts = Ranker(recommender), []
+    for batch in batches:
+        before_batch()
+        parts.append(ranker.target_ranks_by_view(batch.sequences, batch.seen_ids, batch.seen_offsets, batch.targets))
+    ranks = torch.cat(parts, dim=1)
+    *by_view, of_all = [rank_metrics(of)["ndcg@10"] for of in ranks]
+    return {"users": ranks.shape[1], "all_views": of_all, "ndcg@10": by_view}
+
+
+def _routing(
+    recommender: Recommender, counts: Tensor, batches: list[EvaluationBatch], before_batch: Callable[[], Any]
+) -> dict[str, Any]:
+    config, device = recommender.config, recommender.world.device
+    moe, num_views = config.model.moe, config.model.num_tables
+    blocks = sorted(set(moe.placement)) or list(range(config.model.num_blocks))
+    decile = popularity_order(counts) * DECILES // counts.numel()
+    bounds = [2**power for power in range(config.data.max_seq_len.bit_length())]
+    names = {
+        "view": [f"view {view}" for view in range(num_views)],
+        "popularity": [f"items {100 * part // DECILES}–{100 * (part + 1) // DECILES}%" for part in range(DECILES)],
+        "position": [f"from {bound}" for bound in bounds],
+    }
+    totals = {name: counts.new_zeros(len(blocks), len(groups), moe.num_experts) for name, groups in names.items()}
+    for batch in batches:
+        before_batch()
+        sequences = batch.sequences.to(device)
+        output = recommender.decode(sequences)
+        place = positions_in_sequence(sequences.seq_offsets, sequences.num_tokens) + 1
+        groups = {
+            "view": torch.arange(num_views, device=device).repeat_interleave(sequences.num_tokens),
+            "popularity": decile[sequences.item_ids].repeat(num_views),
+            "position": (torch.bucketize(place, place.new_tensor(bounds), right=True) - 1).repeat(num_views),
+        }
+        for number, decided in enumerate(output.routing):
+            experts = decided.experts.unflatten(0, (num_views, -1))
+            if output.item_places is not None:
+                experts = experts[:, output.item_places]
+            for name, group in groups.items():
+                cell = group[:, None] * moe.num_experts + experts.flatten(0, 1)
+                table = totals[name][number]
+                table += torch.bincount(cell.flatten(), minlength=table.numel()).view_as(table)
+    shares = {}
+    for name, table in totals.items():
+        table = recommender.world.sum(table)
+        shares[name] = {
+            "groups": names[name],
+            "share": [[_rounded(row) for row in block] for block in table / table.sum(-1, keepdim=True).clamp(min=1)],
+        }
+    return {"blocks": blocks, **shares}
+
+
+def _curves(recommender: Recommender) -> dict[str, Any]:
+    """time_weights [block][bucket] and position_weights [block][distance back], of blocks that have them."""
+    blocks: list[Any] = [block for block in recommender.decoder.blocks if hasattr(block, "ts_weights")]
+    if not blocks:
+        return {}
+    max_seq_len = recommender.config.data.max_seq_len
+    return {
+        "time_weights": [_rounded(block.ts_weights) for block in blocks],
+        "position_weights": [_rounded(block.pos_weights[:max_seq_len].flip(0)) for block in blocks],
+    }
+
+
+def _rounded(values: Tensor) -> list[float]:
+    return [float(f"{value:.5g}") for value in values.tolist()]

@@ -1,0 +1,210 @@
+"""The command ``mme prepare``: its options, and what it prints of the training set it made."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from mme.errors import UserError
+from mme.run.exit_status import job_status
+
+# typer reads the annotations and Python 3.10 shows Optional[X] and X | None to it alike.
+# ruff: noqa: UP045
+
+# What dataset.json counts → what `mme prepare` calls it, in the order shown.
+PREPARED_LABELS = {
+    "rows_read": "rows read",
+    "malformed_rows": "malformed rows left out",
+    "unwanted_rows": "rows left out, without the feedback asked for",
+    "duplicate_rows": "duplicate rows left out",
+    "users_dropped": "users dropped, too few events",
+    "items_dropped": "items dropped, too few events",
+    "events_dropped": "events dropped with them",
+    "num_users": "users kept",
+    "num_items": "items kept",
+    "num_events": "events kept",
+}
+
+
+def prepare(
+    output: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Folder to write the training set to.")] = None,
+    add_to: Annotated[
+        Optional[Path],
+        typer.Option(metavar="DIR", help="Instead of --output: a training set to add the new events to, in place."),
+    ] = None,
+    inputs: Annotated[
+        Optional[list[Path]],
+        typer.Option(
+            "--input",
+            metavar="FILE",
+            help="File of interactions, folder or pattern; may be given several times, or many at once.",
+        ),
+    ] = None,
+    more_inputs: Annotated[Optional[list[Path]], typer.Argument(metavar="FILE", hidden=True)] = None,
+    format: Annotated[
+        Optional[str],
+        typer.Option(
+            help="What the files are: parquet, csv, json, movielens-1m, movielens-20m (also 25m, 32m), kuairand, "
+            "kuairec, amazon, or auto to find out."
+        ),
+    ] = None,
+    user_column: Annotated[Optional[str], typer.Option(help="Name of the column of users.")] = None,
+    item_column: Annotated[Optional[str], typer.Option(help="Name of the column of items.")] = None,
+    timestamp_column: Annotated[Optional[str], typer.Option(help="Name of the column of times.")] = None,
+    rating_column: Annotated[Optional[str], typer.Option(help="Name of the column of ratings.")] = None,
+    click_column: Annotated[Optional[str], typer.Option(help="Name of the column of clicks, 0 or 1.")] = None,
+    watch_time_column: Annotated[
+        Optional[str], typer.Option(help="Name of the column of times watched, in ms where it ends in _ms.")
+    ] = None,
+    watch_ratio_column: Annotated[
+        Optional[str], typer.Option(help="Name of the column of the shares of the videos watched.")
+    ] = None,
+    min_rating: Annotated[Optional[float], typer.Option(help="Leave out events with a lower rating.")] = None,
+    clicks_only: Annotated[
+        Optional[bool],
+        typer.Option("--clicks-only/--all-impressions", help="Leave out events without a click; default for kuairand."),
+    ] = None,
+    min_watch_time: Annotated[Optional[float], typer.Option(help="Leave out events watched for fewer seconds.")] = None,
+    min_watch_ratio: Annotated[
+        Optional[float], typer.Option(help="Leave out events with a smaller share watched.")
+    ] = None,
+    min_user_events: Annotated[
+        Optional[int], typer.Option(min=1, help="Drop users with fewer events; default 3.")
+    ] = None,
+    min_item_events: Annotated[
+        Optional[int], typer.Option(min=1, help="Drop items with fewer events; default 1.")
+    ] = None,
+    filter_once: Annotated[
+        Optional[bool],
+        typer.Option(
+            "--filter-once", help="Count users and items once, not again and again until all left have enough."
+        ),
+    ] = None,
+    feature_columns: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="NAMES",
+            help="Columns of categories to keep beside item and time, separated by commas, such as action,rating; the "
+            "model reads those that model.event_features and model.user_features name.",
+        ),
+    ] = None,
+    memory_limit: Annotated[Optional[str], typer.Option(help="Memory to use at most; default 4GiB.")] = None,
+    max_malformed_share: Annotated[
+        Optional[float],
+        typer.Option(
+            min=0, max=1, help="Largest share of malformed rows; default 0.01. With more, the input is refused."
+        ),
+    ] = None,
+    synthetic: Annotated[
+        Optional[str],
+        typer.Option(metavar="NAME", help="Instead of files: the embedded generator, such as quickstart."),
+    ] = None,
+    users: Annotated[Optional[int], typer.Option(min=1, help="With --synthetic: how many users; default 3000.")] = None,
+    items: Annotated[Optional[int], typer.Option(min=1, help="With --synthetic: how many items; default 2000.")] = None,
+    seed: Annotated[Optional[int], typer.Option(help="With --synthetic: seed of the generator; default 0.")] = None,
+) -> None:
+    """Turn raw interactions into a training set.
+
+    The output folder gets Parquet files, one row a user (user_id, item_ids, timestamps), and dataset.json with the
+    counts, the rule of the sort and the id maps. With --add-to, new events join a training set that there is: users
+    keep their rows, items their indices, and only what the events touch is written anew.
+
+    Examples:
+
+        mme prepare --input ratings.csv --format movielens-20m --output datasets/ml-20m
+
+        mme prepare --input day1.parquet day2.parquet --format parquet --user-column uid --output datasets/mine
+
+        mme prepare log.csv --format csv --feature-columns action,segment --output datasets/mine
+
+        mme prepare day3.parquet --add-to datasets/mine
+
+        mme prepare --synthetic quickstart --output datasets/quickstart
+    """
+    with job_status():
+        generator = {"users": users, "items": items, "seed": seed}
+        columns = {
+            "user_column": user_column,
+            "item_column": item_column,
+            "timestamp_column": timestamp_column,
+            "rating_column": rating_column,
+            "click_column": click_column,
+            "watch_time_column": watch_time_column,
+            "watch_ratio_column": watch_ratio_column,
+        }
+        filters: dict[str, Any] = {
+            "min_rating": min_rating,
+            "clicks_only": clicks_only,
+            "min_watch_time": min_watch_time,
+            "min_watch_ratio": min_watch_ratio,
+            "min_user_events": min_user_events,
+            "min_item_events": min_item_events,
+            "filter_once": filter_once,
+            "feature_columns": feature_columns,
+        }
+        limits = {
+            "memory_limit": memory_limit,
+            "max_malformed_share": max_malformed_share,
+        }
+        files = [*(inputs or []), *(more_inputs or [])]
+        given_files = {"input": files} if files else {}
+        target = output or add_to
+        if target is None or (output and add_to):
+            raise UserError("mme prepare needs either --output or --add-to (see `mme prepare --help`)")
+        if synthetic is not None:
+            options = {**columns, **filters, **limits, "format": format, "add_to": add_to}
+            _refuse(given_files | _given(options), "--synthetic")
+            from mme.prepare.synthetic import prepare_synthetic
+
+            _print_prepared(prepare_synthetic(synthetic, target, **_given(generator)), target)
+            return
+        if not files or (format is None and not add_to):
+            raise UserError("mme prepare needs --input and --format, or --synthetic (see `mme prepare --help`)")
+        _refuse(_given(generator), "--input")
+        names = {option.removesuffix("_column"): name for option, name in columns.items()}
+        from mme.prepare.pipeline import add_events
+        from mme.prepare.pipeline import prepare as prepare_files
+
+        if add_to:
+            _refuse(_given(filters), "--add-to, for the set keeps its own filters and columns,")
+            info = add_events(files, add_to, format=format, columns=names, **_given(limits))
+        else:
+            if feature_columns is not None:
+                filters["feature_columns"] = [name.strip() for name in feature_columns.split(",") if name.strip()]
+            info = prepare_files(files, format or "", target, columns=names, **_given(filters | limits))
+        _print_prepared(info, target)
+
+
+def _given(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def _refuse(options: dict[str, Any], beside: str) -> None:
+    if options:
+        name = next(iter(options)).replace("_", "-")
+        raise UserError(f"--{name} does not go with {beside} (see `mme prepare --help`)")
+
+
+def _print_prepared(info: dict[str, Any], output: Path) -> None:
+    """What was read, left out and kept; ``info`` is what dataset.json holds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    runs = info.get("runs", [])
+    added = f", {len(runs) - 1} additions" if len(runs) > 1 else ""
+    table = Table(title=f"{output}{added}", title_justify="left", show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, label in PREPARED_LABELS.items():
+        if name in info:
+            table.add_row(label, f"{info[name]:,}")
+        if name == "malformed_rows":
+            for reason, found in info.get("malformed", {}).items():
+                table.add_row(f"  {reason} (first: {found['first'][0]})", f"{found['rows']:,}")
+    for name, number in info.get("features", {}).items():
+        table.add_row(f"values of {name}", f"{number:,}")
+    for metric, value in info.get("oracle", {}).get("test", {}).items():
+        table.add_row(f"{metric.upper()} of an oracle that knows the process", f"{value:.4f}")
+    Console().print(table)

@@ -1,0 +1,177 @@
+"""Events on disk, sorted and grouped by DuckDB under a memory limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mme.data.layout import FEATURE_PREFIX
+from mme.prepare.histories import NEW, Histories, IntArray
+
+EVENTS_AT_ONCE = 1 << 18
+
+
+class EventStore:
+    """A table of events (user, item, timestamp, position, features, place) in ``folder``; see `Histories` for place.
+
+    DuckDB takes ``memory_limit`` bytes at most and spills to the folder.
+    """
+
+    def __init__(self, folder: Path, memory_limit: int) -> None:
+        self._database = duckdb.connect(str(folder / "events.duckdb"), config={"temp_directory": str(folder / "spill")})
+        self._database.execute(f"SET memory_limit = '{memory_limit}B'")
+        # The position is a column, so that order need not be kept in memory as well.
+        self._database.execute("SET preserve_insertion_order = false; SET enable_progress_bar = false")
+        self._has_prior = False
+
+    def __enter__(self) -> EventStore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._database.close()
+
+    def load(self, tables: Iterator[pa.Table], table: str = "events") -> None:
+        """Fills a table of the store, in place of an older one; ``tables`` have the same columns throughout.
+
+        For `events` these are user, item, timestamp, position, features and, where there is a prior set, place. An
+        exception of ``tables`` comes out as it is.
+        """
+        failure: list[BaseException] = []
+        first = next(tables, None)
+        if first is None:
+            return
+
+        def batches() -> Iterator[pa.RecordBatch]:
+            try:
+                yield from first.to_batches()
+                for more in tables:
+                    yield from more.to_batches()
+            except BaseException as error:
+                failure.append(error)
+                raise
+
+        self._database.register("stream", pa.RecordBatchReader.from_batches(first.schema, batches()))
+        try:
+            self._database.execute(f"CREATE OR REPLACE TABLE {table} AS FROM stream").fetchall()
+        except Exception as error:
+            raise (failure or [error])[0] from None
+        finally:
+            self._database.unregister("stream")
+
+    def has_events(self) -> bool:
+        """Whether an earlier process has loaded them."""
+        return bool(self._database.execute("FROM duckdb_tables() WHERE table_name = 'events'").fetchall())
+
+    def load_prior(self, user_rows: Iterator[pa.Table], raw_items: pa.Array) -> None:
+        """What a prior set has: tables of user and row, and its items in the order of their codes."""
+        self._has_prior = True
+        self.load(user_rows, "prior_users")
+        self.load(iter([pa.table({"item": raw_items, "code": np.arange(len(raw_items))})]), "prior_items")
+
+    def number_items(self) -> pa.Array:
+        """Gives each item its code; the raw ids in the order of the codes."""
+        new, known = "SELECT DISTINCT item FROM events", ""
+        if self._has_prior:
+            new += " ANTI JOIN prior_items USING (item)"
+            known = "SELECT item, code::INTEGER AS code FROM prior_items UNION ALL "
+        first = "(SELECT count(*) FROM prior_items)" if self._has_prior else "0"
+        self._database.execute(
+            f"CREATE OR REPLACE TABLE codes AS {known}"
+            f"SELECT item, ({first} + row_number() OVER (ORDER BY item) - 1)::INTEGER AS code FROM ({new})"
+        )
+        table = self._database.sql("SELECT item FROM codes ORDER BY code").to_arrow_table()
+        return table["item"].combine_chunks()
+
+    def histories(self) -> Iterator[Histories]:
+        """Whole users, each with its events by time, then position: by their rows in the prior set, then by raw id."""
+        columns, joins = "user AS number, code, timestamp", "JOIN codes USING (item)"
+        users = None
+        if self._has_prior or self._users_are_text():
+            self._number_users()
+            columns, joins = "number, code, timestamp", f"{joins} JOIN users USING (user)"
+            # A connection of its own: both results are read side by side.
+            order = self._database.cursor().sql("SELECT user, row FROM users ORDER BY number")
+            users = _Stream(order.to_arrow_reader(EVENTS_AT_ONCE))
+        if self._has_prior:
+            columns += ", place"
+        features = [name for name in self._database.table("events").columns if name.startswith(FEATURE_PREFIX)]
+        for name in features:
+            columns += ', "' + name.replace('"', '""') + '"'
+        query = f"SELECT {columns} FROM events {joins} ORDER BY number, timestamp, position"
+        for table in _whole_users(self._database.sql(query).to_arrow_reader(EVENTS_AT_ONCE)):
+            starts = _user_starts(table["number"])
+            num_events = table.num_rows
+            described = users.take(starts.size) if users else None
+            yield Histories(
+                user_ids=described["user"] if described else table["number"].take(pa.array(starts)).combine_chunks(),
+                rows=described["row"].to_numpy() if described else np.full(starts.size, -1),
+                offsets=np.append(starts, num_events),
+                codes=table["code"].to_numpy(),
+                times=table["timestamp"].to_numpy(),
+                places=table["place"].to_numpy() if self._has_prior else np.full(num_events, NEW, np.int32),
+                features={name: table[name].to_numpy() for name in features},
+            )
+
+    def _users_are_text(self) -> bool:
+        kind = self._database.execute("SELECT typeof(user) FROM events LIMIT 1").fetchall()
+        return bool(kind) and kind[0][0] == "VARCHAR"
+
+    def _number_users(self) -> None:
+        """Users in their order, by numbers: to sort all events by text would take several times as long."""
+        row, join, order = "-1::BIGINT", "", "user"
+        if self._has_prior:
+            row, join, order = "coalesce(row, -1)", "LEFT JOIN prior_users USING (user)", "row IS NULL, row, user"
+        self._database.execute(
+            f"CREATE OR REPLACE TABLE users AS SELECT user, {row} AS row, row_number() OVER (ORDER BY {order}) AS number "
+            f"FROM (SELECT DISTINCT user FROM events) {join}"
+        )
+
+
+class _Stream:
+    """Takes as many rows at a time as are asked for."""
+
+    def __init__(self, reader: pa.RecordBatchReader) -> None:
+        self._reader = reader
+        self._rest = reader.schema.empty_table()
+
+    def take(self, number: int) -> pa.RecordBatch:
+        """The next ``number`` rows, which there must be."""
+        tables = [self._rest]
+        while sum(table.num_rows for table in tables) < number:
+            tables.append(pa.Table.from_batches([self._reader.read_next_batch()]))
+        table = pa.concat_tables(tables)
+        self._rest = table.slice(number)
+        return table.slice(0, number).combine_chunks().to_batches()[0]
+
+
+def _whole_users(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
+    """Tables that end where a user ends."""
+    pending: list[pa.Table] = []
+    for batch in reader:
+        if not batch.num_rows:
+            continue
+        table = pa.Table.from_batches([batch])
+        last = int(_user_starts(table["number"])[-1])
+        if last == 0 and pending and pending[-1]["number"][-1].equals(table["number"][0]):
+            pending.append(table)
+            continue
+        if last:
+            pending.append(table.slice(0, last))
+        if pending:
+            yield pa.concat_tables(pending).combine_chunks()
+        pending = [table.slice(last)]
+    if pending:
+        yield pa.concat_tables(pending).combine_chunks()
+
+
+def _user_starts(users: pa.ChunkedArray) -> IntArray:
+    changes = pc.not_equal(users[1:], users[:-1]).to_numpy()
+    return np.append(0, np.flatnonzero(changes) + 1).astype(np.int64)

@@ -1,0 +1,92 @@
+"""What dataset.json records of how a training set came about, so that it can be checked and added to."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mme.prepare.cleaning import EXAMPLES
+from mme.prepare.feedback import FeedbackFilter
+from mme.prepare.histories import CountFilter
+
+SORT_RULE = "stable by (timestamp, original row)"
+TOTALS = ("rows_read", "malformed_rows", "unwanted_rows", "duplicate_rows")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How files are read and what is kept of them; the same for all that is added to a set.
+
+    Attributes:
+        columns: role → name of the column, where the user gave one.
+        features: names of the further columns that are kept.
+    """
+
+    format: str
+    columns: dict[str, str] = field(default_factory=dict)
+    feedback: FeedbackFilter = field(default_factory=FeedbackFilter)
+    counts: CountFilter = field(default_factory=lambda: CountFilter(1, 1, True))
+    features: list[str] = field(default_factory=list)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Settings:
+        """The settings that `asdict` turned into ``values``."""
+        return cls(
+            values["format"],
+            values["columns"],
+            FeedbackFilter(**values["feedback"]),
+            CountFilter(**values["counts"]),
+            values.get("features", []),
+        )
+
+
+def describe(
+    name: str, settings: Settings, id_types: dict[str, str], run: dict[str, Any], earlier: dict[str, Any] | None
+) -> dict[str, Any]:
+    """dataset.json's part on the origin: the sums over all runs, and each of them.
+
+    ``run`` is what this run read and left out (`files` and `TOTALS` among it); ``earlier`` what dataset.json said
+    before, for a set that is added to.
+    """
+    runs = [*(earlier["runs"] if earlier else []), run]
+    return {
+        "name": name,
+        "sort_rule": SORT_RULE,
+        "id_types": id_types,
+        "settings": asdict(settings),
+        "source": {"files": [file for each in runs for file in each["files"]]},
+        **{total: sum(each[total] for each in runs) for total in TOTALS},
+        "malformed": _sum_malformed([each["malformed"] for each in runs]),
+        "unwanted": _sum_counts([each["unwanted"] for each in runs]),
+        "runs": runs,
+    }
+
+
+def file_record(path: Path) -> dict[str, Any]:
+    """Name, size and SHA-256 of an input file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _sum_malformed(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    total: dict[str, Any] = {}
+    for report in reports:
+        for reason, found in report.items():
+            entry = total.setdefault(reason, {"rows": 0, "first": []})
+            entry["rows"] += found["rows"]
+            entry["first"] = [*entry["first"], *found["first"]][:EXAMPLES]
+    return total
+
+
+def _sum_counts(reports: Sequence[dict[str, int]]) -> dict[str, int]:
+    total: dict[str, int] = {}
+    for report in reports:
+        for reason, number in report.items():
+            total[reason] = total.get(reason, 0) + number
+    return total

@@ -1,0 +1,114 @@
+"""A training set that new days of events are added to, as it stands on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mme.data.features import parts_column, read_vocabularies
+from mme.data.layout import FORMAT_VERSION, INFO_FILE, ITEMS_FILE, LEFT_OUT_FILE
+from mme.data.parts import read_info
+from mme.errors import UserError, first_line
+from mme.prepare.histories import NEW, Histories, IntArray
+from mme.prepare.manifest import Settings
+
+ID_TYPES = {"int64": pa.int64(), "string": pa.string()}
+
+
+class PriorSet:
+    """
+    Attributes:
+        info: its dataset.json.
+        raw_items: raw ids by item index.
+        counts: (items,) int64, events of each.
+        vocabularies: of its features.
+        features: what they are called in its parts.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """
+        Raises:
+            UserError: the folder holds no training set of interactions, or one of another version.
+        """
+        self.folder = folder
+        self.info = _read_info(folder)
+        self.settings = Settings.from_dict(self.info["settings"])
+        self.id_types = {role: ID_TYPES[name] for role, name in self.info["id_types"].items()}
+        self.vocabularies = read_vocabularies(folder, self.settings.features)
+        self.features = [parts_column(name) for name in self.vocabularies]
+        items = _read(folder / ITEMS_FILE).sort_by("item_index")
+        self.raw_items = items["item_id"].combine_chunks()
+        self.counts: IntArray = items["count"].to_numpy()
+
+    def user_rows(self) -> Iterator[pa.Table]:
+        """All users: user (raw), row."""
+        row = 0
+        for part in self.info["parts"]:
+            for batch in _batches(self.folder / part["file"], ["user_id"]):
+                yield pa.table({"user": batch["user_id"], "row": np.arange(row, row + batch.num_rows)})
+                row += batch.num_rows
+
+    def left_out(self) -> Iterator[pa.Table]:
+        """The events left out: user, item, timestamp, position, below 0 and so before all that are new, features, place."""
+        path = self.folder / LEFT_OUT_FILE
+        if not path.exists():
+            return
+        with pq.ParquetFile(path) as file:
+            position = -file.metadata.num_rows
+        for batch in _batches(path, ["user_id", "item_id", "timestamp", "place", *self.features]):
+            yield pa.table(
+                {
+                    "user": batch["user_id"],
+                    "item": batch["item_id"],
+                    "timestamp": batch["timestamp"],
+                    "position": np.arange(position, position + batch.num_rows),
+                    **{name: batch[name] for name in self.features},
+                    "place": batch["place"].cast(pa.int32()),
+                }
+            )
+            position += batch.num_rows
+
+    def part(self, part: dict[str, Any], first_row: int) -> Histories:
+        """One part, whose first user has the row ``first_row``."""
+        table = _read(self.folder / part["file"])
+        columns = {name: table[name].combine_chunks() for name in ("item_ids", "timestamps")}
+        codes = columns["item_ids"].flatten().to_numpy().astype(np.int32)
+        return Histories(
+            table["user_id"].combine_chunks(),
+            np.arange(first_row, first_row + table.num_rows),
+            columns["item_ids"].offsets.to_numpy().astype(np.int64),
+            codes,
+            columns["timestamps"].flatten().to_numpy(),
+            np.full(codes.size, NEW, np.int32),
+            {name: table[name].combine_chunks().flatten().to_numpy() for name in self.features},
+        )
+
+
+def _read_info(folder: Path) -> dict[str, Any]:
+    path, info = folder / INFO_FILE, read_info(folder)
+    version = info.get("format_version")
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path}: format version {version}, expected {FORMAT_VERSION}: prepare the set anew")
+    if "settings" not in info:
+        raise UserError(f"{path}: a generated set, expected one made of files of interactions")
+    return info
+
+
+def _read(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path, partitioning=None)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: can't be read: {first_line(error)}") from error
+
+
+def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    try:
+        with pq.ParquetFile(path) as file:
+            yield from file.iter_batches(1 << 18, columns=columns)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: can't be read: {first_line(error)}") from error

@@ -1,0 +1,166 @@
+"""Writes a training set's folder (layout: `mme.data.parts`), whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from mme.data.layout import FORMAT_VERSION, INFO_FILE, ITEMS_FILE, OWN_FILES
+from mme.errors import UserError, first_line
+from mme.prepare.replacement import FolderReplacement
+from mme.prepare.statistics import LengthHistogram, popularity_summary
+
+EVENTS_PER_PART = 4_000_000
+EVENTS_PER_ROW_GROUP = 500_000
+
+
+class DatasetWriter:
+    """Collects users in a folder beside ``output``, which takes its place when `finish` is called.
+
+    Left without `finish`, or by an exception, it removes what it wrote; killed, the next one does. ``kept``: see
+    `FolderReplacement`.
+
+    Raises:
+        UserError: ``output`` holds something else than a training set, is being written by another process, or can't
+            be written to (no space left, …).
+    """
+
+    def __init__(self, output: Path, events_per_part: int = EVENTS_PER_PART, *, kept: Path | None = None) -> None:
+        self.output, self.events_per_part = output, events_per_part
+        self.replacement = FolderReplacement(output, kept)
+        self.parts: list[dict[str, Any]] = []
+        self._lengths = LengthHistogram()
+        self._waiting: list[pa.Table] = []
+        self._events_waiting = 0
+        self._part: pq.ParquetWriter | None = None
+
+    @property
+    def partial(self) -> Path:
+        """The folder that takes the place of ``output`` in the end."""
+        return self.replacement.partial
+
+    def __enter__(self) -> DatasetWriter:
+        if self.output.is_dir():
+            names = sorted(path.name for path in self.output.iterdir())
+            others = [name for name in names if not any(fnmatch(name, own) for own in OWN_FILES)]
+            if others or (names and INFO_FILE not in names):
+                found = (others or names)[0]
+                raise UserError(
+                    f"{self.output}: holds other files ({found}): expected a new folder, or an older training set alone"
+                )
+        elif self.output.exists():
+            raise UserError(f"{self.output}: is a file: expected a folder to write to")
+        self.replacement.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.replacement.__exit__(kind, error, traceback)
+        if isinstance(error, OSError):
+            reason = error.strerror or first_line(error)
+            raise UserError(f"{self.output}: can't be written: {reason}; nothing was written") from error
+
+    def add(
+        self,
+        user_ids: pa.Array,
+        offsets: NDArray[np.int64],
+        items: NDArray[Any],
+        times: NDArray[np.int64],
+        features: Mapping[str, NDArray[np.int32]] | None = None,
+    ) -> None:
+        """Users with their events: those of user u stand at offsets[u] to offsets[u + 1] of ``items``, ``times`` and of each
+        of the ``features``, which have the same names each time."""
+        bounds = pa.array(offsets, pa.int32())
+        table = pa.table(
+            {
+                "user_id": user_ids,
+                "item_ids": pa.ListArray.from_arrays(bounds, pa.array(items, pa.int64())),
+                "timestamps": pa.ListArray.from_arrays(bounds, pa.array(times, pa.int64())),
+                **{
+                    name: pa.ListArray.from_arrays(bounds, pa.array(values, pa.int32()))
+                    for name, values in (features or {}).items()
+                },
+            }
+        )
+        self._lengths.add(np.diff(offsets))
+        self._waiting.append(table)
+        self._events_waiting += len(items)
+        if self._events_waiting >= min(EVENTS_PER_ROW_GROUP, self.events_per_part):
+            self._write_row_group()
+
+    def link(self, path: Path, part: dict[str, Any]) -> None:
+        """A part of another set, unchanged, as the next one; no byte is copied where the file system can link."""
+        self._end_part()
+        file = self._next_file()
+        try:
+            os.link(path, self.partial / file)
+        except OSError:
+            (self.partial / file).write_bytes(path.read_bytes())
+        column = pq.read_table(path, columns=["timestamps"])["timestamps"]
+        self._lengths.add(np.asarray(pc.list_value_length(column), np.int64))
+        self.parts.append({**part, "file": file})
+
+    def finish(self, info: dict[str, Any], raw_items: pa.Array, counts: NDArray[np.int64]) -> dict[str, Any]:
+        """Writes the item map and dataset.json, puts the folder in its place; returns what dataset.json holds."""
+        self._end_part()
+        items = pa.table(
+            {"item_index": np.arange(len(raw_items)), "item_id": raw_items, "count": pa.array(counts, pa.int64())}
+        )
+        pq.write_table(items, self.partial / ITEMS_FILE, compression="zstd")
+        whole = {
+            "format_version": FORMAT_VERSION,
+            **info,
+            "num_users": sum(part["users"] for part in self.parts),
+            "num_items": len(raw_items),
+            "num_events": sum(part["events"] for part in self.parts),
+            "statistics": {
+                "events_per_user": self._lengths.summary(),
+                "events_per_item": popularity_summary(counts),
+            },
+            "item_map": ITEMS_FILE,
+            "parts": self.parts,
+        }
+        (self.partial / INFO_FILE).write_text(json.dumps(whole, indent=2) + "\n")
+        self.replacement.commit()
+        return whole
+
+    def _next_file(self) -> str:
+        return f"part-{len(self.parts):05d}.parquet"
+
+    def _write_row_group(self) -> None:
+        table = pa.concat_tables(self._waiting)
+        if self._part is None:
+            file = self._next_file()
+            self.parts.append({"file": file, "users": 0, "events": 0})
+            # Times are nearly all different: a dictionary of them would be built and thrown away.
+            few_values = [
+                f"{name}.list.element" for name in table.column_names if name not in ("user_id", "timestamps")
+            ]
+            self._part = pq.ParquetWriter(
+                self.partial / file, table.schema, compression="zstd", use_dictionary=few_values
+            )
+        self._part.write_table(table)
+        self.parts[-1]["users"] += table.num_rows
+        self.parts[-1]["events"] += self._events_waiting
+        self._waiting, self._events_waiting = [], 0
+        if self.parts[-1]["events"] >= self.events_per_part:
+            self._end_part()
+
+    def _end_part(self) -> None:
+        if self._waiting:
+            self._write_row_group()
+        if self._part is not None:
+            self._part.close()
+            self._part = None

@@ -1,0 +1,154 @@
+"""A profile of some steps of a training job: a trace, where each percent of the time went, and what the memory held.
+
+Into the run's `profile/`, for each rank asked for (`train.profile`, `profile_start`, `profile_ranks`):
+
+- `trace_rank_R.json.gz`: PyTorch profiler's trace, for ui.perfetto.dev or chrome://tracing, with the marks of `mme.profiling.regions`;
+- `parts_rank_R.txt` and `.json`: time by part, and the largest allocations at the fullest moment;
+- `memory_rank_R.pickle`, on a GPU: PyTorch's snapshot of its memory with the history of the profiled steps, for
+  pytorch.org/memory_viz. On a CPU PyTorch keeps no such history; the table is what there is.
+
+The steps compute the same bits as without a profile.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch.profiler import ProfilerActivity, schedule
+from torch.profiler import profile as torch_profile
+
+from mme.profiling.regions import OTHER, REGIONS
+from mme.profiling.trace import Allocations, TimeByPart, Trace
+
+Element = TypeVar("Element")
+
+FOLDER = "profile"  # in the run's folder
+MEMORY_EVENTS = 1_000_000  # allocations and frees that the GPU's history keeps
+ALLOCATIONS_SHOWN = 20
+
+
+class StepProfile:
+    """Records ``steps`` steps of this process, after ``start`` that are not recorded. Call `step` after each, or loop
+    over `each`.
+
+    Args:
+        folder: where the files go; made when there is something to write.
+        rank: in the files' names.
+        note: tells the user one line.
+    """
+
+    def __init__(
+        self, steps: int, start: int, folder: Path, rank: int, device: torch.device, note: Callable[[str], None]
+    ) -> None:
+        self.start, self.end = start, start + steps
+        self.folder, self.rank, self.note = folder, rank, note
+        self.on_gpu = device.type == "cuda"
+        self.result: TimeByPart | None = None  # once all is recorded
+        self._done = 0
+        self._seconds: list[float] = []  # of the steps before the profile
+        self._began = time.perf_counter()
+        self._torch = torch_profile(
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_gpu else [])],
+            schedule=schedule(wait=start - 1, warmup=1, active=steps, repeat=1),
+            on_trace_ready=self._write,
+            profile_memory=True,
+        )
+
+    def __enter__(self) -> StepProfile:
+        self._torch.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._torch.stop()
+
+    def each(self, elements: Iterable[Element]) -> Iterator[Element]:
+        """``elements``, one for each step: what is done with one and the wait for it are a step."""
+        with self:
+            for element in elements:
+                yield element
+                self.step()
+
+    def step(self) -> None:
+        if self.result:
+            return
+        if 0 < self._done < self.start - 1:  # neither the first step nor the profiler's warm-up
+            self._seconds.append(time.perf_counter() - self._began)
+        self._done += 1
+        if self.on_gpu and self._done == self.start:
+            torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS)
+        self._torch.step()
+        self._began = time.perf_counter()
+
+    def _write(self, recorded: Any) -> None:
+        if self._done < self.end:  # the job ends before: half a profile would mislead
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if self.on_gpu:
+            torch.cuda.memory._dump_snapshot(str(self._path("memory", "pickle")))
+            torch.cuda.memory._record_memory_history(enabled=None)
+        trace_file = self._path("trace", "json.gz")
+        recorded.export_chrome_trace(str(trace_file))
+        trace = Trace.read(trace_file)
+        self.result, memory = trace.time_by_part(), trace.fullest_moment()
+        before_ms = 1000 * statistics.median(self._seconds) if self._seconds else None
+        record = {
+            **asdict(self.result),
+            "percent": self.result.percent(),
+            "step_ms_without_profile": before_ms,
+            "allocated_bytes": sum(row.num_bytes for row in memory),
+            "allocations": [row._asdict() for row in memory],
+        }
+        self._path("parts", "json").write_text(json.dumps(record, indent=1) + "\n")
+        with self._path("parts", "txt").open("w") as file:
+            console = Console(file=file, width=120)
+            for table in (time_table(self.result, before_ms), _memory_table(memory, self.on_gpu)):
+                console.print(table)
+        largest = ", ".join(f"{part} {percent:.0f}%" for part, percent in list(self.result.percent().items())[:4])
+        self.note(
+            f"profile of {self.result.steps} steps, {self.result.step_ms:.0f} ms each: {largest}; {self._path('parts', 'txt')}"
+        )
+
+    def _path(self, stem: str, suffix: str) -> Path:
+        return self.folder / f"{stem}_rank_{self.rank}.{suffix}"
+
+
+def time_table(time_by_part: TimeByPart, before_ms: float | None = None) -> Table:
+    """Where each percent of the profiled steps went. ``before_ms``: a step's time without the profile."""
+    title = f"{time_by_part.steps} steps of {time_by_part.step_ms:.1f} ms"
+    title += f" ({before_ms:.1f} ms without the profile)" if before_ms else ""
+    busy = "" if time_by_part.gpu_busy is None else f"; a kernel runs {time_by_part.gpu_busy:.1%} of the time"
+    caption = f"collectives in flight: {time_by_part.communication_ms:.2f} ms a step{busy}"
+    table = Table(title=title, caption=caption)
+    for column in ("part", "ms a step", "%", "what it is"):
+        table.add_column(column, justify="right" if column in ("ms a step", "%") else "left")
+    for part, percent in time_by_part.percent().items():
+        meaning = REGIONS.get(part, "all else" if part == OTHER else "")
+        table.add_row(part, f"{time_by_part.parts_ms[part]:.2f}", f"{percent:.1f}", meaning)
+    table.add_section()
+    table.add_row("step", f"{time_by_part.step_ms:.2f}", "100.0", "")
+    return table
+
+
+def _memory_table(rows: list[Allocations], on_gpu: bool) -> Table:
+    total = sum(row.num_bytes for row in rows)
+    table = Table(
+        title=f"{total / 2**20:.1f} MiB that the steps had allocated on the {'GPU' if on_gpu else 'CPU'} at the fullest moment",
+        caption="weights, optimizer states and what else is older than the profile are not in it",
+    )
+    for column in ("part", "operation", "MiB", "tensors"):
+        table.add_column(column, justify="right" if column in ("MiB", "tensors") else "left")
+    for row in rows[:ALLOCATIONS_SHOWN]:
+        table.add_row(row.part, row.operation, f"{row.num_bytes / 2**20:.2f}", f"{row.tensors:,}")
+    if rest := rows[ALLOCATIONS_SHOWN:]:
+        mib, count = sum(row.num_bytes for row in rest) / 2**20, sum(row.tensors for row in rest)
+        table.add_row("", f"{len(rest)} others", f"{mib:.2f}", f"{count:,}")
+    return table

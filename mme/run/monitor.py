@@ -1,0 +1,390 @@
+"""What a run shows while it lives and leaves behind: the progress line, metrics.jsonl, TensorBoard and log.txt.
+
+Each rank makes one Monitor. Rank 0 shows and writes everything; the others only keep a log file of their own
+(``log.rank1.txt``, …). Every line is flushed when it is written, so that a run that dies leaves all of them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import math
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, SupportsFloat
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from mme import __version__
+from mme.errors import UserError
+from mme.run.metrics_file import METRICS_FILE, keep_lines_until, name_in_errors
+
+PACKAGES = ["torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "triton", "numpy", "pyarrow"]
+PLAIN_LINE_EVERY_S = 10.0
+REDRAW_EVERY_S = 0.25
+# An expert that all views of a block together send less than this part of an even share is starved.
+STARVED_SHARE = 0.1
+# An expert that gets more than this part of the most that one can get, 1 / top_k, takes nearly all.
+GREEDY_SHARE = 0.9
+
+
+class Monitor:
+    """Shows and records one training run.
+
+    Call `run_info` once at the start, `resume_at` where a checkpoint is gone on from, `train_step` after every
+    optimizer step, `evaluation` and `experts` where there is something to say, `close` (or ``with``) at the end.
+
+    Args:
+        output_dir: the run's folder; made if it is missing.
+        total_steps: the step at which training will stop.
+        rank, world_size: this process among its peers.
+        log_every: steps between lines of metrics.
+        console: where the progress goes; default: standard output.
+        clock: seconds from any fixed moment.
+    """
+
+    def __init__(
+        self,
+        output_dir: Path,
+        *,
+        total_steps: int,
+        rank: int = 0,
+        world_size: int = 1,
+        log_every: int = 10,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.output_dir = Path(output_dir)
+        self.total_steps = total_steps
+        self.rank, self.world_size, self.log_every = rank, world_size, log_every
+        self._clock = clock
+        self._resume_step = 0
+        self._metrics: Any = None
+        self._tensorboard: Any = None
+        self._warned: set[tuple[str, int, int]] = set()  # which experts
+        self._constant: set[tuple[Any, Any]] = set()
+        self._window_tokens: Any = 0
+        self._window_s, self._window_steps = 0.0, 0
+        self._started: tuple[float, int] | None = None  # the clock and the step at the end of the first step
+        self._shown = -math.inf
+        try:
+            self.output_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir {output_dir}: {error.strerror}: expected a folder that can be made") from error
+        log_name = "log.txt" if rank == 0 else f"log.rank{rank}.txt"
+        self._log = (self.output_dir / log_name).open("a", buffering=1)
+        self._log_handler = _log_handler(self._log)
+        self._console = console or Console()
+        self._progress: Progress | None = None
+        if rank == 0 and self._console.is_terminal:
+            self._progress = Progress(
+                TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+                BarColumn(bar_width=10),
+                TextColumn("{task.description}"),
+                console=self._console,
+                auto_refresh=False,
+                transient=True,
+            )
+            self._task = self._progress.add_task("starting", total=total_steps)
+            self._progress.start()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def resume_at(self, step: int, total_steps: int) -> None:
+        """Goes on after ``step`` until ``total_steps``: what metrics.jsonl says of later steps is dropped, new lines are
+        appended.
+
+        Without this call, or with step 0, metrics.jsonl begins anew.
+        """
+        if self._metrics is not None:
+            raise RuntimeError("resume_at comes before the first record")
+        self._resume_step, self.total_steps = step, total_steps
+        if self._progress is not None:
+            self._progress.update(self._task, total=total_steps)
+        if step:
+            self.note(f"resumed at step {step:,}")
+
+    def run_info(self, info: Mapping[str, Any]) -> None:
+        """Records what the run consists of, such as ``device`` and ``parameters`` (part → count); adds the rest.
+
+        Added: step, time, host, command, Python and package versions, world_size.
+        """
+        if self.rank == 0:
+            parameters = sum(info.get("parameters", {}).values())
+            processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
+            place = f"{processes} on {info.get('device', 'an unknown device')}"
+            self.note(f"{self.output_dir}: {parameters:,} parameters, {place}, {self.total_steps:,} steps")
+        self._write(
+            {
+                "kind": "run",
+                "step": self._resume_step,
+                "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+                "host": platform.node(),
+                "command": _command_line(),
+                "world_size": self.world_size,
+                "versions": _versions(),
+                **info,
+            }
+        )
+
+    def is_line_due(self, step: int) -> bool:
+        """Whether a line of metrics follows this step."""
+        return step % self.log_every == 0 or step == self.total_steps
+
+    def train_step(
+        self,
+        step: int,
+        epoch: int,
+        *,
+        loss: SupportsFloat,
+        tokens: Any,
+        step_s: float,
+        lr: float,
+        extra: Mapping[str, SupportsFloat] | None = None,
+    ) -> None:
+        """Counts one optimizer step; writes a line of metrics every ``log_every`` of them.
+
+        Args:
+            step: optimizer steps done, this one included.
+            epoch: passes over the data begun before this step, from 0.
+            loss: of this step, all ranks together; a tensor is read only when a line is written or shown.
+            tokens: target tokens of this step, all ranks together.
+            step_s: seconds that the step took.
+            extra: other figures of this step, such as grad_norm.
+        """
+        if self.rank != 0:
+            return
+        self._window_tokens = self._window_tokens + tokens
+        self._window_s += step_s
+        self._window_steps += 1
+        if self._started is None:
+            self._started = (self._clock(), step)
+        rate = float(self._window_tokens) / self._window_s if self._window_s > 0 else 0.0
+        if self.is_line_due(step):
+            # The loss is this step's own, not a mean over the lines' steps: a run that goes on from a checkpoint
+            # between two lines then writes the same bits as one that was never stopped.
+            value = float(loss)
+            record: dict[str, Any] = {
+                "kind": "train",
+                "step": step,
+                "epoch": epoch,
+                "loss": value,
+                "tokens_per_s": round(rate, 1),
+                "lr": lr,
+                "step_ms": round(1000 * self._window_s / self._window_steps, 3),
+            }
+            record.update({name: _number(value) for name, value in (extra or {}).items()})
+            self._write(record)
+            if not math.isfinite(value):
+                self.note(f"warning: the loss at step {step:,} is {value}")
+            self._scalars(step, {f"train/{name}": value for name, value in record.items() if name not in _NO_SCALAR})
+            self._window_tokens, self._window_s, self._window_steps = 0, 0.0, 0
+        self._show(step, epoch, loss, rate)
+
+    def evaluation(self, record: Mapping[str, Any]) -> None:
+        """Records the metrics of one model on one split, with keys as metrics.jsonl has them (model, split, …)."""
+        if self.rank != 0:
+            return
+        record = {name: _number(value) for name, value in record.items()}
+        self._write({"kind": "eval", **record})
+        metrics = {name: value for name, value in record.items() if name == "mrr" or "@" in name}
+        place = f"eval/{record.get('model')}/{record.get('split')}"
+        self._scalars(int(record.get("step", 0)), {f"{place}/{name}": value for name, value in metrics.items()})
+        if (seen := (record.get("model"), record.get("split"))) in self._constant:
+            return
+        if record.get("model") == "popularity":  # the same at every step: said once
+            self._constant.add(seen)
+        figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self.note(f"step {record.get('step', 0):,}  {record.get('split')}  {record.get('model')}  {figures}")
+
+    def experts(
+        self,
+        step: int,
+        load: list[list[list[float]]],
+        entropy: list[list[float]] | None = None,
+        blocks: Sequence[int] | None = None,
+        dropped: list[list[float]] | None = None,
+        *,
+        top_k: int = 1,
+    ) -> None:
+        """Records how the routers spread the tokens.
+
+        Args:
+            load: [block][view][expert], the share of the view's routed tokens that went to the expert.
+            entropy: [block][view], the mean entropy of the router's probabilities, in nats.
+            blocks: which blocks of the decoder these are; default: all, in order.
+            dropped: [block][view], the share of the routed tokens that found their expert full; None: nothing is dropped.
+            top_k: experts of a token: 1 / top_k is the most that one expert can get.
+        """
+        if self.rank != 0:
+            return
+        blocks = range(len(load)) if blocks is None else blocks
+        record: dict[str, Any] = {"kind": "experts", "step": step, "blocks": list(blocks), "load": load}
+        if entropy is not None:
+            record["entropy"] = entropy
+        if dropped is not None:
+            record["dropped"] = dropped
+        self._write(record)
+        scalars = {}
+        for block, views in zip(blocks, load, strict=True):
+            for view, shares in enumerate(views):
+                scalars[f"experts/largest_share/block{block}_view{view}"] = max(shares)
+                scalars[f"experts/smallest_share/block{block}_view{view}"] = min(shares)
+        for name, values in {"entropy": entropy, "dropped": dropped}.items():
+            for block, by_view in zip(blocks, values or [], strict=False):
+                for view, value in enumerate(by_view):
+                    scalars[f"experts/{name}/block{block}_view{view}"] = value
+        self._scalars(step, scalars)
+        for block, expert, share in starved_experts(load):
+            self._warn_once("starved", blocks[block], expert, f"gets {share:.2%} of the tokens at step {step:,}")
+        for block, expert, share in greedy_experts(load, top_k):
+            found = f"takes {share:.1%} of the tokens, of {1 / top_k:.0%} possible, at step {step:,}"
+            self._warn_once("greedy", blocks[block], expert, found)
+
+    def _warn_once(self, kind: str, block: int, expert: int, found: str) -> None:
+        if (kind, block, expert) not in self._warned:
+            self._warned.add((kind, block, expert))
+            self.note(f"warning: expert {expert} of block {block} {found}")
+
+    def note(self, text: str) -> None:
+        """One line for the reader: shown by rank 0, kept in each rank's log."""
+        with name_in_errors(Path(self._log.name)):
+            self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        if self.rank == 0:
+            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def close(self) -> None:
+        """Ends the progress line and closes the files; safe to call twice."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        logging.getLogger().removeHandler(self._log_handler)
+        for stream in (self._metrics, self._tensorboard, self._log):
+            if stream is not None:
+                with suppress(OSError):  # every line was flushed when it was written: nothing is lost here
+                    stream.close()
+
+    def _write(self, record: dict[str, Any]) -> None:
+        if self.rank != 0:
+            return
+        if self._metrics is None:
+            self._open()
+        line = json.dumps({name: _finite(value) for name, value in record.items()})
+        with name_in_errors(self.output_dir / METRICS_FILE):
+            self._metrics.write(line + "\n")
+
+    def _open(self) -> None:
+        """Opens metrics.jsonl and TensorBoard: with the first record, when it is known where the run goes on."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        path = self.output_dir / METRICS_FILE
+        keep_lines_until(path, self._resume_step)
+        self._metrics = path.open("a", buffering=1)
+        folder = self.output_dir / "tensorboard"
+        purge = self._resume_step + 1 if self._resume_step else None
+        if not self._resume_step:  # of the run that was here before
+            for curves in folder.glob("events.*"):
+                curves.unlink()
+        self._tensorboard = SummaryWriter(str(folder), purge_step=purge)
+
+    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._tensorboard.add_scalar(name, value, step)
+
+    def _show(self, step: int, epoch: int, loss: SupportsFloat, rate: float) -> None:
+        now = self._clock()
+        every = REDRAW_EVERY_S if self._progress is not None else PLAIN_LINE_EVERY_S
+        if now - self._shown < every and step != self.total_steps:
+            return
+        self._shown = now
+        figures = f"epoch {epoch}  loss {float(loss):.4f}  {_short(rate)} tokens/s  {self._time_left(step, now)}"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, description=figures, refresh=True)
+        else:
+            self.note(f"step {step:,}/{self.total_steps:,}  {figures}")
+
+    def _time_left(self, step: int, now: float) -> str:
+        """Of the whole run, evaluations included, at the speed measured since the first step of this process."""
+        assert self._started is not None
+        start, first_step = self._started
+        if step >= self.total_steps:
+            return f"done in {duration(now - start)}"
+        if step == first_step:
+            return "time left: …"
+        return f"{duration((now - start) / (step - first_step) * (self.total_steps - step))} left"
+
+
+_NO_SCALAR = {"kind", "step"}
+
+
+def starved_experts(load: list[list[list[float]]]) -> list[tuple[int, int, float]]:
+    """(index into ``load``, expert, share) of the experts that get less than STARVED_SHARE of an even share, views together."""
+    return [found for found in _mean_shares(load) if found[2] < STARVED_SHARE / len(load[0][0])]
+
+
+def greedy_experts(load: list[list[list[float]]], top_k: int) -> list[tuple[int, int, float]]:
+    """As `starved_experts`, those that get more than GREEDY_SHARE of the most that one can get, where not all must."""
+    return [found for found in _mean_shares(load) if found[2] > GREEDY_SHARE / top_k and len(load[0][0]) > top_k]
+
+
+def _mean_shares(load: list[list[list[float]]]) -> list[tuple[int, int, float]]:
+    return [
+        (block, expert, sum(shares) / len(shares))
+        for block, views in enumerate(load)
+        for expert, shares in enumerate(zip(*views, strict=True))
+    ]
+
+
+def duration(seconds: float) -> str:
+    """``m:ss``, or ``h:mm:ss`` from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _number(value: Any) -> Any:
+    """A tensor's or NumPy scalar's value as a plain number; anything else as it is."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN and no infinity: null stands for them."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _short(rate: float) -> str:
+    return f"{rate / 1000:.1f}k" if rate >= 1000 else f"{rate:.0f}"
+
+
+def _command_line() -> str:
+    program = Path(sys.argv[0]).name if sys.argv else "python"
+    program = "python -m mme" if program == "__main__.py" else program
+    return " ".join([program, *map(shlex.quote, sys.argv[1:])])
+
+
+def _versions() -> dict[str, str]:
+    found = {"mme": __version__, "python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[package] = importlib.metadata.version(package)
+    return found
+
+
+def _log_handler(stream: Any) -> logging.Handler:
+    """Sends what libraries warn of through `logging` to the rank's log."""
+    handler = logging.StreamHandler(stream)
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logging.getLogger().addHandler(handler)
+    return handler

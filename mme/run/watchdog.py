@@ -1,0 +1,146 @@
+"""Notices a rank that hangs, names it, keeps the stacks of all ranks and ends the job, so that torchrun starts it again.
+
+Each rank says what it does (`beat`); a thread of its own tells the others by the process group's store. In a group one
+rank that hangs stops all: the others wait for it in a collective. So all of them notice at about the same time, and
+each can tell which rank is to blame: one that does not answer at all, else the one that is furthest behind, else the one
+that is not itself waiting for the others.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import sys
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch.distributed as dist
+
+from mme.distributed.world import World
+from mme.run.exit_status import print_error
+
+FOLDER = "stacks"  # in the run's folder
+ANSWER_WITHIN_S = 5.0
+LOOK_EVERY_S = 1.0
+ORPHAN_LEAVES_AFTER_S = 60.0
+WAITING = ("torch/distributed/", "torchrec/distributed/", "deepspeed/comm/")  # where collectives are waited for
+
+
+class Watchdog:
+    """Ends this process, with status 1, when `beat` was not called for ``timeout_s`` (0: it may take any time).
+
+    Also when torchrun has died, of which `Preemption` is told first, and this process is still there a minute later.
+    """
+
+    def __init__(self, run: Path, world: World, timeout_s: float) -> None:
+        self.folder, self.world, self.timeout_s = run / FOLDER, world, timeout_s
+        self._beats, self._doing, self._at = 0, "starting", time.monotonic()
+        self._parent = os.getppid()
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._stacks: Any = None
+
+    def __enter__(self) -> Watchdog:
+        if self.timeout_s:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"rank_{self.world.rank}.txt"
+            if path.exists() and path.stat().st_size:  # of an attempt that hung, and was told to look there
+                path.rename(path.with_suffix(f".{time.strftime('%Y%m%d-%H%M%S')}.txt"))
+            self._stacks = path.open("w")
+        self.beat("starting")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._done.set()
+        self._thread.join()
+        if self._stacks is not None:
+            faulthandler.cancel_dump_traceback_later()
+            self._stacks.close()
+            Path(self._stacks.name).unlink(missing_ok=True)
+            with suppress(OSError):  # the other ranks' files may be there
+                self.folder.rmdir()
+
+    def beat(self, doing: str) -> None:
+        """Says that this rank is getting on, and what it does next."""
+        self._beats, self._doing, self._at = self._beats + 1, doing, time.monotonic()
+        if self._stacks is not None:
+            # A thread in C, which needs no lock of Python's: it writes whatever this process hangs in.
+            faulthandler.dump_traceback_later(self.timeout_s, file=self._stacks)
+
+    def _watch(self) -> None:
+        orphan_since: float | None = None
+        while not self._done.wait(LOOK_EVERY_S):
+            now = time.monotonic()
+            if os.getppid() != self._parent and "TORCHELASTIC_RUN_ID" in os.environ:
+                orphan_since = orphan_since or now
+                if now - orphan_since > ORPHAN_LEAVES_AFTER_S:
+                    self._end("torchrun has died, and the other ranks do not answer")
+            if self.timeout_s and now - self._at > self.timeout_s + LOOK_EVERY_S:
+                self._end(self._verdict())
+
+    def _verdict(self) -> str:
+        """Which rank hangs, as far as the ranks' reports tell; all that report come to the same."""
+        reports = self._reports_in_time()
+        if reports is None:
+            return self._say(
+                {0: "the ranks talk through it, and it does not answer: its process, or the network to it"}
+            )
+        silent = [rank for rank in range(self.world.size) if rank not in reports]
+        behind = min(report["beats"] for report in reports.values())
+        slowest = [rank for rank, report in reports.items() if report["beats"] == behind]
+        blamed = silent or [rank for rank in slowest if not reports[rank]["waits"]] or slowest
+        doing = {rank: f"while {reports[rank]['doing']}" for rank in reports}
+        return self._say({rank: doing.get(rank, "its process does not answer") for rank in blamed})
+
+    def _say(self, blamed: dict[int, str]) -> str:
+        ranks = ", ".join(f"rank {rank} hangs ({how})" for rank, how in blamed.items())
+        return f"{ranks}: no progress for {self.timeout_s:g} s; the ranks' stacks are in {self.folder}"
+
+    def _reports_in_time(self) -> dict[int, dict[str, Any]] | None:
+        """As `_exchange_reports`, of which a node that is cut off would wait for the end: the network's, not the store's."""
+        found: list[dict[int, dict[str, Any]] | None] = []
+        thread = threading.Thread(target=lambda: found.append(self._exchange_reports()), daemon=True)
+        thread.start()
+        thread.join(2 * ANSWER_WITHIN_S)
+        return found[0] if found else None
+
+    def _exchange_reports(self) -> dict[int, dict[str, Any]] | None:
+        """What the ranks say of themselves, of those that answer; None where rank 0, which keeps it, does not.
+
+        The ranks look once a second: one that asks later than rank 0 may find it gone, with its report read.
+        """
+        mine = {"beats": self._beats, "doing": self._doing, "waits": _waits_for_others()}
+        reports = {self.world.rank: mine}
+        store = self.world.store
+        until = time.monotonic() + ANSWER_WITHIN_S
+        try:
+            store.set(f"hang/{self.world.rank}", json.dumps(mine))
+            while len(reports) < self.world.size and time.monotonic() < until:
+                for rank in range(self.world.size):
+                    if rank not in reports and store.check([f"hang/{rank}"]):
+                        reports[rank] = json.loads(store.get(f"hang/{rank}"))
+                time.sleep(0.1)
+        except (dist.DistError, RuntimeError):
+            return reports if 0 in reports else None
+        # The ranks differ in when they ask: none leaves before the last one has seen all answers.
+        time.sleep(max(0.0, until - time.monotonic()))
+        return reports
+
+    def _end(self, why: str) -> NoReturn:
+        with suppress(OSError):
+            name = "log.txt" if self.world.rank == 0 else f"log.rank{self.world.rank}.txt"
+            with (self.folder.parent / name).open("a") as log:
+                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} error: {why}\n")
+        print_error(why)
+        os._exit(1)  # the main thread hangs: nothing else would end it
+
+
+def _waits_for_others() -> bool:
+    """Whether a thread of this process is in a collective, as far as its innermost Python function tells."""
+    innermost = [frame.f_code.co_filename for frame in sys._current_frames().values()]
+    return any(place in file.replace(os.sep, "/") for file in innermost for place in WAITING)

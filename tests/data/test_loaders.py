@@ -1,0 +1,416 @@
+"""Cuts, batches, dealing over ranks and damaged folders, against loops that read user by user."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from mme.data.batch import SequenceBatch
+from mme.data.dataset import PreparedDataset
+from mme.data.loaders import EvaluationLoader, TrainLoader
+from mme.errors import UserError
+from mme.prepare.writer import DatasetWriter
+
+NUM_ITEMS = 40
+LENGTHS = [1, 2, 3, 4, 9, 25, 7, 60, 3, 12, 5, 30, 2, 6, 18]
+PROTOCOLS = ["leave_one_out", "leave_two_out", "global_time"]
+FRACTION = 0.3
+Histories = list[tuple[list[int], list[int]]]
+
+
+@pytest.fixture(scope="module")
+def histories() -> Histories:
+    rng = np.random.default_rng(5)
+    return [(rng.integers(NUM_ITEMS, size=n).tolist(), np.sort(rng.integers(1000, size=n)).tolist()) for n in LENGTHS]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, histories: Histories) -> Path:
+    """The histories in several parts."""
+    path = tmp_path / "set"
+    with DatasetWriter(path, events_per_part=40) as writer:
+        for user, (items, times) in enumerate(histories):
+            writer.add(pa.array([user + 100]), np.array([0, len(items)]), np.array(items), np.array(times))
+        counts = np.bincount([item for items, _ in histories for item in items], minlength=NUM_ITEMS)
+        writer.finish({"name": "t", "sort_rule": "stable"}, pa.array([f"i{n}" for n in range(NUM_ITEMS)]), counts)
+    assert len(list(path.glob("part-*.parquet"))) > 2
+    return path
+
+
+def first_epoch(loader: TrainLoader) -> list[SequenceBatch]:
+    batches = []
+    with closing(loader.stream()) as stream:
+        for batch in stream:
+            batches.append(batch.sequences)
+            if batch.is_last:
+                break
+    return batches
+
+
+def cut(histories: Histories, protocol: str) -> list[tuple[int, dict[str, int]]]:
+    """(number of training events, place of the target of each split) of each user."""
+    times = sorted(time for _, stamps in histories for time in stamps)
+    cut_off = times[int(len(times) * (1 - FRACTION))]
+    cuts: list[tuple[int, dict[str, int]]] = []
+    for items, stamps in histories:
+        n = len(items)
+        if protocol == "leave_one_out":
+            cuts.append((n - 1, {"test": n - 1} if n >= 2 else {}))
+        elif protocol == "leave_two_out":
+            cuts.append((max(0, n - 2), {"valid": n - 2, "test": n - 1} if n >= 3 else {}))
+        else:
+            older = sum(time < cut_off for time in stamps)
+            targets = {"valid": older - 1} if older >= 2 else {}
+            if older >= 1 and older < n:
+                targets["test"] = older
+            cuts.append((older - 1 if older >= 2 else older, targets))
+    return cuts
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize(("tokens_per_batch", "stride"), [(None, None), (20, None), (None, 10), (20, 4)])
+def test_every_target_is_trained_on_once_an_epoch(
+    folder: Path, histories: Histories, protocol: str, world_size: int, tokens_per_batch: int | None, stride: int | None
+) -> None:
+    """Of each user's newest window, or with a stride of the whole history; each with as much history as there is."""
+    dataset, max_seq_len = PreparedDataset.open(folder), 10
+    expected = {}
+    for user, ((items, times), (n, _)) in enumerate(zip(histories, cut(histories, protocol), strict=True)):
+        for target in range(1, n) if stride else range(max(1, n - max_seq_len), n):
+            expected[user, target] = (items[target - 1], items[target], times[target - 1], times[target])
+    found = {}
+    numbers = set()
+    for rank in range(world_size):
+        loader = TrainLoader(
+            dataset,
+            protocol,
+            max_seq_len=max_seq_len,
+            batch_size=3,
+            tokens_per_batch=tokens_per_batch,
+            window_stride=stride,
+            rank=rank,
+            world_size=world_size,
+            seed=1,
+            global_time_test_fraction=FRACTION,
+        )
+        batches = first_epoch(loader)
+        assert len(batches) == loader.num_batches(0)
+        numbers.add(len(batches))
+        for batch in batches:
+            assert batch.seq_offsets.dtype == batch.item_ids.dtype == batch.timestamps.dtype == torch.int64
+            trained = torch.ones_like(batch.item_ids).bool() if batch.trained is None else batch.trained
+            assert batch.num_targets == trained.sum()
+            offsets = batch.seq_offsets.tolist()
+            for place, user in enumerate(batch.user_rows.tolist()):
+                begin, end = offsets[place], offsets[place + 1]
+                assert 1 <= end - begin <= max_seq_len
+                times = batch.timestamps[begin + place : end + place + 1].tolist()
+                token_items, targets = batch.item_ids[begin:end].tolist(), batch.target_ids[begin:end].tolist()
+                assert token_items[1:] == targets[:-1]
+                last = place_of(histories[user], token_items, targets[-1], times)
+                for token in range(end - begin):
+                    target = last - (end - begin - 1 - token)
+                    history = min(target, max_seq_len)
+                    # A stride of S leaves each target N - S tokens of history, where it has as many.
+                    assert (
+                        token + 1 >= (min(history, max_seq_len - stride + 1) if stride else 1)
+                        or not trained[begin + token]
+                    )
+                    if trained[begin + token]:
+                        assert (user, target) not in found
+                        found[user, target] = (token_items[token], targets[token], times[token], times[token + 1])
+    assert found == expected
+    assert len(numbers) == 1
+
+
+def place_of(history: tuple[list[int], list[int]], items: list[int], target: int, times: list[int]) -> int:
+    """Where in the history the window ends whose items, last target and times these are."""
+    wanted = list(zip([*items, target], times, strict=True))
+    events = list(zip(*history, strict=True))
+    (end,) = (n for n in range(len(events) + 1) if events[max(0, n - len(wanted)) : n] == wanted)
+    return end - 1
+
+
+@pytest.mark.parametrize("tokens_per_batch", [None, 20])
+def test_the_stream_goes_on_from_any_place_whatever_the_readers(folder: Path, tokens_per_batch: int | None) -> None:
+    dataset = PreparedDataset.open(folder)
+
+    def taken(readers: int, epoch: int, first: int, number: int) -> list[tuple[int, int, bool, list[int]]]:
+        loader = TrainLoader(
+            dataset,
+            "leave_one_out",
+            max_seq_len=10,
+            batch_size=4,
+            tokens_per_batch=tokens_per_batch,
+            seed=2,
+            readers=readers,
+        )
+        with closing(loader.stream(epoch, first)) as stream:
+            some = itertools.islice(stream, number)
+            return [(batch.epoch, batch.end, batch.is_last, batch.sequences.user_rows.tolist()) for batch in some]
+
+    whole = taken(1, 0, 0, 12)
+    assert {epoch for epoch, *_ in whole} >= {0, 1, 2}
+    assert taken(3, 0, 0, 12) == whole
+    for place in (3, 5, 8):
+        epoch, end, is_last, _ = whole[place - 1]
+        assert taken(2, epoch + is_last, 0 if is_last else end, 12 - place) == whole[place:]
+    first = [user for epoch, _, _, users in whole if epoch == 0 for user in users]
+    second = [user for epoch, _, _, users in whole if epoch == 1 for user in users]
+    assert sorted(first) == sorted(second) and first != second
+
+
+@pytest.mark.parametrize("tokens_per_batch", [None, 10])
+def test_what_is_left_of_an_epoch_is_the_same_on_any_number_of_processes(
+    folder: Path, tokens_per_batch: int | None
+) -> None:
+    """Trained on by 2, then 3, then 1 process, every sequence is used once, in the order of one process."""
+    dataset = PreparedDataset.open(folder)
+
+    def taken(world_size: int, epoch: int, first: int, number: int) -> tuple[list[set[int]], int, bool]:
+        """Users of each global batch, and how far the epoch is then."""
+        loaders = [
+            TrainLoader(
+                dataset,
+                "leave_one_out",
+                max_seq_len=10,
+                batch_size=1,
+                tokens_per_batch=tokens_per_batch,
+                rank=rank,
+                world_size=world_size,
+                seed=7,
+            )
+            for rank in range(world_size)
+        ]
+        batches, end, is_last = [], first, False
+        streams = [loader.stream(epoch, first) for loader in loaders]
+        for row in itertools.islice(zip(*streams, strict=True), number):
+            assert len({(batch.epoch, batch.end, batch.is_last) for batch in row}) == 1
+            users = [user for batch in row for user in batch.sequences.user_rows.tolist()]
+            assert len(set(users)) == len(users)
+            if row[0].epoch > epoch:
+                break
+            batches.append(set(users))
+            end, is_last = row[0].end, row[0].is_last
+        for stream in streams:
+            stream.close()
+        return batches, end, is_last
+
+    for epoch in (0, 3):
+        whole, end, is_last = taken(1, epoch, 0, 1000)
+        assert is_last and end == 12
+        first, end, is_last = taken(2, epoch, 0, 2)
+        assert not is_last
+        second, end, is_last = taken(3, epoch, end, 1)
+        assert not is_last
+        rest, end, is_last = taken(1, epoch, end, 1000)
+        assert is_last and end == 12
+        order = [user for batch in whole for user in batch]
+        assert sorted(user for batch in first + second + rest for user in batch) == sorted(order)
+        if tokens_per_batch is None:  # one sequence a process: the order itself can be seen
+            assert first == [set(order[:2]), set(order[2:4])] and second == [set(order[4:7])]
+            assert rest == [{user} for user in order[7:]]
+    assert taken(1, 0, 0, 1000)[0] != taken(1, 3, 0, 1000)[0]
+
+
+@pytest.mark.parametrize(
+    ("stride", "sequences", "targets"), [(None, 2, 1003), (1000, 201, 200_001), (300, 666, 200_001)]
+)
+def test_a_history_of_200_thousand_events(tmp_path: Path, stride: int | None, sequences: int, targets: int) -> None:
+    lengths = np.array([200_000, 5])
+    items = np.arange(lengths.sum()) % NUM_ITEMS
+    with DatasetWriter(tmp_path / "set") as writer:
+        writer.add(pa.array([1, 2]), np.array([0, *np.cumsum(lengths)]), items, np.arange(items.size))
+        writer.finish({"name": "t", "sort_rule": "stable"}, pa.array(range(NUM_ITEMS)), np.bincount(items))
+    dataset = PreparedDataset.open(tmp_path / "set")
+    loader = TrainLoader(dataset, "leave_one_out", max_seq_len=1000, batch_size=16, window_stride=stride)
+    batches = first_epoch(loader)
+    assert sum(batch.num_sequences for batch in batches) == sequences
+    assert sum(batch.num_targets for batch in batches) == targets
+    assert max(int(batch.seq_offsets.diff().max()) for batch in batches) == 1000
+    (batch,) = EvaluationLoader(dataset, "leave_one_out", "test", max_seq_len=1000, batch_size=2).batches()
+    assert batch.seen_offsets.tolist() == [0, 199_999, 200_003]
+    assert batch.sequences.seq_offsets.tolist() == [0, 1000, 1004]
+    assert batch.targets.tolist() == [items[199_999], items[-1]]
+    assert batch.sequences.timestamps[1000] == 199_999
+
+
+def test_token_budget_is_kept_and_used(folder: Path) -> None:
+    loader = TrainLoader(
+        PreparedDataset.open(folder), "leave_one_out", max_seq_len=10, batch_size=1, tokens_per_batch=20, seed=3
+    )
+    tokens = [batch.num_tokens for batch in first_epoch(loader)]
+    assert max(tokens) <= 20
+    assert all(first + 10 > 20 for first in tokens[:-1])  # another sequence has at most 10 tokens: none fitted
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_evaluation_ranks_each_target_once_after_its_whole_history(
+    folder: Path, histories: Histories, protocol: str, world_size: int
+) -> None:
+    dataset, max_seq_len = PreparedDataset.open(folder), 8
+    for split in dataset.splits(protocol):
+        expected = {
+            user: (items[max(0, place - max_seq_len) : place], items[:place], items[place], times[place])
+            for user, ((items, times), (_, targets)) in enumerate(zip(histories, cut(histories, protocol), strict=True))
+            if (place := targets.get(split)) is not None
+        }
+        assert expected
+        found = {}
+        for rank in range(world_size):
+            loader = EvaluationLoader(
+                dataset,
+                protocol,
+                split,
+                max_seq_len=max_seq_len,
+                batch_size=4,
+                rank=rank,
+                world_size=world_size,
+                global_time_test_fraction=FRACTION,
+            )
+            batches = list(loader.batches())
+            assert len(batches) == -(-len(expected) // (4 * world_size))
+            for batch in batches:
+                offsets, seen = batch.sequences.seq_offsets.tolist(), batch.seen_offsets.tolist()
+                for place, user in enumerate(batch.sequences.user_rows.tolist()):
+                    assert user not in found
+                    found[user] = (
+                        batch.sequences.item_ids[offsets[place] : offsets[place + 1]].tolist(),
+                        batch.seen_ids[seen[place] : seen[place + 1]].tolist(),
+                        batch.targets[place].item(),
+                        batch.sequences.timestamps[offsets[place + 1] + place].item(),
+                    )
+        assert found == expected
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_training_counts_leave_out_what_is_held_out(folder: Path, histories: Histories, protocol: str) -> None:
+    counts = PreparedDataset.open(folder).training_counts(protocol, FRACTION)
+    kept = [item for (items, _), (n, _) in zip(histories, cut(histories, protocol), strict=True) for item in items[:n]]
+    assert counts.tolist() == np.bincount(kept, minlength=NUM_ITEMS).tolist()
+
+
+def test_hash_of_targets_tells_other_targets(folder: Path) -> None:
+    import hashlib
+
+    dataset = PreparedDataset.open(folder)
+    rows, positions = dataset.targets("leave_two_out", "test", FRACTION)
+    items = dataset.read(positions, np.ones_like(positions))["item"]
+    text = "".join(f"{row + 100}\ti{item}\n" for row, item in zip(rows, items, strict=True))
+    assert dataset.targets_sha256("leave_two_out", "test", FRACTION) == hashlib.sha256(text.encode()).hexdigest()
+    hashes = {dataset.targets_sha256(p, s, FRACTION) for p in PROTOCOLS for s in dataset.splits(p)}
+    assert len(hashes) == 5
+
+
+def rewrite(part: Path, **columns: object) -> None:
+    table = pq.read_table(part)
+    for name, value in columns.items():
+        place = table.column_names.index(name)
+        table = table.set_column(place, name, pa.array(value))
+    pq.write_table(table, part)
+
+
+def damage_item(folder: Path) -> None:
+    items = pq.read_table(folder / "part-00000.parquet")["item_ids"].to_pylist()
+    items[3][1] = NUM_ITEMS
+    rewrite(folder / "part-00000.parquet", item_ids=items)
+
+
+def damage_time(folder: Path) -> None:
+    times = pq.read_table(folder / "part-00000.parquet")["timestamps"].to_pylist()
+    times[4][2] = times[4][1] - 1
+    rewrite(folder / "part-00000.parquet", timestamps=times)
+
+
+def damage_null(folder: Path) -> None:
+    times = pq.read_table(folder / "part-00000.parquet")["timestamps"].to_pylist()
+    times[2][0] = None
+    rewrite(folder / "part-00000.parquet", timestamps=times)
+
+
+def damage_type(folder: Path) -> None:
+    items = pq.read_table(folder / "part-00000.parquet")["item_ids"].to_pylist()
+    rewrite(folder / "part-00000.parquet", item_ids=[[str(item) for item in row] for row in items])
+
+
+def damage_length(folder: Path) -> None:
+    items = pq.read_table(folder / "part-00000.parquet")["item_ids"].to_pylist()
+    rewrite(folder / "part-00000.parquet", item_ids=[*items[:1], items[1][:-1], *items[2:]])
+
+
+def truncate(folder: Path) -> None:
+    part = folder / "part-00001.parquet"
+    part.write_bytes(part.read_bytes()[:200])
+
+
+def damage_part(folder: Path) -> None:
+    info = json.loads((folder / "dataset.json").read_text())
+    del info["parts"][1]["events"]
+    (folder / "dataset.json").write_text(json.dumps(info))
+
+
+def add_user(folder: Path) -> None:
+    table = pq.read_table(folder / "part-00001.parquet")
+    pq.write_table(pa.concat_tables([table, table[:1]]), folder / "part-00001.parquet")
+
+
+def add_event(folder: Path, change: int = 1) -> None:
+    lists = pq.read_table(folder / "part-00001.parquet").to_pydict()
+    for name in ("item_ids", "timestamps"):
+        last = lists[name][-1]
+        lists[name][-1] = last + last[-1:] if change > 0 else last[:-1]
+    rewrite(folder / "part-00001.parquet", item_ids=lists["item_ids"], timestamps=lists["timestamps"])
+
+
+def remove_event(folder: Path) -> None:
+    add_event(folder, -1)
+
+
+def damage_counts(folder: Path) -> None:
+    info = json.loads((folder / "dataset.json").read_text())
+    (folder / "dataset.json").write_text(json.dumps(info | {"num_events": 7}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (damage_item, r"part-00000.parquet: row 3: item index 40, expected 0 to 39"),
+        (damage_time, r"part-00000.parquet: row 4: timestamp \d+ follows \d+, expected no fall"),
+        (damage_null, r"part-00000.parquet: row 2: timestamps has a null"),
+        (damage_type, r"part-00000.parquet: column 'item_ids' holds list<.*string>, expected list<int64>"),
+        (damage_length, r"part-00000.parquet: row 1: not as many timestamps as item_ids"),
+        (truncate, r"part-00001.parquet: not a readable Parquet file, perhaps truncated"),
+        (lambda folder: (folder / "part-00001.parquet").unlink(), r"part-00001.parquet: no such file"),
+        (lambda folder: (folder / "dataset.json").unlink(), r"dataset.json: no such file"),
+        (lambda folder: (folder / "dataset.json").write_text("{"), r"dataset.json: not JSON"),
+        (lambda folder: (folder / "dataset.json").write_text("{}"), r"dataset.json: no name"),
+        (damage_part, r"dataset.json: no parts\[1\].events \(int\)"),
+        (add_user, r"part-00001.parquet: \d+ rows, dataset.json says \d+"),
+        (add_event, r"part-00001.parquet: more than the \d+ events that dataset.json says"),
+        (remove_event, r"part-00001.parquet: \d+ events, dataset.json says \d+"),
+        (lambda folder: (folder / "items.parquet").unlink(), r"items.parquet: no such file"),
+        (damage_counts, r"dataset.json: num_events is 7, its parts hold \d+"),
+    ],
+)
+@pytest.mark.parametrize("opened_before", [False, True])
+def test_damage_is_named_by_file_and_row(folder: Path, damage: object, message: str, opened_before: bool) -> None:
+    if opened_before:  # the events lie in the flat file by now
+        PreparedDataset.open(folder)
+    damage(folder)  # type: ignore[operator]
+    with pytest.raises(UserError, match=message):
+        PreparedDataset.open(folder)
+
+
+def test_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        PreparedDataset.open(tmp_path / "nowhere")
