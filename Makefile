@@ -13,7 +13,7 @@ BENCHMARKS ?= attention attention_shortcuts data_loading elementwise expert_ffn 
 	step_memory train_throughput
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-slow lint bench clean
+.PHONY: help setup train test test-slow lint docs bench clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -35,11 +35,14 @@ lint: setup ## ruff check, ruff format --check, mypy
 	@$(PYTHON_IN_VENV) -m ruff format --check .
 	@$(PYTHON_IN_VENV) -m mypy
 
+docs: setup ## build the documentation site into site/; warnings are errors
+	@.venv/bin/mkdocs build --quiet --clean
+
 bench: setup ## the benchmarks that take minutes; BENCHMARKS=attention: some of them
 	@for name in $(BENCHMARKS); do \
 		echo "== $$name"; $(PYTHON_IN_VENV) -m benchmarks.$$name || exit $$?; \
 	done
 
 clean: ## remove what the tools left behind (not .venv, datasets/ or runs/)
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find mme kernels launcher benchmarks tests -name __pycache__ -type d -prune -exec rm -rf {} +
