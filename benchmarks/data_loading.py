@@ -37,10 +37,11 @@ from benchmarks.prepare import processor
 from launcher.devices import DEVICES
 from launcher.shape import Shape
 from launcher.step_time import time_parts, total_s
-from mme.config import load_config
+from mme.config import DataConfig, load_config
 from mme.data.balance import deal, sequence_cost, straggler_share
 from mme.data.dataset import PreparedDataset
-from mme.data.loaders import TrainLoader
+from mme.data.loaders import TrainLoader, Worker
+from mme.data.split import Split
 from mme.prepare.writer import DatasetWriter
 
 USERS_AT_ONCE = 20_000
@@ -107,7 +108,8 @@ def in_process(function: Any, *arguments: Any) -> Any:
 
 
 def loader_of(dataset: PreparedDataset, world_size: int, max_seq_len: int) -> TrainLoader:
-    return TrainLoader(dataset, "leave_two_out", max_seq_len=max_seq_len, batch_size=BATCH_SIZE, world_size=world_size)
+    data = DataConfig(max_seq_len=max_seq_len, batch_size=BATCH_SIZE)
+    return TrainLoader(dataset, data, Worker(0, world_size, torch.device("cpu")))
 
 
 def reader_rate(folder: Path, world_size: int, max_seq_len: int) -> dict[str, Any]:
@@ -190,12 +192,12 @@ def memory_of(folder: Path) -> dict[str, Any]:
             pass
 
     def evaluate() -> None:
-        dataset.training_counts("leave_two_out", 0.1)
-        dataset.targets_sha256("leave_two_out", "test", 0.1)
+        dataset.training_counts(Split("leave_two_out"))
+        dataset.targets_sha256(Split("leave_two_out"), "test")
 
     measured("200_batches_of_one_of_8_ranks", train)
     measured("counts_and_hash", evaluate)
-    measured("global_time_cut", lambda: dataset.train_ends("global_time", 0.1))
+    measured("global_time_cut", lambda: dataset.train_ends(Split("global_time")))
     return figures
 
 

@@ -40,6 +40,10 @@ class DataConfig:
     readers: int = 1  # threads that assemble batches ahead
     cache_dir: Optional[str] = None  # where the flat file of the events is kept; default: in the data set's folder
 
+    def history_len(self, has_user_token: bool) -> int:
+        """The most events of a history that are read: N, or N - 1 where a user's token stands before them."""
+        return self.max_seq_len - has_user_token
+
 
 @dataclass
 class MoEConfig:
@@ -187,8 +191,8 @@ class Config:
 
     @property
     def history_len(self) -> int:
-        """The most events of a history that are read: N, or N − 1 where a user's token stands before them."""
-        return self.data.max_seq_len - bool(self.model.user_features)
+        """See `DataConfig.history_len`."""
+        return self.data.history_len(bool(self.model.user_features))
 
 
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:

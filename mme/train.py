@@ -16,7 +16,9 @@ from mme.config import CONFIG_FILE, Config, flat, load_config, save_config, vali
 from mme.data.balance import attention_equals_rest_at
 from mme.data.batch import SequenceBatch
 from mme.data.dataset import PreparedDataset
-from mme.data.loaders import Features, TrainLoader
+from mme.data.features import Features
+from mme.data.loaders import TrainLoader
+from mme.data.split import Part, Split
 from mme.distributed import checkpoint
 from mme.distributed.checkpoint import Progress
 from mme.distributed.checkpoint_writer import CheckpointWriter
@@ -59,7 +61,7 @@ class Training:
 
     def __init__(self, config: Config, dataset: PreparedDataset, world: World, preemption: Preemption) -> None:
         self.config, self.dataset, self.world, self.preemption = config, dataset, world, preemption
-        self.run_folder = Path(config.output_dir)
+        self.run_folder, self.split = Path(config.output_dir), Split.of(config.data)
         self.watchdog = Watchdog(self.run_folder, world, config.train.hang_timeout_s)
         self.recommender = Recommender(
             config, dataset.num_items, world, dataset.feature_sizes(config.model.feature_columns)
@@ -77,23 +79,22 @@ class Training:
             )
         counts = None
         if config.loss.needs_training_counts:
-            counts = dataset.training_counts(config.data.protocol, config.data.global_time_test_fraction)
+            counts = dataset.training_counts(self.split)
         self.step = TrainStep(config, self.recommender, self.engine, self.total_steps, counts)
         self.pace = Pace(world)
         self.skipped = self.skipped_in_a_row = 0
         self._look_up_targets()
-        self.select_split = "valid" if "valid" in dataset.splits(config.data.protocol) else "test"
 
     def _look_up_targets(self) -> None:
         """Before anything is trained: there must be some, and the data set may be replaced while the job runs."""
-        data, dataset = self.config.data, self.dataset
-        for split in dataset.splits(data.protocol):
-            rows, _ = dataset.targets(data.protocol, split, data.global_time_test_fraction)
+        for part in self.split.held_out:
+            rows, _ = self.dataset.targets(self.split, part)
             if not rows.size:
                 raise UserError(
-                    f"{data.path}: no user has an event for the {split} split of data.protocol={data.protocol}"
+                    f"{self.config.data.path}: no user has an event for the {part} split of "
+                    f"data.protocol={self.split.protocol}"
                 )
-            dataset.targets_sha256(data.protocol, split, data.global_time_test_fraction)  # kept by the data set
+            self.dataset.targets_sha256(self.split, part)  # kept by the data set
 
     def run(self) -> list[dict[str, Any]]:
         config, world = self.config, self.world
@@ -291,12 +292,12 @@ class Training:
 
     def _evaluate_and_save(self, monitor: Monitor, progress: Progress) -> None:
         try:
-            records = self._evaluate(self.select_split, progress.step)
+            records = self._evaluate(self.split.selection, progress.step)
         except Preempted:
             self._save_and_stop(progress)
         for record in records:
             monitor.evaluation(record)
-        score = records[0]["ndcg@10"] if self.select_split == "valid" else None
+        score = records[0]["ndcg@10"] if self.split.selection == "valid" else None
         self.writer.save(replace(progress, evaluate=False, score=score))
 
     def _test(self, monitor: Monitor) -> list[dict[str, Any]]:
@@ -308,7 +309,7 @@ class Training:
         return records
 
     @region("evaluation")
-    def _evaluate(self, split: str, step: int) -> list[dict[str, Any]]:
+    def _evaluate(self, part: Part, step: int) -> list[dict[str, Any]]:
         """Raises Preempted, on all ranks, where one of them has been asked to stop."""
 
         def before_batch() -> None:
@@ -316,7 +317,7 @@ class Training:
             if self.world.sum(torch.tensor(int(self.preemption.requested), device=self.world.device)):
                 raise Preempted(f"asked to stop while step {step} was evaluated; the same command goes on from there")
 
-        return evaluate(self.recommender, self.dataset, self.config, split, step, before_batch)
+        return evaluate(self.recommender, self.dataset, self.config, part, step, before_batch)
 
     def _total_steps(self, progress: Progress) -> int:
         """Steps until `train.steps` or `train.epochs` is reached, whichever is first, those up to ``progress`` included."""
@@ -337,20 +338,11 @@ def rank_batch(config: Config) -> str:
 
 
 def train_loader(dataset: PreparedDataset, config: Config, world: World) -> TrainLoader:
-    data = config.data
     return TrainLoader(
         dataset,
-        data.protocol,
-        max_seq_len=config.history_len,
-        batch_size=data.batch_size,
-        tokens_per_batch=data.tokens_per_batch,
-        window_stride=(data.window_stride or config.history_len) if data.windows == "sliding" else None,
-        rank=world.rank,
-        world_size=world.size,
+        config.data,
+        world,
+        Features.of(config.model),
         seed=config.train.seed,
-        readers=data.readers,
-        device=world.device,
-        global_time_test_fraction=data.global_time_test_fraction,
         attention_equals_rest_at=attention_equals_rest_at(config.model),
-        features=Features(config.model.event_features, config.model.user_features),
     )

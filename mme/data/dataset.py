@@ -1,4 +1,4 @@
-"""A prepared training set (layout: `mme.data.parts`): its events on demand, and how each protocol cuts it."""
+"""A prepared training set (layout: `mme.data.parts`): its events on demand, and its division by a `Split`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,8 @@ from mme.data.event_file import EventFile, Records, open_event_file
 from mme.data.features import feature_sizes
 from mme.data.numbering import numbering_sha256, read_item_ids
 from mme.data.parts import IntArray, read_info, read_user_ids
+from mme.data.split import Part, Split
 
-SPLITS = {
-    "leave_one_out": ["test"],
-    "leave_two_out": ["valid", "test"],
-    "global_time": ["valid", "test"],
-}
 TIME_BUCKETS = 1 << 16  # that a pass over all times counts in
 
 
@@ -95,59 +91,41 @@ class PreparedDataset:
         """
         return self.events.read(starts, lengths)
 
-    def splits(self, protocol: str) -> list[str]:
-        """The splits that have targets, besides training."""
-        return SPLITS[protocol]
-
-    def train_ends(self, protocol: str, fraction: float) -> IntArray:
+    def train_ends(self, split: Split) -> IntArray:
         """(num_users,) where each user's training events end (excluded), in the flat events."""
-        begin, end = self.user_offsets[:-1], self.user_offsets[1:]
-        if protocol == "global_time":
-            num_older = self._num_older(fraction)
-            return begin + num_older - (num_older >= 2)
-        return np.maximum(begin, end - (1 if protocol == "leave_one_out" else 2))
+        return split.train_ends(self.user_offsets, self._num_older)
 
-    def targets(self, protocol: str, split: str, fraction: float) -> tuple[IntArray, IntArray]:
-        """User rows that have a target in ``split``, and the target's position in the flat events."""
-        begin, end = self.user_offsets[:-1], self.user_offsets[1:]
-        if protocol == "global_time":
-            num_older = self._num_older(fraction)
-            has_one = num_older >= 2 if split == "valid" else (num_older >= 1) & (begin + num_older < end)
-            position = begin + num_older - (1 if split == "valid" else 0)
-        else:
-            # Of leave_two_out the same users are validated and tested.
-            has_one = end - begin >= (2 if protocol == "leave_one_out" else 3)
-            position = end - (2 if split == "valid" else 1)
-        rows = np.flatnonzero(has_one)
-        return rows, position[rows]
+    def targets(self, split: Split, part: Part) -> tuple[IntArray, IntArray]:
+        """User rows that have a target in ``part``, and the target's position in the flat events."""
+        return split.targets(part, self.user_offsets, self._num_older)
 
-    def training_counts(self, protocol: str, fraction: float) -> Tensor:
+    def training_counts(self, split: Split) -> Tensor:
         """(num_items,) int64, how often each item occurs in the training events."""
-        return self._training_counts(protocol, fraction)
+        return self._training_counts(split)
 
-    def targets_sha256(self, protocol: str, split: str, fraction: float) -> str:
+    def targets_sha256(self, split: Split, part: Part) -> str:
         """SHA-256 of the lines "user_id<TAB>item_id<LF>" in raw ids, UTF-8, in the order of the users' rows.
 
-        Raw ids make it the same for any numbering of the items, so that results of different programs compare.
+        Raw ids make it independent of how items are numbered, so that results of different programs can be compared.
         """
-        return self._targets_sha256(protocol, split, fraction)
+        return self._targets_sha256(split, part)
 
-    def _compute_training_counts(self, protocol: str, fraction: float) -> Tensor:
+    def _compute_training_counts(self, split: Split) -> Tensor:
         counts = np.zeros(self.num_items, np.int64)
-        train_end = self.train_ends(protocol, fraction)
+        train_ends = self.train_ends(split)
         for first, last, events in self.events.scan():
             begin = self.user_offsets[first]
-            ends = np.repeat(train_end[first:last] - begin, np.diff(self.user_offsets[first : last + 1]))
+            ends = np.repeat(train_ends[first:last] - begin, np.diff(self.user_offsets[first : last + 1]))
             np.add.at(counts, events["item"][np.arange(events.size) < ends], 1)
         return torch.from_numpy(counts)
 
-    def _compute_targets_sha256(self, protocol: str, split: str, fraction: float) -> str:
-        rows, positions = self.targets(protocol, split, fraction)
+    def _compute_targets_sha256(self, split: Split, part: Part) -> str:
+        rows, positions = self.targets(split, part)
         raw_items = read_item_ids(self.folder)
         digest = hashlib.sha256()
         first = 0
-        for part in self.info["parts"]:
-            for user_ids in read_user_ids(self.folder, part):
+        for file in self.info["parts"]:
+            for user_ids in read_user_ids(self.folder, file):
                 here = slice(*np.searchsorted(rows, [first, first + len(user_ids)]))
                 items = self.read(positions[here], np.ones_like(positions[here]))["item"]
                 lines = pc.binary_join_element_wise(

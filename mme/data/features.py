@@ -9,7 +9,8 @@ prepared with stays when events are added, and new values come behind.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,27 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mme.config import USER_ID
+from mme.config import USER_ID, ModelConfig
 from mme.data.layout import FEATURE_PREFIX, FEATURES_FILE
 from mme.errors import UserError, first_line
 
 MOST_VALUES = 1_000_000  # of a column: they are kept in memory, and each has a row in the model's tables
 TRAILING_ZEROS = r"^([+-]?\d+)\.0+$"
+
+
+@dataclass(frozen=True)
+class Features:
+    """The columns of the data set that batches carry: of events, and of users, where `user_id` is the user."""
+
+    events: Sequence[str] = ()
+    users: Sequence[str] = ()
+
+    @classmethod
+    def of(cls, model: ModelConfig) -> Features:
+        return cls(model.event_features, model.user_features)
+
+
+NO_FEATURES = Features()
 
 
 class Vocabulary:

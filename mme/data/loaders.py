@@ -6,7 +6,7 @@ Legend: B sequences, N max_seq_len, T tokens.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -16,27 +16,26 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from mme.config import USER_ID
+from mme.config import USER_ID, DataConfig
 from mme.data.balance import deal, sequence_cost
 from mme.data.batch import EvaluationBatch, SequenceBatch
 from mme.data.dataset import PreparedDataset
 from mme.data.event_file import Records
-from mme.data.features import parts_column
+from mme.data.features import NO_FEATURES, Features, parts_column
 from mme.data.parts import IntArray
 from mme.data.prefetch import prefetch
+from mme.data.split import Part, Split
 from mme.data.windows import Windows
 from mme.errors import UserError
 
 
 @dataclass(frozen=True)
-class Features:
-    """Columns of the data set that batches carry: of events, and of users, where `user_id` is the user."""
+class Worker:
+    """One process of a job: its rank among ``size``, and the device that its batches are copied to."""
 
-    events: Sequence[str] = ()
-    users: Sequence[str] = ()
-
-
-NO_FEATURES = Features()
+    rank: int
+    size: int
+    device: torch.device
 
 
 @dataclass(frozen=True)
@@ -64,48 +63,40 @@ class TrainLoader:
     """Batches of one rank; every sequence exactly once an epoch.
 
     A user with n ≥ 2 training events gives one sequence, the newest min(n - 1, N) tokens, each with the item that
-    follows, or with a ``window_stride`` several (`mme.data.windows`). The order of an epoch is a permutation seeded by
-    (seed, epoch), the same for any number of processes and readers. A global batch is the next ``batch_size`` ×
-    ``world_size`` sequences, or as many as fit ``tokens_per_batch`` × ``world_size`` tokens; its sequences are dealt
-    over the ranks so that the cost is even. Every rank has the same number of batches; in the last one of an epoch a
-    rank may have no sequence. ``first``, below, is how many sequences of the epoch have been trained on before: what is
-    left is the same whatever number of processes trained on them. `set_shares` keeps the global batches of another
+    follows; with `data.windows=sliding` it may give several (`mme.data.windows`). The order of an epoch is a permutation
+    seeded by (seed, epoch), the same for any number of processes and readers. A global batch is the next
+    `data.batch_size` × processes sequences, or as many as fit `data.tokens_per_batch` × processes tokens; its sequences
+    are dealt to the ranks so that the cost is even. Every rank has the same number of batches; in the last batch of an
+    epoch a rank may have no sequence. ``first``, below, is the number of sequences of the epoch already trained on: the
+    remainder does not depend on how many processes trained on them. `set_shares` keeps the global batches of another
     number of processes.
     """
 
     def __init__(
         self,
         dataset: PreparedDataset,
-        protocol: str,
-        *,
-        max_seq_len: int,
-        batch_size: int,
-        tokens_per_batch: int | None = None,
-        window_stride: int | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        readers: int = 1,
-        device: torch.device | None = None,
-        global_time_test_fraction: float = 0.1,
-        attention_equals_rest_at: int = 528,
+        data: DataConfig,
+        worker: Worker,
         features: Features = NO_FEATURES,
+        *,
+        seed: int = 0,
+        attention_equals_rest_at: int = 528,
     ) -> None:
-        self.dataset, self.features, self.attention_equals_rest_at = dataset, features, attention_equals_rest_at
-        self.batch_size, self.tokens_per_batch = batch_size, tokens_per_batch
-        self.rank, self.world_size, self.seed = rank, world_size, seed
-        self._prefetch = partial(prefetch, readers=readers, device=device)
-        train_end = dataset.train_ends(protocol, global_time_test_fraction)
-        self.windows = Windows(dataset.user_offsets[:-1], train_end, max_seq_len, window_stride)
+        """``attention_equals_rest_at``: see `mme.data.balance`."""
+        self.dataset, self.data, self.worker, self.features = dataset, data, worker, features
+        self.seed, self.attention_equals_rest_at = seed, attention_equals_rest_at
+        history_len = data.history_len(bool(features.users))
+        stride = (data.window_stride or history_len) if data.windows == "sliding" else None
+        train_ends = dataset.train_ends(Split.of(data))
+        self.windows = Windows(dataset.user_offsets[:-1], train_ends, history_len, stride)
         if not len(self.windows):
-            raise UserError(f"{dataset.folder}: no user has two training events under data.protocol {protocol}")
+            raise UserError(f"{dataset.folder}: no user has two training events under data.protocol {data.protocol}")
         self._order = lru_cache(maxsize=2)(self._compute_order)
         self._bounds = lru_cache(maxsize=2)(self._compute_bounds)
-        self.set_shares(world_size)
+        self.set_shares(worker.size)
 
     def set_shares(self, shares: int) -> None:
-        """From here on a global batch is ``shares``, not ``world_size``, times what ``batch_size`` or ``tokens_per_batch``
-        says."""
+        """From here on a global batch is ``shares`` times, not processes times, what `data` asks for on each rank."""
         self.shares = shares
         self._bounds.cache_clear()
 
@@ -119,7 +110,8 @@ class TrainLoader:
             for number in itertools.count(epoch)
             for begin, end in itertools.pairwise(self.bounds(number, first if number == epoch else 0).tolist())
         )
-        return self._prefetch(partial(self._train_batch, *place) for place in places)
+        makers = (partial(self._train_batch, *place) for place in places)
+        return prefetch(makers, self.data.readers, self.worker.device)
 
     def bounds(self, epoch: int, first: int = 0) -> IntArray:
         """Where each global batch begins in the order of the epoch, with the end of the last."""
@@ -129,7 +121,9 @@ class TrainLoader:
         """This rank's sequences of the global batch from ``begin`` to ``end`` in the order of the epoch."""
         chosen = self._order(epoch)[begin:end].astype(np.int64)
         whole = self.windows.take(chosen)
-        is_mine = deal(sequence_cost(whole.lengths, self.attention_equals_rest_at), self.world_size) == self.rank
+        is_mine = (
+            deal(sequence_cost(whole.lengths, self.attention_equals_rest_at), self.worker.size) == self.worker.rank
+        )
         rows, starts, lengths, context = (values[is_mine] for values in whole)
         return _assemble(self.dataset.read(starts, lengths + 1), rows, lengths, context, self.features)
 
@@ -145,59 +139,51 @@ class TrainLoader:
 
     def _compute_bounds(self, epoch: int, first: int) -> IntArray:
         size = len(self.windows)
-        if self.tokens_per_batch is None:
-            return np.append(np.arange(first, size, self.batch_size * self.shares), size)
+        if self.data.tokens_per_batch is None:
+            return np.append(np.arange(first, size, self.data.batch_size * self.shares), size)
         tokens = np.cumsum(self.windows.take(self._order(epoch).astype(np.int64)).lengths)
         bounds = [first]
         while bounds[-1] < size:
             used = int(tokens[bounds[-1] - 1]) if bounds[-1] else 0
-            fits = int(np.searchsorted(tokens, used + self.tokens_per_batch * self.shares, side="right"))
+            fits = int(np.searchsorted(tokens, used + self.data.tokens_per_batch * self.shares, side="right"))
             bounds.append(max(fits, bounds[-1] + 1))
         return np.array(bounds)
 
 
 class EvaluationLoader:
-    """Batches of one rank for one split: each user with a target once, in the order of the users' rows.
+    """Batches of one rank for one held-out part: each user with a target once, in the order of the users' rows.
 
-    Every rank has the same number of batches; a rank may have no history in the last one.
+    Every rank has the same number of batches; in the last one a rank may have no history.
     """
 
     def __init__(
         self,
         dataset: PreparedDataset,
-        protocol: str,
-        split: str,
-        *,
-        max_seq_len: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        readers: int = 1,
-        device: torch.device | None = None,
-        global_time_test_fraction: float = 0.1,
+        data: DataConfig,
+        part: Part,
+        worker: Worker,
         features: Features = NO_FEATURES,
     ) -> None:
-        self.dataset, self.features = dataset, features
-        self.max_seq_len, self.batch_size = max_seq_len, batch_size
-        self.rank, self.world_size = rank, world_size
-        self._prefetch = partial(prefetch, readers=readers, device=device)
-        self.user_rows, self.positions = dataset.targets(protocol, split, global_time_test_fraction)
+        self.dataset, self.data, self.worker, self.features = dataset, data, worker, features
+        self.history_len = data.history_len(bool(features.users))
+        self.user_rows, self.positions = dataset.targets(Split.of(data), part)
 
     def num_batches(self) -> int:
-        return -(-self.user_rows.size // (self.batch_size * self.world_size))
+        return -(-self.user_rows.size // (self.data.eval_batch_size * self.worker.size))
 
     def batches(self) -> Generator[EvaluationBatch, None, None]:
         """All batches, made ahead by the readers."""
-        return self._prefetch(partial(self.batch, index) for index in range(self.num_batches()))
+        makers = (partial(self.batch, index) for index in range(self.num_batches()))
+        return prefetch(makers, self.data.readers, self.worker.device)
 
     def batch(self, index: int) -> EvaluationBatch:
-        size = self.batch_size * self.world_size
-        chosen = slice(index * size + self.rank, (index + 1) * size, self.world_size)
+        size = self.data.eval_batch_size * self.worker.size
+        chosen = slice(index * size + self.worker.rank, (index + 1) * size, self.worker.size)
         rows, positions = self.user_rows[chosen], self.positions[chosen]
         begins = self.dataset.user_offsets[rows]
         histories = positions - begins
         events = self.dataset.read(begins, histories + 1)
-        lengths = np.minimum(histories, self.max_seq_len)
+        lengths = np.minimum(histories, self.history_len)
         seen_offsets = _offsets(histories)
         ends = seen_offsets[1:] + np.arange(rows.size)  # where the targets stand
         is_target = np.zeros(events.size, bool)

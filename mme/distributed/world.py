@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mme.data.loaders import Worker
 from mme.errors import JobError, Preempted, UserError
 
 PATIENCE_S = 600.0  # how long a collective waits for the other ranks
@@ -24,15 +25,12 @@ STORE_ANSWERS_WITHIN_S = 10.0
 
 
 @dataclass(frozen=True)
-class World:
-    """This process among its peers.
+class World(Worker):
+    """This process and its peers.
 
     ``store``: what the processes of this group tell each other beside the collectives; any thread may ask it.
     """
 
-    rank: int
-    size: int
-    device: torch.device
     store: dist.Store
 
     def sum(self, values: Tensor) -> Tensor:

@@ -10,7 +10,9 @@ import torch
 
 from mme.config import Config, load_run_config
 from mme.data.dataset import PreparedDataset
-from mme.data.loaders import EvaluationLoader, Features
+from mme.data.features import Features
+from mme.data.loaders import EvaluationLoader
+from mme.data.split import Part, Split
 from mme.distributed.checkpoint import load_weights
 from mme.distributed.recommender import Recommender
 from mme.distributed.world import World, process_group
@@ -26,20 +28,19 @@ def evaluate(
     recommender: Recommender,
     dataset: PreparedDataset,
     config: Config,
-    split: str,
+    part: Part,
     step: int,
     before_batch: Callable[[], Any] = lambda: None,
 ) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl` for the model and for popularity on one split, the same on every rank.
+    """The records of `metrics.jsonl` for the model and for popularity on one held-out part, the same on every rank.
 
-    On the test split the model's record says under ``insight`` what it has learned, see `mme.evaluation.insight`.
+    On the test part the model's record says under ``insight`` what it has learned, see `mme.evaluation.insight`.
     ``before_batch`` is called before each batch, on every rank; what it raises ends the evaluation.
     """
-    model, popularity = _records(recommender, dataset, config, split, step, before_batch)
-    if split == "test":
-        data = config.data
-        counts = dataset.training_counts(data.protocol, data.global_time_test_fraction).to(recommender.world.device)
-        histories = _loader(recommender, dataset, config, split).batches()
+    model, popularity = _records(recommender, dataset, config, part, step, before_batch)
+    if part == "test":
+        counts = dataset.training_counts(Split.of(config.data)).to(recommender.world.device)
+        histories = _loader(recommender, dataset, config, part).batches()
         model["insight"] = insight(recommender, counts, histories, before_batch)
     return [model, popularity]
 
@@ -48,18 +49,17 @@ def _records(
     recommender: Recommender,
     dataset: PreparedDataset,
     config: Config,
-    split: str,
+    part: Part,
     step: int,
     before_batch: Callable[[], Any] = lambda: None,
 ) -> list[dict[str, Any]]:
-    data = config.data
-    by_model = target_ranks(recommender, dataset, config, split, before_batch)
+    by_model = target_ranks(recommender, dataset, config, part, before_batch)
     common = {
         "step": step,
-        "split": split,
-        "protocol": data.protocol,
+        "split": part,
+        "protocol": config.data.protocol,
         "sort_rule": dataset.info["sort_rule"],
-        "targets_sha256": dataset.targets_sha256(data.protocol, split, data.global_time_test_fraction),
+        "targets_sha256": dataset.targets_sha256(Split.of(config.data), part),
         "users": by_model["popularity"].numel(),
     }
     return [common | {"model": name} | rank_metrics(ranks) for name, ranks in by_model.items()]
@@ -69,18 +69,18 @@ def target_ranks(
     recommender: Recommender,
     dataset: PreparedDataset,
     config: Config,
-    split: str,
+    part: Part,
     before_batch: Callable[[], Any] = lambda: None,
 ) -> dict[str, torch.Tensor]:
     """The rank of each user's target, (users,) int64, by the model and then by popularity; the same on every rank.
 
-    The order of the users depends on the data, the split and the number of processes alone. ``before_batch``: see
+    The order of the users depends on the data, the part and the number of processes alone. ``before_batch``: see
     `evaluate`.
     """
-    world, data = recommender.world, config.data
-    loader = _loader(recommender, dataset, config, split)
+    world = recommender.world
+    loader = _loader(recommender, dataset, config, part)
     ranker = Ranker(recommender)
-    counts = dataset.training_counts(data.protocol, data.global_time_test_fraction).to(world.device)
+    counts = dataset.training_counts(Split.of(config.data)).to(world.device)
     model_ranks, popular_ranks = [counts[:0]], [counts[:0]]
     for batch in loader.batches():
         before_batch()
@@ -90,21 +90,8 @@ def target_ranks(
     return {MODELS[config.model.block]: torch.cat(model_ranks), "popularity": torch.cat(popular_ranks)}
 
 
-def _loader(recommender: Recommender, dataset: PreparedDataset, config: Config, split: str) -> EvaluationLoader:
-    world, data = recommender.world, config.data
-    return EvaluationLoader(
-        dataset,
-        data.protocol,
-        split,
-        max_seq_len=config.history_len,
-        batch_size=data.eval_batch_size,
-        rank=world.rank,
-        world_size=world.size,
-        readers=data.readers,
-        device=world.device,
-        global_time_test_fraction=data.global_time_test_fraction,
-        features=Features(config.model.event_features, config.model.user_features),
-    )
+def _loader(recommender: Recommender, dataset: PreparedDataset, config: Config, part: Part) -> EvaluationLoader:
+    return EvaluationLoader(dataset, config.data, part, recommender.world, Features.of(config.model))
 
 
 def load_trained(

@@ -15,13 +15,15 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from benchmarks.data_loading import in_process, memory_of
 from benchmarks.data_loading import write_set as write_large_set
+from mme.config import DataConfig
 from mme.data import event_file
 from mme.data.dataset import PreparedDataset
 from mme.data.event_file import RECORD, ReadError
-from mme.data.loaders import TrainLoader
+from mme.data.loaders import TrainLoader, Worker
 from mme.errors import UserError
 from mme.prepare.writer import DatasetWriter
 
@@ -168,7 +170,8 @@ def test_a_set_that_is_read_only(folder: Path, tmp_path: Path) -> None:
 
 
 def loader(folder: Path, readers: int = 2) -> TrainLoader:
-    return TrainLoader(PreparedDataset.open(folder), "leave_one_out", max_seq_len=10, batch_size=2, readers=readers)
+    data = DataConfig(protocol="leave_one_out", max_seq_len=10, batch_size=2, readers=readers)
+    return TrainLoader(PreparedDataset.open(folder), data, Worker(0, 1, torch.device("cpu")))
 
 
 def trained_on(folder: Path, opened: TrainLoader | None = None) -> int:

@@ -11,10 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from mme.config import DataConfig
 from mme.data.dataset import PreparedDataset
-from mme.data.features import Vocabulary, read_vocabularies
-from mme.data.loaders import EvaluationLoader, Features, TrainLoader
+from mme.data.features import Features, Vocabulary, read_vocabularies
+from mme.data.loaders import EvaluationLoader, TrainLoader, Worker
 from mme.errors import UserError
 from mme.prepare.pipeline import add_events, prepare
 
@@ -120,8 +122,10 @@ def test_batches_carry_the_values_of_the_events_read_and_none_of_the_target(fold
     features = Features(events=COLUMNS, users=["action", "user_id"])
     names = {name: [None, *v.numbers] for name, v in read_vocabularies(folder / "whole", COLUMNS).items()}
     events = list(raw_events(folder / "whole").values())
-    train = TrainLoader(dataset, "leave_one_out", max_seq_len=5, batch_size=7, features=features)
-    test = EvaluationLoader(dataset, "leave_one_out", "test", max_seq_len=5, batch_size=7, features=features)
+    data = DataConfig(protocol="leave_one_out", max_seq_len=6, batch_size=7, eval_batch_size=7)
+    worker = Worker(0, 1, torch.device("cpu"))
+    train = TrainLoader(dataset, data, worker, features)
+    test = EvaluationLoader(dataset, data, "test", worker, features)
     stream = itertools.islice(train.stream(), train.num_batches(0))
     batches = [(batch.sequences, 2) for batch in stream] + [(batch.sequences, 1) for batch in test.batches()]
     assert len(batches) > 6

@@ -13,9 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from mme.config import DataConfig
 from mme.data.batch import SequenceBatch
 from mme.data.dataset import PreparedDataset
-from mme.data.loaders import EvaluationLoader, TrainLoader
+from mme.data.loaders import EvaluationLoader, TrainLoader, Worker
+from mme.data.split import Split
 from mme.errors import UserError
 from mme.prepare.writer import DatasetWriter
 
@@ -43,6 +45,10 @@ def folder(tmp_path: Path, histories: Histories) -> Path:
         writer.finish({"name": "t", "sort_rule": "stable"}, pa.array([f"i{n}" for n in range(NUM_ITEMS)]), counts)
     assert len(list(path.glob("part-*.parquet"))) > 2
     return path
+
+
+def worker(rank: int = 0, size: int = 1) -> Worker:
+    return Worker(rank, size, torch.device("cpu"))
 
 
 def first_epoch(loader: TrainLoader) -> list[SequenceBatch]:
@@ -83,6 +89,15 @@ def test_every_target_is_trained_on_once_an_epoch(
 ) -> None:
     """Of each user's newest window, or with a stride of the whole history; each with as much history as there is."""
     dataset, max_seq_len = PreparedDataset.open(folder), 10
+    data = DataConfig(
+        protocol=protocol,
+        global_time_test_fraction=FRACTION,
+        max_seq_len=max_seq_len,
+        batch_size=3,
+        tokens_per_batch=tokens_per_batch,
+        windows="sliding" if stride else "newest",
+        window_stride=stride,
+    )
     expected = {}
     for user, ((items, times), (n, _)) in enumerate(zip(histories, cut(histories, protocol), strict=True)):
         for target in range(1, n) if stride else range(max(1, n - max_seq_len), n):
@@ -90,18 +105,7 @@ def test_every_target_is_trained_on_once_an_epoch(
     found = {}
     numbers = set()
     for rank in range(world_size):
-        loader = TrainLoader(
-            dataset,
-            protocol,
-            max_seq_len=max_seq_len,
-            batch_size=3,
-            tokens_per_batch=tokens_per_batch,
-            window_stride=stride,
-            rank=rank,
-            world_size=world_size,
-            seed=1,
-            global_time_test_fraction=FRACTION,
-        )
+        loader = TrainLoader(dataset, data, worker(rank, world_size), seed=1)
         batches = first_epoch(loader)
         assert len(batches) == loader.num_batches(0)
         numbers.add(len(batches))
@@ -145,15 +149,10 @@ def test_the_stream_goes_on_from_any_place_whatever_the_readers(folder: Path, to
     dataset = PreparedDataset.open(folder)
 
     def taken(readers: int, epoch: int, first: int, number: int) -> list[tuple[int, int, bool, list[int]]]:
-        loader = TrainLoader(
-            dataset,
-            "leave_one_out",
-            max_seq_len=10,
-            batch_size=4,
-            tokens_per_batch=tokens_per_batch,
-            seed=2,
-            readers=readers,
+        data = DataConfig(
+            protocol="leave_one_out", max_seq_len=10, batch_size=4, tokens_per_batch=tokens_per_batch, readers=readers
         )
+        loader = TrainLoader(dataset, data, worker(), seed=2)
         with closing(loader.stream(epoch, first)) as stream:
             some = itertools.islice(stream, number)
             return [(batch.epoch, batch.end, batch.is_last, batch.sequences.user_rows.tolist()) for batch in some]
@@ -175,22 +174,11 @@ def test_what_is_left_of_an_epoch_is_the_same_on_any_number_of_processes(
 ) -> None:
     """Trained on by 2, then 3, then 1 process, every sequence is used once, in the order of one process."""
     dataset = PreparedDataset.open(folder)
+    data = DataConfig(protocol="leave_one_out", max_seq_len=10, batch_size=1, tokens_per_batch=tokens_per_batch)
 
     def taken(world_size: int, epoch: int, first: int, number: int) -> tuple[list[set[int]], int, bool]:
         """Users of each global batch, and how far the epoch is then."""
-        loaders = [
-            TrainLoader(
-                dataset,
-                "leave_one_out",
-                max_seq_len=10,
-                batch_size=1,
-                tokens_per_batch=tokens_per_batch,
-                rank=rank,
-                world_size=world_size,
-                seed=7,
-            )
-            for rank in range(world_size)
-        ]
+        loaders = [TrainLoader(dataset, data, worker(rank, world_size), seed=7) for rank in range(world_size)]
         batches, end, is_last = [], first, False
         streams = [loader.stream(epoch, first) for loader in loaders]
         for row in itertools.islice(zip(*streams, strict=True), number):
@@ -232,12 +220,20 @@ def test_a_history_of_200_thousand_events(tmp_path: Path, stride: int | None, se
         writer.add(pa.array([1, 2]), np.array([0, *np.cumsum(lengths)]), items, np.arange(items.size))
         writer.finish({"name": "t", "sort_rule": "stable"}, pa.array(range(NUM_ITEMS)), np.bincount(items))
     dataset = PreparedDataset.open(tmp_path / "set")
-    loader = TrainLoader(dataset, "leave_one_out", max_seq_len=1000, batch_size=16, window_stride=stride)
+    data = DataConfig(
+        protocol="leave_one_out",
+        max_seq_len=1000,
+        batch_size=16,
+        eval_batch_size=2,
+        windows="sliding" if stride else "newest",
+        window_stride=stride,
+    )
+    loader = TrainLoader(dataset, data, worker())
     batches = first_epoch(loader)
     assert sum(batch.num_sequences for batch in batches) == sequences
     assert sum(batch.num_targets for batch in batches) == targets
     assert max(int(batch.seq_offsets.diff().max()) for batch in batches) == 1000
-    (batch,) = EvaluationLoader(dataset, "leave_one_out", "test", max_seq_len=1000, batch_size=2).batches()
+    (batch,) = EvaluationLoader(dataset, data, "test", worker()).batches()
     assert batch.seen_offsets.tolist() == [0, 199_999, 200_003]
     assert batch.sequences.seq_offsets.tolist() == [0, 1000, 1004]
     assert batch.targets.tolist() == [items[199_999], items[-1]]
@@ -245,9 +241,8 @@ def test_a_history_of_200_thousand_events(tmp_path: Path, stride: int | None, se
 
 
 def test_token_budget_is_kept_and_used(folder: Path) -> None:
-    loader = TrainLoader(
-        PreparedDataset.open(folder), "leave_one_out", max_seq_len=10, batch_size=1, tokens_per_batch=20, seed=3
-    )
+    data = DataConfig(protocol="leave_one_out", max_seq_len=10, batch_size=1, tokens_per_batch=20)
+    loader = TrainLoader(PreparedDataset.open(folder), data, worker(), seed=3)
     tokens = [batch.num_tokens for batch in first_epoch(loader)]
     assert max(tokens) <= 20
     assert all(first + 10 > 20 for first in tokens[:-1])  # another sequence has at most 10 tokens: none fitted
@@ -259,25 +254,22 @@ def test_evaluation_ranks_each_target_once_after_its_whole_history(
     folder: Path, histories: Histories, protocol: str, world_size: int
 ) -> None:
     dataset, max_seq_len = PreparedDataset.open(folder), 8
-    for split in dataset.splits(protocol):
+    data = DataConfig(
+        protocol=protocol,
+        global_time_test_fraction=FRACTION,
+        max_seq_len=max_seq_len,
+        eval_batch_size=4,
+    )
+    for part in Split.of(data).held_out:
         expected = {
             user: (items[max(0, place - max_seq_len) : place], items[:place], items[place], times[place])
             for user, ((items, times), (_, targets)) in enumerate(zip(histories, cut(histories, protocol), strict=True))
-            if (place := targets.get(split)) is not None
+            if (place := targets.get(part)) is not None
         }
         assert expected
         found = {}
         for rank in range(world_size):
-            loader = EvaluationLoader(
-                dataset,
-                protocol,
-                split,
-                max_seq_len=max_seq_len,
-                batch_size=4,
-                rank=rank,
-                world_size=world_size,
-                global_time_test_fraction=FRACTION,
-            )
+            loader = EvaluationLoader(dataset, data, part, worker(rank, world_size))
             batches = list(loader.batches())
             assert len(batches) == -(-len(expected) // (4 * world_size))
             for batch in batches:
@@ -295,7 +287,7 @@ def test_evaluation_ranks_each_target_once_after_its_whole_history(
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_training_counts_leave_out_what_is_held_out(folder: Path, histories: Histories, protocol: str) -> None:
-    counts = PreparedDataset.open(folder).training_counts(protocol, FRACTION)
+    counts = PreparedDataset.open(folder).training_counts(Split(protocol, FRACTION))
     kept = [item for (items, _), (n, _) in zip(histories, cut(histories, protocol), strict=True) for item in items[:n]]
     assert counts.tolist() == np.bincount(kept, minlength=NUM_ITEMS).tolist()
 
@@ -304,11 +296,12 @@ def test_hash_of_targets_tells_other_targets(folder: Path) -> None:
     import hashlib
 
     dataset = PreparedDataset.open(folder)
-    rows, positions = dataset.targets("leave_two_out", "test", FRACTION)
+    rows, positions = dataset.targets(Split("leave_two_out"), "test")
     items = dataset.read(positions, np.ones_like(positions))["item"]
     text = "".join(f"{row + 100}\ti{item}\n" for row, item in zip(rows, items, strict=True))
-    assert dataset.targets_sha256("leave_two_out", "test", FRACTION) == hashlib.sha256(text.encode()).hexdigest()
-    hashes = {dataset.targets_sha256(p, s, FRACTION) for p in PROTOCOLS for s in dataset.splits(p)}
+    assert dataset.targets_sha256(Split("leave_two_out"), "test") == hashlib.sha256(text.encode()).hexdigest()
+    splits = [Split(protocol, FRACTION) for protocol in PROTOCOLS]
+    hashes = {dataset.targets_sha256(split, part) for split in splits for part in split.held_out}
     assert len(hashes) == 5
 
 

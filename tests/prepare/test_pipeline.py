@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mme.data.dataset import PreparedDataset
+from mme.data.split import Split
 from mme.errors import UserError
 from mme.prepare import event_store
 from mme.prepare import writer as writer_module
@@ -270,5 +271,5 @@ def test_movielens_csv_and_parquet_give_the_same_targets(tmp_path: Path) -> None
         assert (info["users_dropped"], info["malformed_rows"]) == (1, 0)  # user 999 has one event
         assert re.fullmatch("[0-9a-f]{64}", info["source"]["files"][0]["sha256"])
         assert json.loads((tmp_path / format / "dataset.json").read_text()) == info
-        hashes.append(PreparedDataset.open(tmp_path / format).targets_sha256("leave_one_out", "test", 0.1))
+        hashes.append(PreparedDataset.open(tmp_path / format).targets_sha256(Split("leave_one_out"), "test"))
     assert hashes[0] == hashes[1]

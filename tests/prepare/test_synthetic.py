@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+from mme.config import DataConfig
 from mme.data.dataset import PreparedDataset
-from mme.data.loaders import EvaluationLoader
+from mme.data.loaders import EvaluationLoader, Worker
+from mme.data.split import Part, Split
 from mme.errors import UserError
 from mme.evaluation.metrics import rank_metrics
 from mme.model.baselines import popularity_ranks
 from mme.prepare.synthetic import prepare_synthetic
 
 HOUR_S = 3600
+LEAVE_TWO_OUT = Split("leave_two_out")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +47,7 @@ def ranks_by_recent_neighbours(dataset: PreparedDataset, keep: str) -> torch.Ten
     `session`: the user's last events before the target if they are in its session, else the whole history.
     `history`: always the whole history.
     """
-    ends = dataset.train_ends("leave_two_out", 0.1)
+    ends = dataset.train_ends(LEAVE_TWO_OUT)
     events = dataset.read(np.array([0]), np.array([dataset.num_events]))
     together = np.zeros((dataset.num_items, dataset.num_items))
     for begin, end in zip(dataset.user_offsets[:-1], ends, strict=True):
@@ -52,10 +55,10 @@ def ranks_by_recent_neighbours(dataset: PreparedDataset, keep: str) -> torch.Ten
         session = np.cumsum(np.diff(times, prepend=0) > HOUR_S)
         first, second = np.nonzero(session[:, None] == session)
         np.add.at(together, (items[first], items[second]), 1.0)
-    popularity = dataset.training_counts("leave_two_out", 0.1).numpy() + 1.0
+    popularity = dataset.training_counts(LEAVE_TWO_OUT).numpy() + 1.0
     likeness = np.log((together + 0.3) / (np.outer(popularity, popularity) / popularity.sum() + 0.3))
     ranks = []
-    for row, place in zip(*dataset.targets("leave_two_out", "test", 0.1), strict=True):
+    for row, place in zip(*dataset.targets(LEAVE_TWO_OUT, "test"), strict=True):
         begin = dataset.user_offsets[row]
         items = events["item"][begin:place]
         breaks = np.flatnonzero(np.diff(events["timestamp"][begin : place + 1]) > HOUR_S)
@@ -67,13 +70,14 @@ def ranks_by_recent_neighbours(dataset: PreparedDataset, keep: str) -> torch.Ten
     return torch.tensor(ranks)
 
 
-@pytest.mark.parametrize("split", ["valid", "test"])
-def test_oracle_stands_far_above_popularity(made: tuple[Path, dict[str, Any]], split: str) -> None:
+@pytest.mark.parametrize("part", ["valid", "test"])
+def test_oracle_stands_far_above_popularity(made: tuple[Path, dict[str, Any]], part: Part) -> None:
     folder, info = made
     dataset = PreparedDataset.open(folder)
-    oracle = info["oracle"][split]
-    loader = EvaluationLoader(dataset, "leave_two_out", split, max_seq_len=5, batch_size=600)
-    counts = dataset.training_counts("leave_two_out", 0.1)
+    oracle = info["oracle"][part]
+    data = DataConfig(max_seq_len=5, eval_batch_size=600)
+    loader = EvaluationLoader(dataset, data, part, Worker(0, 1, torch.device("cpu")))
+    counts = dataset.training_counts(LEAVE_TWO_OUT)
     ranks = [popularity_ranks(counts, b.targets, b.seen_ids, b.seen_offsets) for b in loader.batches()]
     popularity = rank_metrics(torch.cat(ranks))
     assert 0.3 < oracle["hr@10"] < 0.55
