@@ -1,9 +1,12 @@
-"""Compiles every kernel variant in use for given GPUs, without a GPU, and says what the code needs.
+"""Compiles every kernel variant in use for given GPUs, without a GPU, and reports what the code needs.
 
     python -m kernels.aot --arch 80 --arch 90 --json benchmarks/results/aot.json
 
 An operation with Triton kernels lists its compilations as `aot_variants()`, see `kernels.variant`. Registers, spills and
-tensor-core instructions are read from the machine code by the `cuobjdump` that comes with Triton.
+tensor-core instructions are read from the machine code by the `cuobjdump` that comes with Triton. For a variant that states
+its `pairs`, a row also holds the report of `kernels.instructions` on the longest path through the product loop
+(``instructions_per_pair``, ``by_pipe``, ``tensor_repetition``, ``bound_share``, ``limited_by``) and, where a branch makes
+another kind of tile cheaper, the same for the ``shortest_path``.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from kernels import instructions
 from kernels.variant import Variant
 
 MODULES = (
@@ -44,7 +48,7 @@ def main(
     ] = None,
     only: Annotated[str, typer.Option(help="Regular expression on the kernel and variant names.")] = "",
 ) -> None:
-    """Compiles every kernel variant in use for these GPUs and lists what the code needs, as JSON."""
+    """Compile every kernel variant in use for these GPUs and list what the code needs, as JSON."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("error: TRITON_INTERPRET=1 replaces the compiler by the interpreter: unset it", file=sys.stderr)
         raise typer.Exit(2)
@@ -104,7 +108,25 @@ def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
         "num_warps": variant.num_warps,
         "num_stages": variant.num_stages,
         "triton": triton.__version__,
+        **_loop_report(variant, code, arch),
     }
+
+
+def _loop_report(variant: Variant, code: str, arch: int) -> dict[str, Any]:
+    paths = instructions.product_loop(instructions.parse(code)) if variant.pairs else None
+    if paths is None:
+        return {}
+    longest, shortest = (
+        instructions.bound(
+            path,
+            pairs=variant.pairs,
+            flops_per_pair=variant.flops_per_pair,
+            num_warps=variant.num_warps,
+            arch=arch,
+        )
+        for path in (paths.longest, paths.shortest)
+    )
+    return longest if longest == shortest else {**longest, "shortest_path": shortest}
 
 
 def _found(pattern: str, text: str) -> str:

@@ -1,4 +1,4 @@
-"""One compilation of a Triton kernel, as `kernels.aot` compiles it without a GPU and as a launch would on one."""
+"""One compilation of a Triton kernel, the same in `kernels.aot`, which needs no GPU, and in a launch."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ class Variant:
 
     Attributes:
         kernel: the function that `triton.jit` made.
-        name: what tells this variant from the kernel's others, such as ``bf16 dqk=64 dv=64``.
-        types: of each argument that is no constant, in Triton's words, such as ``*bf16`` or ``i32``.
-        constants: of the constexpr arguments.
+        name: tells this variant from the kernel's others, such as ``bf16 dqk=64 dv=64``.
+        types: the type of each argument that is no constant, in Triton's notation, such as ``*bf16`` or ``i32``.
+        constants: the values of the constexpr arguments.
         num_warps, num_stages: of the launch.
         multiples_of_16: the integer arguments that are such in use, which lets loads be wide; Triton finds it at a launch.
+        pairs: that a program covers in one pass of its innermost product loop: (query, key) pairs, slots × hidden units or
+            tokens × items; 0: the loop is not counted.
+        flops_per_pair: what the products of that loop need for a pair, 2 a multiply-add.
     """
 
     kernel: Any
@@ -26,3 +29,5 @@ class Variant:
     num_warps: int
     num_stages: int
     multiples_of_16: tuple[str, ...] = ()
+    pairs: int = 0
+    flops_per_pair: int = 0

@@ -70,4 +70,20 @@ def _variant(kernel: Any, dtype: str, itemsize: int, precision: str, groups: int
     launch = config.launch(bias_gradient=kernel in BIAS_GRADIENT_KERNELS)
     exact = " exact" if dtype == "fp32" and precision == "ieee" else ""
     name = f"{dtype}{exact} G={groups} dqk={dqk} dv={dv}"
-    return Variant(kernel, name, types, constants, launch["num_warps"], launch["num_stages"])
+    pairs = config.block * (config.block if kernel is triton_kernels.backward_position_kernel else config.step)
+    return Variant(
+        kernel, name, types, constants, launch["num_warps"], launch["num_stages"],
+        pairs=pairs, flops_per_pair=_flops_per_pair(kernel, config.groups, dqk, dv),
+    )  # fmt: skip
+
+
+def _flops_per_pair(kernel: Any, groups: int, dqk: int, dv: int) -> int:
+    """Of the products in one pass of the kernel's innermost loop, for all groups of a program."""
+    if kernel in BIAS_GRADIENT_KERNELS:
+        return 2 * dv
+    columns = {
+        triton_kernels.forward_kernel: groups * (dqk + 3 * dv),
+        triton_kernels.backward_query_kernel: 2 * dqk + dv,
+        triton_kernels.backward_key_kernel: groups * (2 * dqk + 4 * dv),
+    }
+    return 2 * columns[kernel]
