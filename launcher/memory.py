@@ -13,7 +13,7 @@ import math
 from dataclasses import dataclass, replace
 
 from launcher.devices import Device
-from launcher.shape import FULL_SOFTMAX_TOKENS, Shape
+from launcher.shape import Shape
 from mme.config import Config
 
 FLOAT = 4  # bytes: weights, their gradients and optimizer states are float32
@@ -163,10 +163,10 @@ def _kept_by_loss(shape: Shape, device: Device) -> float:
     """Normalised states, twice; the negatives of the whole batch, and rows and slopes of each softmax, which GPUs do not keep."""
     tokens = shape.tokens / shape.config.train.micro_batches
     states = 2 * tokens * shape.config.model.embedding_dim * FLOAT
-    if shape.is_full_softmax:
+    loss = shape.config.loss
+    if loss.is_full_softmax:
         return states
-    num_tables = shape.config.model.num_tables
-    softmaxes = {"together": 1, "each": num_tables, "both": 1 + num_tables}[shape.config.loss.views]
+    softmaxes = loss.num_softmaxes(shape.config.model.num_tables)
     slopes = 0 if device.is_gpu else 2 * FLOAT * tokens * shape.scored * softmaxes
     return states + slopes + shape.negative_sets * (shape.scored - 1) * INT64
 
@@ -177,10 +177,11 @@ def _loss_backward(shape: Shape) -> dict[str, float]:
     tokens = shape.tokens / shape.config.train.micro_batches
     states = 2 * tokens * shape.config.model.embedding_dim * FLOAT
     one = float(shape.looked_up * FLOAT)
-    if shape.is_full_softmax:
-        beside = 3 * FLOAT * min(tokens, FULL_SOFTMAX_TOKENS) * shape.items
+    loss = shape.config.loss
+    if loss.is_full_softmax:
+        beside = 3 * FLOAT * min(tokens, loss.FULL_SOFTMAX_TOKENS) * shape.items
     else:
-        own = shape.config.loss.negatives == "per_token"
+        own = loss.negatives == "per_token"
         beside = (OWN_NEGATIVE_BYTES if own else 2 * FLOAT) * tokens * shape.scored
     if beside > 2 * one:
         return {LOSS: states + beside, ROWS: one}

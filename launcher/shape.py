@@ -14,7 +14,6 @@ from mme import flops
 from mme.config import Config
 from mme.errors import UserError
 
-FULL_SOFTMAX_TOKENS = 1024  # tokens whose logits over the catalogue exist at once, as in mme.model.loss
 LEAST_COLUMNS = 128  # TorchRec splits tables by columns no narrower than this (its MIN_CW_DIM)
 
 
@@ -90,27 +89,20 @@ class Shape:
         return self.config.model.moe.top_k
 
     @property
-    def is_full_softmax(self) -> bool:
-        return self.config.loss.kind == "full_softmax"
-
-    @property
     def negative_sets(self) -> int:
-        loss = self.config.loss
-        if loss.negatives == "per_token":
-            return self.tokens
-        return math.ceil(self.tokens / (loss.negative_group_size or self.tokens))
+        return self.config.loss.num_groups(self.tokens)
 
     @property
     def scored(self) -> int:
         """Items that each token's target is compared with, itself included."""
-        return self.items if self.is_full_softmax else self.config.loss.num_negatives + 1
+        return self.config.loss.num_scored(self.items)
 
     @cached_property
     def distinct_items(self) -> int:
         """U, expected: draws are taken as uniform over the catalogue, so that this is more than skewed ones give."""
-        if self.is_full_softmax:
-            return self.items
         loss = self.config.loss
+        if loss.is_full_softmax:
+            return self.items
         drawn = loss.uniform_share if loss.sampling == "in_batch" else 1  # the rest are targets of the batch
         draws = 2 * self.tokens + drawn * self.negative_sets * loss.num_negatives
         return math.ceil(self.items * -math.expm1(-draws / self.items))

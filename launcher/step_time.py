@@ -38,9 +38,8 @@ def time_parts(shape: Shape, device: Device) -> dict[str, Part]:
     pairs = n * (n + 1) / 2 * shape.tokens / n * model.num_tables
     hidden_rows = shape.rows * (shape.expert_blocks * shape.top_k + blocks - shape.expert_blocks)
     row_bytes = shape.looked_up * FLOAT * shape.table_skew
-    losses = 2 if config.loss.views == "both" else 1
-    own = shape.is_full_softmax or config.loss.negatives == "per_token"
-    gathered = shape.items if shape.is_full_softmax else (shape.tokens if own else shape.negative_sets) * shape.scored
+    loss = config.loss
+    gathered = shape.items if loss.is_full_softmax else shape.negative_sets * shape.scored
     parts = {
         "tables: rows read and updated": work.of(0, _table_traffic(shape, device, row_bytes)),
         "tables: exchange": _table_exchange(shape, links, row_bytes),
@@ -58,8 +57,8 @@ def time_parts(shape: Shape, device: Device) -> dict[str, Part]:
         ),
         "experts: exchange": _expert_exchange(shape, links, again),
         "loss": work.of(
-            losses * (3 + shape.is_full_softmax) * 2 * shape.tokens * shape.scored * model.embedding_dim,
-            losses * 3 * gathered * model.embedding_dim * number,
+            loss.num_passes * (3 + loss.is_full_softmax) * 2 * shape.tokens * shape.scored * model.embedding_dim,
+            loss.num_passes * 3 * gathered * model.embedding_dim * number,
         ),
         "gradients: all-reduce": links.reduce(shape.dense_parameters * FLOAT, shape.ranks, times=3),
         "experts' gradients: all-reduce": links.reduce(shape.expert_parameters * FLOAT, shape.expert_copies),

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, ClassVar, Literal, Optional
 
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -99,6 +99,13 @@ class ModelConfig:
         return self.num_tables if self.moe.router == "all_views" else 1
 
     @property
+    def name(self) -> str:
+        """The name of the model in metrics and reports: FuXi-α is the fuxi block with one table and dense FFNs."""
+        if self.block != "fuxi":
+            return self.block
+        return "fuxi-alpha" if self.num_tables == 1 and not self.moe.num_experts else "fuxi-mme"
+
+    @property
     def feature_columns(self) -> list[str]:
         """The columns of events and users that the model reads, each once."""
         return list(dict.fromkeys([*self.event_features, *self.user_features]))
@@ -120,6 +127,39 @@ class LossConfig:
     temperature: float = 0.05
     # What predicts: the sum of the views' scores, each view by itself, or (the mean of the two losses) both.
     views: Literal["together", "each", "both"] = "together"
+
+    # Tokens whose logits over the whole catalogue exist at the same time.
+    FULL_SOFTMAX_TOKENS: ClassVar[int] = 1024
+
+    @property
+    def is_full_softmax(self) -> bool:
+        return self.kind == "full_softmax"
+
+    @property
+    def group_size(self) -> int:
+        """Consecutive tokens with one set of negatives; 0: the whole batch."""
+        return self.negative_group_size if self.negatives == "shared" else 1
+
+    def num_groups(self, num_tokens: int) -> int:
+        """How many sets of negatives are sampled for the tokens of one batch: its groups."""
+        return math.ceil(num_tokens / (self.group_size or max(1, num_tokens)))
+
+    def num_scored(self, num_items: int) -> int:
+        """How many items the softmax of a token is over, its target included, with a catalogue of ``num_items``."""
+        return num_items if self.is_full_softmax else self.num_negatives + 1
+
+    @property
+    def num_passes(self) -> int:
+        """How many times a token's whole width D is multiplied with each item that it scores."""
+        return len(self.softmax_views(1))
+
+    def softmax_views(self, num_tables: int) -> list[int]:
+        """For each pass, the number of views whose scores are summed in one softmax: the M views have M / that many."""
+        return {"together": [num_tables], "each": [1], "both": [num_tables, 1]}[self.views]
+
+    def num_softmaxes(self, num_tables: int) -> int:
+        """Softmaxes of a token over all passes."""
+        return sum(num_tables // views for views in self.softmax_views(num_tables))
 
     @property
     def needs_training_counts(self) -> bool:

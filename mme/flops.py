@@ -50,12 +50,10 @@ def training_flops(config: Config, num_tokens: int, num_pairs: int, num_items: i
     model, loss = config.model, config.loss
     blocks, with_experts, top_k = model.num_blocks, num_expert_blocks(model), model.moe.top_k
     rows = model.num_tables * num_tokens
-    scored = num_items if loss.kind == "full_softmax" else loss.num_negatives + 1
-    losses = 2 if loss.views == "both" else 1  # each of the views' products
     forward = {
         "attention": blocks * (rows * projections(model) + model.num_tables * num_pairs * attention_pair(model)),
         "routing": with_experts * rows * model.router_views * model.view_dim * model.moe.num_experts,
         "experts": (with_experts * top_k + blocks - with_experts) * rows * expert_row(model),
-        "loss": losses * num_tokens * scored * model.embedding_dim,
+        "loss": loss.num_passes * num_tokens * loss.num_scored(num_items) * model.embedding_dim,
     }
     return {part: 3 * 2 * count for part, count in forward.items()}

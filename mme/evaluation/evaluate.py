@@ -21,8 +21,6 @@ from mme.evaluation.metrics import rank_metrics
 from mme.evaluation.ranking import Ranker
 from mme.model.baselines import popularity_ranks
 
-MODELS = {"fuxi": "fuxi-mme", "hstu": "hstu", "sasrec": "sasrec"}  # in metrics and report, by `model.block`
-
 
 def evaluate(
     recommender: Recommender,
@@ -87,7 +85,7 @@ def target_ranks(
         model_ranks.append(ranker.target_ranks(batch.sequences, batch.seen_ids, batch.seen_offsets, batch.targets))
         local = popularity_ranks(counts, batch.targets, batch.seen_ids, batch.seen_offsets)
         popular_ranks.append(torch.cat(world.gather(local)))
-    return {MODELS[config.model.block]: torch.cat(model_ranks), "popularity": torch.cat(popular_ranks)}
+    return {config.model.name: torch.cat(model_ranks), "popularity": torch.cat(popular_ranks)}
 
 
 def _loader(recommender: Recommender, dataset: PreparedDataset, config: Config, part: Part) -> EvaluationLoader:

@@ -30,7 +30,6 @@ from mme.model.negatives import NegativeSampler, token_keys
 from mme.model.scoring import normalize_views
 
 REFERENCE_NEGATIVES = 128
-FULL_SOFTMAX_TOKENS = 1024  # tokens whose logits over the catalogue exist at once
 # Of a catalogue, for each id of a batch: with more, a table of all rows is more work than a sort of the ids.
 MOST_ITEMS_AN_ID = 4
 
@@ -67,15 +66,12 @@ class NextItemLoss:
     ) -> None:
         self.loss = config.loss
         self.score_norm = config.model.score_norm
-        num_views = config.model.num_tables
-        self.views_at_once = {"together": [num_views], "each": [1], "both": [num_views, 1]}[config.loss.views]
+        self.softmax_views = config.loss.softmax_views(config.model.num_tables)
         self.backend = config.kernels.backend
         self.num_items = num_items
         self.rows = rows or FeatureRows(config.model, num_items, {})
-        shared = self.loss.negatives == "shared"
-        self.group_size = self.loss.negative_group_size if shared else 1
         self.sampler = NegativeSampler(self.loss, num_items, training_counts)
-        scaled = shared and not self.loss.log_q_correction
+        scaled = self.loss.negatives == "shared" and not self.loss.log_q_correction
         self.logit_offset = math.log(REFERENCE_NEGATIVES / self.loss.num_negatives) if scaled else 0.0
 
     def items_of(self, parts: list[SequenceBatch], seed: int) -> list[BatchItems]:
@@ -83,18 +79,17 @@ class NextItemLoss:
 
         A token's own negatives are the same in whatever batch and part it stands.
         """
-        full = self.loss.kind == "full_softmax"
         # Those trained on, each once an epoch: windows overlap.
         batch_targets = torch.cat(
             [part.target_ids if part.trained is None else part.target_ids[part.trained] for part in parts]
         )
         uses: list[Tensor] = []
         for part in parts:
-            if full:
+            if self.loss.is_full_softmax:
                 candidates = torch.arange(self.num_items, device=batch_targets.device)
             else:
-                groups = math.ceil(part.num_tokens / self.group_size) if self.group_size else min(1, part.num_tokens)
-                first_tokens = torch.arange(groups, device=part.item_ids.device) * self.group_size
+                groups = torch.arange(self.loss.num_groups(part.num_tokens), device=part.item_ids.device)
+                first_tokens = groups * self.loss.group_size
                 candidates = self.sampler.draw(token_keys(part, first_tokens, seed), batch_targets)
             uses += [*self.rows.inputs_of(part), part.target_ids, candidates]
         ids, rows = compact(uses, self.rows.num_rows)
@@ -104,7 +99,9 @@ class NextItemLoss:
         items = []
         for start in range(0, len(rows), 5):
             *inputs, targets, negatives = rows[start : start + 5]
-            items.append(BatchItems(ids, InputRows(*inputs), targets, None if full else negatives, bias))
+            items.append(
+                BatchItems(ids, InputRows(*inputs), targets, None if self.loss.is_full_softmax else negatives, bias)
+            )
         return items
 
     def __call__(self, hidden: Tensor, item_rows: Tensor, items: BatchItems) -> Tensor:
@@ -117,7 +114,7 @@ class NextItemLoss:
             (T,) float32, −log of the softmax at each token's target, the mean where a token has several.
         """
         losses = []
-        for width in self.views_at_once:
+        for width in self.softmax_views:
             parts = zip(hidden.split(width, 1), item_rows.split(width, 1), strict=True)
             losses.append(torch.stack([self._of_views(*part, items) for part in parts]).mean(0))
         return torch.stack(losses).mean(0)
@@ -133,7 +130,7 @@ class NextItemLoss:
             vectors,
             items.targets,
             items.negatives,
-            group_size=self.group_size,
+            group_size=self.loss.group_size,
             temperature=self.loss.temperature,
             logit_offset=self.logit_offset,
             item_bias=items.negative_bias,
@@ -145,7 +142,8 @@ class NextItemLoss:
             logits = (chunk @ vectors.T).float() / self.loss.temperature
             return F.cross_entropy(logits, chunk_targets, reduction="none")
 
-        chunks = zip(queries.split(FULL_SOFTMAX_TOKENS), targets.split(FULL_SOFTMAX_TOKENS), strict=True)
+        size = self.loss.FULL_SOFTMAX_TOKENS
+        chunks = zip(queries.split(size), targets.split(size), strict=True)
         return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
 
 
