@@ -12,6 +12,7 @@ import yaml
 
 from launcher.job import Job
 from launcher.torchrun import PREEMPTED, STOPS_WITHIN_S, USER_ERROR
+from mme.shipped import own_or_shipped
 
 PORT = 29500
 WORKDIR = "/opt/mme"  # as in the Dockerfile
@@ -26,7 +27,7 @@ def manifest(job: Job, *, name: str, image: str, namespace: str | None, claim: s
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": metadata,
-            "data": {"config.yaml": job.config.read_text()},
+            "data": {"config.yaml": own_or_shipped(job.config).read_text()},
         },
         {
             "apiVersion": "v1",

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
-from pathlib import Path
 
 from launcher.findings import Finding
+from mme.shipped import shipped
 
-REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements"
 MODULES = ("torch", "triton", "fbgemm_gpu", "torchrec", "deepspeed")
 
 
 def check_packages(stack: str) -> list[Finding]:
     """``stack``: cpu or cuda, whose pins are to hold."""
-    pins = (line.partition("==") for line in (REQUIREMENTS / f"{stack}.txt").read_text().splitlines())
+    pins = (line.partition("==") for line in shipped(f"requirements/{stack}.txt").read_text().splitlines())
     findings = [_version(name, pinned, f"requirements/{stack}.txt") for name, _, pinned in pins if pinned]
     return [*findings, *_overwritten(), _foreign_kernels()]
 

@@ -17,7 +17,9 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from mme import __version__
 from mme.errors import UserError
+from mme.installation import require_training_packages
 from mme.prepare.command import prepare
 from mme.run.exit_status import job_status, print_error, rank
 
@@ -49,8 +51,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status if isinstance(status, int) else 0
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"mme {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def mme() -> None:
+def mme(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Fuxi-MME, a sequential recommender: prepare interactions, train, evaluate, recommend.
 
     A first run, from nothing:
@@ -96,6 +108,7 @@ def train(
         settings = load_config(config, overrides)
         validate_world_size(settings, int(os.environ.get("WORLD_SIZE", "1")))
         job.folder = Path(settings.output_dir)
+        require_training_packages()
         _name_accelerator()
         from mme.train import train as train_model
 
@@ -123,6 +136,7 @@ def evaluate(
     """
     with job_status() as job, _standard_output_to_error() as output:
         job.folder = _run_folder(run)
+        require_training_packages()
         _name_accelerator()
         from mme.evaluation.evaluate import evaluate_run
 
@@ -155,6 +169,7 @@ def recommend(
     """
     with job_status() as job:
         job.folder = _run_folder(run)
+        require_training_packages()
         _name_accelerator()
         from mme.evaluation.recommend import recommend as recommend_items
 

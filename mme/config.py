@@ -16,6 +16,7 @@ from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mme.errors import UserError, first_line
+from mme.shipped import own_or_shipped
 
 CONFIG_FILE = "config.yaml"  # in a run's folder
 USER_ID = "user_id"  # of `model.user_features`: the user, not a column
@@ -238,12 +239,14 @@ class Config:
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
     """The configuration of ``path`` (YAML; None: the defaults) with ``key.path=value`` overrides, validated.
 
+    ``configs/NAME.yaml`` also finds the shipped configuration where the working folder has none.
+
     Raises:
         UserError: the file is missing or no YAML, a key is unknown, a value has the wrong type or two values
             cannot go together.
     """
     schema = OmegaConf.structured(Config)
-    merged = schema if path is None else _merge(schema, _read_yaml(Path(path)), source=str(path))
+    merged = schema if path is None else _merge(schema, _read_yaml(own_or_shipped(Path(path))), source=str(path))
     for override in overrides or []:
         if "=" not in override or override.startswith("-"):
             raise UserError(f"override {override!r}: expected key.path=value, such as train.steps=100")

@@ -19,6 +19,7 @@ from launcher import group_check, link_check, node_check, package_check, preflig
 from launcher.findings import Finding, read_lines
 from launcher.job import Job
 from mme.distributed.world import World
+from mme.shipped import shipped
 from tests.distributed.processes import run_on
 from tests.launcher.command_line import CONFIG, REPOSITORY, launch, the_error
 from tests.launcher.hosts import Host, hosts, why_not
@@ -92,9 +93,7 @@ def pretend_installed(folder: Path, name: str, version: str, modules: str = "") 
 def test_a_version_of_another_series_fails_and_of_the_same_warns(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pins = dict(
-        line.split("==") for line in (package_check.REQUIREMENTS / "cpu.txt").read_text().split() if "==" in line
-    )
+    pins = dict(line.split("==") for line in shipped("requirements/cpu.txt").read_text().split() if "==" in line)
     monkeypatch.syspath_prepend(str(tmp_path / "patch"))
     pretend_installed(tmp_path / "patch", name, f"{pins[name].rpartition('.')[0]}.99")
     (finding,) = [finding for finding in package_check.check_packages("cpu") if finding.check == name]

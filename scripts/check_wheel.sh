@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Builds the wheel, installs it into a clean environment as a user would, and prepares, trains and evaluates away from the
+# checkout. What the extras resolve to is held to the pins of requirements/common.txt.
+#
+#   scripts/check_wheel.sh [FOLDER]   default: a temporary folder, removed afterwards
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+checkout=$PWD
+
+folder=${1:-}
+if [ -z "$folder" ]; then
+    folder=$(mktemp -d)
+    trap 'rm -rf "$folder"' EXIT
+fi
+mkdir -p "$folder"
+folder=$(realpath "$folder")
+
+rm -rf "$folder/source" "$folder/wheel" && mkdir "$folder/source"
+git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents -t "$folder/source"
+.venv/bin/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir "$folder/wheel" "$folder/source"
+wheel=$(ls "$folder"/wheel/mme-*.whl)
+
+[ -x "$folder/env/bin/python" ] || python3 -m venv "$folder/env"
+pip() { "$folder/env/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
+grep -vE '^(-|#)' requirements/common.txt | sed -E 's/ +--hash=.*|\\$//' | grep == >"$folder/pins.txt"
+grep -vE '^(-|#)' requirements/build.txt | sed -E 's/ +--hash=.*|\\$//' | grep == >"$folder/build.txt"
+pip install -r "$folder/build.txt"
+pip install --no-build-isolation -c "$folder/pins.txt" "$wheel[cpu]"
+torchrec=$(grep -oE '^torchrec==[0-9.]+' requirements/cpu.txt)
+pip install --no-deps "$torchrec" # it names the CUDA build of FBGEMM
+pip install --force-reinstall --no-deps "$wheel"
+
+cd "$folder" && rm -rf datasets runs
+mme=$folder/env/bin/mme
+[ "$("$folder/env/bin/python" -c 'import mme; print(mme.__file__)')" != "$checkout/mme/__init__.py" ]
+"$mme" --version
+"$mme" prepare --synthetic quickstart --users 300 --items 100 --output datasets/quickstart
+"$folder/env/bin/mme-launch" run --config configs/quickstart.yaml train.epochs=1 --nproc-per-node 2
+"$mme" evaluate --run runs/quickstart
+"$folder/env/bin/mme-launch" plan --config configs/quickstart.yaml --nnodes 1 --gpu h100-80g >/dev/null
+echo "wheel: installed, trained and evaluated away from the checkout"
