@@ -15,6 +15,7 @@ import typer
 from mme.config import load_run_config
 from mme.distributed.world import process_group
 from mme.evaluation.evaluate import load_trained, target_ranks
+from mme.files import write_text
 
 RANKS_FILE = "test_ranks.json"
 
@@ -25,9 +26,7 @@ def main(run: Path) -> None:
     with process_group() as world:
         dataset, recommender, _ = load_trained(run, None, config, world)
         ranks = target_ranks(recommender, dataset, config, "test")
-    partial = run / f"{RANKS_FILE}.partial"
-    partial.write_text(json.dumps({name: values.tolist() for name, values in ranks.items()}))
-    partial.replace(run / RANKS_FILE)
+    write_text(run / RANKS_FILE, json.dumps({name: values.tolist() for name, values in ranks.items()}), run)
 
 
 if __name__ == "__main__":

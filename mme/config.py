@@ -6,19 +6,24 @@ Imports nothing heavy, so that ``--help``, ``--dry-run`` and the launcher answer
 from __future__ import annotations
 
 import difflib
+import io
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Optional
 
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mme.errors import UserError, first_line
+from mme.files import read_text, write_text
 from mme.shipped import own_or_shipped
 
 CONFIG_FILE = "config.yaml"  # in a run's folder
+MAX_YAML_BYTES = 1 << 20
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # in bytes, of Linux
 USER_ID = "user_id"  # of `model.user_features`: the user, not a column
 
 # OmegaConf reads the annotations of the dataclasses and knows Optional[X], not X | None.
@@ -245,9 +250,52 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
         UserError: the file is missing or no YAML, a key is unknown, a value has the wrong type or two values
             cannot go together.
     """
+    return _validated(path, None if path is None else _read_yaml(own_or_shipped(Path(path))), overrides or [])
+
+
+def load_saved_config(run: Path) -> Config:
+    """The configuration in a run's folder, as `save_config` wrote it.
+
+    The folder may come from a stranger: no link in it is followed, and an interpolation such as ``${oc.env:HOME}``, which
+    would copy the reader's environment into a report or a log, is refused.
+
+    Raises:
+        UserError: see `load_config`.
+    """
+    path = run / CONFIG_FILE
+    values = _read_yaml(path, root=run)
+    for key, node in _nodes("", values):
+        if node is not None and node._is_interpolation():
+            raise UserError(
+                f"{path}: {key}: {node._value()!r} is not resolved in a run's configuration: expected a value"
+            )
+    return _validated(path, values, [])
+
+
+def load_run_config(run: Path) -> Config:
+    """The configuration of a trained run, for commands that read the run on any number of processes.
+
+    The experts lie as the processes allow. Files that these commands write go into ``run`` and the data set's folder,
+    whatever the configuration says.
+
+    Raises:
+        UserError: see `load_config`.
+    """
+    config = load_saved_config(run)
+    config.parallel.expert_parallel_size = 0
+    config.output_dir, config.data.cache_dir = str(run), None
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the resolved configuration as YAML that `load_config` reads back."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)), path.parent)
+
+
+def _validated(path: str | Path | None, values: DictConfig | None, overrides: list[str]) -> Config:
     schema = OmegaConf.structured(Config)
-    merged = schema if path is None else _merge(schema, _read_yaml(own_or_shipped(Path(path))), source=str(path))
-    for override in overrides or []:
+    merged = schema if values is None else _merge(schema, values, source=str(path))
+    for override in overrides:
         if "=" not in override or override.startswith("-"):
             raise UserError(f"override {override!r}: expected key.path=value, such as train.steps=100")
         try:
@@ -264,22 +312,6 @@ def load_config(path: str | Path | None, overrides: list[str] | None = None) -> 
         raise UserError(f"{path or 'configuration'}: {first_line(error)}") from error
     validate(config)
     return config
-
-
-def load_run_config(run: Path) -> Config:
-    """The configuration that a run was trained with, for any number of processes: experts lie as those allow.
-
-    Raises:
-        UserError: see `load_config`.
-    """
-    config = load_config(run / CONFIG_FILE)
-    config.parallel.expert_parallel_size = 0
-    return config
-
-
-def save_config(config: Config, path: Path) -> None:
-    """Writes the resolved configuration as YAML that `load_config` reads back."""
-    path.write_text(OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def flat(config: Config) -> dict[str, Any]:
@@ -306,6 +338,7 @@ def validate(config: Config) -> None:
         config.parallel,
     )
     _require_finite(config)
+    _require_paths(config)
     _require_positive("data", data, ["max_seq_len", "batch_size", "eval_batch_size", "readers"])
     _require_positive("model", model, ["num_tables", "embedding_dim", "num_blocks", "num_heads", "ffn_multiplier"])
     _require_positive("loss", loss, ["num_negatives", "temperature"])
@@ -433,17 +466,31 @@ def _require_finite(config: Config) -> None:
             raise UserError(f"{key} ({value}) must be finite")
 
 
+def _require_paths(config: Config) -> None:
+    data = config.data
+    for key, path in (("data.path", data.path), ("data.cache_dir", data.cache_dir), ("output_dir", config.output_dir)):
+        longest = max(map(len, os.fsencode(path or "").split(b"/")))
+        if "\0" in (path or ""):
+            raise UserError(f"{key}: {path!r} holds a NUL character: expected the path of a folder")
+        if longest > LONGEST_NAME or len(os.fsencode(path or "")) > LONGEST_PATH:
+            raise UserError(
+                f"{key}: {path!r:.40}… is no path: expected at most {LONGEST_PATH} bytes, {LONGEST_NAME} for a name in it"
+            )
+
+
 def _require_positive(section: str, values: Any, keys: list[str]) -> None:
     for key in keys:
         if not getattr(values, key) > 0:
             raise UserError(f"{section}.{key} ({getattr(values, key)}) must be positive")
 
 
-def _read_yaml(path: Path) -> DictConfig:
+def _read_yaml(path: Path, root: Path | None = None) -> DictConfig:
     try:
-        loaded = OmegaConf.load(path)
+        loaded = OmegaConf.load(io.StringIO(read_text(path, root, MAX_YAML_BYTES)))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such configuration file") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: expected a configuration file") from error
     except Exception as error:  # the YAML reader's own errors have no common base
         raise UserError(f"{path}: not a YAML configuration: {first_line(error)}") from error
     if not isinstance(loaded, DictConfig):
@@ -452,6 +499,9 @@ def _read_yaml(path: Path) -> DictConfig:
 
 
 def _merge(base: Any, update: Any, source: str) -> Any:
+    for key, node in _nodes("", update):
+        if isinstance(node, DictConfig) and isinstance(OmegaConf.select(base, key), ListConfig):
+            raise UserError(f"{source}: {key}: expected a list, found a mapping")
     try:
         return OmegaConf.merge(base, update)
     except OmegaConfBaseException as error:
@@ -459,6 +509,18 @@ def _merge(base: Any, update: Any, source: str) -> Any:
         hint = _nearest_key(base, key) if type(error).__name__ == "ConfigKeyError" else ""
         reason = "unknown key" if hint is not None and type(error).__name__ == "ConfigKeyError" else first_line(error)
         raise UserError(f"{source}: {key}: {reason}{hint}") from error
+
+
+def _nodes(prefix: str, container: Any) -> Iterator[tuple[str, Any]]:
+    """Every key below ``container`` and its node, without resolving interpolations."""
+    if container._is_none() or container._is_missing() or container._is_interpolation():
+        return
+    keys = range(len(container)) if isinstance(container, ListConfig) else container
+    for key in keys:
+        node = container._get_node(key)
+        yield f"{prefix}{key}", node
+        if isinstance(node, (DictConfig, ListConfig)):
+            yield from _nodes(f"{prefix}{key}.", node)
 
 
 def _nearest_key(base: Any, key: str) -> str:

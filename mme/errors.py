@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+LONGEST_LINE = 4000
+
 
 class UserError(Exception):
     """Wrong input or configuration: the commands print its one line and leave with status 2.
@@ -20,5 +22,24 @@ class Preempted(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, on one line; where it says nothing, what it is called."""
+    """The first line of an error's message, or the error's name where it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def one_line(text: str) -> str:
+    """``text`` with every control character, line break and unpaired surrogate escaped, as ``\\n`` or ``\\x1b``.
+
+    Names and values in a message come from files that anybody may have made. Escaped, they can't break a line of a log,
+    move the terminal's cursor or reverse the text that follows. What exceeds `LONGEST_LINE` characters is cut out of the middle.
+    """
+    if len(text) > LONGEST_LINE:
+        half = LONGEST_LINE // 2
+        text = f"{text[:half]} … {len(text) - 2 * half:,} characters … {text[-half:]}"
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def indented_lines(text: str) -> str:
+    """A text of several lines, such as a traceback, for a log: each line escaped by `one_line`, all but the first indented."""
+    return "\n    ".join(map(one_line, text.rstrip().split("\n")))

@@ -1,21 +1,187 @@
-"""Lock files: held by flock, and so released by the kernel when their holder dies."""
+"""Files opened safely, replaced whole, locked and hashed.
+
+A run, a checkpoint or a data set may come from a stranger, or be damaged. So only regular files are read (a pipe or a
+device would block for ever), and a function that is given a ``root``, the stranger's folder, follows no symbolic link
+below it: neither a file nor a folder on the way to it can stand for something outside. ``root`` itself may be reached
+through links: where it lies is the user's choice. Without a ``root`` the path is the user's own and links are followed.
+
+Files appear whole or not at all: they are written under a name that can't be guessed, made durable and renamed. Their
+mode is what the umask leaves of 0666.
+
+Locks are taken here, not by ``filelock``, which opens the lock file by its path and so follows links on the way to it.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
+import hashlib
+import json
 import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, BinaryIO, TextIO
+
+PARTIAL = ".partial-"  # how the names of files that are being written begin
+MAX_TEXT_BYTES = 1 << 28  # of a JSON or YAML file: more is no description of a run, a checkpoint or a data set
+_BLOCK_BYTES = 1 << 20
+# Without O_NONBLOCK, opening a pipe would wait for its other end. It means nothing to a regular file.
+_ALWAYS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 
-def take_lock(path: Path) -> int:
-    """The descriptor of the locked file; BlockingIOError where another process holds it."""
+def open_to_read(path: Path, root: Path | None = None) -> BinaryIO:
+    """Opens a regular file.
+
+    Raises:
+        OSError: there is none, it is not a regular file, or a link stands below ``root``.
+    """
+    return os.fdopen(_open_regular(path, os.O_RDONLY, root), "rb")
+
+
+def read_text(path: Path, root: Path | None = None, max_bytes: int = MAX_TEXT_BYTES) -> str:
+    """The text of a UTF-8 file.
+
+    Raises:
+        OSError: see `open_to_read`; or the file is larger than ``max_bytes``.
+        UnicodeDecodeError: it is not UTF-8.
+    """
+    with open_to_read(path, root) as file:
+        data = file.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise OSError(errno.EFBIG, f"larger than {max_bytes:,} bytes", str(path))
+    return data.decode()
+
+
+def read_json(path: Path, root: Path | None = None) -> Any:
+    """The value that a JSON file holds.
+
+    Raises:
+        OSError: see `read_text`.
+        ValueError: it is not JSON.
+    """
+    try:
+        return json.loads(read_text(path, root), parse_constant=_refuse_constant)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+
+
+def open_to_append(path: Path, root: Path) -> TextIO:
+    """Opens a text file, made where it is missing, that each written line is added to at once.
+
+    Raises:
+        OSError: see `open_to_read`.
+    """
+    descriptor = _open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, root)
+    return os.fdopen(descriptor, "a", buffering=1, encoding="utf-8", errors="backslashreplace")
+
+
+@contextmanager
+def replacing(path: Path, root: Path | None = None) -> Iterator[Path]:
+    """Gives a new, empty file to write, which takes the place of ``path`` at the end, durable; not after an exception.
+
+    The body may also put another file in its place, as libraries do that write whole files themselves.
+
+    Raises:
+        OSError: see `open_to_read`.
+    """
+    # The name ends as that of the file, by which some libraries choose a format.
+    partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}-{path.name[-200:]}")
+    try:
+        with _folder(path.parent, root):
+            descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | _ALWAYS, 0o666)
+            mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+            os.close(descriptor)
+            yield partial
+            partial.chmod(mode)
+            flush(partial)
+            os.replace(partial, path)
+            flush(path.parent)
+    except OSError as error:
+        if error.strerror is None or error.filename not in (None, str(partial)):
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def write_text(path: Path, text: str, root: Path | None = None) -> None:
+    """Writes a text file whole, in UTF-8.
+
+    Raises:
+        OSError: it can't be written; ``path`` is as it was.
+    """
+    with replacing(path, root) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def make_folder(path: Path, root: Path) -> None:
+    """Makes ``path``, and what is missing of ``root`` and of the folders between.
+
+    Raises:
+        OSError: it can't be made, or a link or file stands below ``root`` in a folder's place.
+    """
+    root.mkdir(parents=True, exist_ok=True)
+    with _folder(path, root, make=True):
+        pass
+
+
+def require_folder(path: Path, root: Path) -> bool:
+    """Whether ``path``, a folder below ``root``, is there.
+
+    Raises:
+        OSError: a link or a file is there instead, or on the way to it.
+    """
+    try:
+        with _folder(path, root):
+            return True
+    except FileNotFoundError:
+        return False
+
+
+def flush(path: Path) -> None:
+    """Makes a file's content, or a folder's names, durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | _ALWAYS)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path, root: Path | None = None) -> str:
+    """SHA-256 of a file's content, in hexadecimal.
+
+    Raises:
+        OSError: see `open_to_read`.
+    """
+    digest = hashlib.sha256()
+    with open_to_read(path, root) as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def take_lock(path: Path, *, wait: bool = False) -> int:
+    """Locks a file, made where it is missing and no link; the kernel releases the lock when this process dies.
+
+    Returns:
+        The descriptor that `release_lock` takes.
+
+    Raises:
+        BlockingIOError: another process holds the lock, and ``wait`` is not set.
+        OSError: see `open_to_read`; or the file system has no locks.
+    """
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = _open_regular(path, os.O_RDWR | os.O_CREAT, path.parent)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Its last holder may have removed the file after it was opened here: then the lock is of no file.
-            if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
-                return descriptor
+            fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # The last holder may have removed the file after it was opened here: then this is a lock on nothing.
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), path.lstat()):
+                    return descriptor
         except OSError:
             os.close(descriptor)
             raise
@@ -23,5 +189,65 @@ def take_lock(path: Path) -> int:
 
 
 def release_lock(path: Path, descriptor: int) -> None:
+    """Removes the file and releases the lock."""
     path.unlink(missing_ok=True)
     os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Waits for the lock and holds it; raises as `take_lock`."""
+    descriptor = take_lock(path, wait=True)
+    try:
+        yield
+    finally:
+        release_lock(path, descriptor)
+
+
+def _open_regular(path: Path, flags: int, root: Path | None) -> int:
+    if root is None:
+        descriptor = os.open(path, flags | _ALWAYS, 0o666)
+    else:
+        with _folder(path.parent, root) as folder, _link_named(path):
+            descriptor = os.open(path.name, flags | os.O_NOFOLLOW | _ALWAYS, 0o666, dir_fd=folder)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return descriptor
+
+
+@contextmanager
+def _folder(path: Path, root: Path | None, make: bool = False) -> Iterator[int]:
+    """A descriptor of a folder, reached from ``root`` without following a link."""
+    descriptor = os.open(path if root is None else root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        reached = root or path
+        for name in () if root is None else path.relative_to(root).parts:
+            reached = reached / name
+            if make:
+                with suppress(FileExistsError):
+                    os.mkdir(name, dir_fd=descriptor)
+            with _link_named(reached):
+                below = os.open(name, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=descriptor)
+            os.close(descriptor)
+            descriptor = below
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _link_named(path: Path) -> Iterator[None]:
+    """Says of a link that it is one, where the system says 'too many levels' or 'not a directory'; adds the path."""
+    if path.name == "..":
+        raise OSError(errno.EINVAL, "leads out of its folder", str(path))
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR) and path.is_symlink():
+            raise OSError(errno.ELOOP, "a symbolic link, which is not followed here", str(path)) from error
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")

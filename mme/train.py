@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from mme.config import CONFIG_FILE, Config, flat, load_config, save_config, validate_world_size
+from mme.config import CONFIG_FILE, Config, flat, load_saved_config, save_config, validate_world_size
 from mme.data.balance import attention_equals_rest_at
 from mme.data.batch import SequenceBatch
 from mme.data.dataset import PreparedDataset
@@ -172,7 +172,7 @@ class Training:
     def _changed_settings(self) -> list[str]:
         """What differs from the configuration that the run had before, such as ``train.lr 0.01 (was 0.004)``."""
         try:
-            before = flat(load_config(self.run_folder / CONFIG_FILE))
+            before = flat(load_saved_config(self.run_folder))
         except UserError:  # none, or of a version with other keys
             return []
         return [f"{key} {new} (was {before[key]})" for key, new in flat(self.config).items() if new != before[key]]

@@ -20,8 +20,10 @@ import typer
 import yaml
 
 from mme.cli import main
+from mme.config import load_config
 from mme.errors import UserError
 from mme.run.exit_status import job_status, print_error
+from tests.limits import files_of_at_most
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SMALL_MODEL = [
@@ -156,19 +158,15 @@ def test_other_ranks_leave_the_line_to_rank_0(
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full, a device without space")
 def test_failed_job_ends_with_status_1_and_its_traceback_in_the_log(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.yaml").write_text("data: {path: nowhere}\n")
     (tmp_path / "metrics.jsonl").write_text('{"kind": "run", "step": 0}\n')
-    (tmp_path / "report.html.partial").symlink_to("/dev/full")
-    assert main(["report", "--run", str(tmp_path)]) == 1
-    assert (
-        error_line(capsys)
-        == f"{tmp_path / 'report.html'}: No space left on device (traceback in {tmp_path / 'log.txt'})"
-    )
-    assert "OSError: [Errno 28]" in (tmp_path / "log.txt").read_text()
+    with files_of_at_most(4000):  # enough for the log, too little for the page
+        assert main(["report", "--run", str(tmp_path)]) == 1
+    assert error_line(capsys) == f"{tmp_path / 'report.html'}: File too large (traceback in {tmp_path / 'log.txt'})"
+    assert "OSError: [Errno 27]" in (tmp_path / "log.txt").read_text()
     assert not (tmp_path / "report.html").exists()
 
 
@@ -339,3 +337,70 @@ def test_a_mistake_of_one_node_is_told_there_once(
         raise UserError("the disk is full")
     assert ended.value.exit_code == 2
     assert capsys.readouterr().err == printed
+
+
+def test_control_characters_stay_escaped_in_messages_and_log(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text('"\\nrm -rf ~ #\\e[2J": 1\n')
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "run", "step": 0}\n')
+    assert main(["report", "--run", str(tmp_path)]) == 2
+    found = capsys.readouterr().err
+    assert found.count("\n") == 1 and found.endswith("\n")
+    for text in (found, (tmp_path / "log.txt").read_text()):
+        assert r"\nrm -rf ~ #\x1b[2J: unknown key" in text and "\x1b" not in text
+    assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
+
+
+def test_a_strangers_run_writes_into_itself_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, mine = tmp_path / "run", tmp_path / "mine"
+    run.mkdir()
+    mine.write_text("mine\n")
+    (run / "config.yaml").write_text("data: {path: nowhere}\n")
+    (run / "metrics.jsonl").write_text('{"kind": "run", "step": 0}\n')
+    for name in ("log.txt", "report.html", "report.html.partial"):
+        (run / name).symlink_to(mine)
+    assert main(["report", "--run", str(run)]) == 0
+    assert (run / "report.html").read_text().startswith("<!doctype html>")
+    (run / "config.yaml").unlink()
+    (run / "config.yaml").symlink_to(mine)
+    assert main(["report", "--run", str(run)]) == 2
+    assert "config.yaml: a symbolic link, which is not followed here" in capsys.readouterr().err
+    assert mine.read_text() == "mine\n"
+    os.mkfifo(run / "pipe")
+    (run / "metrics.jsonl").unlink()
+    (run / "pipe").rename(run / "metrics.jsonl")
+    (run / "config.yaml").unlink()
+    (run / "config.yaml").write_text("data: {path: nowhere}\n")
+    assert main(["report", "--run", str(run)]) == 2
+    assert "metrics.jsonl: not a regular file" in capsys.readouterr().err
+
+
+def test_the_readers_environment_is_not_resolved_into_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SECRET", "hunter2")
+    (tmp_path / "config.yaml").write_text("data: {path: '${oc.env:SECRET}'}\n")
+    (tmp_path / "metrics.jsonl").write_text('{"kind": "run", "step": 0}\n')
+    for command in ("report", "evaluate"):
+        assert main([command, "--run", str(tmp_path)]) == 2
+        assert "data.path: '${oc.env:SECRET}' is not resolved in a run's configuration" in capsys.readouterr().err
+    assert "hunter2" not in (tmp_path / "log.txt").read_text()
+    assert load_config(tmp_path / "config.yaml").data.path == "hunter2"  # the user's own file
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.moe.placement={}", "model.moe.placement: expected a list, found a mapping"),
+        ("train.profile_ranks={a: 1}", "train.profile_ranks: expected a list, found a mapping"),
+        ('data.path="a\\0b"', r"data.path: 'a\x00b' holds a NUL character: expected the path of a folder"),
+        (f"output_dir=runs/{'x' * 256}", "is no path: expected at most 4095 bytes, 255 for a name in it"),
+        (f"data.cache_dir={'x/' * 2100}", "is no path: expected at most 4095 bytes, 255 for a name in it"),
+    ],
+)
+def test_values_that_are_no_list_or_no_path_are_refused(
+    capsys: pytest.CaptureFixture[str], override: str, message: str
+) -> None:
+    assert main(["train", "--config", "configs/quickstart.yaml", override]) == 2
+    assert message in capsys.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from mme.distributed.recommender import Recommender
 from mme.distributed.world import World, process_group
 from mme.errors import UserError, first_line
 from mme.evaluation.ranking import Ranker
+from mme.files import replacing
 
 REQUEST_TIME = "request_timestamp"
 NUMBERS = "numbers of "  # before the name of a column: what holds the numbers of its values
@@ -230,10 +230,6 @@ def _result(table: pa.Table, items: Tensor, scores: Tensor, catalogue: pa.Array)
 
 
 def _write_whole(table: pa.Table, output: Path) -> None:
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(output) as partial:
         pq.write_table(table, partial)
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)

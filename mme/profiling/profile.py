@@ -26,6 +26,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, schedule
 from torch.profiler import profile as torch_profile
 
+from mme.files import make_folder, replacing, write_text
 from mme.profiling.regions import OTHER, REGIONS
 from mme.profiling.trace import Allocations, TimeByPart, Trace
 
@@ -91,12 +92,15 @@ class StepProfile:
     def _write(self, recorded: Any) -> None:
         if self._done < self.end:  # the job ends before: half a profile would mislead
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
+        run = self.folder.parent
+        make_folder(self.folder, run)
         if self.on_gpu:
-            torch.cuda.memory._dump_snapshot(str(self._path("memory", "pickle")))
+            with replacing(self._path("memory", "pickle"), run) as partial:
+                torch.cuda.memory._dump_snapshot(str(partial))
             torch.cuda.memory._record_memory_history(enabled=None)
         trace_file = self._path("trace", "json.gz")
-        recorded.export_chrome_trace(str(trace_file))
+        with replacing(trace_file, run) as partial:
+            recorded.export_chrome_trace(str(partial))
         trace = Trace.read(trace_file)
         self.result, memory = trace.time_by_part(), trace.fullest_moment()
         before_ms = 1000 * statistics.median(self._seconds) if self._seconds else None
@@ -107,8 +111,8 @@ class StepProfile:
             "allocated_bytes": sum(row.num_bytes for row in memory),
             "allocations": [row._asdict() for row in memory],
         }
-        self._path("parts", "json").write_text(json.dumps(record, indent=1) + "\n")
-        with self._path("parts", "txt").open("w") as file:
+        write_text(self._path("parts", "json"), json.dumps(record, indent=1) + "\n", run)
+        with replacing(self._path("parts", "txt"), run) as partial, partial.open("w") as file:
             console = Console(file=file, width=120)
             for table in (time_table(self.result, before_ms), _memory_table(memory, self.on_gpu)):
                 console.print(table)

@@ -14,13 +14,14 @@ from typing import Any
 
 from rich.table import Table
 
-from mme.config import CONFIG_FILE, Config, load_config
+from mme.config import CONFIG_FILE, Config, load_saved_config
 from mme.errors import UserError
+from mme.files import read_text, write_text
 from mme.report.charts import Line, line_chart, smoothed
 from mme.report.experts import expert_warnings, experts_section
 from mme.report.insight import insight_section
 from mme.report.style import STYLE
-from mme.run.metrics_file import METRICS_FILE, name_in_errors, read_metrics
+from mme.run.metrics_file import METRICS_FILE, read_metrics
 from mme.run.monitor import duration
 
 METRICS = ["hr@10", "hr@50", "ndcg@10", "ndcg@50", "mrr"]
@@ -54,12 +55,11 @@ def read_run(folder: Path) -> Run:
     records = read_metrics(folder / METRICS_FILE)
     if not records:
         raise UserError(f"{folder / METRICS_FILE}: empty: expected the metrics of a run (made by `mme train`)")
-    config_path = folder / CONFIG_FILE
-    config = load_config(config_path)
+    config = load_saved_config(folder)
     dataset = _dataset_info(Path(config.data.path))
     results = _results(records)
     oracle = _oracle(dataset, next(iter(results.values()), {}))
-    return Run(folder, config, config_path.read_text(), records, dataset, results, oracle)
+    return Run(folder, config, read_text(folder / CONFIG_FILE, folder), records, dataset, results, oracle)
 
 
 def write_report(run: Path) -> Path:
@@ -70,13 +70,7 @@ def write_report(run: Path) -> Path:
     """
     page = _page(read_run(run))
     path = run / "report.html"
-    partial = run / "report.html.partial"
-    try:
-        with name_in_errors(path):
-            partial.write_text(page)
-            partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_text(path, page, run)
     return path
 
 

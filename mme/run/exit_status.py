@@ -1,7 +1,7 @@
 """How a command ends: one line on standard error and an exit status.
 
 0: done. 1: the job failed, and the traceback is in log.txt. 2: the input or the configuration is wrong. 130: interrupted.
-143: asked to stop by SIGTERM, with everything saved.
+143: asked to stop by SIGTERM, with everything saved. Control characters are escaped in every line, see `mme.errors.one_line`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 
 import typer
 
-from mme.errors import JobError, Preempted, UserError
+from mme.errors import JobError, Preempted, UserError, indented_lines, one_line
+from mme.files import open_to_append
 
 PREEMPTED = 143  # 128 + SIGTERM, as a shell has it
 
@@ -38,7 +39,7 @@ def job_status() -> Iterator[Job]:
         # reader, each log keeps its own.
         if rank() == 0 or os.environ.get("LOCAL_RANK") == "0":
             print_error(str(error))
-        _append_to_log(job.folder, f"error: {error}")
+        _append_to_log(job.folder, one_line(f"error: {error}"))
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         if rank() == 0:
@@ -47,23 +48,23 @@ def job_status() -> Iterator[Job]:
     except JobError as error:
         if rank() == 0:
             print_error(str(error))
-        _append_to_log(job.folder, f"error: {error}")
+        _append_to_log(job.folder, one_line(f"error: {error}"))
         raise typer.Exit(1) from error
     except Preempted as error:
-        _append_to_log(job.folder, str(error))
+        _append_to_log(job.folder, one_line(str(error)))
         if rank() == 0:
-            print(error, file=sys.stderr, flush=True)
+            print(one_line(str(error)), file=sys.stderr, flush=True)
         raise typer.Exit(PREEMPTED) from error
     except Exception as error:
-        log = _append_to_log(job.folder, traceback.format_exc())
+        log = _append_to_log(job.folder, indented_lines(traceback.format_exc()))
         if log is None:
             traceback.print_exc()
         where = "" if log is None else f" (traceback in {log})"
-        print_error(f"{_one_line(error)}{where}")
+        print_error(f"{_summary(error)}{where}")
         raise typer.Exit(1) from error
 
 
-def _one_line(error: Exception) -> str:
+def _summary(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     text = " ".join(str(error).split())
@@ -81,7 +82,7 @@ def _interrupted(folder: Path | None) -> str:
 def print_error(text: str) -> None:
     """One line on standard error, in one write: the ranks share it, and under torchrun no buffer joins two."""
     who = "" if rank() == 0 else f"rank {rank()}: "
-    sys.stderr.write(f"{who}error: {text}\n")
+    sys.stderr.write(f"{who}error: {one_line(text)}\n")
     sys.stderr.flush()
 
 
@@ -91,8 +92,8 @@ def _append_to_log(folder: Path | None, text: str) -> Path | None:
         return None
     path = folder / ("log.txt" if rank() == 0 else f"log.rank{rank()}.txt")
     try:
-        with path.open("a") as log:
-            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n")
+        with open_to_append(path, folder) as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
     except OSError:
         return None
     return path

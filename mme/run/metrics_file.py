@@ -10,15 +10,17 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from mme.errors import UserError
+from mme.files import open_to_read, read_text, replacing
 
 METRICS_FILE = "metrics.jsonl"
+MAX_BYTES = 1 << 30
 FIGURES = {"step", "epoch", "loss", "tokens_per_s", "lr", "step_ms", "wait_ms", "straggler_ms", "mrr", "users"}
 
 
@@ -29,11 +31,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         UserError: no such file, a line that is not a JSON object with a kind, or a figure that is no number.
     """
     try:
-        text = path.read_text()
+        text = read_text(path, path.parent, MAX_BYTES)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file: expected the metrics of a run (made by `mme train`)") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not text (byte {error.start}): expected one JSON object a line") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: expected the metrics of a run") from error
     lines = text.split("\n")
     records = []
     for number, line in enumerate(lines, start=1):
@@ -52,16 +56,13 @@ def keep_lines_until(path: Path, step: int) -> None:
     """Rewrites metrics.jsonl, whole or not at all, with the lines up to ``step``; empty for step 0."""
     kept = []
     if step and path.exists():
-        for line in path.read_text(errors="replace").split("\n"):
-            record = _parse(line)
-            if record is not None and record.get("step", 0) <= step:
-                kept.append(line + "\n")
-    partial = path.with_name(path.name + ".partial")
-    with name_in_errors(path), partial.open("w") as file:
+        with open_to_read(path, path.parent) as file:
+            for line in file.read().decode(errors="replace").split("\n"):
+                record = _parse(line)
+                if record is not None and _is_number(at := record.get("step", 0)) and at <= step:
+                    kept.append(line + "\n")
+    with replacing(path, path.parent) as partial, partial.open("w") as file:
         file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 @contextmanager
@@ -74,7 +75,7 @@ def name_in_errors(path: Path) -> Iterator[None]:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    with suppress(json.JSONDecodeError):
+    with suppress(ValueError, RecursionError):
         record = json.loads(line)
         if isinstance(record, dict) and "kind" in record:
             return record
@@ -101,4 +102,4 @@ def _flaw(record: dict[str, Any]) -> str | None:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)

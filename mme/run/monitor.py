@@ -23,7 +23,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from mme import __version__
-from mme.errors import UserError
+from mme.errors import UserError, indented_lines, one_line
+from mme.files import make_folder, open_to_append
 from mme.run.metrics_file import METRICS_FILE, keep_lines_until, name_in_errors
 
 PACKAGES = ["torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "triton", "numpy", "pyarrow"]
@@ -75,11 +76,14 @@ class Monitor:
         self._started: tuple[float, int] | None = None  # the clock and the step at the end of the first step
         self._shown = -math.inf
         try:
-            self.output_dir.mkdir(parents=True, exist_ok=True)
+            make_folder(self.output_dir, self.output_dir)
+            log_name = "log.txt" if rank == 0 else f"log.rank{rank}.txt"
+            self._log = open_to_append(self.output_dir / log_name, self.output_dir)
+            self._log_path = self.output_dir / log_name
         except OSError as error:
-            raise UserError(f"output_dir {output_dir}: {error.strerror}: expected a folder that can be made") from error
-        log_name = "log.txt" if rank == 0 else f"log.rank{rank}.txt"
-        self._log = (self.output_dir / log_name).open("a", buffering=1)
+            raise UserError(
+                f"output_dir {error.filename}: {error.strerror}: expected a folder that can be made"
+            ) from error
         self._log_handler = _log_handler(self._log)
         self._console = console or Console()
         self._progress: Progress | None = None
@@ -259,7 +263,8 @@ class Monitor:
 
     def note(self, text: str) -> None:
         """One line for the reader: shown by rank 0, kept in each rank's log."""
-        with name_in_errors(Path(self._log.name)):
+        text = one_line(text)
+        with name_in_errors(self._log_path):
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         if self.rank == 0:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -290,8 +295,9 @@ class Monitor:
 
         path = self.output_dir / METRICS_FILE
         keep_lines_until(path, self._resume_step)
-        self._metrics = path.open("a", buffering=1)
+        self._metrics = open_to_append(path, self.output_dir)
         folder = self.output_dir / "tensorboard"
+        make_folder(folder, self.output_dir)
         purge = self._resume_step + 1 if self._resume_step else None
         if not self._resume_step:  # of the run that was here before
             for curves in folder.glob("events.*"):
@@ -385,6 +391,11 @@ def _log_handler(stream: Any) -> logging.Handler:
     """Sends what libraries warn of through `logging` to the rank's log."""
     handler = logging.StreamHandler(stream)
     handler.setLevel(logging.WARNING)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
+    handler.setFormatter(_EscapingFormatter("%(asctime)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
     logging.getLogger().addHandler(handler)
     return handler
+
+
+class _EscapingFormatter(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return indented_lines(super().format(record))

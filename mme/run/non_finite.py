@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mme.data.batch import SequenceBatch
 from mme.errors import JobError
+from mme.files import make_folder, replacing
 
 FOLDER = "non_finite"  # in the run's folder
 MOST_IN_A_ROW = 100  # skipped steps, after which it is not the batch: the job stops
@@ -58,6 +59,7 @@ def save_batch(run: Path, step: int, rank: int, batch: SequenceBatch) -> Path:
         }
     )
     path = run / FOLDER / f"step_{step}_rank_{rank}.parquet"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path)
+    make_folder(path.parent, run)
+    with replacing(path, run) as partial:
+        pq.write_table(table, partial)
     return path

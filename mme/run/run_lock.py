@@ -35,7 +35,9 @@ def only_job(run: Path, world: World, patience_s: float = RELEASED_WITHIN_S) -> 
             problem = f"output_dir {run}: another job is training there: end it, or choose another output_dir"
         except OSError as error:
             if error.errno not in _NO_LOCKS:
-                problem = f"output_dir {run}: {error.strerror}: expected a folder that can be written to"
+                problem = (
+                    f"output_dir {error.filename or run}: {error.strerror}: expected a folder that can be written to"
+                )
             else:
                 print(f"{run}: can't be locked ({error.strerror}): start no second job there", flush=True)
     if problem := world.of_first(problem):

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from mme.distributed.world import World
+from mme.files import make_folder, open_to_append
 from mme.run.exit_status import print_error
 
 FOLDER = "stacks"  # in the run's folder
@@ -46,11 +47,12 @@ class Watchdog:
 
     def __enter__(self) -> Watchdog:
         if self.timeout_s:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            make_folder(self.folder, self.folder.parent)
             path = self.folder / f"rank_{self.world.rank}.txt"
             if path.exists() and path.stat().st_size:  # of an attempt that hung, and was told to look there
                 path.rename(path.with_suffix(f".{time.strftime('%Y%m%d-%H%M%S')}.txt"))
-            self._stacks = path.open("w")
+            path.unlink(missing_ok=True)
+            self._stacks, self._stacks_path = open_to_append(path, self.folder.parent), path
         self.beat("starting")
         self._thread.start()
         return self
@@ -61,7 +63,7 @@ class Watchdog:
         if self._stacks is not None:
             faulthandler.cancel_dump_traceback_later()
             self._stacks.close()
-            Path(self._stacks.name).unlink(missing_ok=True)
+            self._stacks_path.unlink(missing_ok=True)
             with suppress(OSError):  # the other ranks' files may be there
                 self.folder.rmdir()
 
@@ -134,7 +136,7 @@ class Watchdog:
     def _end(self, why: str) -> NoReturn:
         with suppress(OSError):
             name = "log.txt" if self.world.rank == 0 else f"log.rank{self.world.rank}.txt"
-            with (self.folder.parent / name).open("a") as log:
+            with open_to_append(self.folder.parent / name, self.folder.parent) as log:
                 log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} error: {why}\n")
         print_error(why)
         os._exit(1)  # the main thread hangs: nothing else would end it
