@@ -18,7 +18,7 @@ from mme.data.batch import SequenceBatch
 from mme.data.dataset import PreparedDataset
 from mme.data.features import Features
 from mme.data.loaders import TrainLoader
-from mme.data.split import Part, Split
+from mme.data.split import HeldOut, Split
 from mme.distributed import checkpoint
 from mme.distributed.checkpoint import Progress
 from mme.distributed.checkpoint_writer import CheckpointWriter
@@ -28,11 +28,10 @@ from mme.distributed.recommender import Recommender
 from mme.distributed.world import PATIENCE_S, World, process_group
 from mme.errors import Preempted, UserError
 from mme.evaluation.evaluate import evaluate
-from mme.profiling.profile import FOLDER as PROFILE_FOLDER
-from mme.profiling.profile import StepProfile
+from mme.profiling.profile import PROFILE_FOLDER, StepProfile
 from mme.profiling.regions import each_in_region, region
 from mme.run.monitor import Monitor
-from mme.run.non_finite import FOLDER, MOST_IN_A_ROW, NonFiniteError, save_batch
+from mme.run.non_finite import MOST_IN_A_ROW, NON_FINITE_FOLDER, NonFiniteError, save_batch
 from mme.run.preemption import Preemption
 from mme.run.run_lock import only_job
 from mme.run.watchdog import Watchdog
@@ -243,7 +242,7 @@ class Training:
         self.world.barrier()  # all ranks' parts are there before the job ends
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         what = "a gradient" if math.isfinite(result.loss) else "the loss"
-        found = f"{what} at step {step} is not finite; its batch is in {self.run_folder / FOLDER}/step_{step}_rank_*.parquet"
+        found = f"{what} at step {step} is not finite; its batch is in {self.run_folder / NON_FINITE_FOLDER}/step_{step}_rank_*.parquet"
         if self.config.train.on_non_finite == "stop":
             raise NonFiniteError(f"{found} (train.on_non_finite=skip would leave it out)")
         if self.skipped_in_a_row == MOST_IN_A_ROW:
@@ -309,7 +308,7 @@ class Training:
         return records
 
     @region("evaluation")
-    def _evaluate(self, part: Part, step: int) -> list[dict[str, Any]]:
+    def _evaluate(self, part: HeldOut, step: int) -> list[dict[str, Any]]:
         """Raises Preempted, on all ranks, where one of them has been asked to stop."""
 
         def before_batch() -> None:

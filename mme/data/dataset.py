@@ -19,7 +19,7 @@ from mme.data.event_file import EventFile, Records, open_event_file
 from mme.data.features import feature_sizes
 from mme.data.numbering import numbering_sha256, read_item_ids
 from mme.data.parts import IntArray, read_info, read_user_ids
-from mme.data.split import Part, Split
+from mme.data.split import HeldOut, Split
 
 TIME_BUCKETS = 1 << 16  # that a pass over all times counts in
 
@@ -95,7 +95,7 @@ class PreparedDataset:
         """(num_users,) where each user's training events end (excluded), in the flat events."""
         return split.train_ends(self.user_offsets, self._num_older)
 
-    def targets(self, split: Split, part: Part) -> tuple[IntArray, IntArray]:
+    def targets(self, split: Split, part: HeldOut) -> tuple[IntArray, IntArray]:
         """User rows that have a target in ``part``, and the target's position in the flat events."""
         return split.targets(part, self.user_offsets, self._num_older)
 
@@ -103,7 +103,7 @@ class PreparedDataset:
         """(num_items,) int64, how often each item occurs in the training events."""
         return self._training_counts(split)
 
-    def targets_sha256(self, split: Split, part: Part) -> str:
+    def targets_sha256(self, split: Split, part: HeldOut) -> str:
         """SHA-256 of the lines "user_id<TAB>item_id<LF>" in raw ids, UTF-8, in the order of the users' rows.
 
         Raw ids make it independent of how items are numbered, so that results of different programs can be compared.
@@ -119,7 +119,7 @@ class PreparedDataset:
             np.add.at(counts, events["item"][np.arange(events.size) < ends], 1)
         return torch.from_numpy(counts)
 
-    def _compute_targets_sha256(self, split: Split, part: Part) -> str:
+    def _compute_targets_sha256(self, split: Split, part: HeldOut) -> str:
         rows, positions = self.targets(split, part)
         raw_items = read_item_ids(self.folder)
         digest = hashlib.sha256()

@@ -24,7 +24,7 @@ from mme.data.event_file import Records
 from mme.data.features import NO_FEATURES, Features, parts_column
 from mme.data.parts import IntArray
 from mme.data.prefetch import prefetch
-from mme.data.split import Part, Split
+from mme.data.split import HeldOut, Split
 from mme.data.windows import Windows
 from mme.errors import UserError
 
@@ -160,7 +160,7 @@ class EvaluationLoader:
         self,
         dataset: PreparedDataset,
         data: DataConfig,
-        part: Part,
+        part: HeldOut,
         worker: Worker,
         features: Features = NO_FEATURES,
     ) -> None:

@@ -34,7 +34,7 @@ ITEMS, TIMES = "item_ids", "timestamps"
 
 
 @dataclass(frozen=True)
-class Piece:
+class PartSlice:
     """Whole users of a part, one after another.
 
     Attributes:
@@ -88,7 +88,7 @@ def limits(info: dict[str, Any]) -> dict[str, int]:
     return {ITEMS: info["num_items"], **feature_limits(info)}
 
 
-def read_part(folder: Path, part: dict[str, Any], limits: dict[str, int]) -> Iterator[Piece]:
+def read_part(folder: Path, part: dict[str, Any], limits: dict[str, int]) -> Iterator[PartSlice]:
     """The users of one part in order, about `EVENTS_AT_ONCE` events at a time; ``limits``: see the function.
 
     Raises:
@@ -147,7 +147,7 @@ def _batches(path: Path, part: dict[str, Any], columns: list[str]) -> Iterator[p
         yield from file.iter_batches(rows, columns=columns, use_threads=False)
 
 
-def _check(path: Path, first_row: int, batch: pa.RecordBatch, limits: dict[str, int]) -> Piece:
+def _check(path: Path, first_row: int, batch: pa.RecordBatch, limits: dict[str, int]) -> PartSlice:
     names = batch.schema.names
     for name in names:
         if batch.column(name).null_count:
@@ -177,4 +177,4 @@ def _check(path: Path, first_row: int, batch: pa.RecordBatch, limits: dict[str, 
     if falls.size:
         before, after = times[falls[0]], times[falls[0] + 1]
         raise UserError(f"{path}: row {row_of_event[falls[0]]}: timestamp {after} follows {before}, expected no fall")
-    return Piece(lengths, items, times, arrays)
+    return PartSlice(lengths, items, times, arrays)

@@ -23,7 +23,7 @@ import numpy as np
 from mme.config import DataConfig
 from mme.data.parts import IntArray
 
-Part = Literal["valid", "test"]
+HeldOut = Literal["valid", "test"]
 CountOlder = Callable[[float], IntArray]
 
 
@@ -44,12 +44,12 @@ class Split:
         return cls(data.protocol, data.global_time_test_fraction)
 
     @property
-    def held_out(self) -> tuple[Part, ...]:
+    def held_out(self) -> tuple[HeldOut, ...]:
         """The parts that have targets."""
         return ("test",) if self.protocol == "leave_one_out" else ("valid", "test")
 
     @property
-    def selection(self) -> Part:
+    def selection(self) -> HeldOut:
         """The part whose metrics choose the best checkpoint."""
         return self.held_out[0]
 
@@ -69,7 +69,7 @@ class Split:
             return begin + num_older - (num_older >= 2)
         return np.maximum(begin, end - len(self.held_out))
 
-    def targets(self, part: Part, user_offsets: IntArray, count_older: CountOlder) -> tuple[IntArray, IntArray]:
+    def targets(self, part: HeldOut, user_offsets: IntArray, count_older: CountOlder) -> tuple[IntArray, IntArray]:
         """The users that have a target in ``part``, and the target's position in the flat events; see `train_ends`."""
         begin, end = user_offsets[:-1], user_offsets[1:]
         if self.protocol == "global_time":

@@ -12,7 +12,7 @@ from mme.config import Config, load_run_config
 from mme.data.dataset import PreparedDataset
 from mme.data.features import Features
 from mme.data.loaders import EvaluationLoader
-from mme.data.split import Part, Split
+from mme.data.split import HeldOut, Split
 from mme.distributed.checkpoint import load_weights
 from mme.distributed.recommender import Recommender
 from mme.distributed.world import World, process_group
@@ -26,7 +26,7 @@ def evaluate(
     recommender: Recommender,
     dataset: PreparedDataset,
     config: Config,
-    part: Part,
+    part: HeldOut,
     step: int,
     before_batch: Callable[[], Any] = lambda: None,
 ) -> list[dict[str, Any]]:
@@ -47,7 +47,7 @@ def _records(
     recommender: Recommender,
     dataset: PreparedDataset,
     config: Config,
-    part: Part,
+    part: HeldOut,
     step: int,
     before_batch: Callable[[], Any] = lambda: None,
 ) -> list[dict[str, Any]]:
@@ -67,7 +67,7 @@ def target_ranks(
     recommender: Recommender,
     dataset: PreparedDataset,
     config: Config,
-    part: Part,
+    part: HeldOut,
     before_batch: Callable[[], Any] = lambda: None,
 ) -> dict[str, torch.Tensor]:
     """The rank of each user's target, (users,) int64, by the model and then by popularity; the same on every rank.
@@ -88,7 +88,7 @@ def target_ranks(
     return {config.model.name: torch.cat(model_ranks), "popularity": torch.cat(popular_ranks)}
 
 
-def _loader(recommender: Recommender, dataset: PreparedDataset, config: Config, part: Part) -> EvaluationLoader:
+def _loader(recommender: Recommender, dataset: PreparedDataset, config: Config, part: HeldOut) -> EvaluationLoader:
     return EvaluationLoader(dataset, config.data, part, recommender.world, Features.of(config.model))
 
 

@@ -23,7 +23,7 @@ SCORES_AT_ONCE = 32_000_000  # elements of a score matrix
 
 
 @dataclass(frozen=True)
-class Histories:
+class GatheredHistories:
     """The histories of all ranks in rank order: normalised ``states`` (U, D), and the items that must not be ranked,
     ``seen`` (n,) int64, with ``seen_by`` (n,) the history that each belongs to."""
 
@@ -69,7 +69,7 @@ class Ranker:
         views = [slice(start, start + model.view_dim) for start in range(0, model.embedding_dim, model.view_dim)]
         return torch.stack([self._ranks(histories, targets, of) for of in [*views, slice(None)]])
 
-    def _ranks(self, histories: Histories, targets: Tensor, of: slice) -> Tensor:
+    def _ranks(self, histories: GatheredHistories, targets: Tensor, of: slice) -> Tensor:
         """(U,) ranks of the targets of all ranks by the components ``of`` the vectors alone."""
         columns = torch.arange(self.vectors.shape[0], device=targets.device)
         ranks = [targets[:0]]
@@ -101,14 +101,14 @@ class Ranker:
             items.append(candidate[:, :k].where(best[:, :k] > -torch.inf, -1))
         return torch.cat(items), torch.cat(values)
 
-    def _gather(self, batch: SequenceBatch, seen_ids: Tensor, seen_offsets: Tensor) -> Histories:
+    def _gather(self, batch: SequenceBatch, seen_ids: Tensor, seen_offsets: Tensor) -> GatheredHistories:
         seen_counts = torch.cat(self.world.gather(seen_offsets.diff()))
         seen_by = torch.repeat_interleave(torch.arange(seen_counts.numel(), device=seen_counts.device), seen_counts)
         states = torch.cat(self.world.gather(self.recommender.encode(batch)))
-        return Histories(states, torch.cat(self.world.gather(seen_ids)), seen_by)
+        return GatheredHistories(states, torch.cat(self.world.gather(seen_ids)), seen_by)
 
     def _scores(
-        self, histories: Histories, keep: Tensor | None = None, of: slice = slice(None)
+        self, histories: GatheredHistories, keep: Tensor | None = None, of: slice = slice(None)
     ) -> Iterator[tuple[slice, Tensor]]:
         """Scores (u, width) of this rank's share for a part of the histories; −inf where an item is not ranked.
 

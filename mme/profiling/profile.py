@@ -32,7 +32,7 @@ from mme.profiling.trace import Allocations, TimeByPart, Trace
 
 Element = TypeVar("Element")
 
-FOLDER = "profile"  # in the run's folder
+PROFILE_FOLDER = "profile"  # in the run's folder
 MEMORY_EVENTS = 1_000_000  # allocations and frees that the GPU's history keeps
 ALLOCATIONS_SHOWN = 20
 

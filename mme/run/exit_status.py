@@ -22,16 +22,16 @@ from mme.files import open_to_append
 PREEMPTED = 143  # 128 + SIGTERM, as a shell has it
 
 
-class Job:
+class ErrorContext:
     """What an error message must know: the folder whose log.txt takes the traceback, if there is one."""
 
     folder: Path | None = None
 
 
 @contextmanager
-def job_status() -> Iterator[Job]:
+def job_status() -> Iterator[ErrorContext]:
     """Ends the command with one line and the exit status where its body raises."""
-    job = Job()
+    job = ErrorContext()
     try:
         yield job
     except UserError as error:

@@ -19,7 +19,7 @@ from mme.data.batch import SequenceBatch
 from mme.errors import JobError
 from mme.files import make_folder, replacing
 
-FOLDER = "non_finite"  # in the run's folder
+NON_FINITE_FOLDER = "non_finite"  # in the run's folder
 MOST_IN_A_ROW = 100  # skipped steps, after which it is not the batch: the job stops
 
 
@@ -58,7 +58,7 @@ def save_batch(run: Path, step: int, rank: int, batch: SequenceBatch) -> Path:
             "timestamps": lists(batch.timestamps, time_offsets),
         }
     )
-    path = run / FOLDER / f"step_{step}_rank_{rank}.parquet"
+    path = run / NON_FINITE_FOLDER / f"step_{step}_rank_{rank}.parquet"
     make_folder(path.parent, run)
     with replacing(path, run) as partial:
         pq.write_table(table, partial)

@@ -24,7 +24,7 @@ from mme.distributed.world import World
 from mme.files import make_folder, open_to_append
 from mme.run.exit_status import print_error
 
-FOLDER = "stacks"  # in the run's folder
+STACKS_FOLDER = "stacks"  # in the run's folder
 ANSWER_WITHIN_S = 5.0
 LOOK_EVERY_S = 1.0
 ORPHAN_LEAVES_AFTER_S = 60.0
@@ -38,7 +38,7 @@ class Watchdog:
     """
 
     def __init__(self, run: Path, world: World, timeout_s: float) -> None:
-        self.folder, self.world, self.timeout_s = run / FOLDER, world, timeout_s
+        self.folder, self.world, self.timeout_s = run / STACKS_FOLDER, world, timeout_s
         self._beats, self._doing, self._at = 0, "starting", time.monotonic()
         self._parent = os.getppid()
         self._done = threading.Event()

@@ -12,7 +12,7 @@ import torch
 from mme.config import DataConfig
 from mme.data.dataset import PreparedDataset
 from mme.data.loaders import EvaluationLoader, Worker
-from mme.data.split import Part, Split
+from mme.data.split import HeldOut, Split
 from mme.errors import UserError
 from mme.evaluation.metrics import rank_metrics
 from mme.model.baselines import popularity_ranks
@@ -71,7 +71,7 @@ def ranks_by_recent_neighbours(dataset: PreparedDataset, keep: str) -> torch.Ten
 
 
 @pytest.mark.parametrize("part", ["valid", "test"])
-def test_oracle_stands_far_above_popularity(made: tuple[Path, dict[str, Any]], part: Part) -> None:
+def test_oracle_stands_far_above_popularity(made: tuple[Path, dict[str, Any]], part: HeldOut) -> None:
     folder, info = made
     dataset = PreparedDataset.open(folder)
     oracle = info["oracle"][part]
