@@ -23,7 +23,8 @@ from mme.distributed.clipping import clip_gradients
 from mme.distributed.engine import reduced_gradients, set_lr, spoil_gradients, was_skipped
 from mme.distributed.recommender import Recommender
 from mme.distributed.tables import mix_seed
-from mme.model.loss import BatchItems, NextItemLoss
+from mme.model.batch_items import BatchItems, BatchItemSampler
+from mme.model.loss import NextItemLoss
 from mme.model.moe import Routing, load_balance_loss, router_z_loss
 from mme.profiling.regions import region
 from mme.run.non_finite import is_spoiled
@@ -100,7 +101,8 @@ class TrainStep:
     ) -> None:
         self.config, self.recommender, self.engine = config, recommender, engine
         self.total_steps = total_steps
-        self.loss = NextItemLoss(config, recommender.num_items, training_counts, recommender.rows)
+        self.sample_items = BatchItemSampler(config.loss, recommender.rows, training_counts)
+        self.loss = NextItemLoss(config, recommender.num_items)
 
     def __call__(self, step: int, batch: SequenceBatch, skipped: int = 0, votes: Sequence[bool] = ()) -> StepResult:
         """The ``step``-th step, from 0, on this rank's part of the batch; it may be empty.
@@ -128,7 +130,7 @@ class TrainStep:
             parts = [part.to(world.device) for part in batch.split(train.micro_batches)]
         torch.manual_seed(mix_seed(train.seed, step, world.rank))
         with region("lookup"):
-            items = self.loss.items_of(parts, mix_seed(train.seed, step))
+            items = self.sample_items(parts, mix_seed(train.seed, step))
             looked_up = self.recommender.tables.lookup(items[0].ids)
         self.engine.train()
         # Backward stops here: the tables' own, which may update them at once, waits until all is known to be finite.

@@ -17,9 +17,9 @@ from mme.distributed.experts import spread_experts
 from mme.distributed.tables import ItemTables
 from mme.distributed.world import World
 from mme.errors import UserError
+from mme.model.batch_items import distinct_ids
 from mme.model.decoder import Decoder, DecoderOutput
 from mme.model.feature_rows import FeatureRows
-from mme.model.loss import compact
 from mme.model.scoring import normalize_views
 
 LOOKUP_ROWS = 65_536  # items that one lookup brings when the catalogue is read
@@ -66,7 +66,7 @@ class Recommender:
     def decode(self, batch: SequenceBatch) -> DecoderOutput:
         """The decoder's output for given histories, without dropout."""
         self.decoder.eval()
-        ids, (items, events, users) = compact(self.rows.inputs_of(batch), self.rows.num_rows)
+        ids, (items, events, users) = distinct_ids(self.rows.inputs_of(batch), self.rows.num_rows)
         return self.decoder(self.tables.lookup(ids), items, batch.seq_offsets, batch.timestamps, events, users)
 
     @torch.no_grad()

@@ -69,12 +69,12 @@ class Decoder(nn.Module):
 
         The blocks compute in `train.precision`, each with its weights cast; what they learn stays float32.
         """
+        user_tokens = None
         with region("lookup"):
-            user_tokens = None
-        if user_index is not None and user_index.shape[1]:
-            user_tokens = UserTokens.before(seq_offsets, timestamps, item_index.numel())
-            seq_offsets, timestamps = user_tokens.seq_offsets, user_tokens.timestamps
-        x = self.inputs(item_rows, item_index, seq_offsets, event_index, user_index, user_tokens).to(self.dtype)
+            if user_index is not None and user_index.shape[1]:
+                user_tokens = UserTokens.before(seq_offsets, timestamps, item_index.numel())
+                seq_offsets, timestamps = user_tokens.seq_offsets, user_tokens.timestamps
+            x = self.inputs(item_rows, item_index, seq_offsets, event_index, user_index, user_tokens).to(self.dtype)
         plan = None
         if self.block == "fuxi":
             with region("attention"):
@@ -87,10 +87,12 @@ class Decoder(nn.Module):
                 x, block_routing = block(x, seq_offsets, timestamps, plan)
             if block_routing is not None:
                 routing.append(block_routing)
-        hidden = x.transpose(0, 1)
-        if user_tokens is None:
-            return DecoderOutput(hidden, routing)
-        return DecoderOutput(hidden[user_tokens.item_places], routing, user_tokens.item_places)
+        item_places = None if user_tokens is None else user_tokens.item_places
+        with region("loss"):
+            hidden = x.transpose(0, 1)
+            if item_places is not None:
+                hidden = hidden[item_places]
+        return DecoderOutput(hidden, routing, item_places)
 
     def moe_layers(self) -> list[MixtureOfExperts]:
         """The mixtures of experts, by block."""

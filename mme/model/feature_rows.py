@@ -28,16 +28,17 @@ class InputRows(NamedTuple):
 
 
 class FeatureRows:
-    """The rows of the tables by item and by feature.
+    """Which rows of the tables are items and which are feature values.
 
     Args:
-        sizes: of each column that `model.event_features` and `model.user_features` name, how many values it has and one.
+        sizes: for each column in `model.event_features` and `model.user_features`, its number of values plus one.
 
     Attributes:
-        num_rows: of each table, items and features.
+        num_rows: rows of each table, of items and features together.
     """
 
     def __init__(self, model: ModelConfig, num_items: int, sizes: Mapping[str, int]) -> None:
+        self.num_items = num_items
         self.firsts = [num_items]
         for name in (*model.event_features, *model.user_features):
             self.firsts.append(self.firsts[-1] + sizes[name])

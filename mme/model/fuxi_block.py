@@ -64,9 +64,9 @@ class FuxiBlock(nn.Module):
             (M, T, d) and, where the FFN has experts, the routing of its R = M·T rows.
         """
         num_views, num_tokens, dim = x.shape
-        rows = x.reshape(-1, dim)
         dropout = self.dropout if self.training else 0.0
         with region("attention"):
+            rows = x.reshape(-1, dim)
             normed = rms_norm(rows, backend=self.backend)
             projected = normed @ self.uvqk.to(rows.dtype)
             u, v, q, k = silu_split(projected, num_views, self.num_heads, self.dv, self.dqk, backend=self.backend)

@@ -13,7 +13,7 @@ from mme.distributed.recommender import Recommender
 from mme.distributed.world import World
 from mme.evaluation.insight import insight
 from mme.evaluation.metrics import rank_metrics
-from mme.model.loss import compact
+from mme.model.batch_items import distinct_ids
 from tests.distributed.processes import run_on
 from tests.distributed.test_step import NUM_ITEMS, configuration, sequences
 
@@ -34,7 +34,7 @@ def learned(world: World) -> tuple[dict[str, Any], Any]:
         return found, None
     with torch.no_grad():
         rows = recommender.tables.lookup(torch.arange(NUM_ITEMS))
-        ids, (index,) = compact([batch.item_ids], NUM_ITEMS)
+        ids, (index,) = distinct_ids([batch.item_ids], NUM_ITEMS)
         output = recommender.decoder(rows[ids], index, batch.seq_offsets, batch.timestamps)
         last = output.hidden[batch.seq_offsets[1:] - 1]
     ranks = torch.stack([alone(last, rows, targets(batch), view) for view in range(rows.shape[1])])

@@ -8,6 +8,7 @@ import torch
 from mme.config import load_config
 from mme.data.batch import SequenceBatch
 from mme.errors import UserError
+from mme.model.batch_items import BatchItemSampler
 from mme.model.decoder import Decoder
 from mme.model.feature_rows import FeatureRows
 from mme.model.inputs import UserTokens
@@ -96,7 +97,7 @@ def test_rows_of_features_stand_behind_the_items(kind: str) -> None:
     rows = FeatureRows(config.model, 10, {"action": 3, "rating": 4, "segment": 5})
     assert rows.num_rows == 22
     parts = batch().split(2)
-    for part, items in zip(parts, NextItemLoss(config, 10, rows=rows).items_of(parts, 3), strict=True):
+    for part, items in zip(parts, BatchItemSampler(config.loss, rows)(parts, 3), strict=True):
         assert part.event_features is not None and part.user_features is not None
         assert torch.equal(items.ids[items.inputs.items], part.item_ids)
         assert torch.equal(items.ids[items.inputs.events], part.event_features + torch.tensor([10, 13]))
@@ -113,9 +114,8 @@ def test_the_full_softmax_is_over_items_alone() -> None:
     for features in ([], ["model.event_features=[action,rating]", "model.user_features=[segment]"]):
         config = load_config(None, [*options, *features])
         rows = FeatureRows(config.model, 10, {"action": 3, "rating": 4, "segment": 5})
-        loss = NextItemLoss(config, 10, rows=rows)
-        (items,) = loss.items_of([batch()] if features else [plain_batch()], 3)
-        found.append(loss(hidden, tables[items.ids], items))
+        (items,) = BatchItemSampler(config.loss, rows)([batch()] if features else [plain_batch()], 3)
+        found.append(NextItemLoss(config, 10)(hidden, tables[items.ids], items))
     torch.testing.assert_close(found[1], found[0])
 
 

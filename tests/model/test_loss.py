@@ -10,7 +10,9 @@ import torch
 from mme.config import load_config
 from mme.data.batch import SequenceBatch
 from mme.errors import UserError
-from mme.model.loss import NextItemLoss, compact
+from mme.model.batch_items import BatchItemSampler
+from mme.model.feature_rows import FeatureRows
+from mme.model.loss import NextItemLoss
 from mme.model.scoring import normalize_views
 
 NUM_ITEMS, VIEWS, DIM = 30, 2, 4
@@ -47,7 +49,7 @@ def test_loss_is_the_softmax_over_target_and_negatives(
     model.append(f"loss.views={views}")
     config = load_config(None, ["data.path=unused", "loss.num_negatives=50", *model, *options])
     loss, batch = NextItemLoss(config, NUM_ITEMS), batch_of(7)
-    (items,) = loss.items_of([batch], 3)
+    (items,) = BatchItemSampler(config.loss, FeatureRows(config.model, NUM_ITEMS, {}))([batch], 3)
     tables = torch.randn(NUM_ITEMS, VIEWS, DIM)
     hidden = torch.randn(7, VIEWS, DIM)
     found = loss(hidden, tables[items.ids], items)
@@ -88,11 +90,3 @@ def test_a_view_counts_alike_in_per_view_scores() -> None:
     assert (normalize_views(hidden, "per_view") @ normalize_views(item, "per_view")).item() == pytest.approx(
         cosines.mean().item(), abs=1e-6
     )
-
-
-@pytest.mark.parametrize("num_items", [10, 10**9])  # by a table of them, by a sort of the ids
-def test_compact_numbers_the_distinct_ids(num_items: int) -> None:
-    ids, (first, second) = compact([torch.tensor([7, 3]), torch.tensor([[3, 9], [9, 9]])], num_items)
-    assert ids.tolist() == [3, 7, 9]
-    assert first.tolist() == [1, 0]
-    assert second.tolist() == [[0, 2], [2, 2]]

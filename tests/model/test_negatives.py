@@ -9,9 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from mme.config import LossConfig, load_config
+from mme.config import Config, LossConfig, load_config
 from mme.data.batch import SequenceBatch
 from mme.errors import UserError
+from mme.model.batch_items import BatchItemSampler
+from mme.model.feature_rows import FeatureRows
 from mme.model.loss import NextItemLoss
 from mme.model.negatives import NegativeSampler, build_alias_table, random_bits, token_keys
 from mme.model.scoring import normalize_views
@@ -102,10 +104,13 @@ def test_a_token_draws_the_same_wherever_it_stands() -> None:
     assert not (own == token_keys(batch, torch.arange(10), 4)).any()
 
 
-def loss_of(*options: str) -> NextItemLoss:
+def config_of(*options: str) -> Config:
     model = [f"model.num_tables={VIEWS}", f"model.embedding_dim={VIEWS * DIM}"]
-    config = load_config(None, ["data.path=unused", "loss.temperature=0.5", *model, *options])
-    return NextItemLoss(config, NUM_ITEMS, COUNTS)
+    return load_config(None, ["data.path=unused", "loss.temperature=0.5", *model, *options])
+
+
+def sampler_of(config: Config) -> BatchItemSampler:
+    return BatchItemSampler(config.loss, FeatureRows(config.model, NUM_ITEMS, {}), COUNTS)
 
 
 def batch() -> SequenceBatch:
@@ -126,11 +131,11 @@ def leaves() -> list[Tensor]:
     return [torch.randn(*shape, generator=generator).requires_grad_() for shape in shapes]
 
 
-def gradients_of(loss: NextItemLoss, seed: int) -> list[Tensor]:
+def gradients_of(config: Config, seed: int) -> list[Tensor]:
     """The loss of each token and its gradients."""
     hidden, tables = leaves()
-    (items,) = loss.items_of([batch()], seed)
-    found = loss(hidden, tables[items.ids], items)
+    (items,) = sampler_of(config)([batch()], seed)
+    found = NextItemLoss(config, NUM_ITEMS)(hidden, tables[items.ids], items)
     return [found.detach(), *torch.autograd.grad(found.sum(), [hidden, tables])]
 
 
@@ -142,7 +147,7 @@ def logits(hidden: Tensor, tables: Tensor) -> Tensor:
 @pytest.mark.parametrize("negatives", ["per_token", "shared"])
 @pytest.mark.parametrize("sampling", ["uniform", "popularity", "in_batch"])
 def test_corrected_loss_and_gradients_against_the_definition(sampling: str, negatives: str) -> None:
-    loss = loss_of(
+    config = config_of(
         f"loss.sampling={sampling}",
         "loss.uniform_share=0.3",
         "loss.log_q_correction=true",
@@ -151,7 +156,7 @@ def test_corrected_loss_and_gradients_against_the_definition(sampling: str, nega
         "loss.num_negatives=50",
     )
     hidden, tables = (leaf.detach().double().requires_grad_() for leaf in leaves())
-    (items,) = loss.items_of([batch()], 1)
+    (items,) = sampler_of(config)([batch()], 1)
     assert items.negatives is not None
     own = items.ids[items.negatives][torch.arange(TARGETS.numel()) // (4 if negatives == "shared" else 1)]
     weights = COUNTS.double() ** (1 if sampling == "in_batch" else 0.75)
@@ -162,7 +167,7 @@ def test_corrected_loss_and_gradients_against_the_definition(sampling: str, nega
     negative = negative.masked_fill(own == TARGETS[:, None], -math.inf)
     positive = whole.gather(1, TARGETS[:, None])
     wanted = torch.logsumexp(torch.cat([positive, negative], 1), 1) - positive[:, 0]
-    found, *gradients = gradients_of(loss, 1)
+    found, *gradients = gradients_of(config, 1)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-6)
     for gradient, reference in zip(gradients, torch.autograd.grad(wanted.sum(), [hidden, tables]), strict=True):
         torch.testing.assert_close(gradient.double(), reference, rtol=1e-4, atol=1e-5)
@@ -170,9 +175,9 @@ def test_corrected_loss_and_gradients_against_the_definition(sampling: str, nega
 
 def error_against_full_softmax(sampling: str, *options: str) -> float:
     """Of the mean gradient over many draws, relative to that of the softmax over the whole catalogue."""
-    exact = torch.cat([gradient.flatten() for gradient in gradients_of(loss_of("loss.kind=full_softmax"), 0)[1:]])
-    loss = loss_of(f"loss.sampling={sampling}", "loss.num_negatives=500", *options)
-    draws = [torch.cat([g.flatten() for g in gradients_of(loss, seed)[1:]]) for seed in range(20)]
+    exact = torch.cat([gradient.flatten() for gradient in gradients_of(config_of("loss.kind=full_softmax"), 0)[1:]])
+    config = config_of(f"loss.sampling={sampling}", "loss.num_negatives=500", *options)
+    draws = [torch.cat([g.flatten() for g in gradients_of(config, seed)[1:]]) for seed in range(20)]
     return float((torch.stack(draws).mean(0) - exact).norm() / exact.norm())
 
 
@@ -187,18 +192,19 @@ def test_correction_brings_the_gradient_of_the_full_softmax(sampling: str) -> No
 
 def test_batches_on_average_are_corrected_by_the_training_counts() -> None:
     """Over batches whose targets follow the training events, in-batch negatives sum to the whole catalogue."""
-    loss = loss_of("loss.sampling=in_batch", "loss.log_q_correction=true", "loss.uniform_share=0.2")
+    config = config_of("loss.sampling=in_batch", "loss.log_q_correction=true", "loss.uniform_share=0.2")
+    sampler = NegativeSampler(config.loss, NUM_ITEMS, COUNTS)
     whole = torch.linspace(-1, 1, NUM_ITEMS).double()
     batches = torch.multinomial(COUNTS.double(), 64 * 2000, replacement=True, generator=random(1)).view(2000, 64)
     sums = []
     for targets in batches:
-        drawn = loss.sampler.draw(keys(1, int(targets.sum())), targets)[0]
-        sums.append((whole[drawn] + loss.sampler.negative_log_counts(drawn)).exp().sum())
+        drawn = sampler.draw(keys(1, int(targets.sum())), targets)[0]
+        sums.append((whole[drawn] + sampler.negative_log_counts(drawn)).exp().sum())
     assert torch.stack(sums).mean().item() == pytest.approx(whole.exp().sum().item(), rel=0.03)
 
 
 def test_what_cannot_go_together_is_refused() -> None:
     with pytest.raises(UserError, match=r"loss.kind=full_softmax has no negatives"):
-        loss_of("loss.kind=full_softmax", "loss.log_q_correction=true")
+        config_of("loss.kind=full_softmax", "loss.log_q_correction=true")
     with pytest.raises(UserError, match=r"loss.uniform_share \(1.5\) must lie between 0 and 1"):
-        loss_of("loss.uniform_share=1.5")
+        config_of("loss.uniform_share=1.5")

@@ -12,6 +12,7 @@ import torch
 
 from mme.config import load_config, validate_world_size
 from mme.errors import UserError
+from mme.model.decoder import Decoder
 from mme.prepare.synthetic import prepare_synthetic
 from mme.profiling.profile import StepProfile
 from mme.profiling.regions import REGIONS, each_in_region, region
@@ -168,6 +169,31 @@ def test_backward_of_real_operations_has_the_part_of_their_forward(tmp_path: Pat
     assert sum(parts.values()) == pytest.approx(result.step_ms)
     with pytest.raises(ValueError, match="no step was profiled"):
         Trace([])
+
+
+def test_every_operation_of_the_decoder_is_in_a_region(tmp_path: Path) -> None:
+    """The input views are part of the lookup, forward and backward; all regions of a step add up to the step."""
+    options = ["model.num_tables=2", "model.embedding_dim=32", "model.event_features=[a]", "model.user_features=[b]"]
+    config = load_config(None, ["data.path=unused", "data.max_seq_len=9", "model.moe.num_experts=4", *options])
+    decoder = Decoder(config).train()
+    rows = torch.randn(12, 2, 16, requires_grad=True)
+    item_index, events, users = torch.arange(8), torch.full((8, 1), 9), torch.full((3, 1), 10)
+    seq_offsets, timestamps = torch.tensor([0, 3, 3, 8]), torch.arange(11)
+    profile = StepProfile(2, 2, tmp_path, 0, torch.device("cpu"), lambda _: None)
+    for _ in profile.each(range(5)):
+        output = decoder(rows, item_index, seq_offsets, timestamps, events, users)
+        with region("loss"):
+            loss = output.hidden.square().sum()
+        with region("backward"):
+            loss.backward()
+    trace = Trace.read(tmp_path / "trace_rank_0.json.gz")
+    spans = [span for of_thread in trace.host.values() for span in of_thread if span.computes]
+    assert {span.part for span in spans if span.name in ("aten::embedding", "aten::index_select")} >= {"lookup"}
+    assert {span.name for span in spans if span.part == "other"} == set()
+    found = trace.time_by_part()
+    assert sum(found.parts_ms.values()) == pytest.approx(found.step_ms)
+    for part in ("lookup", "attention", "routing", "experts", "loss"):
+        assert found.parts_ms[part] > 0 and found.parts_ms[f"backward: {part}"] > 0
 
 
 def test_a_rank_that_does_not_exist_is_refused() -> None:
