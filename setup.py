@@ -52,15 +52,22 @@ setup(
     },
     python_requires=">=3.10,<3.14",
     packages=find_packages(include=["mme", "mme.*", "kernels", "kernels.*", "launcher", "launcher.*"]),
-    package_data={"mme": ["py.typed"], "kernels": ["py.typed"], "launcher": ["py.typed"]},
+    package_data={
+        "mme": ["py.typed"],
+        "kernels": ["py.typed"],
+        "launcher": ["py.typed"],
+        "mme.report": ["assets/*", "templates/*"],
+    },
     cmdclass={"build_py": BuildWithShippedFiles},
     install_requires=[
+        "altair>=5.5",
         "duckdb>=1.5",
         "Jinja2>=3.1",
         "numpy>=2.0,<2.4",  # Triton 3.6's interpreter fails with 2.4
         "omegaconf>=2.3",
         "psutil>=5.9",
         "pyarrow>=20",
+        "pydantic>=2.10",
         "PyYAML>=6.0",
         "rich>=13",
         "safetensors>=0.5",
@@ -79,6 +86,7 @@ setup(
             "pytest>=8",
             "pytest-timeout>=2",
             "ruff>=0.17",
+            "vl-convert-python>=1.9",
         ],
     },
     entry_points={

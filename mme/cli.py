@@ -179,20 +179,47 @@ def recommend(
 
 
 @app.command(no_args_is_help=True)
-def report(run: RunOption) -> None:
-    """Write report.html: results, curves, expert load and configuration in one file.
+def report(
+    runs: Annotated[
+        Optional[list[Path]],
+        typer.Argument(metavar="[DIR]...", help="Folders of runs. Several are shown side by side.", show_default=False),
+    ] = None,
+    run: Annotated[
+        Optional[list[Path]],
+        typer.Option("--run", metavar="DIR", help="Folder of a run, as DIR; may be repeated.", show_default=False),
+    ] = None,
+    output: Annotated[
+        Optional[Path],
+        typer.Option(metavar="FILE", help="HTML file to write. Default, for one run: report.html in its folder."),
+    ] = None,
+) -> None:
+    """Write the report of a run, or of several side by side, as one HTML file that needs no network.
 
-    `mme train` does this at its end; the command is for a run that is still going or was cut off.
+    It shows results, curves, expert load and configuration. `mme train` writes it at its end; use this command for a
+    run that is still going or was cut off, and to compare runs.
 
-    Example:
+    Examples:
 
         mme report --run runs/quickstart
+
+        mme report runs/first runs/second --output both.html
     """
     with job_status() as job:
-        job.folder = _run_folder(run)
-        from mme.report.page import write_report
+        folders = [*(run or []), *(runs or [])]
+        if not folders:
+            raise UserError("no run given: expected --run DIR (see `mme report --help`)")
+        if len(folders) > 1 and output is None:
+            raise UserError("several runs: expected --output FILE for their common report")
+        for folder in folders:
+            _run_folder(folder)
+        from mme.report.page import write_compared_report, write_report
 
-        print(f"wrote {write_report(run)}")
+        if len(folders) == 1:
+            job.folder = folders[0]
+            print(f"wrote {write_report(folders[0], output)}")
+        else:
+            assert output is not None
+            print(f"wrote {write_compared_report(folders, output)}")
 
 
 def _command_name(arguments: Sequence[str] | None) -> str:
@@ -246,13 +273,18 @@ def _standard_output_to_error() -> Iterator[int]:
 
 
 def _print_results(run: Path) -> None:
+    """The last lines of a training job: results, a warning where they are worse than the baseline, and the report."""
     from rich.console import Console
 
-    from mme.report.page import read_run, results_table, write_report
+    from mme.report.page import write_report
+    from mme.report.results import below_popularity, read_run, results_table
 
     path = write_report(run)
-    table = results_table(read_run(run))
+    result = read_run(run)
+    table = results_table(result)
     console = Console()
     if table is not None:
         console.print(table)
+    if warning := below_popularity(result):
+        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)

@@ -1,128 +1,262 @@
-"""Line charts and heat maps as inline SVG, coloured by the page's CSS variables (--c0 … --c5, --heat, …)."""
+"""Charts as Vega-Lite specifications, made with Altair and drawn in the page by Vega.
+
+Colours are the page's CSS variables (--c0 … --c7, --heat), so that charts follow its light and dark scheme. Text from
+files only ever becomes data or a label, never an expression or the name of a field.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from html import escape
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-WIDTH, HEIGHT = 560, 260
-LEFT, RIGHT, TOP, BOTTOM = 58, 22, 12, 34
-NUM_COLOURS = 6
-MAX_POINTS = 400  # of a line: more than that no screen shows
+import altair as alt
+
+from mme.errors import one_line
+
+NUM_COLOURS = 8
+MAX_POINTS = 600  # of a line: no screen shows more
+HEIGHT = 230
+CELL_HEIGHT = 24
+LABELLED_COLUMNS = 16  # of a heat map: with more, its numbers are shown on hover alone
+
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points (x, y) in rising x; ``faint`` for the raw data behind a smoothed line, ``marked`` to show each point."""
+    """Points (x, y) in rising x.
+
+    Attributes:
+        faint: the raw data behind a smoothed line.
+        marked: a dot on each point.
+        errors: half the height of a band around each point; None for none.
+    """
 
     name: str
-    points: Sequence[tuple[float, float]]
+    points: Sequence[Point]
     faint: bool = False
     marked: bool = False
     colour: int = 0
+    errors: Sequence[float] | None = None
 
 
-def line_chart(lines: Sequence[Line], *, title: str, x_label: str = "step", from_zero: bool = False) -> str:
-    """A ``<figure>`` with one chart; empty where no line has a point."""
+@dataclass(frozen=True)
+class Chart:
+    """A figure of the page: its Vega-Lite ``spec``, and the legend that the page writes above it."""
+
+    title: str
+    spec: dict[str, Any]
+    legend: list[Line] = field(default_factory=list)
+    note: str = ""
+    wide: bool = False
+
+
+def line_chart(
+    lines: Sequence[Line],
+    *,
+    title: str,
+    x_title: str = "step",
+    from_zero: bool = False,
+    rule_at: float | None = None,
+    x_ticks: dict[float, str] | None = None,
+) -> Chart | None:
+    """One chart; None where no line has a point.
+
+    Args:
+        rule_at: x of a dashed vertical line, such as the chosen checkpoint's step.
+        x_ticks: x → label; makes the x axis logarithmic.
+    """
     lines = [line for line in lines if line.points]
     if not lines:
-        return ""
-    xs = [x for line in lines for x, _ in line.points]
-    ys = [y for line in lines for _, y in line.points]
-    x_ticks, y_ticks = ticks(min(xs), max(xs)), ticks(0.0 if from_zero else min(ys), max(ys))
-    x_low, x_high = min(xs), max(max(xs), min(xs) + 1)
-    y_low, y_high = min(y_ticks[0], min(ys)), max(y_ticks[-1], max(ys))
+        return None
+    names = [one_line(line.name) for line in lines]
+    colours = [f"var(--c{line.colour % NUM_COLOURS})" for line in lines]
+    rows = [row for line in lines for row in _rows(line)]
+    shared = alt.Chart()
+    x = alt.X("x:Q", title=x_title, axis=_x_axis(rows, x_ticks), scale=_x_scale(rows, x_ticks))
+    y = alt.Y("y:Q", title=None, scale=alt.Scale(zero=from_zero), axis=_y_axis(rows))
+    colour = alt.Color("series:N", scale=alt.Scale(domain=names, range=colours), legend=None)
+    opacity = alt.Opacity("faint:Q", scale=alt.Scale(domain=[0, 1], range=[1, 0.35]), legend=None)
+    zoom = alt.selection_interval(
+        name="zoom", bind="scales", encodings=["x"], zoom="wheel![event.ctrlKey || event.metaKey]"
+    )
+    drawn = shared.mark_line(clip=True, strokeWidth=2).encode(x=x, y=y, color=colour, opacity=opacity)
+    layers: list[Any] = [drawn.add_params(zoom)]
+    if any(line.errors is not None for line in lines):
+        bands = shared.transform_filter("isValid(datum.low)").mark_area(clip=True, opacity=0.18)
+        layers.insert(0, bands.encode(x=x, y=alt.Y("low:Q", title=None), y2="high:Q", color=colour))
+    if any(line.marked or len(line.points) == 1 for line in lines):
+        dots = shared.transform_filter("datum.dot").mark_point(clip=True, filled=True, size=36, opacity=1)
+        layers.append(dots.encode(x=x, y=y, color=colour))
+    if rule_at is not None:
+        rule = alt.Chart(alt.Data(values=[{"x": rule_at}])).mark_rule(clip=True, strokeDash=[4, 4], color="var(--soft)")
+        layers.append(rule.encode(x="x:Q"))
+    layers.append(_hover(shared, x, y, colour, x_title))
+    spec = _spec(layers, rows, HEIGHT)
+    return Chart(title, spec, legend=lines if len(lines) > 1 or lines[0].name else [])
 
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
-        return across, HEIGHT - BOTTOM - (y - y_low) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
 
-    parts = []
-    for tick in y_ticks:
-        _, y = place(x_low, tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{_label(tick)}</text>')
-    for tick in x_ticks:
-        if x_low <= tick <= x_high:
-            x, _ = place(tick, y_low)
-            parts.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{_label(tick)}</text>')
-    middle = (LEFT + WIDTH - RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{HEIGHT - 2}" text-anchor="middle">{escape(x_label)}</text>')
-    for line in lines:
-        parts.append(_drawn(line, place))
-    legend = "".join(
-        f'<span><i style="background:var(--c{line.colour % NUM_COLOURS})"></i>{escape(line.name)}</span>'
+def heat_map(
+    rows: Sequence[Sequence[float]], row_names: Sequence[str], column_names: Sequence[str], *, title: str
+) -> Chart:
+    """A map of shares: the largest is darkest, 0 has no colour. Hovering shows row, column and percent."""
+    largest = max((share for row in rows for share in row), default=0.0) or 1.0
+    cells = [
+        {"row": one_line(name), "column": one_line(column), "share": significant(share), "text": f"{100 * share:.1f}"}
+        for name, shares in zip(row_names, rows, strict=True)
+        for column, share in zip(column_names, shares, strict=True)
+    ]
+    base = alt.Chart().encode(
+        x=alt.X("column:N", sort=None, title=None, axis=alt.Axis(orient="top", labelAngle=0, labelOverlap=True)),
+        y=alt.Y("row:N", sort=None, title=None),
+        tooltip=[
+            alt.Tooltip("row:N", title="row"),
+            alt.Tooltip("column:N", title="column"),
+            alt.Tooltip("text:N", title="percent"),
+        ],
+    )
+    strength = alt.Opacity("share:Q", scale=alt.Scale(domain=[0, largest], range=[0.03, 1]), legend=None)
+    layers: list[Any] = [base.mark_rect(color="var(--heat)", cornerRadius=3).encode(opacity=strength)]
+    if len(column_names) <= LABELLED_COLUMNS:
+        dark = alt.condition(f"datum.share > {0.55 * largest}", alt.value("#fff"), alt.value("var(--text)"))
+        layers.append(base.mark_text(fontSize=11).encode(text="text:N", color=dark))
+    note = f"Percent. The darkest cell is {100 * largest:.1f}."
+    return Chart(title, _spec(layers, cells, CELL_HEIGHT * len(row_names)), note=note, wide=True)
+
+
+def bar_chart(groups: Sequence[str], lines: Sequence[Line], *, title: str, x_title: str) -> Chart | None:
+    """Bars side by side for each group; a line's points are (index of the group, value)."""
+    lines = [line for line in lines if line.points]
+    if not lines:
+        return None
+    names = [one_line(line.name) for line in lines]
+    rows = [
+        {
+            "group": one_line(groups[int(x)]),
+            "series": one_line(line.name),
+            "y": significant(y),
+            "low": significant(y - line.errors[index]) if line.errors is not None else None,
+            "high": significant(y + line.errors[index]) if line.errors is not None else None,
+            "at": one_line(groups[int(x)]),
+            "value": f"{y:.4g}",
+        }
         for line in lines
-        if not line.faint
+        for index, (x, y) in enumerate(line.points)
+    ]
+    colours = [f"var(--c{line.colour % NUM_COLOURS})" for line in lines]
+    shared = alt.Chart().encode(
+        x=alt.X("group:N", sort=None, title=x_title, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+        xOffset=alt.XOffset("series:N", sort=None),
+        color=alt.Color("series:N", scale=alt.Scale(domain=names, range=colours), legend=None),
+        tooltip=[alt.Tooltip("series:N"), alt.Tooltip("at:N", title=x_title), alt.Tooltip("value:N")],
     )
-    return (
-        f'<figure><figcaption><b>{escape(title)}</b><span class="legend">{legend}</span></figcaption>'
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}">{"".join(parts)}</svg></figure>'
-    )
+    bars = shared.mark_bar(cornerRadiusEnd=2, opacity=0.85).encode(y=alt.Y("y:Q", title=None, axis=_y_axis(rows)))
+    whiskers = shared.transform_filter("isValid(datum.low)").mark_rule(strokeWidth=1.5)
+    whiskers = whiskers.encode(y=alt.Y("low:Q", title=None), y2="high:Q", color=alt.value("var(--text)"))
+    return Chart(title, _spec([bars, whiskers], rows, HEIGHT), legend=lines)
 
 
-def heat_map(rows: Sequence[Sequence[float]], row_names: Sequence[str], column_names: Sequence[str]) -> str:
-    """A table of shares, each cell the darker the larger its share is beside twice an even one."""
-    head = "".join(f"<th>{escape(name)}</th>" for name in column_names)
-    body = []
-    for name, shares in zip(row_names, rows, strict=True):
-        cells = []
-        for share in shares:
-            strength = min(1.0, share * len(shares) / 2)
-            cells.append(
-                f'<td style="--s:{100 * strength:.0f}%" class="{"strong" if strength > 0.6 else ""}">'
-                f"{100 * share:.1f}</td>"
-            )
-        body.append(f"<tr><th>{escape(name)}</th>{''.join(cells)}</tr>")
-    return f'<div class="scroll"><table class="heat"><tr><th></th>{head}</tr>{"".join(body)}</table></div>'
+def smoothed(points: Sequence[Point], share: float = 0.02) -> list[Point]:
+    """A mean with weights that fall exponentially over ``share`` of the points to either side, so that it does not lag."""
+    decay = math.exp(-1 / max(1.0, share * len(points)))
+    before, after = _decayed(points, decay), _decayed(points[::-1], decay)[::-1]
+    return [
+        (x, (sum_before + sum_after - y) / (weight_before + weight_after - 1))
+        for (x, y), (sum_before, weight_before), (sum_after, weight_after) in zip(points, before, after, strict=True)
+    ]
 
 
-def smoothed(points: Sequence[tuple[float, float]], share: float = 0.03) -> list[tuple[float, float]]:
-    """Exponential moving average that reaches back over about ``share`` of the points."""
-    reach = max(1.0, share * len(points))
-    decay = math.exp(-1 / reach)
-    total, weight, result = 0.0, 0.0, []
-    for x, y in points:
-        total, weight = decay * total + (1 - decay) * y, decay * weight + (1 - decay)
-        result.append((x, total / weight))
-    return result
-
-
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers, about ``count`` of them, that span low to high."""
-    if high <= low:
-        high = low + (abs(low) or 1.0)
-    rough = (high - low) / count
-    magnitude = 10.0 ** math.floor(math.log10(rough))
-    step = next(m * magnitude for m in (1, 2, 2.5, 5, 10) if m * magnitude >= rough * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [index * step for index in range(first, last + 1)]
-
-
-def _drawn(line: Line, place: Callable[[float, float], tuple[float, float]]) -> str:
-    colour = f"var(--c{line.colour % NUM_COLOURS})"
-    placed = [place(x, y) for x, y in _thinned(line.points)]
-    path = " ".join(f"{x:.1f},{y:.1f}" for x, y in placed)
-    parts = [f'<polyline class="{"faint" if line.faint else "line"}" style="stroke:{colour}" points="{path}"/>']
-    if line.marked or len(line.points) == 1:
-        for (x, y), (step, value) in zip(placed, _thinned(line.points), strict=True):
-            hint = f"{line.name}: {value:.4g} at {step:,.0f}"
-            parts.append(
-                f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3" style="fill:{colour}"><title>{hint}</title></circle>'
-            )
-    return "".join(parts)
-
-
-def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most MAX_POINTS of them, evenly chosen, the last one included."""
-    if len(points) <= MAX_POINTS:
+def thinned(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
+    """About ``limit`` of the points: the lowest and the highest of each of limit / 2 stretches, and the last."""
+    if len(points) <= limit:
         return list(points)
-    return [points[round(index * (len(points) - 1) / (MAX_POINTS - 1))] for index in range(MAX_POINTS)]
+    stretch = math.ceil(2 * len(points) / limit)
+    kept = set()
+    for start in range(0, len(points), stretch):
+        places = range(start, min(start + stretch, len(points)))
+        kept |= {min(places, key=lambda place: points[place][1]), max(places, key=lambda place: points[place][1])}
+    return [points[place] for place in sorted(kept | {len(points) - 1})]
 
 
-def _label(value: float) -> str:
-    if abs(value) >= 1_000_000:
-        return f"{value / 1_000_000:g}M"
-    return f"{value / 1000:g}k" if abs(value) >= 10_000 else f"{value:.6g}"
+def significant(value: float) -> float:
+    return float(f"{value:.6g}")
+
+
+def _decayed(points: Sequence[Point], decay: float) -> list[tuple[float, float]]:
+    """Of each point and those before it, the weighted sum and the sum of the weights."""
+    total = weight = 0.0
+    sums = []
+    for _, y in points:
+        total, weight = decay * total + y, decay * weight + 1
+        sums.append((total, weight))
+    return sums
+
+
+def _rows(line: Line) -> list[dict[str, Any]]:
+    """A line's points as the rows of the chart's data."""
+    kept = line.points if line.errors is not None else thinned(line.points)
+    errors = line.errors if line.errors is not None else [None] * len(kept)
+    return [
+        {
+            "x": significant(x),
+            "y": significant(y),
+            "series": one_line(line.name),
+            "faint": int(line.faint),
+            "dot": line.marked or len(line.points) == 1,
+            "at": f"{x:,.6g}",
+            "value": f"{y:.4g}" if error is None else f"{y:.4g} ± {error:.2g}",
+        }
+        | ({} if error is None else {"low": significant(y - error), "high": significant(y + error)})
+        for (x, y), error in zip(kept, errors, strict=True)
+    ]
+
+
+def _x_axis(rows: list[dict[str, Any]], ticks: dict[float, str] | None) -> alt.Axis:
+    if ticks is None:
+        return alt.Axis(grid=False, format=_number_format(row["x"] for row in rows), tickCount=6, labelOverlap=True)
+    labels = " : ".join(f"datum.value == {value:g} ? '{label}'" for value, label in ticks.items())
+    return alt.Axis(grid=False, values=list(ticks), labelExpr=f"{labels} : ''", labelOverlap=True)
+
+
+def _y_axis(rows: list[dict[str, Any]]) -> alt.Axis:
+    return alt.Axis(tickCount=5, format=_number_format(row["y"] for row in rows))
+
+
+def _number_format(values: Iterable[float]) -> str:
+    """Of d3-format: 20k where the largest value has five digits or more, plain decimals otherwise."""
+    return "~s" if max(map(abs, values)) >= 10_000 else ",.6~r"
+
+
+def _x_scale(rows: list[dict[str, Any]], ticks: dict[float, str] | None) -> alt.Scale:
+    low, high = min(row["x"] for row in rows), max(row["x"] for row in rows)
+    domain = [low, high if high > low else low + 1]
+    return alt.Scale(domain=domain, nice=False, type="linear" if ticks is None else "log")
+
+
+def _hover(shared: alt.Chart, x: alt.X, y: alt.Y, colour: alt.Color, x_title: str) -> alt.Chart:
+    """A dot with a tooltip on the point that is nearest to the pointer."""
+    nearest = alt.selection_point(
+        name="hover", nearest=True, on="pointermove", clear="pointerout", empty=False, encodings=["x", "y"]
+    )
+    dots = shared.mark_point(clip=True, filled=True, size=70)
+    return dots.encode(
+        x=x,
+        y=y,
+        color=colour,
+        opacity=alt.condition(nearest, alt.value(1), alt.value(0)),
+        tooltip=[
+            alt.Tooltip("series:N", title="line"),
+            alt.Tooltip("at:N", title=x_title),
+            alt.Tooltip("value:N", title="value"),
+        ],
+    ).add_params(nearest)
+
+
+def _spec(layers: list[Any], rows: list[dict[str, Any]], height: int) -> dict[str, Any]:
+    chart = alt.layer(*layers, data=alt.Data(values=rows)).properties(width="container", height=height)
+    spec = chart.to_dict()
+    for name in ("$schema", "config"):  # of Altair's release and theme; the page has its own
+        del spec[name]
+    return spec

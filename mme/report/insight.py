@@ -2,84 +2,101 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
-from mme.report.charts import Line, heat_map, line_chart
+from mme.report.charts import Chart, Line, heat_map, line_chart
+from mme.report.sections import Rows, Section, section
 
-BY = {
-    "view": "Which expert serves which view",
-    "popularity": "… which items, by popularity: the first row holds the most popular tenth of the catalogue",
-    "position": "… which place in the history, counted from the oldest event that the decoder reads",
+ROUTING_BY = {
+    "view": "Experts by view",
+    "popularity": "Experts by popularity of the item (the first row holds the most popular tenth of the catalogue)",
+    "position": "Experts by position in the history, counted from the oldest event that the decoder reads",
 }
-SECONDS_PER_BUCKET = 0.301  # of the natural logarithm
+LOG_SECONDS_PER_BUCKET = 0.301  # width of a bucket of time, see `kernels.relative_attention.reference.time_bucket`
+DAY_S, YEAR_S = 86_400, 31_557_600
+DURATIONS: dict[float, str] = {1: "1 s", 10: "10 s", 60: "1 min", 600: "10 min", 3600: "1 h", 21_600: "6 h", DAY_S: "1 d", 7 * DAY_S: "7 d",
+             30 * DAY_S: "30 d", YEAR_S: "1 y", 10 * YEAR_S: "10 y"}  # fmt: skip
+LONGEST_GAP_S = 20 * YEAR_S  # of a run that did not record its own
 
 
-def insight_section(found: dict[str, Any]) -> str:
-    """The section as HTML; empty where a run recorded no insight."""
+def insight_section(found: dict[str, Any]) -> Section | None:
+    """The section; None where a run recorded no insight."""
     if not found:
-        return ""
-    spectra = [
+        return None
+    charts: list[Chart | None] = [_spectra(found["singular_values"])]
+    charts += [_time_weights(found), _position_weights(found)]
+    if len(found["similarity"]) > 1:
+        names = [f"view {view}" for view in range(len(found["similarity"]))]
+        title = "Similarity of the views' tables: linear CKA, 100 for tables that differ by rotation and scale alone"
+        charts.append(heat_map(found["similarity"], names, names, title=title))
+    charts += _routing(found.get("routing"))
+    ranks = ", ".join(f"{rank:.1f}" for rank in found["effective_rank"])
+    notes = [
+        f"Effective rank of the tables, of {len(found['singular_values'][0])} possible: {ranks}. A table that collapses "
+        "has a few large singular values and a low effective rank."
+    ]
+    tables = [_view_ranking(found["ranking"])] if found.get("ranking") else []
+    return section("What the model learned", charts, notes=notes, tables=tables)
+
+
+def _spectra(singular_values: list[list[float]]) -> Chart | None:
+    lines = [
         Line(
             f"table {view}", [(place + 1, value / (values[0] or 1)) for place, value in enumerate(values)], colour=view
         )
-        for view, values in enumerate(found["singular_values"])
+        for view, values in enumerate(singular_values)
     ]
-    ranks = ", ".join(f"{rank:.1f}" for rank in found["effective_rank"])
-    charts = line_chart(spectra, title="Singular values of each table, largest = 1", x_label="place", from_zero=True)
-    charts += "".join(_curves(found))
-    note = f"Effective rank of the tables, of {len(found['singular_values'][0])} possible: {ranks}."
-    tables = [_ranking(found["ranking"])] if "ranking" in found else []
-    tables += [_similarity(found["similarity"])] if len(found["similarity"]) > 1 else []
-    tables += _routing(found["routing"]) if "routing" in found else []
-    return (
-        f"<section><h2>What the model learned</h2><p class='note'>{note} A table that collapses has a few large singular "
-        f"values and a low effective rank.</p><div class='charts'>{charts}</div>{''.join(tables)}</section>"
-    )
+    return line_chart(lines, title="Singular values of each table, largest = 1", x_title="rank", from_zero=True)
 
 
-def _curves(found: dict[str, Any]) -> list[str]:
-    shown = {
-        "time_weights": ("Weight by the time between events", "ln(seconds)", SECONDS_PER_BUCKET),
-        "position_weights": ("Weight by the number of events between", "events back", 1),
-    }
-    return [
-        line_chart(
-            [
-                Line(f"block {block}", [(place * unit, weight) for place, weight in enumerate(weights)], colour=block)
-                for block, weights in enumerate(found[name])
-            ],
-            title=title,
-            x_label=x_label,
+def _time_weights(found: dict[str, Any]) -> Chart | None:
+    """Up to the longest time between two events: the weights of longer ones were never trained."""
+    longest = found.get("longest_gap_s") or LONGEST_GAP_S
+    buckets = int(math.log(max(longest, 2)) / LOG_SECONDS_PER_BUCKET) + 1
+    lines = [
+        Line(
+            f"block {block}",
+            [(math.exp(bucket * LOG_SECONDS_PER_BUCKET), weight) for bucket, weight in enumerate(weights[:buckets])],
+            colour=block,
         )
-        for name, (title, x_label, unit) in shown.items()
-        if name in found
+        for block, weights in enumerate(found.get("time_weights", []))
     ]
-
-
-def _ranking(ranking: dict[str, Any]) -> str:
-    by_view = "".join(f", by view {view} alone {value:.4f}" for view, value in enumerate(ranking["ndcg@10"]))
-    return (
-        f"<h3>How well each view predicts alone: NDCG@10 by its share of the score, {ranking['users']:,} histories</h3>"
-        f"<p>By all views {ranking['all_views']:.4f}{by_view}.</p>"
+    ticks = {seconds: label for seconds, label in DURATIONS.items() if seconds <= longest}
+    return line_chart(
+        lines, title="Attention weight by time between events", x_title="time between events, s", x_ticks=ticks
     )
 
 
-def _similarity(similarity: list[list[float]]) -> str:
-    names = [f"view {view}" for view in range(len(similarity))]
-    table = heat_map(similarity, names, names)
-    return f"<h3>How alike the views' tables are: linear CKA, 100 for the same up to rotation and scale</h3>{table}"
+def _position_weights(found: dict[str, Any]) -> Chart | None:
+    lines = [
+        Line(f"block {block}", list(enumerate(weights)), colour=block)
+        for block, weights in enumerate(found.get("position_weights", []))
+    ]
+    return line_chart(lines, title="Attention weight by events between", x_title="events back")
 
 
-def _routing(routing: dict[str, Any]) -> list[str]:
-    parts = []
-    for name, title in BY.items():
+def _view_ranking(ranking: dict[str, Any]) -> Rows:
+    rows = [("all views", [f"{ranking['all_views']:.4f}"])]
+    rows += [(f"view {view} alone", [f"{value:.4f}"]) for view, value in enumerate(ranking["ndcg@10"])]
+    return Rows(
+        rows, head=["NDCG@10"], title=f"Ranking by each view's part of the score, {ranking['users']:,} histories"
+    )
+
+
+def _routing(routing: dict[str, Any] | None) -> list[Chart]:
+    if not routing:
+        return []
+    charts = []
+    for name, title in ROUTING_BY.items():
         groups, shares = routing[name]["groups"], routing[name]["share"]
         rows, names = [], []
         for block, by_group in zip(routing["blocks"], shares, strict=True):
             for group, row in zip(groups, by_group, strict=True):
-                if any(row):  # no history reached it
+                if any(row):  # otherwise no history reached the group
                     rows.append(row)
                     names.append(f"block {block}, {group}")
-        columns = [f"expert {expert}" for expert in range(len(shares[0][0]))]
-        parts.append(f"<h3>{title}, percent of the row's choices</h3>{heat_map(rows, names, columns)}")
-    return parts
+        if rows:
+            columns = [f"expert {expert}" for expert in range(len(rows[0]))]
+            charts.append(heat_map(rows, names, columns, title=title))
+    return charts

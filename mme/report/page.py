@@ -1,328 +1,302 @@
-"""report.html of a run: results beside the baseline, curves, expert load, configuration, in one file without any other.
+"""report.html of one run or of several: a single file that needs no network and runs no script but its own.
 
-From the run's folder and, if it is still there, the data's dataset.json; what a run has not recorded is left out.
+Everything comes from the runs' folders and, where it still exists, from the data set's dataset.json. What a run has not
+recorded is left out. The templates escape all text; the page's content security policy admits its own scripts and style
+by their hash and nothing else.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from html import escape
+import base64
+import hashlib
+from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
-from mme.config import CONFIG_FILE, Config, load_saved_config
+from mme.config import CONFIG_FILE, flat
 from mme.errors import UserError
-from mme.files import read_text, write_text
-from mme.report.charts import Line, line_chart, smoothed
+from mme.files import write_text
 from mme.report.experts import expert_warnings, experts_section
 from mme.report.insight import insight_section
-from mme.report.style import STYLE
-from mme.run.metrics_file import METRICS_FILE, read_metrics
+from mme.report.results import (
+    METRICS,
+    SELECTED_BY,
+    Run,
+    below_popularity,
+    figure,
+    ratio,
+    read_run,
+    repeats,
+    result_rows,
+)
+from mme.report.sections import Rows, Section, points
+from mme.report.text import printable_lines, shell_command
+from mme.report.training import compared_training_section, training_section
 from mme.run.monitor import duration
 
-METRICS = ["hr@10", "hr@50", "ndcg@10", "ndcg@50", "mrr"]
+REPORT_FILE = "report.html"
+ASSETS = Path(__file__).parent / "assets"
+SCRIPTS = ("vega.min.js", "charts.js")  # Vega with Vega-Lite and Vega-Embed; what draws this page's charts
 
 
-@dataclass(frozen=True)
-class Run:
-    """What a run's folder says. ``results``: model → its last record on the test split (else on the validation split),
-    the trained model first; ``oracle``: metric → the value that knowing the data's true process reaches, if known."""
-
-    folder: Path
-    config: Config
-    config_text: str
-    records: list[dict[str, Any]]
-    dataset: dict[str, Any]
-    results: dict[str, dict[str, Any]]
-    oracle: dict[str, float]
-
-    def of_kind(self, kind: str) -> list[dict[str, Any]]:
-        return [record for record in self.records if record["kind"] == kind]
-
-
-def read_run(folder: Path) -> Run:
-    """Reads a run's folder.
+def write_report(run: Path, output: Path | None = None) -> Path:
+    """Writes the report of a run, by default as ``report.html`` in its folder, and returns its path.
 
     Raises:
-        UserError: no such folder, or one of its files is missing or damaged.
+        UserError: see `mme.report.results.read_run`; or the folder of ``output`` does not exist.
     """
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such run folder (made by `mme train`, as output_dir)")
-    records = read_metrics(folder / METRICS_FILE)
-    if not records:
-        raise UserError(f"{folder / METRICS_FILE}: empty: expected the metrics of a run (made by `mme train`)")
-    config = load_saved_config(folder)
-    dataset = _dataset_info(Path(config.data.path))
-    results = _results(records)
-    oracle = _oracle(dataset, next(iter(results.values()), {}))
-    return Run(folder, config, read_text(folder / CONFIG_FILE, folder), records, dataset, results, oracle)
+    page = _run_page(read_run(run))
+    if output is None:
+        write_text(run / REPORT_FILE, page, run)
+        return run / REPORT_FILE
+    write_text(_checked(output), page)
+    return output
 
 
-def write_report(run: Path) -> Path:
-    """Writes ``report.html`` into the run's folder and returns its path.
+def write_compared_report(folders: Sequence[Path], output: Path) -> Path:
+    """Writes one page with several runs side by side and returns its path.
 
     Raises:
-        UserError: see `read_run`.
+        UserError: see `mme.report.results.read_run`; or the folder of ``output`` does not exist.
     """
-    page = _page(read_run(run))
-    path = run / "report.html"
-    write_text(path, page, run)
-    return path
+    page = _compared_page([read_run(folder) for folder in folders])
+    write_text(_checked(output), page)
+    return output
 
 
-def results_table(run: Run) -> Table | None:
-    """The metrics of each model, the lift over popularity and the oracle's, for a terminal; None without results."""
-    if not run.results:
-        return None
-    split, step = _split_and_step(run)
-    table = Table(title=f"{run.folder}: {split} metrics at step {step:,}", title_justify="left")
-    table.add_column("")
-    for metric in METRICS:
-        table.add_column(metric.upper(), justify="right")
-    for name, values in _result_rows(run):
-        table.add_row(name, *values, style="bold" if name == next(iter(run.results)) else None)
-    return table
+def _checked(output: Path) -> Path:
+    if not output.parent.is_dir() or output.is_dir():
+        raise UserError(f"--output {output}: expected a file in an existing folder")
+    return output
 
 
-def _results(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    evaluations = [record for record in records if record["kind"] == "eval" and "model" in record]
-    tested = [record for record in evaluations if record.get("split") == "test"]
-    latest = {record["model"]: record for record in tested or evaluations}
-    return dict(sorted(latest.items(), key=lambda item: item[0] == "popularity"))
-
-
-def _dataset_info(path: Path) -> dict[str, Any]:
-    try:
-        info = json.loads((path / "dataset.json").read_text())
-    except (OSError, ValueError):  # moved or removed since: the report does without
-        return {}
-    return info if isinstance(info, dict) else {}
-
-
-def _oracle(dataset: dict[str, Any], result: dict[str, Any]) -> dict[str, float]:
-    """What the oracle of a generated data set reaches on the events that ``result`` was measured on, if it is known."""
-    if result.get("protocol") != "leave_two_out":
-        return {}
-    known = dataset.get("oracle", {}).get(result.get("split"), {})
-    return {metric: value for metric, value in known.items() if metric in METRICS}
-
-
-def _result_rows(run: Run) -> list[tuple[str, list[str]]]:
-    """(name, one text per metric): the models, how many times popularity the model reaches, the oracle."""
-    rows = [(name, [_figure(record.get(metric)) for metric in METRICS]) for name, record in run.results.items()]
-    names = list(run.results)
-    if len(names) > 1 and "popularity" in run.results:
-        model, baseline = run.results[names[0]], run.results["popularity"]
-        rows.append(("times popularity", [_ratio(model.get(m), baseline.get(m)) for m in METRICS]))
-    if run.oracle:
-        rows.append(("oracle (ceiling)", [_figure(run.oracle.get(metric)) for metric in METRICS]))
-    return rows
-
-
-def _split_and_step(run: Run) -> tuple[str, int]:
-    record = next(iter(run.results.values()))
-    return {"valid": "validation"}.get(record.get("split", ""), record.get("split", "")), record.get("step", 0)
-
-
-def _page(run: Run) -> str:
-    name = run.folder.resolve().name
+def _run_page(run: Run) -> str:
     sections = [
-        _header(run, name),
-        _warnings(run),
-        _results_section(run),
-        _curves(run),
+        training_section(run),
         experts_section(run.of_kind("experts")),
-        insight_section(_first([*run.results.values()]).get("insight", {})),
+        insight_section(run.result.get("insight") or {}),
         _parameters(run),
-        _setup(run),
     ]
-    body = "\n".join(section for section in sections if section)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(name)} · Fuxi-MME</title><style>{STYLE}</style></head>\n"
-        f"<body><main>\n{body}\n</main></body></html>\n"
+    return _rendered(
+        "run.html",
+        title=run.name,
+        subtitle=[_shape(run), _place(run)],
+        tiles=_tiles(run),
+        warnings=_warnings(run),
+        results=_results(run),
+        sections=[part for part in sections if part],
+        setup=_setup(run),
+        restarts=len(run.of_kind("run")) - 1,
+        command=_command(run),
+        configuration=run.config_text,
     )
 
 
-def _header(run: Run, name: str) -> str:
-    model, info = run.config.model, _first(run.of_kind("run"))
+def _compared_page(runs: Sequence[Run]) -> str:
+    names = _distinct_names(runs)
+    warnings = [
+        f"{name}: {text}"
+        for run, name in zip(runs, names, strict=True)
+        for text in (below_popularity(run), repeats(run))
+        if text
+    ]
+    if len({run.result.get("targets_sha256") for run in runs if run.result}) > 1:
+        warnings.insert(0, "The runs were evaluated on different targets: their metrics can't be compared.")
+    rows = [
+        (name, [figure(run.result, metric) for metric in METRICS] + [ratio(run.result.get(SELECTED_BY), run.baseline.get(SELECTED_BY))])
+        for run, name in zip(runs, names, strict=True)
+    ]  # fmt: skip
+    head = [*(metric.upper() for metric in METRICS), "NDCG@10 ÷ popularity"]
+    settings = [{key: str(value) for key, value in flat(run.config).items()} for run in runs]
+    differing = [key for key in settings[0] if len({of_run.get(key) for of_run in settings}) > 1]
+    table = Rows([(key, [of_run.get(key, "–") for of_run in settings]) for key in differing], head=names)
+    sections = [compared_training_section(runs, names), Section("What differs in the configuration", tables=[table])]
+    return _rendered(
+        "runs.html",
+        title=f"{len(runs)} runs",
+        subtitle=[", ".join(names)],
+        warnings=warnings,
+        results=Section("Results", notes=_result_notes(runs[0]), tables=[Rows(rows, head=head)]),
+        sections=[part for part in sections if part],
+    )
+
+
+def _distinct_names(runs: Sequence[Run]) -> list[str]:
+    """The folders' names, or their paths where two have the same name."""
+    names = [run.name for run in runs]
+    return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
+
+
+def _rendered(template: str, **context: Any) -> str:
+    scripts = [(ASSETS / name).read_text(encoding="utf-8") for name in SCRIPTS]
+    style = (ASSETS / "report.css").read_text(encoding="utf-8")
+    policy = "; ".join(
+        [
+            "default-src 'none'",
+            f"script-src {' '.join(map(_source_hash, scripts))}",
+            f"style-src {_source_hash(style)}",
+            "base-uri 'none'",
+            "form-action 'none'",
+        ]
+    )
+    return _environment().get_template(template).render(
+        context, scripts=[Markup(script) for script in scripts], style=Markup(style), policy=policy
+    )  # fmt: skip
+
+
+@lru_cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("mme.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_printable,
+    )
+    environment.filters["count"] = _count
+    return environment
+
+
+def _printable(value: Any) -> Any:
+    """What each expression of the templates passes through, before it is escaped."""
+    return printable_lines(value) if isinstance(value, str) and not isinstance(value, Markup) else value
+
+
+def _source_hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def _shape(run: Run) -> str:
+    model = run.config.model
     experts = f"{model.moe.num_experts} experts (top {model.moe.top_k})" if model.moe.num_experts else "dense FFN"
-    kind = {"fuxi": "blocks, " + experts, "hstu": "HSTU blocks", "sasrec": "SASRec blocks"}[model.block]
-    shape = f"M = {model.num_tables} tables, D = {model.embedding_dim}, {model.num_blocks} {kind}"
-    processes = info.get("world_size")
-    where = [
-        str(info.get("time", ""))[:16].replace("T", " "),
-        str(info.get("device", "")),
-        f"{processes} process{'es' if processes != 1 else ''}" if processes else "",
+    kind = {"fuxi": f"blocks, {experts}", "hstu": "HSTU blocks", "sasrec": "SASRec blocks"}[model.block]
+    return f"M = {model.num_tables} tables, D = {model.embedding_dim}, {model.num_blocks} {kind}"
+
+
+def _place(run: Run) -> str:
+    info = _run_info(run)
+    processes = info.get("world_size", 1)
+    facts = [
+        (info.get("time") or "")[:16].replace("T", " "),
+        info.get("device") or "",
+        f"{processes} process{'es' if processes != 1 else ''}" if info else "",
     ]
-    place = " · ".join(escape(part) for part in where if part)
-    tiles = "".join(
-        f"<div class='tile'><span>{escape(label)}</span><b>{escape(value)}</b></div>"
-        for label, value in _tiles(run, info)
-    )
-    return f"<header><h1>{escape(name)}</h1><p>{escape(shape)}<br>{place}</p><div class='tiles'>{tiles}</div></header>"
+    return " · ".join(fact for fact in facts if fact)
 
 
-def _tiles(run: Run, info: dict[str, Any]) -> list[tuple[str, str]]:
-    tiles = []
-    if run.results:
-        record, baseline = next(iter(run.results.values())), run.results.get("popularity", {})
-        for metric in ("ndcg@10", "hr@10"):
-            if record.get(metric) is not None:
-                tiles.append((f"{_split_and_step(run)[0]} {metric.upper()}", _figure(record[metric])))
-        if record is not baseline and baseline.get("ndcg@10"):
-            tiles.append(("times popularity", _ratio(record.get("ndcg@10"), baseline["ndcg@10"])))
+def _run_info(run: Run) -> dict[str, Any]:
+    """The newest record of the kind "run": a resumed run has several."""
+    return next(iter(reversed(run.of_kind("run"))), {})
+
+
+def _tiles(run: Run) -> list[tuple[str, str]]:
+    tiles = [
+        (f"{run.split} {metric.upper()}", f"{run.result[metric]:.4f}")
+        for metric in ("ndcg@10", "hr@10")
+        if run.result.get(metric) is not None
+    ]
+    if run.result.get(SELECTED_BY) is not None and run.baseline.get(SELECTED_BY):
+        tiles.append(("NDCG@10 ÷ popularity", ratio(run.result[SELECTED_BY], run.baseline[SELECTED_BY])))
     train = run.of_kind("train")
+    rates = sorted(rate for _, rate in points(train, "tokens_per_s"))
+    if rates:
+        tiles.append(("tokens/s, median", _count(rates[len(rates) // 2])))
     if train:
-        rates = sorted(record["tokens_per_s"] for record in train if record.get("tokens_per_s") is not None)
-        if rates:
-            tiles.append(("tokens/s, median", _count(rates[len(rates) // 2])))
         tiles.append(("steps", f"{train[-1]['step']:,}"))
         tiles.append(("time in steps", duration(_training_s(train))))
-    if isinstance(info.get("parameters"), dict):
-        tiles.append(("parameters", _count(sum(info["parameters"].values()))))
+    if parameters := _run_info(run).get("parameters"):
+        tiles.append(("parameters", _count(sum(parameters.values()))))
     return tiles
 
 
 def _training_s(train: Sequence[dict[str, Any]]) -> float:
     before = [0, *(record["step"] for record in train)]
-    return sum((r["step"] - b) * r.get("step_ms", 0.0) for r, b in zip(train, before, strict=False)) / 1000
+    return sum((r["step"] - b) * (r.get("step_ms") or 0.0) for r, b in zip(train, before, strict=False)) / 1000
 
 
-def _warnings(run: Run) -> str:
-    found = expert_warnings(_last(run.of_kind("experts")), run.config.model.moe.top_k)
-    lost = [record["step"] for record in run.of_kind("train") if record.get("loss") is None]
+def _warnings(run: Run) -> list[str]:
+    experts: dict[str, Any] = next(iter(reversed(run.of_kind("experts"))), {})
+    found = [below_popularity(run), repeats(run), *expert_warnings(experts, run.config.model.moe.top_k)]
+    lost = [record["step"] for record in run.of_kind("train") if "loss" in record and record["loss"] is None]
     if lost:
         found.append(f"The loss was not finite at step {lost[0]:,}.")
     if not run.results:
-        found.append("No evaluation was recorded: the run ended before its first one.")
-    if not found:
-        return ""
-    listed = "".join(f"<li>{escape(text)}</li>" for text in found)
-    return f"<section class='warn'><h2>Warnings</h2><ul>{listed}</ul></section>"
+        found.append("The run has no evaluation: it ended before its first one.")
+    return [text for text in found if text]
 
 
-def _results_section(run: Run) -> str:
+def _results(run: Run) -> Section | None:
     if not run.results:
-        return ""
-    record = next(iter(run.results.values()))
-    split, step = _split_and_step(run)
-    head = "".join(f"<th>{metric.upper()}</th>" for metric in METRICS)
-    body = "".join(
-        f"<tr><th>{escape(name)}</th>{''.join(f'<td>{value}</td>' for value in values)}</tr>"
-        for name, values in _result_rows(run)
-    )
-    facts = [
-        f"Metrics of the checkpoint of step {step:,} on the {split} split",
-        f"protocol <code>{escape(str(record.get('protocol')))}</code>",
-        f"{record['users']:,} users" if "users" in record else "",
-        f"order of events: {escape(str(record['sort_rule']))}" if "sort_rule" in record else "",
-        f"targets <code title='SHA-256'>{escape(str(record.get('targets_sha256')))}</code>",
-    ]
-    note = (
-        "The oracle knows the process that generated the data: no model can do better on average." if run.oracle else ""
-    )
-    return (
-        "<section><h2>Results</h2><div class='scroll'>"
-        f"<table class='results'><tr><th></th>{head}</tr>{body}</table></div>"
-        f"<p class='note'>{'; '.join(fact for fact in facts if fact)}. "
-        f"Every item is ranked but those the user has seen. {note}</p></section>"
-    )
+        return None
+    rows = result_rows(run)
+    strong = next((place for place, (name, _) in enumerate(rows) if name == run.model), None)
+    table = Rows(rows, head=[metric.upper() for metric in METRICS], strong=strong)
+    return Section("Results", notes=_result_notes(run), tables=[table])
 
 
-def _curves(run: Run) -> str:
-    train = run.of_kind("train")
-    loss = _points(train, "loss")
-    charts = [
-        line_chart(
-            [Line("each line of metrics", loss, faint=True), Line("smoothed", smoothed(loss))], title="Training loss"
-        )
-    ]
-    valid = [record for record in run.of_kind("eval") if record.get("split") == "valid"]
-    for metric in ("ndcg@10", "hr@10"):
-        lines = []
-        for colour, model in enumerate(sorted({r["model"] for r in valid}, key=lambda name: name == "popularity")):
-            points = _points([record for record in valid if record["model"] == model], metric)
-            lines.append(Line(model, points, marked=True, colour=colour))
-        charts.append(line_chart(lines, title=f"Validation {metric.upper()}", from_zero=True))
-    rate = _points(train, "tokens_per_s")
-    charts.append(line_chart([Line("tokens/s", rate, colour=2)], title="Throughput, tokens/s", from_zero=True))
-    waits = [
-        Line(label, _points(train, key), colour=colour)
-        for colour, (key, label) in enumerate(
-            {
-                "wait_ms": "waiting in collectives, mean of the ranks",
-                "straggler_ms": "the slowest rank beyond the mean",
-            }.items()
-        )
-    ]
-    charts.append(line_chart(waits, title="Of a step, ms", from_zero=True))
-    drawn = "".join(chart for chart in charts if chart)
-    return f"<section><h2>Training</h2><div class='charts'>{drawn}</div></section>" if drawn else ""
+def _result_notes(run: Run) -> list[str]:
+    record = next(iter(run.results.values()), {})
+    if not record:
+        return []
+    facts = [f"Metrics of the checkpoint of step {run.step:,} on the {run.split} split"]
+    if record.get("users") is not None:
+        facts.append(f"{record['users']:,} users")
+    for label, key in {
+        "protocol": "protocol",
+        "order of events": "sort_rule",
+        "SHA-256 of the targets": "targets_sha256",
+    }.items():
+        if record.get(key):
+            facts.append(f"{label}: {record[key]}")
+    notes = ["; ".join(facts) + ".", _seen_rule(record)]
+    if record.get("repeated_targets") is not None:
+        notes.append(f"{record['repeated_targets']:.2%} of the targets repeat an item of the user's history.")
+    if record.get("standard_errors"):
+        notes.append("± is half a 95% confidence interval over users.")
+    if run.oracle:
+        notes.append("The oracle knows the process that generated the data: no model can do better on average.")
+    return [" ".join(notes)]
 
 
-def _parameters(run: Run) -> str:
-    parameters = _first(run.of_kind("run")).get("parameters")
-    if not isinstance(parameters, dict) or not parameters:
-        return ""
-    total = sum(parameters.values()) or 1
-    body = "".join(
-        f"<tr><th>{escape(part)}</th><td>{count:,}</td><td>{count / total:.1%}</td></tr>"
-        for part, count in parameters.items()
-    )
-    return (
-        f"<section><h2>Parameters</h2><table>{body}<tr><th>total</th><td>{total:,}</td><td></td></tr></table></section>"
+def _seen_rule(record: dict[str, Any]) -> str:
+    return {
+        "exclude": "Items that the user had before are not ranked, so that a target that repeats one is a miss.",
+        "include": "All items of the catalogue are ranked.",
+    }.get(
+        record.get("seen") or "",
+        "Items that the user had before are not ranked, except for the target.",  # of runs that don't state it
     )
 
 
-def _setup(run: Run) -> str:
-    runs = run.of_kind("run")
-    info = _last(runs)
-    facts = {**{k: v for k, v in run.dataset.items() if isinstance(v, (str, int)) and k != "format"}}
-    tables = [("Data set", {"path": run.config.data.path, **facts}), ("Versions", info.get("versions", {}))]
-    shown = "".join(_facts(title, values) for title, values in tables if values)
-    restarts = f"<p class='note'>Went on from a checkpoint {len(runs) - 1} times.</p>" if len(runs) > 1 else ""
-    command = f"mme train --config {run.folder / 'config.yaml'} output_dir={run.folder}-again"
-    if info.get("world_size", 1) > 1:
-        command = f"torchrun --nproc-per-node {info['world_size']} -m {command}"
-    return (
-        f"<section><h2>Setup</h2>{restarts}<div class='columns'>{shown}</div></section>"
-        f"<section><h2>Reproduce</h2><pre>{escape(command)}</pre>"
-        f"<details><summary>Configuration</summary><pre>{escape(run.config_text)}</pre></details></section>"
-    )
+def _parameters(run: Run) -> Section | None:
+    parameters = _run_info(run).get("parameters")
+    if not parameters:
+        return None
+    total = sum(parameters.values())
+    rows = [(part, [f"{count:,}", f"{count / (total or 1):.1%}"]) for part, count in parameters.items()]
+    return Section("Parameters", tables=[Rows([*rows, ("total", [f"{total:,}", ""])])])
 
 
-def _facts(title: str, values: dict[str, Any]) -> str:
-    rows = "".join(
-        f"<tr><th>{escape(str(key))}</th><td>{f'{value:,}' if isinstance(value, int) else escape(str(value))}</td></tr>"
-        for key, value in values.items()
-    )
-    return f"<div><h3>{escape(title)}</h3><table class='facts'>{rows}</table></div>"
+def _setup(run: Run) -> list[Rows]:
+    data = {key: value for key, value in run.dataset.items() if isinstance(value, (str, int)) and key != "format"}
+    data_rows = [("path", [run.config.data.path])]
+    data_rows += [(key, [f"{value:,}" if isinstance(value, int) else value]) for key, value in data.items()]
+    versions = [(package, [version]) for package, version in _run_info(run).get("versions", {}).items()]
+    return [Rows(rows, title=title) for title, rows in (("Data set", data_rows), ("Versions", versions)) if rows]
 
 
-def _points(records: Iterable[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    return [(record["step"], record[key]) for record in records if record.get(key) is not None]
-
-
-def _first(records: list[dict[str, Any]]) -> dict[str, Any]:
-    return records[0] if records else {}
-
-
-def _last(records: list[dict[str, Any]]) -> dict[str, Any]:
-    return records[-1] if records else {}
-
-
-def _figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.4f}"
-
-
-def _ratio(value: float | None, beside: float | None) -> str:
-    return f"{value / beside:.1f}×" if value is not None and beside else "–"
+def _command(run: Run) -> str:
+    """The command that trains the same model again into another folder."""
+    words = ["mme", "train", "--config", str(run.folder / CONFIG_FILE), f"output_dir={run.folder}-again"]
+    processes = _run_info(run).get("world_size", 1)
+    if processes > 1:
+        words = ["torchrun", "--nproc-per-node", str(processes), "-m", *words]
+    return shell_command(words)
 
 
 def _count(value: float) -> str:

@@ -2,105 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import json
-from html.parser import HTMLParser
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-from rich.console import Console
 
-from mme.config import load_config, save_config
 from mme.errors import UserError
-from mme.report.charts import Line, line_chart, ticks
-from mme.report.page import read_run, results_table, write_report
+from mme.report.page import write_compared_report, write_report
+from tests.report.pages import EVALUATIONS, EXPERTS, RUN, Page, evaluation, learned, train_records, write_run
 
-VOID = {"meta", "link", "br", "img", "hr", "input"}
-
-
-class Page(HTMLParser):
-    """Collects the text and what the page would load; fails on tags that don't match."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self.open: list[str] = []
-        self.loads: list[str] = []
-        self.text = ""
-        self.counts: dict[str, int] = {}
-        self.feed(path.read_text())
-        assert self.open == []
-
-    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
-        self.counts[tag] = self.counts.get(tag, 0) + 1
-        self.loads += [str(value) for name, value in attributes if name in {"src", "href", "data", "srcset"}]
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.text += data
-
-
-def write_run(folder: Path, records: list[dict[str, Any]], *overrides: str) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    data = folder.parent / "data"
-    data.mkdir(exist_ok=True)
-    save_config(load_config(None, [f"data.path={data}", *overrides]), folder / "config.yaml")
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    return folder
-
-
-def train_records() -> list[dict[str, Any]]:
-    return [
-        {
-            "kind": "train",
-            "step": step,
-            "epoch": 0,
-            "loss": 7 - step / 100,
-            "tokens_per_s": 1e4,
-            "lr": 1e-3,
-            "step_ms": 50.0,
-            "wait_ms": 8.0,
-            "straggler_ms": 3.0,
-            "slowest_rank": 1,
-        }
-        for step in range(10, 210, 10)
-    ]
-
-
-def evaluation(model: str, split: str, step: int, ndcg: float) -> dict[str, Any]:
-    figures = {"hr@10": 2 * ndcg, "hr@50": 3 * ndcg, "ndcg@10": ndcg, "ndcg@50": 1.5 * ndcg, "mrr": ndcg / 2}
-    about = {"protocol": "leave_two_out", "sort_rule": "stable by time", "targets_sha256": "0123abcd", "users": 1234}
-    return {"kind": "eval", "model": model, "split": split, "step": step, **about, **figures}
-
-
-RUN = {
-    "kind": "run",
-    "step": 0,
-    "time": "2025-01-02T03:04:05+0000",
-    "device": "cpu",
-    "world_size": 2,
-    "parameters": {"tables": 3000, "decoder": 1000},
-    "versions": {"torch": "2.13.0"},
-}
-EVALUATIONS = [
-    evaluation("fuxi-mme", "valid", 100, 0.1),
-    evaluation("popularity", "valid", 100, 0.03),
-    evaluation("fuxi-mme", "valid", 200, 0.12),
-    evaluation("popularity", "valid", 200, 0.03),
-    evaluation("fuxi-mme", "test", 200, 0.11),
-    evaluation("popularity", "test", 200, 0.022),
-]
-EXPERTS = {
-    "kind": "experts",
-    "step": 200,
-    "blocks": [1],
-    "load": [[[0.7, 0.299, 0.001]] * 4],
-    "entropy": [[0.9, 0.8, 0.7, 0.6]],
-}
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_whole_report_is_self_contained_and_has_every_part(tmp_path: Path) -> None:
@@ -115,30 +28,32 @@ def test_whole_report_is_self_contained_and_has_every_part(tmp_path: Path) -> No
     )
     path = write_report(run)
     page = Page(path)
-    assert path == run / "report.html"
-    assert page.loads == [] and "script" not in page.counts and "url(" not in path.read_text()
+    assert path == run / "report.html" and [file.name for file in run.glob("report*")] == ["report.html"]
+    assert page.loads == [] and "url(" not in page.style
     assert "first <run>" in page.text
     for text in ["0.1100", "0.0220", "5.0×", "0.4321", "leave_two_out", "stable by time", "0123abcd", "1,234 users"]:
         assert text in page.text, text
     assert "Expert 2 of block 1 is starved: it gets 0.10% of the tokens" in page.text
-    assert "block 1, view 3" in page.text and "70.0" in page.text
     assert "3,000" in page.text and "75.0%" in page.text and "4,000" in page.text
     assert "2.13.0" in page.text and "lr: 0.004" in page.text
     assert "torchrun --nproc-per-node 2 -m mme train" in page.text
-    assert page.counts["svg"] == 7  # loss, two of validation, throughput, waiting, evenness, entropy
+    assert "The dashed line marks the chosen checkpoint, step 200." in page.text
+    assert len(page.charts) == 8  # loss, two of validation, throughput, waiting; load, evenness, entropy
+    assert {"recorded steps", "smoothed", "fuxi-mme", "popularity", "block 1"} <= page.series()
     assert "0:10" in page.text  # 200 steps of 50 ms
 
 
 def test_what_was_not_recorded_is_left_out(tmp_path: Path) -> None:
     page = Page(write_report(write_run(tmp_path / "run", train_records()[:1])))
-    assert "No evaluation was recorded" in page.text
-    assert page.counts["svg"] == 3
+    assert "The run has no evaluation" in page.text
+    assert len(page.charts) == 3
     assert "Experts" not in page.text and "Parameters" not in page.text and "Results" not in page.text
 
 
-def test_run_without_validation_shows_its_test_metrics(tmp_path: Path) -> None:
+def test_run_without_validation_shows_its_test_metrics_and_no_chosen_checkpoint(tmp_path: Path) -> None:
     page = Page(write_report(write_run(tmp_path / "run", [RUN, *train_records(), *EVALUATIONS[4:]])))
     assert "0.1100" in page.text and "on the test split" in page.text
+    assert "chosen checkpoint" not in page.text
 
 
 def test_run_cut_off_before_its_test_shows_validation(tmp_path: Path) -> None:
@@ -153,35 +68,99 @@ def test_line_cut_off_by_a_crash_does_not_stop_the_report(tmp_path: Path) -> Non
     assert "Training loss" in Page(write_report(run)).text
 
 
-def test_table_for_the_terminal_has_lift_and_oracle(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", [RUN, *EVALUATIONS])
-    (tmp_path / "data" / "dataset.json").write_text(json.dumps({"oracle": {"test": {"hr@10": 0.4321}}}))
-    console = Console(file=io.StringIO(), width=120)
-    table = results_table(read_run(run))
-    assert table is not None
-    console.print(table)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
-    assert "test metrics at step 200" in text
-    assert [line.split()[1] for line in text.splitlines() if "│" in line] == [
-        "fuxi-mme",
-        "popularity",
-        "times",
-        "oracle",
-    ]
-    assert "5.0×" in text and "0.4321" in text
-
-
 def test_expert_that_takes_all_is_named(tmp_path: Path) -> None:
     load = [[[0.02, 0.5, 0.48], [0.04, 0.42, 0.54]], [[0.4, 0.3, 0.3], [0.3, 0.3, 0.4]]]
     records = [RUN, {"kind": "experts", "step": 1, "blocks": [0, 1], "load": load}]
     page = Page(write_report(write_run(tmp_path / "run", records, "model.moe.num_experts=3")))
-    assert "Expert 1 of block 0 takes nearly all: 46.0% of the tokens, of 50% possible" in page.text
-    assert "Expert 2 of block 0 takes nearly all: 51.0%" in page.text
+    assert "Expert 1 of block 0 takes nearly all tokens: 46.0%, of at most 50%" in page.text
+    assert "Expert 2 of block 0 takes nearly all tokens: 51.0%" in page.text
     assert page.text.count("takes nearly all") == 2 and "starved: it gets 3.00%" in page.text
 
 
-def test_no_results_no_table(tmp_path: Path) -> None:
-    assert results_table(read_run(write_run(tmp_path / "run", train_records()))) is None
+def test_what_the_model_learned_is_shown(tmp_path: Path) -> None:
+    record = evaluation("fuxi-mme", "test", 200, 0.11, insight=learned() | {"longest_gap_s": 86_400})
+    page = Page(write_report(write_run(tmp_path / "run", [*train_records(), record])))
+    for text in [
+        "What the model learned",
+        "Effective rank of the tables, of 2 possible: 1.9, 1.0",
+        "3,000 histories",
+        "all views0.1900",
+        "view 1 alone0.1750",
+    ]:
+        assert text in page.text.replace("\n", ""), text
+    cells = [row for spec in page.charts for row in spec["data"]["values"] if "row" in row]
+    assert {"row": "view 0", "column": "view 1", "share": 0.125, "text": "12.5"} in cells
+    assert {"row": "block 1, <c>", "column": "expert 0", "share": 0.25, "text": "25.0"} in cells
+    plain = evaluation("fuxi-mme", "test", 200, 0.11)
+    without = Page(write_report(write_run(tmp_path / "other", [*train_records(), plain])))
+    assert "What the model learned" not in without.text
+    assert len(page.charts) == len(without.charts) + 7  # spectra, time, position, similarity, routing three times
+
+
+def test_time_weights_end_at_the_longest_time_between_events(tmp_path: Path) -> None:
+    record = evaluation("fuxi-mme", "test", 200, 0.11, insight=learned() | {"longest_gap_s": 86_400})
+    page = Page(write_report(write_run(tmp_path / "run", [*train_records(), record])))
+    (spec,) = [spec for spec in page.charts if "time between events, s" in json.dumps(spec)]
+    xs = [row["x"] for row in spec["data"]["values"]]
+    assert min(xs) == 1 and 86_400 / 1.36 < max(xs) <= 86_400  # a bucket is 1.35 times as long as the one before
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        ({}, "Items that the user had before are not ranked, except for the target."),
+        ({"seen": "exclude"}, "so that a target that repeats one is a miss."),
+        ({"seen": "include"}, "All items of the catalogue are ranked."),
+    ],
+)
+def test_report_says_what_was_ranked(tmp_path: Path, more: dict[str, str], sentence: str) -> None:
+    record = evaluation("fuxi-mme", "test", 200, 0.11, **more)
+    assert sentence in Page(write_report(write_run(tmp_path / "run", [record]))).text
+
+
+def test_many_repeated_targets_are_warned_of_where_they_count_as_misses(tmp_path: Path) -> None:
+    record = evaluation("fuxi-mme", "test", 200, 0.11, seen="exclude", repeated_targets=0.24)
+    page = Page(write_report(write_run(tmp_path / "excluded", [record])))
+    assert "24.0% of the targets repeat an item" in page.text and "eval.seen=include ranks all items" in page.text
+    page = Page(write_report(write_run(tmp_path / "included", [record | {"seen": "include"}])))
+    assert "Warnings" not in page.text and "24.00% of the targets repeat an item" in page.text
+
+
+def test_run_below_popularity_is_warned_of_first(tmp_path: Path) -> None:
+    records = [RUN, EXPERTS, evaluation("hstu", "test", 20, 0.01), evaluation("popularity", "test", 20, 0.022)]
+    page = Page(write_report(write_run(tmp_path / "run", records)))
+    warnings = page.text[page.text.index("Warnings") + len("Warnings") :].strip()
+    assert warnings.startswith("hstu ends below popularity: test NDCG@10 0.0100, popularity 0.0220.")
+
+
+def test_confidence_intervals_stand_in_the_table_and_around_the_curves(tmp_path: Path) -> None:
+    errors = {"standard_errors": {"ndcg@10": 0.01}}
+    records = [record | errors for record in EVALUATIONS]
+    page = Page(write_report(write_run(tmp_path / "run", records)))
+    assert "0.1100 ± 0.0196" in page.text and "half a 95% confidence interval over users" in page.text
+    rows = [row for spec in page.charts for row in spec["data"]["values"] if "low" in row]
+    assert {(row["x"], row["low"], row["high"]) for row in rows if row["series"] == "fuxi-mme"} == {
+        (100, 0.0804, 0.1196),
+        (200, 0.1004, 0.1396),
+    }
+
+
+def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
+    first = write_run(tmp_path / "first", [RUN, *train_records(), *EVALUATIONS], "train.lr=0.004")
+    second = write_run(
+        tmp_path / "second",
+        [RUN, *train_records(), evaluation("fuxi-mme", "valid", 90, 0.2), evaluation("fuxi-mme", "test", 90, 0.1234)],
+        "train.lr=0.002",
+    )
+    path = write_compared_report([first, second], tmp_path / "both.html")
+    page = Page(path)
+    assert {"first", "second"} == page.series()
+    assert "0.1100" in page.text and "0.1234" in page.text
+    rows = [line for line in page.source.splitlines() if "<th>train.lr</th>" in line]
+    assert rows == ["<tr><th>train.lr</th><td>0.004</td><td>0.002</td></tr>"]
+    assert "different targets" not in page.text
+    other = write_run(tmp_path / "other", [evaluation("fuxi-mme", "test", 90, 0.1, targets_sha256="ffff")])
+    assert "different targets" in Page(write_compared_report([first, other], path)).text
 
 
 @pytest.mark.parametrize(
@@ -190,8 +169,6 @@ def test_no_results_no_table(tmp_path: Path) -> None:
         (None, "metrics.jsonl: no such file"),
         ("", "metrics.jsonl: empty"),
         ('{"kind": "run", "step": 0}\n\x00\x00\n{"kind": "run"}\n', "metrics.jsonl: line 2: expected a JSON object"),
-        ('{"kind": "train", "step": "ten"}\n', "metrics.jsonl: line 1: step: expected a number, found 'ten'"),
-        ('{"kind": "experts", "step": 1, "load": 3}\n', "metrics.jsonl: line 1: load: expected lists of shares"),
     ],
 )
 def test_missing_or_damaged_metrics_are_named(tmp_path: Path, content: str | None, message: str) -> None:
@@ -212,45 +189,18 @@ def test_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
         write_report(tmp_path / "nothing")
 
 
-def test_chart_places_points_and_scales_by_round_ticks() -> None:
-    chart = line_chart([Line("loss", [(0, 0.0), (100, 1.0)])], title="a < b")
-    assert 'points="58.0,226.0 538.0,12.0"' in chart
-    assert "a &lt; b" in chart
-    assert line_chart([Line("nothing", [])], title="") == ""
+def test_output_in_no_folder_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [RUN])
+    with pytest.raises(UserError, match="expected a file in an existing folder"):
+        write_report(run, tmp_path / "nowhere" / "report.html")
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "expected"),
-    [(0, 1, [0, 0.2, 0.4, 0.6, 0.8, 1.0]), (3.1, 7.2, [3, 4, 5, 6, 7, 8]), (5, 5, [5, 6, 7, 8, 9, 10])],
-)
-def test_ticks(low: float, high: float, expected: list[float]) -> None:
-    assert ticks(low, high) == pytest.approx(expected)
-
-
-def test_what_the_model_learned_is_shown(tmp_path: Path) -> None:
-    share = [[[0.25, 0.75]] * 3]
-    groups = {"groups": ["a", "b", "<c>"], "share": share}
-    learned = {
-        "singular_values": [[4.0, 2.0], [3.0, 0.0]],
-        "effective_rank": [1.89, 1.0],
-        "similarity": [[1.0, 0.125], [0.125, 1.0]],
-        "ranking": {"users": 3000, "all_views": 0.19, "ndcg@10": [0.18, 0.175]},
-        "routing": {"blocks": [1], "view": groups, "popularity": groups, "position": groups},
-        "time_weights": [[0.5, 0.25]],
-        "position_weights": [[0.5, 0.25]],
+def test_an_installed_package_has_templates_and_scripts(tmp_path: Path) -> None:
+    command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    built = {path.name for path in (tmp_path / "lib" / "mme" / "report").rglob("*") if path.is_file()}
+    assert {path.name for path in (ROOT / "mme" / "report").rglob("*") if path.suffix != ".pyc"} - built <= {
+        "assets",
+        "templates",
+        "__pycache__",
     }
-    record = evaluation("fuxi-mme", "test", 200, 0.11) | {"insight": learned}
-    page = Page(write_report(write_run(tmp_path / "run", [*train_records(), record])))
-    for text in [
-        "What the model learned",
-        "Effective rank of the tables, of 2 possible: 1.9, 1.0",
-        "3,000 histories",
-        "By all views 0.1900, by view 0 alone 0.1800, by view 1 alone 0.1750.",
-        "12.5",
-        "block 1, <c>",
-    ]:
-        assert text in page.text
-    plain = evaluation("fuxi-mme", "test", 200, 0.11)
-    without = Page(write_report(write_run(tmp_path / "other", [*train_records(), plain])))
-    assert "What the model learned" not in without.text
-    assert page.counts["svg"] == without.counts["svg"] + 3

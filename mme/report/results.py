@@ -1,0 +1,176 @@
+"""What a run's folder says: its records, its test results beside the baseline, and what a reader should be warned of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from mme.config import CONFIG_FILE, Config, load_saved_config
+from mme.errors import UserError
+from mme.files import read_json, read_text
+from mme.run.metrics_file import METRICS_FILE, read_metrics
+
+METRICS = ["hr@10", "hr@50", "ndcg@10", "ndcg@50", "mrr"]
+POPULARITY = "popularity"
+SELECTED_BY = "ndcg@10"  # the metric that chooses the checkpoint
+Z_95 = 1.96  # standard errors in half a 95% confidence interval of a normal distribution
+MANY_REPEATS = 0.01  # share of repeated targets from which the choice of `eval.seen` matters
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder as read.
+
+    Attributes:
+        results: model → its last record on the test split, or on the validation split where none was tested; the
+            trained model comes first.
+        oracle: metric → the value that knowledge of the true process reaches, for a generated data set.
+    """
+
+    folder: Path
+    config: Config
+    config_text: str
+    records: list[dict[str, Any]]
+    dataset: dict[str, Any]
+    results: dict[str, dict[str, Any]]
+    oracle: dict[str, float]
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def model(self) -> str:
+        """The trained model's name in the records; empty where none was evaluated."""
+        return next((name for name in self.results if name != POPULARITY), "")
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """The trained model's record; empty where it was not evaluated."""
+        return self.results.get(self.model, {})
+
+    @property
+    def baseline(self) -> dict[str, Any]:
+        return self.results.get(POPULARITY, {})
+
+    @property
+    def split(self) -> str:
+        """The split of the results, in words."""
+        split = str(next(iter(self.results.values()), {}).get("split", ""))
+        return {"valid": "validation"}.get(split, split)
+
+    @property
+    def step(self) -> int:
+        """The step of the checkpoint that the results belong to."""
+        return next(iter(self.results.values()), {}).get("step", 0)
+
+    def of_kind(self, kind: str) -> list[dict[str, Any]]:
+        return [record for record in self.records if record["kind"] == kind]
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run's folder.
+
+    Raises:
+        UserError: the folder does not exist, or one of its files is missing or damaged.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such run folder (made by `mme train`, as output_dir)")
+    records = read_metrics(folder / METRICS_FILE)
+    if not records:
+        raise UserError(f"{folder / METRICS_FILE}: empty: expected the metrics of a run (made by `mme train`)")
+    config = load_saved_config(folder)
+    dataset = _dataset_info(Path(config.data.path))
+    results = _results(records)
+    oracle = _oracle(dataset, next(iter(results.values()), {}))
+    return Run(folder, config, read_text(folder / CONFIG_FILE, folder), records, dataset, results, oracle)
+
+
+def result_rows(run: Run) -> list[tuple[str, list[str]]]:
+    """(name, one text per metric) of each model, of the model's lift over popularity and of the oracle."""
+    rows = [(name, [figure(record, metric) for metric in METRICS]) for name, record in run.results.items()]
+    if run.result and run.baseline:
+        rows.append(("times popularity", [ratio(run.result.get(m), run.baseline.get(m)) for m in METRICS]))
+    if run.oracle:
+        rows.append(("oracle (ceiling)", [figure(run.oracle, metric) for metric in METRICS]))
+    return rows
+
+
+def results_table(run: Run) -> Table | None:
+    """`result_rows` for a terminal; None without results."""
+    if not run.results:
+        return None
+    title = f"{run.folder}: {run.split} metrics at step {run.step:,}"
+    table = Table(title=escape(title), title_justify="left")
+    table.add_column("")
+    for metric in METRICS:
+        table.add_column(metric.upper(), justify="right")
+    for name, values in result_rows(run):
+        table.add_row(escape(name), *values, style="bold" if name == run.model else None)
+    return table
+
+
+def below_popularity(run: Run) -> str | None:
+    """A sentence on a model that ends below the baseline; None for one that does not."""
+    reached, baseline = run.result.get(SELECTED_BY), run.baseline.get(SELECTED_BY)
+    if reached is None or baseline is None or reached >= baseline:
+        return None
+    return (
+        f"{run.model} ends below popularity: {run.split} {SELECTED_BY.upper()} {reached:.4f}, popularity {baseline:.4f}. "
+        "Don't use its recommendations: train longer, or change train.lr and the model."
+    )
+
+
+def repeats(run: Run) -> str | None:
+    """A sentence on repeated targets that all count as misses; None where they are few or are ranked."""
+    record = next(iter(run.results.values()), {})
+    share = record.get("repeated_targets")
+    if record.get("seen") != "exclude" or share is None or share <= MANY_REPEATS:
+        return None
+    return (
+        f"{share:.1%} of the targets repeat an item of the user's history. With eval.seen=exclude each of them counts as a "
+        "miss; eval.seen=include ranks all items."
+    )
+
+
+def figure(record: dict[str, Any], metric: str) -> str:
+    """A metric to four places, with half its 95% confidence interval where its standard error is recorded."""
+    value, error = record.get(metric), record.get("standard_errors", {}).get(metric)
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if error is None else f"{value:.4f} ± {Z_95 * error:.4f}"
+
+
+def ratio(value: float | None, beside: float | None) -> str:
+    return f"{value / beside:.1f}×" if value is not None and beside else "–"
+
+
+def _results(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    evaluations = [record for record in records if record["kind"] == "eval" and record.get("model")]
+    tested = [record for record in evaluations if record.get("split") == "test"]
+    latest = {record["model"]: record for record in tested or evaluations}
+    return dict(sorted(latest.items(), key=lambda item: item[0] == POPULARITY))
+
+
+def _dataset_info(path: Path) -> dict[str, Any]:
+    try:
+        info = read_json(path / "dataset.json")
+    except (OSError, ValueError):  # moved, removed or replaced since: the report does without
+        return {}
+    return info if isinstance(info, dict) else {}
+
+
+def _oracle(dataset: dict[str, Any], result: dict[str, Any]) -> dict[str, float]:
+    """What the oracle of a generated data set reaches on the events that ``result`` was measured on, if known."""
+    by_split = dataset.get("oracle")
+    if result.get("protocol") != "leave_two_out" or not isinstance(by_split, dict):
+        return {}
+    known = by_split.get(result.get("split"))
+    if not isinstance(known, dict):
+        return {}
+    return {metric: value for metric, value in known.items() if metric in METRICS and isinstance(value, (int, float))}

@@ -1,0 +1,42 @@
+"""The parts that a section of the page is made of; the templates write them as HTML."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mme.report.charts import Chart
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table: ``rows`` of (name, cells), under ``head`` where there is one; ``strong``: the row that is set off."""
+
+    rows: Sequence[tuple[str, Sequence[str]]]
+    head: Sequence[str] = ()
+    title: str = ""
+    strong: int | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """A card of the page: its tables first, then its charts, two in a row where the screen is wide."""
+
+    title: str
+    notes: Sequence[str] = ()
+    tables: Sequence[Rows] = ()
+    charts: Sequence[Chart] = field(default_factory=list)
+
+
+def section(
+    title: str, charts: Iterable[Chart | None], *, notes: Sequence[str] = (), tables: Sequence[Rows] = ()
+) -> Section | None:
+    """A section with the charts that have something to show; None where nothing is left of it."""
+    drawn = [chart for chart in charts if chart is not None]
+    return Section(title, notes, tables, drawn) if drawn or tables else None
+
+
+def points(records: Iterable[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+    """(step, value) of the records that have the key."""
+    return [(record["step"], record[key]) for record in records if record.get(key) is not None]

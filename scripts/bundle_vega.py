@@ -1,0 +1,24 @@
+"""Writes mme/report/assets/vega.min.js, the scripts that draw a report's charts, from the pinned vl-convert-python.
+
+Run it after vl-convert-python has another pin in requirements/dev.txt:
+
+    .venv/bin/python scripts/bundle_vega.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import vl_convert
+
+BUNDLE = Path(__file__).resolve().parents[1] / "mme" / "report" / "assets" / "vega.min.js"
+
+
+def bundle() -> str:
+    """Vega, Vega-Lite and Vega-Embed, which set ``window.vegaEmbed``."""
+    return vl_convert.javascript_bundle()
+
+
+if __name__ == "__main__":
+    BUNDLE.write_text(bundle(), encoding="utf-8")
+    print(f"wrote {BUNDLE} (Vega {vl_convert.get_vega_version()}, Vega-Embed {vl_convert.get_vega_embed_version()})")

@@ -1,0 +1,53 @@
+"""The report in a real browser: every chart draws, and the content security policy refuses nothing of the page."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from mme.report.page import write_report
+from tests.report.pages import EVALUATIONS, EXPERTS, RUN, evaluation, learned, train_records, write_run
+from tests.report.test_inert import hostile_records
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian: apt-get install chromium)")
+
+
+def opened(page: Path, profile: Path) -> tuple[str, list[str]]:
+    """The page's DOM without its scripts once they have run, and the lines of the browser's console."""
+    assert BROWSER is not None
+    command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
+    command += ["--enable-logging=stderr", "--virtual-time-budget=20000", "--window-size=1400,900", "--dump-dom"]
+    done = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=240)
+    dom = re.sub(r"<script.*?</script>", "", done.stdout, flags=re.DOTALL)
+    return dom, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
+
+
+def test_charts_draw_and_the_policy_refuses_nothing(tmp_path: Path) -> None:
+    record = evaluation("fuxi-mme", "test", 200, 0.11, insight=learned(), standard_errors={"ndcg@10": 0.01})
+    records = [RUN, *train_records(), EXPERTS, *EVALUATIONS, record]
+    page = write_report(write_run(tmp_path / "run", records))
+    dom, console = opened(page, tmp_path / "profile")
+    assert console == []
+    assert 'data-charts="drawn"' in dom and "could not be drawn" not in dom
+    places = len(re.findall(r'class="chart[ "]', dom))
+    assert places == 15 and len(re.findall(r"<svg [^>]*class=\"marks\"", dom)) == places
+    assert "70.0" in dom  # the load of the first expert, a text that only the chart holds
+
+
+def test_hostile_run_is_drawn_and_runs_nothing(tmp_path: Path) -> None:
+    page = write_report(write_run(tmp_path / "<b>run", hostile_records()))
+    dom, console = opened(page, tmp_path / "profile")
+    assert console == [] and 'data-charts="drawn"' in dom and "could not be drawn" not in dom
+    assert "<img" not in dom and "alert(1)" in dom
+
+
+def test_policy_refuses_a_script_that_is_not_the_page_s_own(tmp_path: Path) -> None:
+    page = write_report(write_run(tmp_path / "run", [RUN, *train_records()]))
+    page.write_text(page.read_text().replace("<main>", "<main><script>document.body.dataset.evil = 1</script>", 1))
+    dom, console = opened(page, tmp_path / "profile")
+    assert "data-evil" not in dom and any("Content Security Policy" in line for line in console)
