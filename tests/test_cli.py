@@ -125,7 +125,7 @@ def test_wrong_arguments_end_with_one_line_and_status_2(
         ("train.lr=-1", "train.lr (-1.0) must be positive"),
         ("train.table_lr=.nan", "train.table_lr (nan) must be finite"),
         ("train.beta1=2", "train.beta1 (2.0) must be at least 0 and below 1"),
-        ("train.seed=-1", "train.seed (-1) must not be negative"),
+        ("train.seed=-1", "train.seed (-1) must be at least 0"),
         ("train.lr=${lr}", "Interpolation key 'lr' not found"),
         ("model.num_tables=5", "model.embedding_dim (128) must be divisible by model.num_tables (5)"),
         ("model.moe.top_k=9", "model.moe.top_k (9) must be between 1 and num_experts (8)"),
@@ -395,8 +395,14 @@ def test_the_readers_environment_is_not_resolved_into_a_run(
         ("model.moe.placement={}", "model.moe.placement: expected a list, found a mapping"),
         ("train.profile_ranks={a: 1}", "train.profile_ranks: expected a list, found a mapping"),
         ('data.path="a\\0b"', r"data.path: 'a\x00b' holds a NUL character: expected the path of a folder"),
-        (f"output_dir=runs/{'x' * 256}", "is no path: expected at most 4095 bytes, 255 for a name in it"),
-        (f"data.cache_dir={'x/' * 2100}", "is no path: expected at most 4095 bytes, 255 for a name in it"),
+        (
+            f"output_dir=runs/{'x' * 256}",
+            "is too long for a path: expected at most 4095 bytes, and at most 255 for each name in it",
+        ),
+        (
+            f"data.cache_dir={'x/' * 2100}",
+            "is too long for a path: expected at most 4095 bytes, and at most 255 for each name in it",
+        ),
     ],
 )
 def test_values_that_are_no_list_or_no_path_are_refused(

@@ -1,10 +1,44 @@
-"""What the rest of the program asks the configuration instead of deriving it again."""
+"""Ranges of the keys, and what the rest of the program asks the configuration instead of deriving it again."""
 
 from __future__ import annotations
 
 import pytest
 
-from mme.config import LossConfig, ModelConfig, MoEConfig
+from mme.config import Config, DataConfig, LossConfig, ModelConfig, MoEConfig, flat, load_config
+from mme.config.key import RANGE, Range, keys_of
+from mme.errors import UserError
+
+WITH_RANGE = {name: field.metadata[RANGE] for name, field, _ in keys_of(Config()) if RANGE in field.metadata}
+
+
+@pytest.mark.parametrize("name", WITH_RANGE)
+def test_a_number_out_of_range_is_named(name: str) -> None:
+    """Just beyond each bound; a bound that is included is allowed."""
+    allowed = WITH_RANGE[name]
+    outside = [allowed.above, allowed.below]
+    outside += [
+        None if bound is None else bound + step for bound, step in ((allowed.at_least, -1), (allowed.at_most, 1))
+    ]
+    assert any(bound is not None for bound in outside)
+    for value in (bound for bound in outside if bound is not None):
+        with pytest.raises(UserError, match=rf"^{name} \({value}(\.0)?\) must be {allowed.phrase()}$"):
+            load_config(None, ["data.path=unused", f"{name}={value}"])
+    for value in (bound for bound in (allowed.at_least, allowed.at_most) if bound is not None):
+        assert flat(load_config(None, ["data.path=unused", f"{name}={value}"]))[name] == value
+
+
+def test_ranges_say_their_bounds() -> None:
+    assert Range(above=0).phrase() == "positive"
+    assert Range(above=0).notation() == "> 0"
+    assert Range(at_least=0, below=1).phrase() == "at least 0 and below 1"
+    assert Range(at_least=0, below=1).notation() == "≥ 0, < 1"
+    assert Range(above=1, at_most=2).phrase() == "above 1 and at most 2"
+
+
+def test_a_list_belongs_to_one_configuration() -> None:
+    first = Config(data=DataConfig(path="unused"))
+    first.train.profile_ranks.append(5)
+    assert Config().train.profile_ranks == [0]
 
 
 @pytest.mark.parametrize(

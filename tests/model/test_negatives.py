@@ -206,5 +206,5 @@ def test_batches_on_average_are_corrected_by_the_training_counts() -> None:
 def test_what_cannot_go_together_is_refused() -> None:
     with pytest.raises(UserError, match=r"loss.kind=full_softmax has no negatives"):
         config_of("loss.kind=full_softmax", "loss.log_q_correction=true")
-    with pytest.raises(UserError, match=r"loss.uniform_share \(1.5\) must lie between 0 and 1"):
+    with pytest.raises(UserError, match=r"loss.uniform_share \(1.5\) must be at least 0 and at most 1"):
         config_of("loss.uniform_share=1.5")

@@ -1,0 +1,42 @@
+"""The configuration: dataclasses are the schema, YAML files hold the values, overrides have the last word."""
+
+from mme.config.files import (
+    CONFIG_FILE,
+    flat,
+    load_config,
+    load_run_config,
+    load_saved_config,
+    save_config,
+)
+from mme.config.rules import validate, validate_world_size
+from mme.config.schema import (
+    USER_ID,
+    Config,
+    DataConfig,
+    KernelsConfig,
+    LossConfig,
+    ModelConfig,
+    MoEConfig,
+    ParallelConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "CONFIG_FILE",
+    "USER_ID",
+    "Config",
+    "DataConfig",
+    "KernelsConfig",
+    "LossConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "ParallelConfig",
+    "TrainConfig",
+    "flat",
+    "load_config",
+    "load_run_config",
+    "load_saved_config",
+    "save_config",
+    "validate",
+    "validate_world_size",
+]

@@ -1,0 +1,150 @@
+"""Configurations as YAML files: read with overrides and checked, or written.
+
+Imports nothing heavy, so that ``--help``, ``--dry-run`` and the launcher answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mme.config.key import keys_of
+from mme.config.rules import validate
+from mme.config.schema import Config
+from mme.errors import UserError, first_line
+from mme.files import read_text, write_text
+from mme.shipped import own_or_shipped
+
+CONFIG_FILE = "config.yaml"  # in a run's folder
+MAX_YAML_BYTES = 1 << 20
+
+
+def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
+    """The configuration of ``path`` (YAML; None: the defaults) with ``key.path=value`` overrides, validated.
+
+    ``configs/NAME.yaml`` also finds the shipped configuration where the working folder has none.
+
+    Raises:
+        UserError: the file is missing or no YAML, a key is unknown, a value has the wrong type or two values
+            cannot go together.
+    """
+    return _validated(path, None if path is None else _read_yaml(own_or_shipped(Path(path))), overrides or [])
+
+
+def load_saved_config(run: Path) -> Config:
+    """The configuration in a run's folder, as `save_config` wrote it.
+
+    The folder may come from a stranger: no link in it is followed, and an interpolation such as ``${oc.env:HOME}``, which
+    would copy the reader's environment into a report or a log, is refused.
+
+    Raises:
+        UserError: see `load_config`.
+    """
+    path = run / CONFIG_FILE
+    values = _read_yaml(path, root=run)
+    for key, node in _nodes("", values):
+        if node is not None and node._is_interpolation():
+            raise UserError(
+                f"{path}: {key}: {node._value()!r} is not resolved in a run's configuration: expected a value"
+            )
+    return _validated(path, values, [])
+
+
+def load_run_config(run: Path) -> Config:
+    """The configuration of a trained run, for commands that read the run on any number of processes.
+
+    The experts lie as the processes allow. Files that these commands write go into ``run`` and the data set's folder,
+    whatever the configuration says.
+
+    Raises:
+        UserError: see `load_config`.
+    """
+    config = load_saved_config(run)
+    config.parallel.expert_parallel_size = 0
+    config.output_dir, config.data.cache_dir = str(run), None
+    return config
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the resolved configuration as YAML that `load_config` reads back."""
+    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)), path.parent)
+
+
+def _validated(path: str | Path | None, values: DictConfig | None, overrides: list[str]) -> Config:
+    schema = OmegaConf.structured(Config)
+    merged = schema if values is None else _merge(schema, values, source=str(path))
+    for override in overrides:
+        if "=" not in override or override.startswith("-"):
+            raise UserError(f"override {override!r}: expected key.path=value, such as train.steps=100")
+        try:
+            value = OmegaConf.from_dotlist([override])
+        except Exception as error:  # the YAML reader's own errors have no common base
+            raise UserError(f"override {override!r}: {first_line(error)}") from error
+        merged = _merge(merged, value, source=f"override {override!r}")
+    try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise UserError(f"{path or 'configuration'}: {missing[0]} is required, such as {missing[0]}=…")
+        config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:  # an interpolation ${…} that leads nowhere
+        raise UserError(f"{path or 'configuration'}: {first_line(error)}") from error
+    validate(config)
+    return config
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Each value by its full key, such as ``train.lr``."""
+    return {name: value for name, _, value in keys_of(config)}
+
+
+def _read_yaml(path: Path, root: Path | None = None) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(io.StringIO(read_text(path, root, MAX_YAML_BYTES)))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such configuration file") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}: expected a configuration file") from error
+    except Exception as error:  # the YAML reader's own errors have no common base
+        raise UserError(f"{path}: not a YAML configuration: {first_line(error)}") from error
+    if not isinstance(loaded, DictConfig):
+        raise UserError(f"{path}: expected a mapping of sections (data, model, …), found a list")
+    return loaded
+
+
+def _merge(base: Any, update: Any, source: str) -> Any:
+    for key, node in _nodes("", update):
+        if isinstance(node, DictConfig) and isinstance(OmegaConf.select(base, key), ListConfig):
+            raise UserError(f"{source}: {key}: expected a list, found a mapping")
+    try:
+        return OmegaConf.merge(base, update)
+    except OmegaConfBaseException as error:
+        key = error.full_key or ""
+        hint = _nearest_key(base, key) if type(error).__name__ == "ConfigKeyError" else ""
+        reason = "unknown key" if hint is not None and type(error).__name__ == "ConfigKeyError" else first_line(error)
+        raise UserError(f"{source}: {key}: {reason}{hint}") from error
+
+
+def _nodes(prefix: str, container: Any) -> Iterator[tuple[str, Any]]:
+    """Every key below ``container`` and its node, without resolving interpolations."""
+    if container._is_none() or container._is_missing() or container._is_interpolation():
+        return
+    keys = range(len(container)) if isinstance(container, ListConfig) else container
+    for key in keys:
+        node = container._get_node(key)
+        yield f"{prefix}{key}", node
+        if isinstance(node, (DictConfig, ListConfig)):
+            yield from _nodes(f"{prefix}{key}.", node)
+
+
+def _nearest_key(base: Any, key: str) -> str:
+    section, _, _ = key.rpartition(".")
+    known = OmegaConf.select(base, section) if section else base
+    names = [f"{section}.{name}" if section else str(name) for name in known] if known is not None else []
+    near = difflib.get_close_matches(key, names, n=1)
+    return f" (did you mean {near[0]}?)" if near else f" (known: {', '.join(names)})"

@@ -1,0 +1,133 @@
+"""What a configuration must fulfil: each key its range, and the rules between keys."""
+
+from __future__ import annotations
+
+import math
+import os
+
+from mme.config.key import RANGE, keys_of
+from mme.config.schema import USER_ID, Config
+from mme.errors import UserError
+
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # in bytes, of Linux
+
+
+def validate(config: Config) -> None:
+    """Raises UserError for a value out of its range, or for values that contradict each other."""
+    _check_ranges(config)
+    _check_paths(config)
+    _check_model(config)
+    _check_experts(config)
+    _check_loss(config)
+    _check_data(config)
+    if config.train.steps is None and config.train.epochs is None:
+        raise UserError("train.steps and train.epochs are both null: expected at least one of them")
+
+
+def validate_world_size(config: Config, world_size: int) -> None:
+    """Raises UserError if the configuration can't be trained on ``world_size`` processes."""
+    for rank in config.train.profile_ranks:
+        if not 0 <= rank < world_size:
+            raise UserError(f"train.profile_ranks names rank {rank}: expected 0 to {world_size - 1}")
+    size = config.parallel.expert_parallel_size
+    if config.model.moe.num_experts and size and world_size % size:
+        raise UserError(
+            f"parallel.expert_parallel_size ({size}) must divide the number of processes ({world_size}): choose a "
+            f"divisor of {world_size}, or 0 for the largest that fits"
+        )
+
+
+def _check_ranges(config: Config) -> None:
+    for name, field, value in keys_of(config):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{name} ({value}) must be finite")
+        allowed = field.metadata.get(RANGE)
+        if allowed and value is not None and not allowed.holds(value):
+            raise UserError(f"{name} ({value}) must be {allowed.phrase()}")
+
+
+def _check_paths(config: Config) -> None:
+    data = config.data
+    for key, path in (("data.path", data.path), ("data.cache_dir", data.cache_dir), ("output_dir", config.output_dir)):
+        longest = max(map(len, os.fsencode(path or "").split(b"/")))
+        if "\0" in (path or ""):
+            raise UserError(f"{key}: {path!r} holds a NUL character: expected the path of a folder")
+        if longest > LONGEST_NAME or len(os.fsencode(path or "")) > LONGEST_PATH:
+            raise UserError(
+                f"{key}: {path!r:.40}… is too long for a path: expected at most {LONGEST_PATH} bytes, and at most "
+                f"{LONGEST_NAME} for each name in it"
+            )
+
+
+def _check_model(config: Config) -> None:
+    model = config.model
+    if model.embedding_dim % model.num_tables:
+        raise UserError(
+            f"model.embedding_dim ({model.embedding_dim}) must be divisible by model.num_tables ({model.num_tables})"
+        )
+    for key, names in (("event_features", model.event_features), ("user_features", model.user_features)):
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise UserError(f"model.{key} names {twice} twice")
+    if USER_ID in model.event_features:
+        raise UserError(
+            f"model.event_features names {USER_ID}, which belongs to users: expected in model.user_features"
+        )
+    if model.view_dim % model.num_heads and (model.dqk is None or model.dv is None):
+        raise UserError(
+            f"the view width embedding_dim / num_tables ({model.view_dim}) must be divisible by model.num_heads "
+            f"({model.num_heads}) unless model.dqk and model.dv are set"
+        )
+
+
+def _check_experts(config: Config) -> None:
+    model, moe, parallel = config.model, config.model.moe, config.parallel
+    if moe.num_experts and not 1 <= moe.top_k <= moe.num_experts:
+        raise UserError(f"model.moe.top_k ({moe.top_k}) must be between 1 and num_experts ({moe.num_experts})")
+    if moe.num_experts and parallel.expert_parallel_size and moe.num_experts % parallel.expert_parallel_size:
+        raise UserError(
+            f"model.moe.num_experts ({moe.num_experts}) must be divisible by parallel.expert_parallel_size "
+            f"({parallel.expert_parallel_size})"
+        )
+    if moe.num_experts and model.block != "fuxi":
+        raise UserError(
+            f"model.moe.num_experts ({moe.num_experts}) must be 0 with model.block={model.block}: only fuxi has experts"
+        )
+    for block in moe.placement:
+        if not 0 <= block < model.num_blocks:
+            raise UserError(
+                f"model.moe.placement names block {block}: expected 0 to {model.num_blocks - 1} (num_blocks "
+                f"{model.num_blocks})"
+            )
+
+
+def _check_loss(config: Config) -> None:
+    loss = config.loss
+    if loss.is_full_softmax and (loss.sampling != "uniform" or loss.log_q_correction):
+        raise UserError(
+            "loss.kind=full_softmax has no negatives: loss.sampling and loss.log_q_correction go with sampled_softmax"
+        )
+    if loss.views == "each" and config.model.score_norm != "per_view":
+        raise UserError(
+            "loss.views=each trains the cosine of each view, not how views weigh against each other: it needs "
+            "model.score_norm=per_view, or choose loss.views=both"
+        )
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    if config.history_len < 1:
+        raise UserError(f"data.max_seq_len ({data.max_seq_len}) must be at least 2 with model.user_features")
+    if data.tokens_per_batch is not None and data.tokens_per_batch < data.max_seq_len:
+        raise UserError(
+            f"data.tokens_per_batch ({data.tokens_per_batch}) must be at least data.max_seq_len ({data.max_seq_len})"
+        )
+    if data.window_stride is not None:
+        if data.windows != "sliding":
+            raise UserError(f"data.window_stride ({data.window_stride}) needs data.windows=sliding")
+        if not 1 <= data.window_stride <= config.history_len:
+            less = " - 1, for the user's token," if config.model.user_features else ""
+            raise UserError(
+                f"data.window_stride ({data.window_stride}) must be between 1 and data.max_seq_len{less} "
+                f"({config.history_len})"
+            )
