@@ -22,6 +22,7 @@ from mme.errors import UserError
 from mme.installation import require_training_packages
 from mme.prepare.command import prepare
 from mme.run.exit_status import job_status, print_error, rank
+from mme.tune.command import tune
 
 # typer reads the annotations and Python 3.10 shows Optional[X] and X | None to it alike.
 # ruff: noqa: UP045
@@ -76,6 +77,7 @@ def mme(
 
 
 app.command(no_args_is_help=True)(prepare)
+app.command(no_args_is_help=True)(tune)
 
 
 @app.command(no_args_is_help=True)

@@ -1,0 +1,250 @@
+"""The search: Optuna proposes trials, `mme.tune.trial` runs them, a journal on disk keeps every result.
+
+A search that was stopped resumes: finished trials are read from the journal, and a trial that was running resumes from its
+own checkpoint. Trials that lag behind the median of the others at the same number of evaluations are stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from mme.config import load_config, save_config
+from mme.errors import UserError
+from mme.files import release_lock, take_lock, write_text
+from mme.tune.space import Choice, Range, override, read_space
+from mme.tune.trial import Outcome, remove_checkpoints, run_trial, training_command
+
+STUDY = "mme"
+UNPRUNED_TRIALS = 4  # before the first one may be stopped
+UNPRUNED_EVALUATIONS = 2  # of each trial
+FOLDER, REFUSED = "folder", "refused"  # attributes of a trial
+
+
+@dataclass(frozen=True)
+class Search:
+    """What is searched, and how.
+
+    Attributes:
+        trials: in all, those of earlier starts included.
+        jobs: trials at the same time.
+        processes: of each trial.
+    """
+
+    config: Path
+    space: Path
+    output: Path
+    overrides: list[str]
+    trials: int
+    metric: str = "ndcg@10"
+    jobs: int = 1
+    processes: int = 1
+    seed: int = 0
+    prune: bool = True
+
+
+@dataclass(frozen=True)
+class TuneResult:
+    """
+    Attributes:
+        best: the highest value of the metric; None: no trial has come to one.
+        rows: one dict per trial: its name, state, metric, values, and the reason of a failure.
+    """
+
+    best: float | None
+    rows: list[dict[str, Any]]
+
+
+def tune(search: Search, say: Any = print) -> TuneResult:
+    """Runs the trials that are missing and writes ``best.yaml`` and ``trials.json`` into the output folder.
+
+    Raises:
+        UserError: the space is wrong, the folder holds another search, or another process is searching there.
+        InterruptedError: the search was asked to stop; the same call resumes it.
+    """
+    space = read_space(search.space, search.config, search.overrides)
+    search.output.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = take_lock(search.output / ".lock")
+    except BlockingIOError as error:
+        raise UserError(f"--output {search.output}: another search is running there") from error
+    try:
+        study = _study(search, space)
+        _Runner(search, space, study, say).run()
+        return _write_results(search, space, study)
+    finally:
+        release_lock(search.output / ".lock", lock)
+
+
+class _Runner:
+    """Runs trials in threads, each of which waits for the processes of one."""
+
+    def __init__(self, search: Search, space: list[Choice | Range], study: optuna.Study, say: Any) -> None:
+        self.search, self.space, self.study, self.say = search, space, study, say
+        self.stop = threading.Event()
+
+    def run(self) -> None:
+        done = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
+        remaining = self.search.trials - len(done)
+        if remaining <= 0:
+            self.say(f"{len(done)} trials are done: nothing is left to run")
+            return
+        slots = iter(range(self.search.jobs))
+        with ThreadPoolExecutor(self.search.jobs) as pool:
+            counter = threading.Semaphore(remaining)
+            futures = [pool.submit(self._work, next(slots), counter) for _ in range(self.search.jobs)]
+            try:
+                for future in futures:
+                    future.result()
+            except BaseException:
+                self.stop.set()
+                raise
+
+    def _work(self, slot: int, counter: threading.Semaphore) -> None:
+        while not self.stop.is_set() and counter.acquire(blocking=False):
+            self._one(self.study.ask(), slot)
+
+    def _one(self, trial: Trial, slot: int) -> None:
+        values = {entry.key: entry.suggest(trial) for entry in self.space}
+        folder = self.search.output / "trials" / str(trial.user_attrs.get(FOLDER, trial.number))
+        trial.set_user_attr(FOLDER, folder.name)
+        overrides = [*self.search.overrides, *(override(key, value) for key, value in values.items())]
+        shown = "  ".join(f"{key}={value}" for key, value in values.items())
+        try:
+            load_config(self.search.config, overrides)
+        except UserError as error:
+            trial.set_user_attr(REFUSED, str(error))
+            self.study.tell(trial, state=TrialState.FAIL)
+            self.say(f"trial {folder.name}: not a valid configuration: {error}")
+            return
+        self.say(f"trial {folder.name}: {shown}")
+        outcome = run_trial(
+            training_command(
+                self.search.config, [*overrides, f"output_dir={json.dumps(str(folder))}"], self.search.processes
+            ),
+            folder,
+            self.search.metric,
+            self._environment(slot),
+            lambda number, value: self._lags_behind(trial, number, value),
+            self.stop,
+        )
+        self._tell(trial, folder, outcome)
+
+    def _lags_behind(self, trial: Trial, number: int, value: float) -> bool:
+        trial.report(value, number)
+        return self.search.prune and trial.should_prune()
+
+    def _tell(self, trial: Trial, folder: Path, outcome: Outcome) -> None:
+        if outcome.status is None:
+            self.study.tell(trial, state=TrialState.PRUNED)
+            self.say(f"trial {folder.name}: stopped, it lags behind ({self.search.metric} {outcome.best or 0:.4f})")
+        elif outcome.status == 0 and outcome.best is not None:
+            self.study.tell(trial, outcome.best)
+            self.say(f"trial {folder.name}: {self.search.metric} {outcome.best:.4f}")
+        else:
+            reason = outcome.error or f"no {self.search.metric} on a validation split"
+            trial.set_user_attr(REFUSED, reason)
+            self.study.tell(trial, state=TrialState.FAIL)
+            self.say(f"trial {folder.name}: failed: {reason}")
+        best = _best(self.study)
+        if best is None or best.user_attrs[FOLDER] != folder.name:
+            remove_checkpoints(folder)
+
+    def _environment(self, slot: int) -> dict[str, str]:
+        """A share of the cores for each job, and of the GPUs where there are any."""
+        cores = len(os.sched_getaffinity(0))
+        per_process = max(1, cores // (self.search.jobs * self.search.processes))
+        environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(per_process))}
+        from launcher.job import gpus
+
+        if found := len(gpus()):
+            first = slot * self.search.processes
+            visible = [str((first + index) % found) for index in range(self.search.processes)]
+            environment["CUDA_VISIBLE_DEVICES"] = ",".join(visible)
+        return environment
+
+
+def _study(search: Search, space: list[Choice | Range]) -> optuna.Study:
+    """The study on disk, with the trials that an earlier start left running in the queue again.
+
+    Raises:
+        UserError: the folder's study is of another search.
+    """
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = JournalStorage(JournalFileBackend(str(search.output / "journal.log")))
+    pruner = optuna.pruners.MedianPruner(UNPRUNED_TRIALS, UNPRUNED_EVALUATIONS)
+    known = STUDY in optuna.get_all_study_names(storage)
+    # Proposals follow from the seed and from how many trials there are, so that a resumed search does not repeat them.
+    count = len(optuna.load_study(study_name=STUDY, storage=storage).trials) if known else 0
+    sampler = optuna.samplers.TPESampler(seed=search.seed + count)
+    study = optuna.create_study(
+        storage=storage, sampler=sampler, pruner=pruner, study_name=STUDY, direction="maximize", load_if_exists=True
+    )
+    for name, value in _identity(search, space).items():
+        found = study.user_attrs.setdefault(name, value) if known else value
+        if found != value:
+            raise UserError(
+                f"--output {search.output}: holds a search with another {name}: choose another folder, or remove this one"
+            )
+        study.set_user_attr(name, value)
+    for trial in study.get_trials(states=[TrialState.RUNNING]):
+        study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
+        study.enqueue_trial(trial.params, user_attrs={FOLDER: trial.user_attrs.get(FOLDER, str(trial.number))})
+    return study
+
+
+def _identity(search: Search, space: list[Choice | Range]) -> dict[str, str]:
+    """What must not change when a search resumes."""
+
+    def digest(value: str) -> str:
+        return hashlib.sha256(value.encode()).hexdigest()
+
+    config = load_config(search.config, search.overrides)
+    return {
+        "configuration": digest(repr(config)),
+        "space": digest(repr(space)),
+        "metric": search.metric,
+    }
+
+
+def _best(study: optuna.Study) -> FrozenTrial | None:
+    complete = study.get_trials(deepcopy=False, states=[TrialState.COMPLETE])
+    return max(complete, key=lambda trial: trial.value or 0.0, default=None)
+
+
+def _values(trial: FrozenTrial, space: list[Choice | Range]) -> dict[str, Any]:
+    return {entry.key: entry.decode(trial.params[entry.key]) for entry in space if entry.key in trial.params}
+
+
+def _write_results(search: Search, space: list[Choice | Range], study: optuna.Study) -> TuneResult:
+    rows = [
+        {
+            "trial": trial.user_attrs.get(FOLDER, str(trial.number)),
+            "state": trial.state.name.lower(),
+            search.metric: trial.value if trial.state == TrialState.COMPLETE else None,
+            "evaluations": len(trial.intermediate_values),
+            "values": _values(trial, space),
+            **({"reason": trial.user_attrs[REFUSED]} if REFUSED in trial.user_attrs else {}),
+        }
+        for trial in study.get_trials()
+        if trial.state.is_finished()
+    ]
+    write_text(search.output / "trials.json", json.dumps(rows, indent=1) + "\n", search.output)
+    best = _best(study)
+    if best is None:
+        return TuneResult(None, rows)
+    values = _values(best, space)
+    config = load_config(search.config, [*search.overrides, *(override(key, value) for key, value in values.items())])
+    save_config(config, search.output / "best.yaml")
+    return TuneResult(best.value, rows)

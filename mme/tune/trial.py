@@ -1,0 +1,130 @@
+"""One trial: a training job in processes of its own, watched through its metrics, stopped when it lags behind."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from mme.errors import UserError
+from mme.run.metrics_file import METRICS_FILE, read_metrics
+from mme.run.preemption import signal_when_parent_dies
+
+LOOK_EVERY_S = 1.0
+STOPS_WITHIN_S = 90.0
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """
+    Attributes:
+        status: of the process; None: it was stopped because it lagged behind.
+        best: the highest value of the metric on the validation split, None without an evaluation.
+        error: the last line on standard error of a job that failed.
+    """
+
+    status: int | None
+    best: float | None
+    error: str = ""
+
+
+def run_trial(
+    command: list[str],
+    folder: Path,
+    metric: str,
+    environment: dict[str, str],
+    lags_behind: Callable[[int, float], bool],
+    stop: threading.Event,
+) -> Outcome:
+    """Runs ``command``, which trains into ``folder``.
+
+    Args:
+        metric: such as ``ndcg@10``, of the evaluations on the validation split.
+        lags_behind: told the number of each evaluation (from 1) and its value; True ends the trial.
+        stop: set when the search is to end; the job saves a checkpoint and leaves.
+
+    Raises:
+        InterruptedError: ``stop`` was set.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.output.txt").open("w") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=output,
+            env={**os.environ, **environment},
+            start_new_session=True,
+            preexec_fn=partial(signal_when_parent_dies, signal.SIGTERM),
+        )
+    told = 0
+    lagging = False
+    while True:
+        ended = _wait(process, stop)
+        values = validation_values(folder, metric)
+        for number, value in enumerate(values[told:], told + 1):
+            lagging = lags_behind(number, value) or lagging
+        told = len(values)
+        if ended is not None:
+            break
+        if lagging or stop.is_set():
+            _end(process)
+            if stop.is_set():
+                raise InterruptedError
+            return Outcome(None, max(values, default=None))
+    error = "" if ended == 0 else _last_line(Path(output.name))
+    return Outcome(ended, max(validation_values(folder, metric), default=None), error)
+
+
+def validation_values(folder: Path, metric: str) -> list[float]:
+    """The metric of each evaluation of the trained model on the validation split, in order."""
+    try:
+        records = read_metrics(folder / METRICS_FILE)
+    except UserError:
+        return []  # nothing is written yet
+    found = [r for r in records if r["kind"] == "eval" and r.get("split") == "valid" and r.get("model") != "popularity"]
+    return [float(record[metric]) for record in found if record.get(metric) is not None]
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """What takes space in a trial that will not be used again; its configuration and metrics stay."""
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+
+def training_command(config: Path, overrides: list[str], processes: int) -> list[str]:
+    """Trains in one process, or by the launcher in several."""
+    if processes == 1:
+        return [sys.executable, "-m", "mme", "train", "--config", str(config), *overrides]
+    arguments = ["--config", str(config), "--nproc-per-node", str(processes)]
+    return [sys.executable, "-m", "launcher", "run", *arguments, *overrides]
+
+
+def _wait(process: subprocess.Popen[Any], stop: threading.Event) -> int | None:
+    """The exit status, or None while the process runs, after a moment or when ``stop`` is set."""
+    try:
+        return process.wait(0 if stop.is_set() else LOOK_EVERY_S)
+    except subprocess.TimeoutExpired:
+        return None
+
+
+def _end(process: subprocess.Popen[Any]) -> None:
+    """Asks the job to save and leave, and ends it where it does not."""
+    os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(STOPS_WITHIN_S)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _last_line(path: Path) -> str:
+    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    errors = [line for line in lines if "error:" in line]
+    return (errors or lines or [""])[-1][:500]
