@@ -9,11 +9,10 @@ is killed at any moment leaves a folder of another name behind, which nothing re
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,20 +22,21 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mme.distributed.checkpoint import (
+from mme.distributed.checkpoint import best_step, remove
+from mme.distributed.checkpoint_index import (
     FORMAT,
     INDEX,
+    FileEntry,
+    PieceEntry,
     Progress,
-    best_step,
     folder,
-    piece_key,
-    remove,
-    sha256,
+    read_index,
     steps,
 )
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import Piece, optimizer_pieces, weight_pieces
 from mme.errors import JobError, Preempted
+from mme.files import flush, make_folder, replacing, sha256, write_text
 
 
 class CheckpointError(JobError):
@@ -86,7 +86,7 @@ class CheckpointWriter:
         partial = self._partial(progress.step)
         if self.world.rank == 0:
             for left in partial.parent.glob(".step_*.partial"):
-                shutil.rmtree(left, ignore_errors=True)
+                _remove_partial(left)
         pieces = self._copy_state()
         self.world.barrier()  # what a killed run left is gone
         self._parts_of = progress
@@ -155,7 +155,7 @@ class CheckpointWriter:
             value = piece.read()
             if not piece.writer:
                 continue
-            key = piece_key(piece.name, piece.offsets)
+            key = _entry_of(piece).key
             if key not in self._host:
                 self._host[key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=on_gpu)
             copies.append((piece, self._host[key].copy_(value, non_blocking=on_gpu)))
@@ -166,14 +166,11 @@ class CheckpointWriter:
     def _write_part(self, partial: Path, pieces: list[tuple[Piece, Tensor]]) -> None:
         file = partial / f"rank_{self.world.rank:05d}.safetensors"
         try:
-            partial.mkdir(parents=True, exist_ok=True)
-            save_file({piece_key(piece.name, piece.offsets): value for piece, value in pieces}, file)
-            _flush(file)
-            described = [
-                {"name": p.name, "shape": p.shape, "offsets": p.offsets, "local_shape": p.local_shape}
-                for p, _ in pieces
-            ]
-            self._entry = {"file": file.name, "sha256": sha256(file), "pieces": described}
+            make_folder(partial, self.run)
+            entries = [_entry_of(piece) for piece, _ in pieces]
+            with replacing(file, self.run) as unfinished:
+                save_file({entry.key: value for entry, (_, value) in zip(entries, pieces, strict=True)}, unfinished)
+            self._entry = asdict(FileEntry(file.name, sha256(file, self.run), entries))
         except (OSError, SafetensorError) as error:
             self._entry = {"error": f"{file}: {error}"}
 
@@ -196,12 +193,12 @@ class CheckpointWriter:
     def _complete(self, progress: Progress, entries: Sequence[dict[str, Any]]) -> None:
         final, partial = folder(self.run, progress.step), self._partial(progress.step)
         try:
-            _write_index(partial, {"format": FORMAT, "progress": asdict(progress), "files": entries})
-            _flush(partial)
+            index = {"format": FORMAT, "num_files": len(entries), "progress": asdict(progress), "files": entries}
+            write_text(partial / INDEX, json.dumps(index), self.run)
             if final.exists():  # damaged: else it were resumed from
                 remove(final)
             partial.rename(final)
-            _flush(final.parent)
+            flush(final.parent)
             self._prune(progress.step)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
@@ -211,10 +208,12 @@ class CheckpointWriter:
         final = folder(self.run, progress.step)
         try:
             if self.world.rank == 0:
-                index = json.loads((final / INDEX).read_text())
-                _write_index(final, index | {"progress": asdict(progress)})
-                _flush(final)
-        except (OSError, ValueError) as error:
+                index = read_index(self.run, progress.step)
+                if isinstance(index, str):
+                    self._failure = index
+                else:
+                    write_text(final / INDEX, json.dumps(asdict(replace(index, progress=progress))), self.run)
+        except OSError as error:
             self._failure = f"{final / INDEX}: {error}"
 
     def _prune(self, newest: int) -> None:
@@ -224,18 +223,12 @@ class CheckpointWriter:
             remove(folder(self.run, step))
 
 
-def _write_index(checkpoint: Path, index: dict[str, Any]) -> None:
-    partial = checkpoint / f".{INDEX}.partial"
-    with open(partial, "w") as file:
-        json.dump(index, file)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(checkpoint / INDEX)
+def _entry_of(piece: Piece) -> PieceEntry:
+    return PieceEntry(piece.name, piece.shape, piece.offsets, piece.local_shape)
 
 
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _remove_partial(partial: Path) -> None:
+    """A link is removed, not what it leads to."""
+    if partial.is_symlink():
+        partial.unlink()
+    shutil.rmtree(partial, ignore_errors=True)

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from mme.distributed import checkpoint
+from mme.distributed import checkpoint, checkpoint_index
 from mme.distributed.checkpoint import Progress
 from mme.distributed.checkpoint_writer import CheckpointWriter
 from mme.distributed.engine import initialize_engine
@@ -21,6 +22,7 @@ from mme.distributed.recommender import Recommender
 from mme.distributed.state import optimizer_pieces, weight_pieces
 from mme.distributed.world import World
 from mme.errors import UserError
+from mme.files import sha256
 from mme.step import TrainStep
 from tests.distributed.processes import run_on
 from tests.distributed.test_step import NUM_ITEMS, configuration, sequences, whole
@@ -160,7 +162,34 @@ def plant_pickle(folder: Path) -> None:
     """In place of the tensors, with a sum that fits."""
     file = folder / "rank_00000.safetensors"
     file.write_bytes(pickle.dumps(Bomb(folder.parent / "executed")))
-    in_index(lambda index: index["files"][0].update(sha256=checkpoint.sha256(file)))(folder)
+    in_index(lambda index: index["files"][0].update(sha256=sha256(file)))(folder)
+
+
+def in_file(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    """Changes tensors, and the sum so that it fits."""
+
+    def tamper(folder: Path) -> None:
+        file = folder / "rank_00000.safetensors"
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file)
+        in_index(lambda index: index["files"][0].update(sha256=sha256(file)))(folder)
+
+    return tamper
+
+
+def to_half(tensors: dict[str, torch.Tensor]) -> None:
+    tensors["tables/item_0@0,0"] = tensors["tables/item_0@0,0"].half()
+
+
+def a_link_in_the_place_of_the_file(folder: Path) -> None:
+    file = folder / "rank_00000.safetensors"
+    file.rename(folder.parent / "elsewhere.safetensors")
+    file.symlink_to(folder.parent / "elsewhere.safetensors")
+
+
+def first_piece(index: dict[str, Any]) -> dict[str, Any]:
+    return next(piece for piece in index["files"][0]["pieces"] if piece["name"] == "tables/item_0")
 
 
 TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
@@ -183,6 +212,37 @@ TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
             )
         ),
         "rank_00000.safetensors: damaged: no piece decoder/x@0, which index.json names",
+    ),
+    "no file": (in_index(lambda index: index["files"].clear()), "damaged index (files: 0 entries, expected 1)"),
+    "a piece twice": (
+        in_index(lambda index: index["files"][0]["pieces"].append(first_piece(index))),
+        "damaged index (tensor tables/item_0: its pieces do not cover it exactly)",
+    ),
+    "a smaller piece": (
+        in_index(lambda index: first_piece(index).update(local_shape=[39, 16])),
+        "damaged index (tensor tables/item_0: its pieces do not cover it exactly)",
+    ),
+    "a piece beside the tensor": (
+        in_index(lambda index: first_piece(index).update(offsets=[1, 0])),
+        "damaged index (tensor tables/item_0: the piece tables/item_0@1,0 does not fit into the shape [40, 16])",
+    ),
+    "no field": (in_index(lambda index: index["files"][0].pop("sha256")), "(files[0].sha256: Field required)"),
+    "another type": (
+        in_index(lambda index: index["progress"].update(epoch="0")),
+        "damaged index (progress.epoch: Input should be a valid integer)",
+    ),
+    "no number": (
+        in_index(lambda index: index["progress"].update(score=float("nan"))),
+        "damaged index (progress.score: Input should be a finite number)",
+    ),
+    "not finite": (
+        in_file(lambda tensors: tensors["tables/item_0@0,0"][39].fill_(torch.nan)),
+        "rank_00000.safetensors: damaged: piece tables/item_0@0,0 is not finite",
+    ),
+    "another dtype": (in_file(to_half), "damaged: piece tables/item_0@0,0 is F16, expected F32"),
+    "a link": (
+        a_link_in_the_place_of_the_file,
+        "rank_00000.safetensors: a symbolic link, which is not followed here",
     ),
 }
 
@@ -213,3 +273,49 @@ def test_a_checkpoint_from_a_stranger_is_named_and_passed_over_and_nothing_of_it
     assert not (run / "checkpoints" / "executed").exists()
     pickle.loads(pickle.dumps(Bomb(run / "checkpoints" / "executed")))
     assert (run / "checkpoints" / "executed").exists()  # the bomb is a real one
+
+
+def load_without_a_rank(world: World, run: Path) -> Any:
+    recommender = Recommender(configuration("train.table_lr=0.001"), NUM_ITEMS, world)
+    with pytest.raises(UserError) as refused:
+        checkpoint.load_weights(run, 3, recommender, "")
+    return str(refused.value)
+
+
+def test_an_index_that_lost_a_ranks_file_is_refused(tmp_path: Path) -> None:
+    run_on(2, train_and_save, str(tmp_path), [])
+    step = tmp_path / "checkpoints" / "step_3"
+    assert [(step / name).stat().st_mode & 0o777 for name in ("rank_00001.safetensors", "index.json")] == [0o644] * 2
+    in_index(lambda index: index["files"].pop())(step)
+    (found,) = run_on(1, load_without_a_rank, tmp_path)
+    assert found == f"{step / 'index.json'}: damaged index (files: 1 entries, expected 2)"
+    in_index(lambda index: index.pop("num_files"))(step)  # as an older version wrote it
+    (found,) = run_on(1, load_without_a_rank, tmp_path)
+    assert found == f"{step / 'index.json'}: damaged index (tensor tables/item_0: its pieces do not cover it exactly)"
+
+
+def test_checkpoints_in_a_folder_behind_a_link_are_not_read(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine" / "step_1").mkdir(parents=True)
+    (tmp_path / "mine" / "step_1" / "index.json").touch()
+    (tmp_path / "run" / "checkpoints").symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match=r"run/checkpoints: a symbolic link, which is not followed here"):
+        checkpoint.remove_all(tmp_path / "run")
+    assert (tmp_path / "mine" / "step_1" / "index.json").exists()
+    assert checkpoint.steps(tmp_path / "mine") == []
+    assert checkpoint_index.steps(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("boxes", "overlap"),
+    [
+        ([((0, 0), (2, 4)), ((2, 0), (2, 4))], False),
+        ([((0, 0), (3, 4)), ((2, 0), (2, 4))], True),
+        ([((0, 0), (4, 2)), ((0, 2), (2, 2)), ((2, 2), (2, 2))], False),
+        ([((0, 0), (4, 2)), ((0, 2), (3, 2)), ((2, 2), (2, 2))], True),
+        ([((), ())], False),
+    ],
+)
+def test_overlapping_pieces_are_found(boxes: list[Any], overlap: bool) -> None:
+    pieces = [checkpoint_index.PieceEntry("x", (4, 4), offsets, shape) for offsets, shape in boxes]
+    assert checkpoint_index._overlap(pieces) is overlap

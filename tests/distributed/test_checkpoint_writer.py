@@ -22,6 +22,7 @@ from mme.distributed.checkpoint_writer import CheckpointError, CheckpointWriter
 from mme.distributed.engine import initialize_engine
 from mme.distributed.recommender import Recommender
 from mme.distributed.world import World, process_group
+from mme.files import sha256
 from tests.distributed.processes import run_on
 from tests.distributed.test_step import NUM_ITEMS, configuration
 
@@ -173,4 +174,4 @@ def test_killed_at_any_moment_nothing_announced_is_lost(tmp_path: Path) -> None:
             index = json.loads((checkpoint.folder(run, step) / checkpoint.INDEX).read_text())
             assert index["progress"]["step"] == step
             for entry in index["files"]:
-                assert checkpoint.sha256(checkpoint.folder(run, step) / entry["file"]) == entry["sha256"]
+                assert sha256(checkpoint.folder(run, step) / entry["file"]) == entry["sha256"]

@@ -1,0 +1,226 @@
+"""What a checkpoint's folder says of itself, and whether it is true.
+
+`checkpoints/step_N/index.json` names the files of the checkpoint with their SHA-256, the pieces in them and how far
+training had come. A checkpoint is sound when the index has every field with its type, the pieces of each tensor cover it
+exactly, every file has its sum, and every value is a finite float32, the type of all weights and optimizer states.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path, PurePath
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
+
+from mme.errors import UserError
+from mme.files import read_text, require_folder, sha256
+
+INDEX = "index.json"
+FORMAT = 2
+FOLDER = "checkpoints"  # in a run's folder
+DTYPE = "F32"
+VALUES_AT_ONCE = 1 << 22  # that are checked to be finite
+
+Count = Annotated[int, Field(ge=0)]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far training has come.
+
+    ``sequences`` of ``epoch``'s order have been trained on, by however many processes; ``skipped`` of the steps before
+    changed nothing; ``evaluate``: this step is to be evaluated still; ``score`` is the validation NDCG@10 at this step,
+    if it was measured. A global batch is ``shares`` times ``rank_batch``, such as "64 sequences". ``dataset`` is the
+    SHA-256 of the set trained on, ``numbering`` that of its numbering ("": a checkpoint that does not say).
+    """
+
+    step: Count
+    epoch: Count
+    sequences: Count
+    skipped: Count = 0
+    evaluate: bool = False
+    score: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    shares: Annotated[int, Field(ge=1)] = 1
+    rank_batch: str = ""
+    dataset: str = ""
+    numbering: str = ""
+
+
+@dataclass(frozen=True)
+class PieceEntry:
+    """A part of a tensor: the tensor's name and whole shape, where the part begins in it, and the part's shape."""
+
+    name: str
+    shape: tuple[Count, ...]
+    offsets: tuple[Count, ...]
+    local_shape: tuple[Count, ...]
+
+    @property
+    def key(self) -> str:
+        """The name of the piece in its file."""
+        return f"{self.name}@{','.join(map(str, self.offsets))}"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """The file of one rank and the pieces in it."""
+
+    file: str
+    sha256: str
+    pieces: list[PieceEntry]
+
+
+@dataclass(frozen=True)
+class Index:
+    """``num_files`` tells an index from which an entry is lost; None in one of an older version."""
+
+    format: int
+    progress: Progress
+    files: list[FileEntry]
+    num_files: int | None = None
+
+
+def folder(run: Path, step: int) -> Path:
+    return run / FOLDER / f"step_{step}"
+
+
+def steps(run: Path) -> list[int]:
+    """The steps of all complete checkpoints, rising.
+
+    Raises:
+        UserError: something else stands in the place of the checkpoints' folder, such as a link.
+    """
+    checkpoints = run / FOLDER
+    try:
+        if not require_folder(checkpoints, run):
+            return []
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}: expected the folder of the run's checkpoints") from error
+    found = [re.fullmatch(r"step_(0|[1-9]\d*)", path.name, re.ASCII) for path in checkpoints.iterdir()]
+    return sorted(int(name[1]) for name in found if name and (checkpoints / name[0] / INDEX).is_file())
+
+
+def read_index(run: Path, step: int) -> Index | str:
+    """The index, or one line that says what is wrong with it."""
+    path = folder(run, step) / INDEX
+    try:
+        text = read_text(path, run)
+        found = re.search(r'"format":\s*(\d+)', text[:200])
+        if found and int(found[1]) != FORMAT:
+            return f"{path}: format {found[1]}, expected {FORMAT}: another version of mme has written it"
+        index = _index_type().validate_json(text, strict=True)
+    except FileNotFoundError:
+        available = ", ".join(map(str, steps(run))) or "none"
+        return f"{path.parent}: no such checkpoint (complete ones: {available})"
+    except ValidationError as error:
+        return f"{path}: damaged index ({first_flaw(error)})"
+    except UnicodeDecodeError as error:
+        return f"{path}: damaged index (byte {error.start} is not UTF-8)"
+    except OSError as error:
+        return f"{error.filename or path}: {error.strerror}"
+    flaw = _flaw(index, step)
+    return index if flaw is None else f"{path}: damaged index ({flaw})"
+
+
+def damage(run: Path, step: int, files: Sequence[FileEntry]) -> str | None:
+    """One line that says what is wrong with one of the files; None if all are sound."""
+    for entry in files:
+        path = folder(run, step) / entry.file
+        try:
+            if sha256(path, run) != entry.sha256:
+                return f"{path}: damaged: its SHA-256 is not the one in {INDEX}"
+            if flaw := _flaw_of_file(path, entry.pieces):
+                return f"{path}: damaged: {flaw}"
+        except OSError as error:
+            return f"{error.filename or path}: {error.strerror}"
+        except SafetensorError as error:
+            return f"{path}: damaged: not a safetensors file ({error})"
+    return None
+
+
+def first_flaw(error: ValidationError) -> str:
+    """Which field is wrong and why, such as ``files[0].pieces: Field required``."""
+    flaw = error.errors(include_url=False, include_context=False)[0]
+    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in flaw["loc"]).lstrip(".")
+    return f"{place}: {flaw['msg']}" if place else flaw["msg"]
+
+
+@cache
+def _index_type() -> TypeAdapter[Index]:
+    return TypeAdapter(Index)
+
+
+def _flaw(index: Index, step: int) -> str | None:
+    """What an index that has all its fields says that can't be true."""
+    if index.format != FORMAT:
+        return f"format {index.format}, expected {FORMAT}"
+    if index.progress.step != step:
+        return f"it is of step {index.progress.step}"
+    if index.num_files not in (None, len(index.files)):
+        return f"files: {len(index.files)} entries, expected {index.num_files}"
+    pieces: dict[str, list[PieceEntry]] = {}
+    for entry in index.files:
+        if PurePath(entry.file).name != entry.file or "\0" in entry.file:
+            return f"file {entry.file!r} is not in this folder"
+        for piece in entry.pieces:
+            pieces.setdefault(piece.name, []).append(piece)
+    return next((flaw for name, parts in pieces.items() if (flaw := _flaw_of_tensor(name, parts))), None)
+
+
+def _flaw_of_tensor(name: str, pieces: list[PieceEntry]) -> str | None:
+    shape = pieces[0].shape
+    for piece in pieces:
+        dims = {len(shape), len(piece.offsets), len(piece.local_shape)}
+        ends = zip(piece.offsets, piece.local_shape, shape, strict=False)
+        if piece.shape != shape or len(dims) > 1 or any(offset + size > whole for offset, size, whole in ends):
+            return f"tensor {name}: the piece {piece.key} does not fit into the shape {list(shape)}"
+    filled = [piece for piece in pieces if math.prod(piece.local_shape)]
+    if sum(math.prod(piece.local_shape) for piece in filled) != math.prod(shape) or _overlap(filled):
+        return f"tensor {name}: its pieces do not cover it exactly"
+    return None
+
+
+def _overlap(pieces: list[PieceEntry]) -> bool:
+    """Whether two pieces have an element in common: swept along the axis on which most of them begin apart."""
+    if len(pieces) < 2:
+        return False
+    axes = range(len(pieces[0].shape))
+    axis = max(axes, key=lambda each: len({piece.offsets[each] for piece in pieces}))
+    reached: list[PieceEntry] = []
+    for piece in sorted(pieces, key=lambda each: each.offsets[axis]):
+        begin = piece.offsets[axis]
+        reached = [other for other in reached if other.offsets[axis] + other.local_shape[axis] > begin]
+        for other in reached:
+            bounds = zip(piece.offsets, piece.local_shape, other.offsets, other.local_shape, strict=True)
+            if all(max(a, b) < min(a + m, b + n) for a, m, b, n in bounds):
+                return True
+        reached.append(piece)
+    return False
+
+
+def _flaw_of_file(path: Path, pieces: list[PieceEntry]) -> str | None:
+    with safe_open(path, framework="pt") as file:
+        keys = set(file.keys())
+        for piece in pieces:
+            values = file.get_slice(piece.key) if piece.key in keys else None
+            if values is None or tuple(values.get_shape()) != piece.local_shape:
+                return f"no piece {piece.key}, which {INDEX} names"
+            if values.get_dtype() != DTYPE:
+                return f"piece {piece.key} is {values.get_dtype()}, expected {DTYPE}"
+            if not _is_finite(values, piece.local_shape):
+                return f"piece {piece.key} is not finite"
+    return None
+
+
+def _is_finite(values: Any, shape: tuple[int, ...]) -> bool:
+    if not shape:
+        return bool(torch.isfinite(values[...]))
+    rows = max(1, VALUES_AT_ONCE // max(1, math.prod(shape[1:])))
+    return all(bool(torch.isfinite(values[first : first + rows]).all()) for first in range(0, shape[0], rows))
