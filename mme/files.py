@@ -90,7 +90,7 @@ def replacing(path: Path, root: Path | None = None) -> Iterator[Path]:
     # The name ends as that of the file, by which some libraries choose a format.
     partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}-{path.name[-200:]}")
     try:
-        with _folder(path.parent, root):
+        with _folder(path.parent, root) as folder:
             descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | _ALWAYS, 0o666)
             mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
             os.close(descriptor)
@@ -98,7 +98,7 @@ def replacing(path: Path, root: Path | None = None) -> Iterator[Path]:
             partial.chmod(mode)
             flush(partial)
             os.replace(partial, path)
-            flush(path.parent)
+            flush(Path("."), folder)
     except OSError as error:
         if error.strerror is None or error.filename not in (None, str(partial)):
             raise
@@ -142,9 +142,9 @@ def require_folder(path: Path, root: Path) -> bool:
         return False
 
 
-def flush(path: Path) -> None:
-    """Makes a file's content, or a folder's names, durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | _ALWAYS)
+def flush(path: Path, folder: int | None = None) -> None:
+    """Makes a file's content, or a folder's names, durable; ``folder``: the descriptor from which ``path`` starts."""
+    descriptor = os.open(path, os.O_RDONLY | _ALWAYS, dir_fd=folder)
     try:
         os.fsync(descriptor)
     finally:

@@ -89,6 +89,8 @@ def test_a_folder_reached_through_the_users_own_link_serves(tmp_path: Path, stra
     files.write_text(root / "a" / "b" / "file", "text", root)
     assert (stranger / "first" / "a" / "b" / "file").read_text() == "text"
     assert files.require_folder(root / "a", root) and not files.require_folder(root / "c", root)
+    files.write_text(tmp_path / "runs" / "file", "text", tmp_path / "runs")
+    assert (stranger / "file").read_text() == "text"
     own = tmp_path / "own"
     own.symlink_to(stranger / "first" / "a" / "b" / "file")
     assert files.read_text(own) == "text"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,10 +14,11 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from mme.data.description import content_sha256, read_info
 from mme.data.event_file import EventFile, Records, open_event_file
 from mme.data.features import feature_sizes
 from mme.data.numbering import numbering_sha256, read_item_ids
-from mme.data.parts import IntArray, read_info, read_user_ids
+from mme.data.parts import IntArray, check_files, read_user_ids
 from mme.data.split import HeldOut, Split
 
 TIME_BUCKETS = 1 << 16  # that a pass over all times counts in
@@ -56,12 +56,13 @@ class PreparedDataset:
         """
         folder = Path(path)
         info = read_info(folder)
+        check_files(folder, info)
         return cls(folder, info, open_event_file(folder, info, None if cache_dir is None else Path(cache_dir)))
 
     @property
     def sha256(self) -> str:
         """Of what dataset.json says, with the sums of the files that it was made of: the same wherever the folder lies."""
-        return hashlib.sha256(json.dumps(self.info, sort_keys=True).encode()).hexdigest()
+        return content_sha256(self.info)
 
     @property
     def num_items(self) -> int:

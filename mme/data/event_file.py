@@ -14,10 +14,10 @@ older one is removed. The file appears when all is in it. Whoever comes while it
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -32,6 +32,7 @@ from numpy.typing import NDArray
 from mme.data.layout import CACHE_FOLDER, INFO_FILE
 from mme.data.parts import IntArray, feature_limits, limits, read_part
 from mme.errors import UserError
+from mme.files import PARTIAL, locked, make_folder, open_to_read, read_text, replacing
 
 RECORD = np.dtype([("item", "<i4"), ("timestamp", "<i8")])
 MOST_THREADS = 4  # that lay out parts beside each other
@@ -56,7 +57,7 @@ class EventFile:
         num_users, num_events = info["num_users"], info["num_events"]
         self.path, self.num_events = path, num_events
         self._record, self._limits = record_of(info), {"item": info["num_items"], **feature_limits(info)}
-        self._file = path.open("rb", buffering=0)
+        self._file = open_to_read(path, path.parent)
         self.user_offsets: IntArray = np.empty(num_users + 1, np.int64)
         self._fill(self.user_offsets.view(np.uint8).data, num_events * self._record.itemsize)
         if self.user_offsets[0] or self.user_offsets[-1] != num_events or (np.diff(self.user_offsets) < 0).any():
@@ -130,15 +131,16 @@ def open_event_file(folder: Path, info: dict[str, Any], cache_dir: Path | None =
     cache = folder / CACHE_FOLDER if cache_dir is None else cache_dir
     # In a folder that sets share, the names tell whose a file is.
     prefix = "" if cache_dir is None else f"{folder.name}-{_sha256(os.path.abspath(folder).encode())[:8]}-"
+    root = folder if cache_dir is None else cache_dir
     path = cache / f"{prefix}{_identity(folder, info)}.events"
     num_events, num_users = info["num_events"], info["num_users"]
     size = num_events * record_of(info).itemsize + (num_users + 1) * 8
     if not _is_whole(path, size):
-        with _writable(cache, size), _lock(cache / f"{prefix}lock"):
+        with _writable(cache, root, size), locked(cache / f"{prefix}lock"):
             if not _is_whole(path, size):
-                for older in cache.glob(f"{prefix}*.events*"):
+                for older in [*cache.glob(f"{prefix}*.events*"), *cache.glob(f"{PARTIAL}*-{prefix}*.events")]:
                     older.unlink(missing_ok=True)
-                _write(folder, info, path)
+                _write(folder, info, path, root)
     return EventFile(path, info)
 
 
@@ -150,7 +152,7 @@ def _identity(folder: Path, info: dict[str, Any]) -> str:
         except OSError as error:
             raise UserError(f"{folder / part['file']}: no such file, though {INFO_FILE} names it") from error
         parts.append((part["file"], status.st_size, status.st_mtime_ns))
-    return _sha256((folder / INFO_FILE).read_bytes() + repr((record_of(info).descr, parts)).encode())[:16]
+    return _sha256(read_text(folder / INFO_FILE, folder).encode() + repr((record_of(info).descr, parts)).encode())[:16]
 
 
 def _sha256(data: bytes) -> str:
@@ -159,17 +161,18 @@ def _sha256(data: bytes) -> str:
 
 def _is_whole(path: Path, size: int) -> bool:
     try:
-        return path.stat().st_size == size
+        status = path.lstat()
     except (FileNotFoundError, NotADirectoryError):
         return False
+    return stat.S_ISREG(status.st_mode) and status.st_size == size
 
 
 @contextmanager
-def _writable(cache: Path, size: int) -> Iterator[None]:
+def _writable(cache: Path, root: Path, size: int) -> Iterator[None]:
     """The folder, there and with room for ``size`` bytes; what the disk refuses as one line."""
     elsewhere = "data.cache_dir=FOLDER puts the flat file of the events elsewhere"
     try:
-        cache.mkdir(parents=True, exist_ok=True)
+        make_folder(cache, root)
         yield
     except OSError as error:
         need = f"{size / 1e9:.1f} GB are needed, {_free(cache) / 1e9:.1f} are free"
@@ -181,30 +184,17 @@ def _free(folder: Path) -> int:
     return shutil.disk_usage(there).free
 
 
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Held by one process at a time; the kernel releases it when its holder dies."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def _write(folder: Path, info: dict[str, Any], path: Path) -> None:
+def _write(folder: Path, info: dict[str, Any], path: Path, root: Path) -> None:
     """Lays out all parts, several at a time, each in its place."""
-    partial_file = path.with_name(f"{path.name}.partial")
     if info["num_events"] >= NOTED_EVENTS:
         print(f"{folder}: laying out {info['num_events']:,} events in {path}, once", file=sys.stderr, flush=True)
     ends = np.cumsum([0] + [part["events"] for part in info["parts"]])
-    try:
-        with partial_file.open("wb", buffering=0) as file, ThreadPoolExecutor(_threads()) as pool:
+    with replacing(path, root) as unfinished, unfinished.open("wb", buffering=0) as file:
+        with ThreadPoolExecutor(_threads()) as pool:
             lay_out = partial(_lay_out, folder, info, file.fileno())
             lengths = list(pool.map(lay_out, info["parts"], ends[:-1].tolist()))
-            offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
-            _write_at(file.fileno(), offsets, int(ends[-1]) * record_of(info).itemsize)
-            os.fsync(file.fileno())
-        os.replace(partial_file, path)
-    finally:
-        partial_file.unlink(missing_ok=True)
+        offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
+        _write_at(file.fileno(), offsets, int(ends[-1]) * record_of(info).itemsize)
 
 
 def _threads() -> int:

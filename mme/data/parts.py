@@ -2,7 +2,8 @@
 
 A prepared data set is a folder that `mme prepare` writes:
 
-    dataset.json    name, num_users, num_items, num_events, sort_rule, parts: [{file, users, events}], …
+    dataset.json    name, num_users, num_items, num_events, sort_rule, parts: [{file, users, events, bytes, sha256}],
+                    files: {name: {bytes, sha256}} of the others, …
     part-00000.parquet …  one row a user: user_id (raw), item_ids (list of item indices), timestamps (list of seconds,
                     never falling), feature_NAME (list of numbers of values, see `mme.data.features`) where there are any
     items.parquet   one row an item: item_index (from 0, without a gap), item_id (raw), count (events)
@@ -10,7 +11,6 @@ A prepared data set is a folder that `mme prepare` writes:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +23,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from mme.data.description import require_sum
 from mme.data.features import parts_column
-from mme.data.layout import INFO_FILE, ITEMS_FILE
+from mme.data.layout import FEATURES_FILE, INFO_FILE, ITEMS_FILE
 from mme.errors import UserError, first_line
+from mme.files import open_to_read
 
 IntArray = NDArray[np.int64]
 
@@ -50,34 +52,6 @@ class PartSlice:
     features: dict[str, IntArray]
 
 
-def read_info(folder: Path) -> dict[str, Any]:
-    """What dataset.json holds.
-
-    Raises:
-        UserError: the folder, dataset.json or items.parquet is missing, or dataset.json is not what `mme prepare` writes.
-    """
-    path = folder / INFO_FILE
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder: expected a training set, made by `mme prepare`")
-    try:
-        info = json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file: expected a training set's folder, made by `mme prepare`") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error}); run `mme prepare` again") from error
-    _require(path, "", info, {"name": str, "num_users": int, "num_items": int, "num_events": int})
-    _require(path, "", info, {"sort_rule": str, "parts": list})
-    for number, part in enumerate(info["parts"]):
-        _require(path, f"parts[{number}].", part, {"file": str, "users": int, "events": int})
-    for key, of_part in (("num_users", "users"), ("num_events", "events")):
-        found = sum(part[of_part] for part in info["parts"])
-        if info[key] != found:
-            raise UserError(f"{path}: {key} is {info[key]}, its parts hold {found}")
-    if not (folder / ITEMS_FILE).is_file():
-        raise UserError(f"{folder / ITEMS_FILE}: no such file: expected the item ids; run `mme prepare` again")
-    return info
-
-
 def feature_limits(info: dict[str, Any]) -> dict[str, int]:
     """By the features' columns of the parts, the first index that is too large."""
     return {parts_column(name): number + 1 for name, number in info.get("features", {}).items()}
@@ -91,13 +65,16 @@ def limits(info: dict[str, Any]) -> dict[str, int]:
 def read_part(folder: Path, part: dict[str, Any], limits: dict[str, int]) -> Iterator[PartSlice]:
     """The users of one part in order, about `EVENTS_AT_ONCE` events at a time; ``limits``: see the function.
 
+    The file's sum is checked first: it brings the file into the kernel's memory, from which it is decoded.
+
     Raises:
         UserError: the file is missing, damaged or not what ``part`` says, an index is out of range, a timestamp falls or a
             value is null; the message names the file and the row, from 0.
     """
     path = folder / part["file"]
+    require_sum(folder, part["file"], part)
     row = events = 0
-    for batch in _batches(path, part, list(dict.fromkeys([ITEMS, TIMES, *limits]))):
+    for batch in _batches(folder, part, list(dict.fromkeys([ITEMS, TIMES, *limits]))):
         piece = _check(path, row, batch, limits)
         row, events = row + piece.lengths.size, events + piece.items.size
         if events > part["events"]:
@@ -109,40 +86,72 @@ def read_part(folder: Path, part: dict[str, Any], limits: dict[str, int]) -> Ite
 
 def read_user_ids(folder: Path, part: dict[str, Any]) -> Iterator[pa.Array]:
     """The raw ids of one part's users in order, a piece at a time."""
-    path = folder / part["file"]
-    with _readable(path), pq.ParquetFile(path) as file:
+    with open_parquet(folder, part["file"]) as file:
         for batch in file.iter_batches(EVENTS_AT_ONCE, columns=["user_id"], use_threads=False):
             yield batch.column(0)
 
 
+def check_files(folder: Path, info: dict[str, Any]) -> None:
+    """Compares dataset.json with the files, before memory is taken for what it declares.
+
+    Of the parts the footers are read, of items.parquet and features.parquet, which are small, the sums are checked too;
+    those of the parts are checked when they are read (`read_part`).
+
+    Raises:
+        UserError: a file is missing or damaged, or holds another number of rows or more values than dataset.json says.
+    """
+    rows = {ITEMS_FILE: info["num_items"]}
+    if info.get("features"):
+        rows[FEATURES_FILE] = sum(info["features"].values())
+    for name, declared in rows.items():
+        require_sum(folder, name, info.get("files", {}).get(name))
+        with open_parquet(folder, name) as file:
+            if file.metadata.num_rows != declared:
+                raise UserError(f"{folder / name}: {file.metadata.num_rows} rows, {INFO_FILE} says {declared}")
+    for part in info["parts"]:
+        with open_parquet(folder, part["file"]) as file:
+            _check_footer(folder / part["file"], file.metadata, part)
+
+
 @contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    """Turns what goes wrong while a part is read into one line."""
+def open_parquet(folder: Path, name: str) -> Iterator[pq.ParquetFile]:
+    """A Parquet file of a data set; what goes wrong while it is read becomes one line.
+
+    Raises:
+        UserError: it is missing, no regular file or damaged.
+    """
+    path = folder / name
     try:
-        yield
+        with open_to_read(path, folder) as source, pq.ParquetFile(source) as file:
+            yield file
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file, though {INFO_FILE} names it") from error
     except (pa.ArrowException, OSError) as error:
-        reason = first_line(error)
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: not a readable Parquet file, perhaps truncated ({reason})") from error
 
 
-def _require(path: Path, place: str, found: Any, kinds: dict[str, type]) -> None:
-    for key, kind in kinds.items():
-        if not isinstance(found, dict) or not isinstance(found.get(key), kind):
-            raise UserError(f"{path}: no {place}{key} ({kind.__name__}); run `mme prepare` again")
+def _check_footer(path: Path, metadata: pq.FileMetaData, part: dict[str, Any]) -> None:
+    if metadata.num_rows != part["users"]:
+        raise UserError(f"{path}: {metadata.num_rows} rows, {INFO_FILE} says {part['users']}")
+    # A few bytes of Parquet can unpack to any number of values. A list that is empty counts as one, too.
+    most = part["events"] + part["users"]
+    for column in range(metadata.num_columns):
+        groups = [metadata.row_group(group).column(column) for group in range(metadata.num_row_groups)]
+        if sum(group.num_values for group in groups) > most:
+            name = groups[0].path_in_schema.partition(".")[0]
+            raise UserError(f"{path}: {name} unpacks to more than the {part['events']} events that {INFO_FILE} says")
 
 
-def _batches(path: Path, part: dict[str, Any], columns: list[str]) -> Iterator[pa.RecordBatch]:
-    with _readable(path), pq.ParquetFile(path) as file:
+def _batches(folder: Path, part: dict[str, Any], columns: list[str]) -> Iterator[pa.RecordBatch]:
+    path = folder / part["file"]
+    with open_parquet(folder, part["file"]) as file:
         for name in columns:
             if name not in file.schema_arrow.names:
                 raise UserError(f"{path}: no column {name!r} (found: {', '.join(file.schema_arrow.names)})")
             kind = file.schema_arrow.field(name).type
             if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)) or not pa.types.is_integer(kind.value_type):
                 raise UserError(f"{path}: column {name!r} holds {kind}, expected list<int64>")
-        if file.metadata.num_rows != part["users"]:
-            raise UserError(f"{path}: {file.metadata.num_rows} rows, {INFO_FILE} says {part['users']}")
         rows = max(1, EVENTS_AT_ONCE * part["users"] // max(part["events"], 1))
         yield from file.iter_batches(rows, columns=columns, use_threads=False)
 

@@ -11,16 +11,16 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path, PurePath
 from typing import Annotated, Any
 
 import torch
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from mme.errors import UserError
 from mme.files import read_text, require_folder, sha256
+from mme.records import parse_record
 
 INDEX = "index.json"
 FORMAT = 2
@@ -115,14 +115,14 @@ def read_index(run: Path, step: int) -> Index | str:
         found = re.search(r'"format":\s*(\d+)', text[:200])
         if found and int(found[1]) != FORMAT:
             return f"{path}: format {found[1]}, expected {FORMAT}: another version of mme has written it"
-        index = _index_type().validate_json(text, strict=True)
+        index = parse_record(text, Index)
     except FileNotFoundError:
         available = ", ".join(map(str, steps(run))) or "none"
         return f"{path.parent}: no such checkpoint (complete ones: {available})"
-    except ValidationError as error:
-        return f"{path}: damaged index ({first_flaw(error)})"
     except UnicodeDecodeError as error:
         return f"{path}: damaged index (byte {error.start} is not UTF-8)"
+    except ValueError as error:
+        return f"{path}: damaged index ({error})"
     except OSError as error:
         return f"{error.filename or path}: {error.strerror}"
     flaw = _flaw(index, step)
@@ -143,18 +143,6 @@ def damage(run: Path, step: int, files: Sequence[FileEntry]) -> str | None:
         except SafetensorError as error:
             return f"{path}: damaged: not a safetensors file ({error})"
     return None
-
-
-def first_flaw(error: ValidationError) -> str:
-    """Which field is wrong and why, such as ``files[0].pieces: Field required``."""
-    flaw = error.errors(include_url=False, include_context=False)[0]
-    place = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in flaw["loc"]).lstrip(".")
-    return f"{place}: {flaw['msg']}" if place else flaw["msg"]
-
-
-@cache
-def _index_type() -> TypeAdapter[Index]:
-    return TypeAdapter(Index)
 
 
 def _flaw(index: Index, step: int) -> str | None:

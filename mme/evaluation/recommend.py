@@ -14,9 +14,10 @@ from torch import Tensor
 
 from mme.config import USER_ID, Config, ModelConfig, load_run_config
 from mme.data.batch import SequenceBatch
+from mme.data.description import read_info
 from mme.data.features import feature_sizes, read_vocabularies
 from mme.data.numbering import numbering_sha256, read_item_ids
-from mme.data.parts import read_info, read_user_ids
+from mme.data.parts import check_files, read_user_ids
 from mme.distributed.checkpoint import load_weights
 from mme.distributed.recommender import Recommender
 from mme.distributed.world import World, process_group
@@ -48,6 +49,7 @@ def recommend(run: Path, users: Path, top_k: int, output: Path) -> int:
     with process_group() as world:
         data, model = Path(config.data.path), config.model
         info = read_info(data)
+        check_files(data, info)
         sizes = feature_sizes(data, info, model.feature_columns)
         catalogue = read_item_ids(data)
         histories = _read_histories(users, catalogue)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mme.data.description import file_sum
 from mme.prepare.cleaning import EXAMPLES
 from mme.prepare.feedback import FeedbackFilter
 from mme.prepare.histories import CountFilter
@@ -67,11 +67,7 @@ def describe(
 
 def file_record(path: Path) -> dict[str, Any]:
     """Name, size and SHA-256 of an input file."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return {"name": path.name, "bytes": path.stat().st_size, "sha256": digest.hexdigest()}
+    return {"name": path.name, **file_sum(path)}
 
 
 def _sum_malformed(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:

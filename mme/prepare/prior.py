@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mme.data.description import read_info
 from mme.data.features import parts_column, read_vocabularies
 from mme.data.layout import FORMAT_VERSION, INFO_FILE, ITEMS_FILE, LEFT_OUT_FILE
-from mme.data.parts import read_info
+from mme.data.parts import check_files
 from mme.errors import UserError, first_line
 from mme.prepare.histories import NEW, Histories, IntArray
 from mme.prepare.manifest import Settings
@@ -96,6 +97,7 @@ def _read_info(folder: Path) -> dict[str, Any]:
         raise UserError(f"{path}: format version {version}, expected {FORMAT_VERSION}: prepare the set anew")
     if "settings" not in info:
         raise UserError(f"{path}: a generated set, expected one made of files of interactions")
+    check_files(folder, info)
     return info
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -16,7 +17,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from mme.data.layout import FORMAT_VERSION, INFO_FILE, ITEMS_FILE, OWN_FILES
+from mme.data.description import file_sum
+from mme.data.layout import FEATURES_FILE, FORMAT_VERSION, INFO_FILE, ITEMS_FILE, LEFT_OUT_FILE, OWN_FILES
 from mme.errors import UserError, first_line
 from mme.prepare.replacement import FolderReplacement
 from mme.prepare.statistics import LengthHistogram, popularity_summary
@@ -107,10 +109,11 @@ class DatasetWriter:
         try:
             os.link(path, self.partial / file)
         except OSError:
-            (self.partial / file).write_bytes(path.read_bytes())
+            shutil.copyfile(path, self.partial / file)
         column = pq.read_table(path, columns=["timestamps"])["timestamps"]
         self._lengths.add(np.asarray(pc.list_value_length(column), np.int64))
-        self.parts.append({**part, "file": file})
+        sums: dict[str, Any] = {} if "sha256" in part else dict(file_sum(self.partial / file))
+        self.parts.append({**part, **sums, "file": file})
 
     def finish(self, info: dict[str, Any], raw_items: pa.Array, counts: NDArray[np.int64]) -> dict[str, Any]:
         """Writes the item map and dataset.json, puts the folder in its place; returns what dataset.json holds."""
@@ -131,6 +134,11 @@ class DatasetWriter:
             },
             "item_map": ITEMS_FILE,
             "parts": self.parts,
+            "files": {
+                name: file_sum(self.partial / name)
+                for name in (ITEMS_FILE, FEATURES_FILE, LEFT_OUT_FILE)
+                if (self.partial / name).exists()
+            },
         }
         (self.partial / INFO_FILE).write_text(json.dumps(whole, indent=2) + "\n")
         self.replacement.commit()
@@ -164,3 +172,4 @@ class DatasetWriter:
         if self._part is not None:
             self._part.close()
             self._part = None
+            self.parts[-1].update(file_sum(self.partial / self.parts[-1]["file"]))

@@ -136,7 +136,7 @@ def test_killed_while_writing_the_next_goes_on(tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLED_WHILE_WRITING, str(tmp_path / "set")]
     assert subprocess.run(command).returncode == -signal.SIGKILL
     (left,) = event_files(tmp_path / "set")
-    assert left.name.endswith(".partial")
+    assert left.name.startswith(".partial-")
     assert read_all(PreparedDataset.open(tmp_path / "set")) == histories
     (file,) = event_files(tmp_path / "set")
     assert file.suffix == ".events"

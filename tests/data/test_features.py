@@ -15,9 +15,11 @@ import torch
 
 from mme.config import DataConfig
 from mme.data.dataset import PreparedDataset
+from mme.data.description import read_info
 from mme.data.features import Features, Vocabulary, read_vocabularies
 from mme.data.loaders import EvaluationLoader, TrainLoader, Worker
 from mme.errors import UserError
+from mme.files import sha256
 from mme.prepare.pipeline import add_events, prepare
 
 ACTIONS = ["view", "cart", "buy", None]
@@ -93,6 +95,10 @@ def test_new_values_come_behind(tmp_path: Path) -> None:
     assert list(read_vocabularies(tmp_path / "set", ["mood"])["mood"].numbers) == ["b", "x"]
     add_events([tmp_path / "second.csv"], tmp_path / "set")
     assert list(read_vocabularies(tmp_path / "set", ["mood"])["mood"].numbers) == ["b", "x", "a"]
+    info = read_info(tmp_path / "set")
+    for name, sums in [*info["files"].items(), *((part["file"], part) for part in info["parts"])]:
+        assert sha256(tmp_path / "set" / name) == sums["sha256"]
+    assert {"items.parquet", "features.parquet"} <= info["files"].keys() and len(info["parts"]) == 2
     rows = pq.read_table(tmp_path / "set" / "part-00001.parquet").to_pylist()
     assert [row["feature_mood"] for row in rows] == [[3, 1, 0]]
 
@@ -172,5 +178,8 @@ def test_an_index_beyond_the_vocabulary_is_found(folder: Path, tmp_path: Path) -
     wrong = [[9] * len(items) for items in table["item_ids"].to_pylist()]
     place = table.column_names.index("feature_action")
     pq.write_table(table.set_column(place, "feature_action", pa.array(wrong)), path)
+    info = json.loads((tmp_path / "set" / "dataset.json").read_text())
+    info["parts"][0]["sha256"] = sha256(path)
+    (tmp_path / "set" / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match=r"part-00000.parquet: row 0: feature_action index 9, expected 0 to 3"):
         PreparedDataset.open(tmp_path / "set")

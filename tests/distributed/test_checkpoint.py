@@ -219,12 +219,12 @@ TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
         "damaged index (tensor tables/item_0: its pieces do not cover it exactly)",
     ),
     "a smaller piece": (
-        in_index(lambda index: first_piece(index).update(local_shape=[39, 16])),
+        in_index(lambda index: first_piece(index).update(local_shape=[39, 8])),
         "damaged index (tensor tables/item_0: its pieces do not cover it exactly)",
     ),
     "a piece beside the tensor": (
         in_index(lambda index: first_piece(index).update(offsets=[1, 0])),
-        "damaged index (tensor tables/item_0: the piece tables/item_0@1,0 does not fit into the shape [40, 16])",
+        "damaged index (tensor tables/item_0: the piece tables/item_0@1,0 does not fit into the shape [40, 8])",
     ),
     "no field": (in_index(lambda index: index["files"][0].pop("sha256")), "(files[0].sha256: Field required)"),
     "another type": (
