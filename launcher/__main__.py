@@ -18,7 +18,8 @@ from launcher import kubernetes as kubernetes_job
 from launcher import slurm as slurm_job
 from launcher import torchrun
 from launcher.job import NODES_MEET_WITHIN_S, Job, default_processes, require_dataset
-from mme.errors import UserError
+from mme.errors import UserError, one_line
+from mme.files import write_text
 
 # typer reads the annotations and Python 3.10 shows Optional[X] and X | None to it alike.
 # ruff: noqa: UP045
@@ -316,7 +317,7 @@ def _write_and_submit(text: str, path: Path, submission: list[str], submit: bool
         return
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        write_text(path, text)
     except OSError as error:
         raise UserError(f"{path}: not written: {error.strerror}") from error
     if not submit:
@@ -331,7 +332,7 @@ def _write_and_submit(text: str, path: Path, submission: list[str], submit: bool
 
 
 def _print_error(text: str) -> None:
-    print(f"error: {text}", file=sys.stderr, flush=True)
+    print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from mme.config import USER_ID, Config, load_config, validate_world_size
 from mme.errors import UserError
+from mme.files import read_json
 
 CPU_PROCESSES = 2  # processes of a node without a GPU, unless asked otherwise
 NODES_MEET_WITHIN_S = 900  # nodes of a cluster start minutes apart
@@ -50,11 +50,13 @@ def require_dataset(config: Config) -> None:
     if not folder.is_dir():
         raise UserError(f"data.path: {folder}: no such folder, expected one written by `mme prepare`")
     try:
-        json.loads(description.read_text())
+        read_json(description, folder)
     except FileNotFoundError as error:
         raise UserError(f"data.path: {folder}: no dataset.json in it, expected a folder of `mme prepare`") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{description}: not readable as JSON ({error}): run `mme prepare` again") from error
+    except OSError as error:
+        raise UserError(f"{description}: {error.strerror}: expected a folder of `mme prepare`") from error
+    except ValueError as error:
+        raise UserError(f"{description}: not JSON ({error}): run `mme prepare` again") from error
 
 
 def items_of(config: Config) -> int:
@@ -65,7 +67,7 @@ def items_of(config: Config) -> int:
     """
     path, model = Path(config.data.path) / "dataset.json", config.model
     try:
-        info = json.loads(path.read_text())
+        info = read_json(path, path.parent)
         sizes = {**info.get("features", {}), USER_ID: info["num_users"]} if model.feature_columns else {}
         # Beside its values each feature has a row for one that is missing.
         return int(info["num_items"]) + sum(sizes[name] + 1 for name in (*model.event_features, *model.user_features))

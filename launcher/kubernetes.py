@@ -1,4 +1,5 @@
-"""The manifest of a job: an Indexed Job of one pod a node, a headless Service for their names, the configuration.
+"""The manifest of a job: an Indexed Job of one pod a node, a headless Service for their names, a NetworkPolicy that
+admits the job's own pods alone, and the configuration.
 
 Pod 0 is where the nodes meet: an Indexed Job names its pods' hosts NAME-0, NAME-1, …, and the headless Service makes
 NAME-0.NAME known to all of them.
@@ -6,28 +7,42 @@ NAME-0.NAME known to all of them.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import yaml
 
 from launcher.job import Job
 from launcher.torchrun import PREEMPTED, STOPS_WITHIN_S, USER_ERROR
+from mme.errors import UserError, first_line
+from mme.files import read_text
 from mme.shipped import own_or_shipped
 
 PORT = 29500
 WORKDIR = "/opt/mme"  # as in the Dockerfile
 CONFIG_FOLDER = "/etc/mme"
+DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?")  # with room for the number of a pod
 
 
 def manifest(job: Job, *, name: str, image: str, namespace: str | None, claim: str, gpus_per_node: int) -> str:
-    """The manifest as YAML: ConfigMap, Service and Job."""
+    """The manifest as YAML: ConfigMap, Service, NetworkPolicy and Job.
+
+    Raises:
+        UserError: ``name`` is no DNS label, or the configuration can't be read.
+    """
+    if not DNS_LABEL.fullmatch(name):
+        raise UserError(f"--name {name!r}: expected at most 50 of a-z, 0-9 and -, the first and last none of -")
+    try:
+        configuration = read_text(own_or_shipped(job.config))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{job.config}: {first_line(error)}: expected a configuration file") from error
     metadata = {"name": name, "labels": {"app": name}} | ({"namespace": namespace} if namespace else {})
     documents = [
         {
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": metadata,
-            "data": {"config.yaml": own_or_shipped(job.config).read_text()},
+            "data": {"config.yaml": configuration},
         },
         {
             "apiVersion": "v1",
@@ -39,6 +54,17 @@ def manifest(job: Job, *, name: str, image: str, namespace: str | None, claim: s
                 "publishNotReadyAddresses": True,
                 "selector": {"job-name": name},
                 "ports": [{"name": "rendezvous", "port": PORT}],
+            },
+        },
+        {
+            # The ranks trust whoever reaches their ports.
+            "apiVersion": "networking.k8s.io/v1",
+            "kind": "NetworkPolicy",
+            "metadata": metadata,
+            "spec": {
+                "podSelector": {"matchLabels": {"job-name": name}},
+                "policyTypes": ["Ingress"],
+                "ingress": [{"from": [{"podSelector": {"matchLabels": {"job-name": name}}}]}],
             },
         },
         {
@@ -82,7 +108,7 @@ def _pod(job: Job, name: str, image: str, claim: str, gpus_per_node: int) -> dic
         "name": "mme",
         "image": image,
         "workingDir": WORKDIR,
-        "command": command,
+        "command": [word.replace("$(", "$$(") for word in command],  # $(NAME) would be replaced by the pod's variable
         "volumeMounts": [
             {"name": "config", "mountPath": CONFIG_FOLDER},
             # NCCL and the workers of one node exchange data through shared memory.

@@ -7,6 +7,7 @@ import sys
 
 from launcher.job import Job
 from launcher.torchrun import PREEMPTED
+from mme.errors import UserError
 
 # Ports below 20000 are often services', those from 32768 on the kernel's own choice for outgoing connections.
 FIRST_PORT, NUM_PORTS = 20000, 12000
@@ -33,16 +34,25 @@ if [ "$status" -eq {preempted} ]; then
 fi
 exit "$status"
 """
+OPTIONS = {"job-name": "name"}  # sbatch's name of an option → ours, where they differ
 SIGNAL_BEFORE_END_S = 120  # more than workers have to write a checkpoint
 
 
 def script(job: Job, *, name: str, gpus_per_node: int, log: str, options: dict[str, str | None]) -> str:
-    """The text of the sbatch script; ``options``: further ones of sbatch, None: not given."""
+    """The text of the sbatch script; ``options``: further ones of sbatch, None: not given.
+
+    Raises:
+        UserError: a value for a directive holds a control character.
+    """
     settings = {"job-name": name, "nodes": job.nnodes, "ntasks-per-node": 1, "output": log, "open-mode": "append"}
     if gpus_per_node:
         settings["gpus-per-node"] = gpus_per_node
     # A job that Slurm takes a node from is queued again, and goes on from its last checkpoint.
     given = settings | {option: value for option, value in options.items() if value is not None}
+    for option, value in given.items():
+        if not str(value).isprintable():  # a line break would end the comment, and what follows would run
+            source = "output_dir" if option == "output" else f"--{OPTIONS.get(option, option)}"
+            raise UserError(f"{source}: {str(value)!r} holds a control character, which no #SBATCH line can have")
     directives = [f"#SBATCH --{option}={shlex.quote(str(value))}" for option, value in given.items()]
     directives += ["#SBATCH --exclusive", "#SBATCH --requeue", f"#SBATCH --signal=TERM@{SIGNAL_BEFORE_END_S}"]
     return TEMPLATE.format(

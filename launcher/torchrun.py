@@ -28,11 +28,12 @@ import psutil
 
 from launcher.job import Job, split_endpoint
 from launcher.torchrun_output import LAST_WORDS, own_lines
-from mme.errors import UserError
+from mme.errors import UserError, one_line
 from mme.run.exit_status import PREEMPTED
 from mme.run.preemption import signal_when_parent_dies
 
 RDZV_ID = "mme"
+LOOPBACK, LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 UNANSWERED_S = 30  # beyond the time that torchrun may take to connect to the rendezvous and then to wait for the nodes
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 USER_ERROR = 2
@@ -46,14 +47,17 @@ NOT_MET = re.compile(re.escape(LAST_WORDS) + r"rendezvous\.api\.Rendezvous(\w+)E
 def command(job: Job, module: list[str] | None = None) -> list[str]:
     """torchrun's command line for this node; ``module``: what the workers run, with its arguments (default: training).
 
-    Where the rendezvous host can be resolved, the workers are told this node's address on the way to it: host names
-    need not be known to the other nodes.
+    One node meets itself in a private file, and its workers talk over the loopback: torchrun's own store, which
+    `--standalone` takes, would listen on every interface of the machine, and whoever reaches it can run code in the job.
+
+    On several nodes the workers are told this node's address on the way to the rendezvous, where its host can be resolved:
+    host names need not be known to the other nodes.
     """
     line = [sys.executable, "-m", "torch.distributed.run"]
+    line += ["--nnodes", str(job.nnodes), "--rdzv-backend", "c10d", "--rdzv-id", RDZV_ID]
     if job.rdzv_endpoint is None:
-        line += ["--standalone"]
+        line += ["--rdzv-conf", "store_type=file", "--local-addr", LOOPBACK]
     else:
-        line += ["--nnodes", str(job.nnodes), "--rdzv-backend", "c10d", "--rdzv-id", RDZV_ID]
         settings = f"join_timeout={job.rdzv_timeout_s},read_timeout={job.rdzv_timeout_s}"
         line += ["--rdzv-conf", settings + (",is_host=true" if _hosts_unawares(job.rdzv_endpoint) else "")]
         line += ["--rdzv-endpoint", job.rdzv_endpoint]
@@ -67,8 +71,8 @@ def command(job: Job, module: list[str] | None = None) -> list[str]:
 def environment(job: Job) -> dict[str, str]:
     """What the workers' environment has beyond this process's; what is set there already stays.
 
-    Their share of the cores; a store for each start; and on several nodes the network interface towards the rendezvous, because gloo would else
-    take the address of the host's name, often that of the loopback.
+    Their share of the cores, a store for each start, and the network interface: the loopback on one node; on several the
+    one towards the rendezvous, because gloo would otherwise take the address of the host's name, often the loopback's.
     """
     settings = {
         "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // job.nproc_per_node)),
@@ -78,6 +82,8 @@ def environment(job: Job) -> dict[str, str]:
         # By the environment: torchrun 2.11, of the CUDA requirements, doesn't know the option and gives them 30 seconds.
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(STOPS_WITHIN_S),
     }
+    if job.rdzv_endpoint is None:
+        settings |= dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), LOOPBACK_INTERFACE)
     address = local_address(job.rdzv_endpoint) if job.rdzv_endpoint is not None and job.nnodes > 1 else None
     for interface, addresses in psutil.net_if_addrs().items():
         if address is not None and address in {known.address for known in addresses}:
@@ -179,7 +185,7 @@ def _newest_checkpoint(run_folder: Path | None) -> int:
     """The step of the newest complete checkpoint of a run; -1: none."""
     found = run_folder.glob("checkpoints/step_*/index.json") if run_folder is not None else ()
     names = [path.parent.name.removeprefix("step_") for path in found]
-    return max((int(name) for name in names if name.isdigit()), default=-1)
+    return max((int(name) for name in names if name.isascii() and name.isdecimal()), default=-1)
 
 
 def _run_once(job: Job, resumes: bool, module: list[str] | None) -> tuple[int, _Watch]:
@@ -327,7 +333,7 @@ class _Watch:
 
 
 def _say(text: str) -> None:
-    print(f"launcher: {text}", file=sys.stderr, flush=True)
+    print(f"launcher: {one_line(text)}", file=sys.stderr, flush=True)
 
 
 def _wait_for_address(host: str, port: int, patience_s: int) -> tuple[Any, ...]:

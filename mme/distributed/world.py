@@ -1,9 +1,10 @@
-"""The one place that decides device and backend: NCCL on GPUs where there are any, gloo on CPU processes else."""
+"""The one place that decides device and backend: NCCL on GPUs where there are any, otherwise gloo on CPU processes."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import socket
 import time
 import uuid
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from mme.errors import JobError, Preempted, UserError
 PATIENCE_S = 600.0  # how long a collective waits for the other ranks
 LEAVE_S = 0.3  # between the last collective and the end of the group
 STORE_ANSWERS_WITHIN_S = 10.0
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,9 @@ def process_group(patience_s: float = PATIENCE_S) -> Iterator[World]:
         _keep_freed_memory()
     # TorchRec builds both kinds of group, so that host tensors travel beside device tensors.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
-    store = dist.HashStore() if size == 1 else None
-    dist.init_process_group(backend, rank=rank, world_size=size, store=store, timeout=timedelta(seconds=patience_s))
+    patience = timedelta(seconds=patience_s)
+    store = _group_store(rank, size, patience)
+    dist.init_process_group(backend, rank=rank, world_size=size, store=store, timeout=patience)
     import deepspeed  # reads DS_ACCELERATOR when it is imported
 
     # Else DeepSpeed compiles a collective of its own at the first start: a compiler, seconds, and a lock that a killed
@@ -110,6 +113,24 @@ def process_group(patience_s: float = PATIENCE_S) -> Iterator[World]:
             dist.barrier()
             time.sleep(LEAVE_S)
         dist.destroy_process_group()
+
+
+def _group_store(rank: int, size: int, patience: timedelta) -> dist.Store | None:
+    """Where the processes find each other; None: where torchrun's environment says.
+
+    That store would listen on every interface of the machine. When its address is the loopback's, all processes are on this
+    machine, and the store listens there alone.
+    """
+    if size == 1:
+        return dist.HashStore()
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    if address not in LOOPBACK or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return None
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if rank:
+        return dist.TCPStore(address, port, size, is_master=False, timeout=patience)
+    listener = socket.create_server((address, port), backlog=size)
+    return dist.TCPStore(address, port, size, is_master=True, timeout=patience, master_listen_fd=listener.detach())
 
 
 def _own_store(size: int) -> dist.Store:

@@ -104,7 +104,10 @@ def pipe(folder: Path) -> None:
             in_info(lambda info: info["parts"][0].update(file="../mine.parquet")),
             r"dataset.json: parts\[0\].file: '../mine.parquet' is not in this folder",
         ),
-        (link("part-00000.parquet"), r"part-00000.parquet: not a readable .* \(a symbolic link, which is not followed here\)"),
+        (
+            link("part-00000.parquet"),
+            r"part-00000.parquet: not a readable .* \(a symbolic link, which is not followed here\)",
+        ),
         (link("items.parquet"), r"items.parquet: a symbolic link, which is not followed here"),
         (link("dataset.json"), r"dataset.json: a symbolic link, which is not followed here"),
         (pipe, r"dataset.json: not a regular file"),
