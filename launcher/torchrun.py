@@ -10,11 +10,13 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import secrets
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import suppress
@@ -44,10 +46,10 @@ WORKER_FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 NOT_MET = re.compile(re.escape(LAST_WORDS) + r"rendezvous\.api\.Rendezvous(\w+)Error")
 
 
-def command(job: Job, module: list[str] | None = None) -> list[str]:
+def command(job: Job, module: list[str] | None = None, meeting: Path | None = None) -> list[str]:
     """torchrun's command line for this node; ``module``: what the workers run, with its arguments (default: training).
 
-    One node meets itself in a private file, and its workers talk over the loopback: torchrun's own store, which
+    One node meets itself in a file, ``meeting`` (default: a new one), and its workers talk over the loopback: torchrun's own store, which
     `--standalone` takes, would listen on every interface of the machine, and whoever reaches it can run code in the job.
 
     On several nodes the workers are told this node's address on the way to the rendezvous, where its host can be resolved:
@@ -56,7 +58,8 @@ def command(job: Job, module: list[str] | None = None) -> list[str]:
     line = [sys.executable, "-m", "torch.distributed.run"]
     line += ["--nnodes", str(job.nnodes), "--rdzv-backend", "c10d", "--rdzv-id", RDZV_ID]
     if job.rdzv_endpoint is None:
-        line += ["--rdzv-conf", "store_type=file", "--local-addr", LOOPBACK]
+        line += ["--rdzv-conf", "store_type=file", "--rdzv-endpoint", str(meeting or meeting_file())]
+        line += ["--local-addr", LOOPBACK]
     else:
         settings = f"join_timeout={job.rdzv_timeout_s},read_timeout={job.rdzv_timeout_s}"
         line += ["--rdzv-conf", settings + (",is_host=true" if _hosts_unawares(job.rdzv_endpoint) else "")]
@@ -66,6 +69,11 @@ def command(job: Job, module: list[str] | None = None) -> list[str]:
             line += ["--local-addr", address]
     line += ["--nproc-per-node", str(job.nproc_per_node), "--max-restarts", str(job.max_restarts)]
     return [*line, "-m", *(module or job.train_arguments)]
+
+
+def meeting_file() -> Path:
+    """A file for the processes of one node, of a name that nobody can have taken before."""
+    return Path(tempfile.gettempdir(), f"mme-rendezvous-{secrets.token_hex(16)}")
 
 
 def environment(job: Job) -> dict[str, str]:
@@ -189,8 +197,9 @@ def _newest_checkpoint(run_folder: Path | None) -> int:
 
 
 def _run_once(job: Job, resumes: bool, module: list[str] | None) -> tuple[int, _Watch]:
+    meeting = meeting_file()
     process = subprocess.Popen(
-        command(job, module),
+        command(job, module, meeting),
         env={"TORCH_CPP_LOG_LEVEL": "ERROR", **os.environ, **environment(job)},
         stderr=subprocess.PIPE,
         text=True,
@@ -212,6 +221,7 @@ def _run_once(job: Job, resumes: bool, module: list[str] | None) -> tuple[int, _
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        meeting.unlink(missing_ok=True)
     if stopping.received is not None:
         return 128 + stopping.received, watch
     if watch.stopped_for is not None:

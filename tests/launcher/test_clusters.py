@@ -6,6 +6,7 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
 import yaml
 
 from tests.launcher.command_line import CONFIG, REPOSITORY, launch, the_error
@@ -58,7 +59,7 @@ def test_dry_runs_print_what_would_be_written_and_write_nothing(tmp_path: Path) 
 def test_manifest_describes_an_indexed_job_whose_pods_know_each_other(tmp_path: Path) -> None:
     arguments = ["--nnodes", "3", "--nproc-per-node", "4", "--name", "fuxi", "--image", "mme:7", "--claim", "shared"]
     done = launch("kubernetes", "--config", CONFIG, *arguments, "train.epochs=3", "--dry-run")
-    configuration, service, job = yaml.safe_load_all(done.stdout)
+    configuration, service, _, job = yaml.safe_load_all(done.stdout)
     assert configuration["data"]["config.yaml"] == (REPOSITORY / CONFIG).read_text()
     assert service["spec"]["clusterIP"] == "None"
     assert service["spec"]["selector"] == {"job-name": job["metadata"]["name"]}
@@ -75,6 +76,53 @@ def test_manifest_describes_an_indexed_job_whose_pods_know_each_other(tmp_path: 
     assert mounts == {volume["name"] for volume in pod["volumes"]}
     dockerfile = (REPOSITORY / "Dockerfile").read_text()
     assert f"WORKDIR {container['workingDir']}\n" in dockerfile
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--name", "a\ntouch pwned"], r"--name: 'a\ntouch pwned' holds a control character, which no #SBATCH line"),
+        (["--partition", "p\r"], r"--partition: 'p\r' holds a control character"),
+        (["--account", "a\x1b[2J"], r"--account: 'a\x1b[2J' holds a control character"),
+        (["--time", "1\n"], r"--time: '1\n' holds a control character"),
+        (['output_dir="runs/x\\ntouch pwned"'], r"output_dir: 'runs/x\ntouch pwned.slurm-%j.out' holds a control"),
+    ],
+)
+def test_a_line_break_in_a_directive_is_refused(arguments: list[str], message: str) -> None:
+    found = the_error(launch("slurm", "--config", CONFIG, *arguments, "--dry-run"))
+    assert found.startswith(message)
+
+
+def test_no_word_of_a_user_is_run_or_resolved(tmp_path: Path) -> None:
+    hostile = "data.path=$(touch pwned); `touch pwned` ' \" \n#"
+    done = launch("slurm", "--config", CONFIG, "--name", "a b; touch pwned", "--output", tmp_path / "job", hostile)
+    assert done.returncode == 0, done.stderr
+    (tmp_path / "scontrol").write_text("#!/bin/sh\necho node\n")
+    (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\0" "$@"\n')
+    for command in ("scontrol", "srun"):
+        (tmp_path / command).chmod(0o755)
+    slurm = {"SLURM_SUBMIT_DIR": str(tmp_path), "SLURM_JOB_NODELIST": "node", "SLURM_JOB_ID": "1"}
+    environment = {**os.environ, **slurm, "SLURM_JOB_NUM_NODES": "1", "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    ran = subprocess.run(["bash", tmp_path / "job"], env=environment, capture_output=True, text=True, check=True)
+    assert ran.stdout.split("\0")[-2] == hostile
+    assert not (tmp_path / "pwned").exists()
+    done = launch("kubernetes", "--config", CONFIG, "--image", "a: b\n- c", hostile, "--dry-run")
+    *_, job = yaml.safe_load_all(done.stdout)
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["image"] == "a: b\n- c"
+    assert container["command"][-1] == hostile.replace("$(", "$$(")  # as Kubernetes writes a `$(` that it is to keep
+    assert the_error(launch("kubernetes", "--config", CONFIG, "--name", "A b", "--dry-run")).startswith("--name 'A b':")
+
+
+def test_the_jobs_own_pods_alone_reach_its_ports() -> None:
+    done = launch("kubernetes", "--config", CONFIG, "--name", "fuxi", "--dry-run")
+    policy = next(each for each in yaml.safe_load_all(done.stdout) if each["kind"] == "NetworkPolicy")
+    pods = {"matchLabels": {"job-name": "fuxi"}}
+    assert policy["spec"] == {
+        "podSelector": pods,
+        "policyTypes": ["Ingress"],
+        "ingress": [{"from": [{"podSelector": pods}]}],
+    }
 
 
 def test_submission_without_the_clusters_command_is_refused_and_says_where_the_job_is(tmp_path: Path) -> None:

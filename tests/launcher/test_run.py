@@ -24,10 +24,13 @@ PATIENCE_S = 300
 def test_dry_run_prints_the_torchrun_command_of_two_cpu_processes() -> None:
     done = launch("run", "--config", CONFIG, "train.epochs=2", "--dry-run", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stderr
-    store, patience, *words = shlex.split(done.stdout)
+    store, patience, gloo, nccl, *words = shlex.split(done.stdout)
     assert (store, patience) == ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=60")
+    assert (gloo, nccl) == ("GLOO_SOCKET_IFNAME=lo", "NCCL_SOCKET_IFNAME=lo")
     assert words[:3] == [sys.executable, "-m", "torch.distributed.run"]
-    assert "--standalone" in words
+    assert words[words.index("--rdzv-conf") + 1] == "store_type=file"
+    assert words[words.index("--local-addr") + 1] == "127.0.0.1"
+    assert not Path(words[words.index("--rdzv-endpoint") + 1]).exists()
     assert words[words.index("--nproc-per-node") + 1] == "2"
     assert words[-6:] == ["-m", "mme", "train", "--config", CONFIG, "train.epochs=2"]
 
@@ -78,7 +81,7 @@ def test_data_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path
     assert "no such folder" in the_error(launch(*run, f"data.path={tmp_path}/none"))
     assert "no dataset.json" in the_error(launch(*run, f"data.path={tmp_path}"))
     (tmp_path / "dataset.json").write_text("{")
-    assert "dataset.json: not readable as JSON" in the_error(launch(*run, f"data.path={tmp_path}"))
+    assert "dataset.json: not JSON (" in the_error(launch(*run, f"data.path={tmp_path}"))
 
 
 @pytest.mark.parametrize("nnodes", [1, 2])
@@ -105,6 +108,11 @@ if behaviour == "refuses":
     sys.exit(2)
 if behaviour == "dies once" and rank == "1" and len(tries.read_text()) == 1:
     os.kill(os.getpid(), 9)
+if behaviour == "listens":
+    import psutil
+    connections = psutil.Process(os.getppid()).net_connections("tcp")
+    listening = [each.laddr for each in connections if each.status == "LISTEN"]
+    (folder / f"listening-{rank}").write_text(repr(listening))
 if behaviour == "always fails":
     raise ValueError("the worker's own traceback")
 if behaviour == "waits":
@@ -124,11 +132,17 @@ sys.exit(torchrun.run(job, resumes=True, module=sys.argv[2:]))
 
 def start_workers(folder: Path, behaviour: str, max_restarts: int) -> subprocess.Popen[str]:
     (folder / "behaving_worker.py").write_text(WORKER)
+    (folder / "temporary").mkdir()
     arguments = [str(max_restarts), "behaving_worker", str(folder), behaviour]
     return subprocess.Popen(
         [sys.executable, "-c", LAUNCH, *arguments],
         cwd=folder,
-        env={"PATH": "/usr/bin:/bin", "PYTHONPATH": f"{REPOSITORY}:{folder}", "OMP_NUM_THREADS": "1"},
+        env={
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": f"{REPOSITORY}:{folder}",
+            "OMP_NUM_THREADS": "1",
+            "TMPDIR": str(folder / "temporary"),
+        },
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -140,6 +154,15 @@ def test_a_refused_input_ends_the_job_with_status_2_and_its_one_line(tmp_path: P
     assert launcher.returncode == 2
     lines = [line for line in errors.splitlines() if "speaks" not in line]
     assert lines == ["error: data.path: what was found, what was expected"]
+
+
+def test_torchrun_listens_nowhere_on_one_node_and_leaves_no_file(tmp_path: Path) -> None:
+    launcher = start_workers(tmp_path, "listens", max_restarts=0)
+    _, errors = launcher.communicate(timeout=PATIENCE_S)
+    assert launcher.returncode == 0, errors
+    assert [(tmp_path / f"listening-{rank}").read_text() for rank in (0, 1)] == ["[]", "[]"]
+    assert all("speaks" in line for line in errors.splitlines())
+    assert not list((tmp_path / "temporary").glob("mme-*"))
 
 
 def test_workers_start_again_after_one_has_died(tmp_path: Path) -> None:
@@ -207,6 +230,8 @@ def test_cores_are_shared_among_the_processes(monkeypatch: pytest.MonkeyPatch) -
     job = Job(Path("x.yaml"), (), 1, 4, 0)
     monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "90")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth0")
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth0")
     assert torchrun.environment(job) == {"OMP_NUM_THREADS": "2"}
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert torchrun.environment(job) == {}
