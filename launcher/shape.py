@@ -73,7 +73,7 @@ class Shape:
 
     @property
     def expert_blocks(self) -> int:
-        return flops.num_expert_blocks(self.config.model)
+        return len(self.config.model.expert_blocks)
 
     @property
     def expert_parallel_size(self) -> int:

@@ -17,11 +17,6 @@ def head_widths(model: ModelConfig) -> tuple[int, int]:
     return model.num_heads * dqk, model.num_heads * dv
 
 
-def num_expert_blocks(model: ModelConfig) -> int:
-    """Blocks whose FFN is a mixture of experts."""
-    return len(set(model.moe.placement) or range(model.num_blocks)) if model.moe.num_experts else 0
-
-
 def projections(model: ModelConfig) -> int:
     """Multiply-adds of a FuXi block and view for a token, before and after attention: d (4 H dv + 2 H dqk) + 3 H dv d."""
     qk, v = head_widths(model)
@@ -48,7 +43,7 @@ def training_flops(config: Config, num_tokens: int, num_pairs: int, num_items: i
         num_items: of the catalogue, which the full softmax scores.
     """
     model, loss = config.model, config.loss
-    blocks, with_experts, top_k = model.num_blocks, num_expert_blocks(model), model.moe.top_k
+    blocks, with_experts, top_k = model.num_blocks, len(model.expert_blocks), model.moe.top_k
     rows = model.num_tables * num_tokens
     forward = {
         "attention": blocks * (rows * projections(model) + model.num_tables * num_pairs * attention_pair(model)),

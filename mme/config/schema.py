@@ -164,6 +164,11 @@ class ModelConfig:
         return self.num_tables if self.moe.router == "all_views" else 1
 
     @property
+    def expert_blocks(self) -> list[int]:
+        """The blocks with experts, ascending, counted from 0."""
+        return sorted(set(self.moe.placement) or range(self.num_blocks)) if self.moe.num_experts else []
+
+    @property
     def name(self) -> str:
         """The name of the model in metrics and reports: FuXi-α is the fuxi block with one table and dense FFNs."""
         if self.block != "fuxi":

@@ -114,7 +114,7 @@ def _routing(
 ) -> dict[str, Any]:
     config, device = recommender.config, recommender.world.device
     moe, num_views = config.model.moe, config.model.num_tables
-    blocks = sorted(set(moe.placement)) or list(range(config.model.num_blocks))
+    blocks = config.model.expert_blocks
     decile = popularity_order(counts) * DECILES // counts.numel()
     bounds = [2**power for power in range(config.data.max_seq_len.bit_length())]
     names = {

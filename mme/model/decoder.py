@@ -1,4 +1,4 @@
-"""The decoder that all views share: input views, the stack of blocks, and what the routers decided.
+"""The decoder that all views share: input views, the stack of blocks, and the decisions of the routers.
 
 Legend: B sequences, N max_seq_len, T tokens, M views, d view width, U distinct items of a batch, F event and G user features.
 """
@@ -13,10 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels import plan_attention
 from mme.config import Config
-from mme.model.baselines import HSTUBlock, SASRecBlock
+from mme.model.blocks import make_block
 from mme.model.fuxi_block import FuxiBlock
 from mme.model.inputs import InputViews, UserTokens
-from mme.model.moe import DenseFFN, MixtureOfExperts, Routing
+from mme.model.moe import MixtureOfExperts, Routing
 from mme.profiling.regions import region
 
 
@@ -24,9 +24,9 @@ from mme.profiling.regions import region
 class DecoderOutput:
     """
     Attributes:
-        hidden: (T, M, d), of `train.precision`, the final views of each token of an item.
-        routing: of each block that has experts, in order; of the users' tokens too.
-        item_places: (T,) where the tokens of items stand among all; None: they are all.
+        hidden: (T, M, d) in `train.precision`, the final views of each item token.
+        routing: of each block with experts, in order; it covers the users' tokens too.
+        item_places: (T,) int64, the places of item tokens among all tokens; None: there are no others.
     """
 
     hidden: Tensor
@@ -35,7 +35,7 @@ class DecoderOutput:
 
 
 class Decoder(nn.Module):
-    """All M views of a batch pass through one stack of blocks, in one call."""
+    """Passes all M views of a batch through one stack of blocks in one call."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -45,8 +45,8 @@ class Decoder(nn.Module):
         self.recompute = config.train.recompute == "blocks"
         self.max_seq_len = config.data.max_seq_len
         self.inputs = InputViews(model.num_tables, model.view_dim, self.max_seq_len, model.dropout, model.positions)
-        self.block = model.block
-        self.blocks = nn.ModuleList(_block(config, index) for index in range(model.num_blocks))
+        self.blocks = nn.ModuleList(make_block(config, index) for index in range(model.num_blocks))
+        self.plans_attention = any(isinstance(block, FuxiBlock) for block in self.blocks)
 
     def forward(
         self,
@@ -63,11 +63,11 @@ class Decoder(nn.Module):
             item_index: (T,) int64, the row of each token's item.
             seq_offsets: (B + 1,) int64.
             timestamps: (T + B,) int64 seconds.
-            event_index: (T, F) int64, the rows of each token's event features; None or F = 0: there are none.
-            user_index: (B, G) int64, the rows of each user's features, which make a token before its sequence, seen by
-                all that follow; None or G = 0: there is no such token.
+            event_index: (T, F) int64, the rows of each token's event features; None or F = 0: no features.
+            user_index: (B, G) int64, the rows of each user's features. They make a token before the sequence that all its
+                tokens attend to; None or G = 0: no such token.
 
-        The blocks compute in `train.precision`, each with its weights cast; what they learn stays float32.
+        Blocks compute in `train.precision` and cast their weights to it; the weights themselves are float32.
         """
         user_tokens = None
         with region("lookup"):
@@ -76,7 +76,7 @@ class Decoder(nn.Module):
                 seq_offsets, timestamps = user_tokens.seq_offsets, user_tokens.timestamps
             x = self.inputs(item_rows, item_index, seq_offsets, event_index, user_index, user_tokens).to(self.dtype)
         plan = None
-        if self.block == "fuxi":
+        if self.plans_attention:
             with region("attention"):
                 plan = plan_attention(seq_offsets, self.max_seq_len, timestamps, backend=self.backend)
         routing = []
@@ -95,31 +95,5 @@ class Decoder(nn.Module):
         return DecoderOutput(hidden, routing, item_places)
 
     def moe_layers(self) -> list[MixtureOfExperts]:
-        """The mixtures of experts, by block."""
+        """The mixtures of experts, in the order of the blocks."""
         return [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
-
-
-def _block(config: Config, index: int) -> nn.Module:
-    """The ``index``-th block, of the kind that `model.block` names."""
-    model, moe, backend = config.model, config.model.moe, config.kernels.backend
-    dim, max_seq_len = model.view_dim, config.data.max_seq_len
-    dqk, dv = model.head_dims
-    if model.block == "sasrec":
-        return SASRecBlock(dim, model.num_heads, dqk, dv, model.hidden_dim, model.dropout)
-    if model.block == "hstu":
-        return HSTUBlock(dim, max_seq_len, model.num_heads, dqk, dv, model.dropout)
-    ffn: DenseFFN | MixtureOfExperts
-    if moe.num_experts and (not moe.placement or index in moe.placement):
-        ffn = MixtureOfExperts(
-            moe.num_experts,
-            moe.top_k,
-            dim,
-            model.hidden_dim,
-            moe.renormalize,
-            backend,
-            moe.capacity_factor,
-            views_seen=model.router_views,
-        )
-    else:
-        ffn = DenseFFN(dim, model.hidden_dim, backend)
-    return FuxiBlock(dim, max_seq_len, model.num_heads, dqk, dv, ffn, model.dropout, backend)

@@ -14,6 +14,7 @@ Legend: T tokens, M views, d view width, D = M·d, U distinct rows of a batch, n
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -59,8 +60,11 @@ class NextItemLoss:
         """(T,) the loss by the summed scores of the views given, which are all M or some of them."""
         queries = normalize_views(hidden.float(), self.score_norm).to(hidden.dtype)
         vectors = normalize_views(item_rows, self.score_norm).to(hidden.dtype)
-        if items.negatives is None:
-            return self._full_softmax(queries, vectors[: self.num_items], items.targets)
+        return LOSSES[self.loss.kind](self, queries, vectors, items)
+
+    def sampled_softmax(self, queries: Tensor, vectors: Tensor, items: BatchItems) -> Tensor:
+        """Softmax over each token's target and its negatives."""
+        assert items.negatives is not None
         return sampled_softmax_loss(
             queries,
             vectors,
@@ -73,11 +77,22 @@ class NextItemLoss:
             backend=self.backend,
         )
 
-    def _full_softmax(self, queries: Tensor, vectors: Tensor, targets: Tensor) -> Tensor:
+    def full_softmax(self, queries: Tensor, vectors: Tensor, items: BatchItems) -> Tensor:
+        """Softmax over the whole catalogue, in chunks of tokens whose logits backward computes again."""
+        catalogue = vectors[: self.num_items]  # not the features behind it
+
         def of_chunk(chunk: Tensor, chunk_targets: Tensor) -> Tensor:
-            logits = (chunk @ vectors.T).float() / self.loss.temperature
+            logits = (chunk @ catalogue.T).float() / self.loss.temperature
             return F.cross_entropy(logits, chunk_targets, reduction="none")
 
         size = self.loss.FULL_SOFTMAX_TOKENS
-        chunks = zip(queries.split(size), targets.split(size), strict=True)
+        chunks = zip(queries.split(size), items.targets.split(size), strict=True)
         return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
+
+
+# By `loss.kind`: queries (T, D) and vectors (U, D), both normalised, → (T,) float32. To add one: its method, an entry here,
+# and its name in `mme.config.schema`.
+LOSSES: dict[str, Callable[[NextItemLoss, Tensor, Tensor, BatchItems], Tensor]] = {
+    "sampled_softmax": NextItemLoss.sampled_softmax,
+    "full_softmax": NextItemLoss.full_softmax,
+}
