@@ -137,11 +137,9 @@ def bar_chart(groups: Sequence[str], lines: Sequence[Line], *, title: str, x_tit
             "group": one_line(groups[int(x)]),
             "series": one_line(line.name),
             "y": significant(y),
-            "low": significant(y - line.errors[index]) if line.errors is not None else None,
-            "high": significant(y + line.errors[index]) if line.errors is not None else None,
             "at": one_line(groups[int(x)]),
-            "value": f"{y:.4g}",
         }
+        | _with_error(y, None if line.errors is None else line.errors[index])
         for line in lines
         for index, (x, y) in enumerate(line.points)
     ]
@@ -206,11 +204,18 @@ def _rows(line: Line) -> list[dict[str, Any]]:
             "faint": int(line.faint),
             "dot": line.marked or len(line.points) == 1,
             "at": f"{x:,.6g}",
-            "value": f"{y:.4g}" if error is None else f"{y:.4g} ± {error:.2g}",
         }
-        | ({} if error is None else {"low": significant(y - error), "high": significant(y + error)})
+        | _with_error(y, error)
         for (x, y), error in zip(kept, errors, strict=True)
     ]
+
+
+def _with_error(y: float, error: float | None) -> dict[str, Any]:
+    """The text of a value and, where it has an error, its interval, which does not reach below 0 for what can't be negative."""
+    if error is None:
+        return {"value": f"{y:.4g}"}
+    low = max(y - error, 0.0) if y >= 0 else y - error
+    return {"value": f"{y:.4g} ± {error:.2g}", "low": significant(low), "high": significant(y + error)}
 
 
 def _x_axis(rows: list[dict[str, Any]], ticks: dict[float, str] | None) -> alt.Axis:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 import shutil
 import subprocess
@@ -44,6 +46,47 @@ def test_hostile_run_is_drawn_and_runs_nothing(tmp_path: Path) -> None:
     dom, console = opened(page, tmp_path / "profile")
     assert console == [] and 'data-charts="drawn"' in dom and "could not be drawn" not in dom
     assert "<img" not in dom and "alert(1)" in dom
+
+
+WATCH = """{
+const at = (type, options) => new PointerEvent(type, { bubbles: true, pointerType: "mouse", view: window, ...options });
+const labels = (svg) => [...svg.querySelectorAll(".role-axis-label text")].map((text) => text.textContent).join(" ");
+const wheel = (mark, place, name, ctrlKey) => {
+  const event = new WheelEvent("wheel", { bubbles: true, cancelable: true, view: window, deltaY: -300, ctrlKey, ...place });
+  mark.dispatchEvent(event);
+  document.body.dataset[name] = event.defaultPrevented;
+};
+const drawn = setInterval(() => {
+  if (document.body.dataset.charts !== "drawn") return;
+  clearInterval(drawn);
+  const svg = document.querySelector("#chart-0 svg");
+  svg.scrollIntoView();
+  const box = svg.getBoundingClientRect();
+  const place = { clientX: box.x + box.width / 2, clientY: box.y + box.height / 2 };
+  const mark = document.elementFromPoint(place.clientX, place.clientY);
+  for (const type of ["pointerover", "mouseover", "pointermove", "mousemove"]) mark.dispatchEvent(at(type, place));
+  document.body.dataset.before = labels(svg);
+  setTimeout(() => {
+    document.body.dataset.tooltip = document.getElementById("vg-tooltip-element")?.textContent;
+    wheel(mark, place, "scrolled", false);
+    setTimeout(() => wheel(mark, place, "zoomed", true), 500);
+    setTimeout(() => { document.body.dataset.after = labels(svg); }, 1000);
+  }, 500);
+}, 50);
+}"""
+
+
+def test_hovering_shows_values_and_only_ctrl_and_the_wheel_zoom(tmp_path: Path) -> None:
+    page = write_report(write_run(tmp_path / "run", [RUN, *train_records()]))
+    digest = base64.b64encode(hashlib.sha256(WATCH.encode()).digest()).decode()
+    source = page.read_text().replace("script-src", f"script-src 'sha256-{digest}'", 1)
+    page.write_text(source.replace("</main>", f"</main><script>{WATCH}</script>", 1))
+    dom, console = opened(page, tmp_path / "profile")
+    assert console == []
+    seen = dict(re.findall(r'data-(\w+)="([^"]*)"', dom))
+    assert re.fullmatch(r"line(recorded steps|smoothed)step(90|1[01]0|100)value(5|6)(\.\d+)?", seen["tooltip"])
+    assert (seen["scrolled"], seen["zoomed"]) == ("false", "true")
+    assert seen["before"] != seen["after"]
 
 
 def test_policy_refuses_a_script_that_is_not_the_page_s_own(tmp_path: Path) -> None:

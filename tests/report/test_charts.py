@@ -8,16 +8,14 @@ import pytest
 import vl_convert
 
 from mme.report.charts import Chart, Line, bar_chart, heat_map, line_chart, smoothed, thinned
-from scripts.bundle_vega import BUNDLE, bundle
-
-COMPILE = {"vl_version": "6.4"}
+from scripts.bundle_vega import BUNDLE, VEGA_LITE, bundle
 
 
 def drawn(chart: Chart | None) -> str:
     """The chart as SVG, drawn by Vega outside of a browser."""
     assert chart is not None
     spec = chart.spec | {"width": 400}
-    return vl_convert.vegalite_to_svg(spec, **COMPILE)
+    return vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)
 
 
 def rows(chart: Chart | None) -> list[dict[str, Any]]:
