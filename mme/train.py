@@ -302,13 +302,13 @@ class Training:
     def _test(self, monitor: Monitor) -> list[dict[str, Any]]:
         """The test metrics of the checkpoint that validation chose (the last one where there is no validation)."""
         step = checkpoint.load_weights(self.run_folder, None, self.recommender, self.numbering, monitor.note)
-        records = self._evaluate("test", step)
+        records = self._evaluate("test", step, keep_ranks_in=self.run_folder)
         for record in records:
             monitor.evaluation(record)
         return records
 
     @region("evaluation")
-    def _evaluate(self, part: HeldOut, step: int) -> list[dict[str, Any]]:
+    def _evaluate(self, part: HeldOut, step: int, keep_ranks_in: Path | None = None) -> list[dict[str, Any]]:
         """Raises Preempted, on all ranks, where one of them has been asked to stop."""
 
         def before_batch() -> None:
@@ -316,7 +316,7 @@ class Training:
             if self.world.sum(torch.tensor(int(self.preemption.requested), device=self.world.device)):
                 raise Preempted(f"asked to stop while step {step} was evaluated; the same command goes on from there")
 
-        return evaluate(self.recommender, self.dataset, self.config, part, step, before_batch)
+        return evaluate(self.recommender, self.dataset, self.config, part, step, before_batch, keep_ranks_in)
 
     def _total_steps(self, progress: Progress) -> int:
         """Steps until `train.steps` or `train.epochs` is reached, whichever is first, those up to ``progress`` included."""

@@ -47,11 +47,13 @@ def insight(
         ``ranking`` (with several views, where there are histories): NDCG@10 by each view's share of the score alone,
         ``ndcg@10`` [view], by all, ``all_views``, and the number of ``users``;
         ``routing`` (with experts): for "view", "popularity" and "position" the ``groups`` and the ``share`` of each group's
-        choices, [block][group][expert]; ``blocks`` of them; ``time_weights`` and ``position_weights`` [block][…].
+        choices, [block][group][expert]; ``blocks`` of them; ``longest_gap_s``, the longest time between two events of a
+        history, the target's included; ``time_weights`` and ``position_weights`` [block][…].
     """
     products, sums = table_products(recommender, before_batch)
     found: dict[str, Any] = table_figures(products, sums, recommender.num_items, recommender.config.model.num_tables)
     some = list(itertools.islice(batches, HISTORY_BATCHES))
+    found["longest_gap_s"] = _longest_gap_s(recommender, some)
     if some and recommender.config.model.num_tables > 1:
         found["ranking"] = _ranking(recommender, some, before_batch)
     if recommender.decoder.moe_layers():
@@ -107,6 +109,18 @@ def _ranking(
     ranks = torch.cat(parts, dim=1)
     *by_view, of_all = [rank_metrics(of)["ndcg@10"] for of in ranks]
     return {"users": ranks.shape[1], "all_views": of_all, "ndcg@10": by_view}
+
+
+def _longest_gap_s(recommender: Recommender, batches: list[EvaluationBatch]) -> int:
+    """Over the histories of all ranks, between the first event read and the target; 0 without histories."""
+    longest = torch.zeros(1, dtype=torch.int64, device=recommender.world.device)
+    for batch in batches:
+        sequences = batch.sequences
+        place = torch.arange(sequences.num_sequences + 1, device=sequences.seq_offsets.device)
+        starts = sequences.seq_offsets + place  # a sequence of L tokens has L + 1 times
+        gaps = sequences.timestamps[starts[1:] - 1] - sequences.timestamps[starts[:-1]]
+        longest = torch.cat([longest, gaps.to(longest.device)]).max().unsqueeze(0)
+    return int(torch.cat(recommender.world.gather(longest)).max())
 
 
 def _routing(

@@ -8,20 +8,28 @@ from torch import Tensor
 CUTOFFS = (10, 50)
 
 
-def rank_metrics(ranks: Tensor) -> dict[str, float]:
-    """Averages over users.
+def user_metrics(ranks: Tensor) -> dict[str, Tensor]:
+    """Each metric of each user, (users,) float64; ``ranks``: (users,) int64, 1 for a target ranked first.
 
-    Args:
-        ranks: (users,) int64, 1 for a target ranked first.
-
-    Returns:
-        hr@k the share of targets in the first k; ndcg@k the mean of 1 / log2(rank + 1) over those in the first k and 0
-        elsewhere, which is NDCG for a single relevant item; mrr the mean of 1 / rank. NaN without users.
+    hr@k is 1 for a target among the first k and otherwise 0; ndcg@k is 1 / log2(rank + 1) among the first k and otherwise
+    0, which is NDCG for a single relevant item; mrr is 1 / rank.
     """
     ranks = ranks.double()
     metrics = {}
     for cutoff in CUTOFFS:
         hit = ranks <= cutoff
-        metrics[f"hr@{cutoff}"] = hit.double().mean().item()
-        metrics[f"ndcg@{cutoff}"] = torch.where(hit, 1 / torch.log2(ranks + 1), 0.0).mean().item()
-    return metrics | {"mrr": (1 / ranks).mean().item()}
+        metrics[f"hr@{cutoff}"] = hit.double()
+        metrics[f"ndcg@{cutoff}"] = torch.where(hit, 1 / torch.log2(ranks + 1), 0.0)
+    return metrics | {"mrr": 1 / ranks}
+
+
+def rank_metrics(ranks: Tensor) -> dict[str, float]:
+    """Means of `user_metrics` over users; NaN without users."""
+    return {name: values.mean().item() for name, values in user_metrics(ranks).items()}
+
+
+def standard_errors(ranks: Tensor) -> dict[str, float]:
+    """Standard errors of `rank_metrics`, s / √n with the sample's standard deviation s; 0 for fewer than two users."""
+    if ranks.numel() < 2:
+        return dict.fromkeys(rank_metrics(ranks), 0.0)
+    return {name: values.std().item() / ranks.numel() ** 0.5 for name, values in user_metrics(ranks).items()}

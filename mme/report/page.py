@@ -36,10 +36,12 @@ from mme.report.results import (
 from mme.report.sections import Rows, Section, points
 from mme.report.text import printable_lines, shell_command
 from mme.report.training import compared_training_section, training_section
+from mme.report.users import users_section
 from mme.run.monitor import duration
 
 REPORT_FILE = "report.html"
 ASSETS = Path(__file__).parent / "assets"
+INTERVAL_NOTE = "± is half a 95% confidence interval over users."
 SCRIPTS = ("vega.min.js", "charts.js")  # Vega with Vega-Lite and Vega-Embed; what draws this page's charts
 
 
@@ -76,6 +78,7 @@ def _checked(output: Path) -> Path:
 
 def _run_page(run: Run) -> str:
     sections = [
+        users_section(run),
         training_section(run),
         experts_section(run.of_kind("experts")),
         insight_section(run.result.get("insight") or {}),
@@ -120,7 +123,7 @@ def _compared_page(runs: Sequence[Run]) -> str:
         title=f"{len(runs)} runs",
         subtitle=[", ".join(names)],
         warnings=warnings,
-        results=Section("Results", notes=_result_notes(runs[0]), tables=[Rows(rows, head=head)]),
+        results=Section("Results", notes=_compared_notes(runs), tables=[Rows(rows, head=head)]),
         sections=[part for part in sections if part],
     )
 
@@ -240,27 +243,26 @@ def _results(run: Run) -> Section | None:
 
 
 def _result_notes(run: Run) -> list[str]:
-    record = next(iter(run.results.values()), {})
-    if not record:
-        return []
+    record = next(iter(run.results.values()))
     facts = [f"Metrics of the checkpoint of step {run.step:,} on the {run.split} split"]
     if record.get("users") is not None:
         facts.append(f"{record['users']:,} users")
-    for label, key in {
-        "protocol": "protocol",
-        "order of events": "sort_rule",
-        "SHA-256 of the targets": "targets_sha256",
-    }.items():
-        if record.get(key):
-            facts.append(f"{label}: {record[key]}")
+    names = {"protocol": "protocol", "sort_rule": "order of events", "targets_sha256": "SHA-256 of the targets"}
+    facts += [f"{name}: {record[key]}" for key, name in names.items() if record.get(key)]
     notes = ["; ".join(facts) + ".", _seen_rule(record)]
     if record.get("repeated_targets") is not None:
         notes.append(f"{record['repeated_targets']:.2%} of the targets repeat an item of the user's history.")
     if record.get("standard_errors"):
-        notes.append("± is half a 95% confidence interval over users.")
+        notes.append(INTERVAL_NOTE)
     if run.oracle:
         notes.append("The oracle knows the process that generated the data: no model can do better on average.")
     return [" ".join(notes)]
+
+
+def _compared_notes(runs: Sequence[Run]) -> list[str]:
+    has_errors = any(run.result.get("standard_errors") for run in runs)
+    test = "`mme compare` tests the differences user by user."
+    return [f"{INTERVAL_NOTE} {test}" if has_errors else test]
 
 
 def _seen_rule(record: dict[str, Any]) -> str:

@@ -11,17 +11,23 @@ from mme.report.charts import Chart
 
 @dataclass(frozen=True)
 class Rows:
-    """A table: ``rows`` of (name, cells), under ``head`` where there is one; ``strong``: the row that is set off."""
+    """A table: ``rows`` of (name, cells), under ``head`` where there is one.
+
+    Attributes:
+        strong: the row that is set off.
+        text: the cells are texts that may wrap, not numbers; such a table stands below the charts.
+    """
 
     rows: Sequence[tuple[str, Sequence[str]]]
     head: Sequence[str] = ()
     title: str = ""
     strong: int | None = None
+    text: bool = False
 
 
 @dataclass(frozen=True)
 class Section:
-    """A card of the page: its tables first, then its charts, two in a row where the screen is wide."""
+    """A card of the page: notes, tables of numbers, then charts, two in a row where the screen is wide."""
 
     title: str
     notes: Sequence[str] = ()

@@ -119,6 +119,25 @@ class Insight(Part):
         return self
 
 
+class Segment(Part):
+    """See `mme.evaluation.segments.group_means`."""
+
+    group: str
+    users: Count
+    ndcg_at_10: Share = Field(alias="ndcg@10")
+    standard_error: Annotated[float, Field(ge=0)]
+
+
+class Example(Part):
+    """A user as raw ids: the newest events, oldest first; the head of the model's list; the target and its rank."""
+
+    user: str
+    history: list[str]
+    top: list[str]
+    target: str
+    rank: Count | None = None
+
+
 class EvalRecord(Record):
     model: str | None = None
     split: str | None = None
@@ -129,6 +148,8 @@ class EvalRecord(Record):
     seen: str | None = None
     repeated_targets: Share | None = None
     standard_errors: dict[str, float] = {}
+    segments: dict[str, list[Segment]] = {}
+    examples: list[Example] = []
     insight: Insight | None = None
 
     @model_validator(mode="before")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -68,6 +69,11 @@ def test_figures_equal_those_of_the_whole() -> None:
         for b in range(num_views):
             cka = (kernels[a] * kernels[b]).sum() / (kernels[a].norm() * kernels[b].norm())
             assert found["similarity"][a][b] == pytest.approx(float(cka), rel=1e-4)
+
+    batch = sequences(SPLITS[1][0])
+    starts = (batch.seq_offsets + torch.arange(batch.seq_offsets.numel())).tolist()
+    times = [batch.timestamps[start:end] for start, end in itertools.pairwise(starts)]
+    assert found["longest_gap_s"] == max(int(of_history[-1] - of_history[0]) for of_history in times) > 0
 
     assert found["ranking"]["users"] == ranks.shape[1]
     by_view = [rank_metrics(of)["ndcg@10"] for of in ranks]

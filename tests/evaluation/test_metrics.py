@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from mme.evaluation.metrics import rank_metrics
+from mme.evaluation.metrics import rank_metrics, standard_errors
 from mme.model.baselines import popularity_ranks
 
 
@@ -28,3 +28,12 @@ def test_popularity_ranks_unseen_items_by_count_then_index() -> None:
     offsets = torch.tensor([0, *map(len, seen)]).cumsum(0)
     ranks = popularity_ranks(counts, targets, torch.tensor([i for items in seen for i in items]), offsets)
     assert ranks.tolist() == [1, 4, 1, 4]
+
+
+def test_standard_errors_are_those_of_the_means() -> None:
+    ranks = torch.tensor([1, 2, 10, 11, 60])
+    errors = standard_errors(ranks)
+    hits = [1, 1, 1, 0, 0]
+    assert errors["hr@10"] == pytest.approx((sum((hit - 0.6) ** 2 for hit in hits) / 4) ** 0.5 / 5**0.5)
+    assert set(errors) == set(rank_metrics(ranks))
+    assert set(standard_errors(ranks[:1]).values()) == {0.0}

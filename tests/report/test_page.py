@@ -204,3 +204,24 @@ def test_an_installed_package_has_templates_and_scripts(tmp_path: Path) -> None:
         "templates",
         "__pycache__",
     }
+
+
+def test_segments_and_example_users_are_shown(tmp_path: Path) -> None:
+    rows = [
+        {"group": "top 1%", "users": 30, "ndcg@10": 0.5, "standard_error": 0.1},
+        {"group": "new", "users": 4, "ndcg@10": 0.25, "standard_error": 0.05},
+    ]
+    example = {"user": "u1", "history": ["a", "b"], "top": ["c", "d"], "target": "<e>", "rank": 7}
+    more = {"segments": {"popularity": rows}, "examples": [example, example | {"user": "u2", "rank": None}]}
+    record = evaluation("fuxi-mme", "test", 200, 0.11, **more)
+    baseline = evaluation("popularity", "test", 200, 0.02, segments={"popularity": rows[:1]})
+    page = Page(write_report(write_run(tmp_path / "run", [record, baseline])))
+    (spec,) = page.charts
+    assert [(row["group"], row["series"], row["y"], row["low"], row["high"]) for row in spec["data"]["values"]] == [
+        ("top 1% (30)", "fuxi-mme", 0.5, 0.304, 0.696),
+        ("new (4)", "fuxi-mme", 0.25, 0.152, 0.348),
+        ("top 1% (30)", "popularity", 0.5, 0.304, 0.696),
+    ]
+    (first,) = [line for line in page.source.splitlines() if "<th>u1</th>" in line]
+    assert first == "<tr><th>u1</th><td>a → b</td><td>c, d</td><td>&lt;e&gt;</td><td>7</td></tr>"
+    assert "not ranked" in page.text

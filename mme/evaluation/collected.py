@@ -1,0 +1,117 @@
+"""What the test keeps of each user while it ranks the targets: ranks, lists, segments and a few examples.
+
+Legend: B histories of one rank's batch, U those of all ranks.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mme.data.batch import EvaluationBatch
+from mme.data.dataset import PreparedDataset
+from mme.data.numbering import read_item_ids
+from mme.evaluation.metrics import user_metrics
+from mme.evaluation.ranking import Ranker
+from mme.evaluation.segments import group_means, history_groups, popularity_groups
+from mme.evaluation.user_ranks import LIST_LENGTH, UNRANKED, UserRanks
+from mme.model.baselines import popularity_order
+
+SEGMENTED = "ndcg@10"
+NUM_EXAMPLES = 6
+EXAMPLE_EVENTS = 5  # of a history and of a list
+
+
+class CollectedUsers:
+    """Collects batch by batch, on every rank; `add` is a collective.
+
+    Args:
+        counts: (num_items,) int64, training events of each item.
+    """
+
+    def __init__(self, counts: Tensor) -> None:
+        self.counts = counts
+        self.order = popularity_order(counts)
+        self.information = -torch.log2((counts + 1) / (counts.sum() + counts.numel()))  # bits, (num_items,)
+        self._batches: list[dict[str, Tensor]] = []
+        self._examples: list[dict[str, Any]] = []
+
+    def add(self, batch: EvaluationBatch, ranker: Ranker, ranks: Tensor, popularity_ranks: Tensor) -> None:
+        """Of one batch on every rank; ``ranks`` and ``popularity_ranks``: (U,) of the targets."""
+        world = ranker.world
+        facts = torch.stack([batch.sequences.user_rows, batch.targets, batch.seen_offsets.diff()], dim=1)
+        user_row, target, history_events = torch.cat(world.gather(facts)).unbind(1)
+        items, _ = ranker.top_k(batch.sequences, batch.seen_ids, batch.seen_offsets, LIST_LENGTH)
+        listed = items >= 0
+        bits = self.information[items.clamp(min=0)].where(listed, 0).sum(1)
+        if not self._batches:
+            self._examples = _examples(batch, ranks, items)
+        self._batches.append(
+            {
+                "user_row": user_row,
+                "rank": ranks,
+                "popularity_rank": popularity_ranks,
+                "target_place": self.order[target],
+                "target_events": self.counts[target],
+                "history_events": history_events,
+                "top_items": items,
+                "novelty": bits.double() / listed.sum(1).clamp(min=1),
+            }
+        )
+
+    def user_ranks(self, about: dict[str, Any]) -> UserRanks:
+        """Of all users added; ``about``: the metadata."""
+        arrays = {name: torch.cat([of[name] for of in self._batches]).cpu().numpy() for name in self._batches[0]}
+        return UserRanks(about, **arrays)
+
+    def examples(self, dataset: PreparedDataset) -> list[dict[str, Any]]:
+        """The first users of rank 0's first batch, with raw item ids; users are named by their row."""
+        item_ids = read_item_ids(dataset.folder)
+
+        def raw(items: list[int]) -> list[str]:
+            return [str(item_ids[item].as_py()) for item in items]
+
+        return [
+            {
+                "user": f"row {example['row']}",
+                "history": raw(example["history"]),
+                "top": raw(example["top"]),
+                "target": raw([example["target"]])[0],
+                "rank": example["rank"],
+            }
+            for example in self._examples
+        ]
+
+
+def segments(users: UserRanks) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    """Model and "popularity" → "popularity" and "history" → a row a group of users, see `mme.evaluation.segments`."""
+    groups = {
+        "popularity": popularity_groups(users.target_place, users.target_events, users.about["num_items"]),
+        "history": history_groups(users.history_events),
+    }
+    found = {}
+    for name, ranks in ((users.about["model"], users.rank), ("popularity", users.popularity_rank)):
+        values = user_metrics(torch.from_numpy(ranks))[SEGMENTED].numpy()
+        found[name] = {kind: group_means(values, of_kind, SEGMENTED) for kind, of_kind in groups.items()}
+    return found
+
+
+def _examples(batch: EvaluationBatch, ranks: Tensor, items: Tensor) -> list[dict[str, Any]]:
+    """Of rank 0's batch, which comes first among those of all ranks."""
+    found = []
+    offsets = batch.sequences.seq_offsets.tolist()
+    for place in range(min(NUM_EXAMPLES, batch.targets.numel())):
+        start, end = offsets[place : place + 2]
+        rank = int(ranks[place])
+        found.append(
+            {
+                "row": int(batch.sequences.user_rows[place]),
+                "history": batch.sequences.item_ids[max(start, end - EXAMPLE_EVENTS) : end].tolist(),
+                "top": [item for item in items[place, :EXAMPLE_EVENTS].tolist() if item >= 0],
+                "target": int(batch.targets[place]),
+                "rank": None if rank == UNRANKED else rank,
+            }
+        )
+    return found

@@ -1,0 +1,60 @@
+"""The report's section on the users that a result is made of: metrics by segment, and examples."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mme.report.charts import Chart, Line, bar_chart
+from mme.report.results import SELECTED_BY, Z_95, Run
+from mme.report.sections import Rows, Section, section
+
+SEGMENTS = {
+    "popularity": ("NDCG@10 by popularity of the target", "place of the target in the order of popularity"),
+    "history": ("NDCG@10 by length of the history", "events before the target"),
+}
+
+
+def users_section(run: Run) -> Section | None:
+    """NDCG@10 of the model and of popularity by segment, and example users; None where none was recorded."""
+    charts = [_by_segment(run, kind, title, x_title) for kind, (title, x_title) in SEGMENTS.items()]
+    examples = run.result.get("examples") or []
+    tables = [_examples(examples)] if examples else []
+    return section("Who it works for", charts, notes=["Bars with 95% confidence intervals over users."], tables=tables)
+
+
+def _by_segment(run: Run, kind: str, title: str, x_title: str) -> Chart | None:
+    by_model = {
+        name: record.get("segments", {}).get(kind, []) for name, record in run.results.items() if record.get("segments")
+    }
+    groups: dict[str, int] = {}  # in the order of the records → users
+    for rows in by_model.values():
+        for row in rows:
+            groups.setdefault(row["group"], row["users"])
+    places = {name: place for place, name in enumerate(groups)}
+    lines = [
+        Line(
+            name,
+            [(places[row["group"]], row[SELECTED_BY]) for row in rows],
+            colour=colour,
+            errors=[Z_95 * row["standard_error"] for row in rows],
+        )
+        for colour, (name, rows) in enumerate(by_model.items())
+    ]
+    labels = [f"{name} ({users:,})" for name, users in groups.items()]
+    return bar_chart(labels, lines, title=title, x_title=f"{x_title} (users)")
+
+
+def _examples(examples: list[dict[str, Any]]) -> Rows:
+    rows = [
+        (
+            example["user"],
+            [" → ".join(example["history"]), ", ".join(example["top"]), example["target"], _rank(example.get("rank"))],
+        )
+        for example in examples
+    ]
+    head = ["newest events", "first items of the list", "target", "its rank"]
+    return Rows(rows, head=head, title="Example users", text=True)
+
+
+def _rank(rank: int | None) -> str:
+    return "not ranked" if rank is None else f"{rank:,}"
