@@ -71,6 +71,7 @@ setup(
         "PyYAML>=6.0",
         "rich>=13",
         "safetensors>=0.5",
+        "scipy>=1.11",
         "tensorboard>=2.18",
         "torch>=2.11,<2.14",
         "typer>=0.16",

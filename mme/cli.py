@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -32,6 +33,14 @@ app = typer.Typer(name="mme", add_completion=False, no_args_is_help=True, rich_m
 RunOption = Annotated[
     Path, typer.Option("--run", metavar="DIR", help="Folder of a run: the output_dir of `mme train`.")
 ]
+
+
+class TableFormat(str, Enum):
+    """How `mme compare` writes its tables."""
+
+    markdown = "markdown"
+    csv = "csv"
+    latex = "latex"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -125,6 +134,10 @@ def evaluate(
     checkpoint: Annotated[
         Optional[int], typer.Option(metavar="STEP", min=0, help="Step of the checkpoint; default: the best one.")
     ] = None,
+    save_ranks: Annotated[
+        bool,
+        typer.Option("--save-ranks", help="Keep each user's rank in the run's folder, for `mme compare`."),
+    ] = False,
 ) -> None:
     """Print the test metrics of a run's checkpoint as JSON.
 
@@ -142,7 +155,7 @@ def evaluate(
         _name_accelerator()
         from mme.evaluation.evaluate import evaluate_run
 
-        metrics = evaluate_run(run, checkpoint)
+        metrics = evaluate_run(run, checkpoint, save_ranks=save_ranks)
         if rank() == 0:
             os.write(output, (json.dumps(metrics, indent=2) + "\n").encode())
 
@@ -222,6 +235,50 @@ def report(
         else:
             assert output is not None
             print(f"wrote {write_compared_report(folders, output)}")
+
+
+@app.command(no_args_is_help=True)
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="DIR DIR...", help="Folders of runs; the first is the baseline.")
+    ],
+    output_format: Annotated[
+        TableFormat, typer.Option("--format", help="How the tables are written.")
+    ] = TableFormat.markdown,
+    output: Annotated[
+        Optional[Path],
+        typer.Option(metavar="FILE", help="File to write; default: standard output.", show_default=False),
+    ] = None,
+) -> None:
+    """Compare the test results of runs user by user.
+
+    The tables show each metric with its 95% confidence interval over users, the difference of NDCG@10 from the first run
+    with a paired test and Holm's correction, NDCG@10 by popularity of the target and by length of the history, and the
+    coverage and novelty of the lists. Runs that were evaluated on other targets are refused.
+
+    Examples:
+
+        mme compare runs/fuxi runs/sasrec
+
+        mme compare runs/fuxi runs/sasrec --format latex --output table.tex
+    """
+    with job_status():
+        if len(runs) < 2:
+            raise UserError(f"{runs[0]}: one run: expected at least two to compare")
+        for run in runs:
+            _run_folder(run)
+        from mme.files import write_text
+        from mme.report.compare import FORMATS
+        from mme.report.compare import compare as compare_runs
+
+        text = FORMATS[output_format.value](compare_runs(runs))
+        if output is None:
+            print(text, end="")
+        else:
+            if not output.parent.is_dir() or output.is_dir():
+                raise UserError(f"--output {output}: expected a file in an existing folder")
+            write_text(output, text)
+            print(f"wrote {output}")
 
 
 def _command_name(arguments: Sequence[str] | None) -> str:
