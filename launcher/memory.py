@@ -18,7 +18,7 @@ from mme.config import Config
 
 FLOAT = 4  # bytes: weights, their gradients and optimizer states are float32
 INT64 = 8
-TABLE_STATES = {"adam": 2.0, "adagrad": 1.0, "rowwise_adagrad": 0.0, "sgd": 0.0}  # copies of the weights
+TABLE_STATES = {"adam": 2.0, "dense_adam": 2.0, "adagrad": 1.0, "rowwise_adagrad": 0.0, "sgd": 0.0}  # copies of the weights
 WRITTEN = 3  # copies of the decoder's size in a checkpoint: weights and Adam's two moments
 DENSE_STATES = 3  # ZeRO's own copy of the weights and Adam's two moments
 ADAM_TEMPORARIES = 3  # of one parameter, while PyTorch's Adam updates it
@@ -91,9 +91,10 @@ def _on_one_rank(shape: Shape) -> Config:
     return replace(shape.config, parallel=replace(shape.config.parallel, expert_parallel_size=1))
 
 
-def has_dense_gradient(shape: Shape, device: Device) -> bool:
-    """Whether an ordinary optimizer steps the tables, by the gradient of all of their rows."""
-    return not shape.is_sharded or (not device.is_gpu and shape.config.train.table_optimizer == "adam")
+def has_dense_gradient(shape: Shape) -> bool:
+    """Whether the tables have a gradient of all their rows, for an optimizer of torch.optim."""
+    optimizer = shape.config.train.table_optimizer
+    return optimizer == "dense_adam" or (not shape.is_sharded and optimizer != "adam")
 
 
 def _in_pieces(passing: dict[str, float], device: Device) -> float:
@@ -116,7 +117,7 @@ def _phases(shape: Shape, device: Device) -> dict[str, dict[str, float]]:
         "backward of the loss": beside(_loss_backward(shape)),
         "backward of an FFN": beside({FFN: _ffn_backward(shape, device)}),
         "backward of an attention": beside({ATTENTION: _attention_backward(shape, device)}) | after_last_ffn,
-        "update of the tables": gradients | _table_update(shape, device),
+        "update of the tables": gradients | _table_update(shape),
         "update of the decoder": gradients | _decoder_update(shape),
     }
 
@@ -219,11 +220,11 @@ def _attention_backward(shape: Shape, device: Device) -> float:
     return rows * FLOAT * (6 * v + 4 * qk - d) + 3 * FLOAT * pairs * model.num_tables * model.num_heads
 
 
-def _table_update(shape: Shape, device: Device) -> dict[str, float]:
+def _table_update(shape: Shape) -> dict[str, float]:
     """Gradients of the rows, and of whole tables where an ordinary optimizer steps them."""
     rows = {ROWS: 3.0 * shape.looked_up * FLOAT}
     table = float(shape.table_elements * FLOAT)
-    if not has_dense_gradient(shape, device):
+    if not has_dense_gradient(shape):
         return rows
     if not shape.is_sharded:
         return rows | {TABLE_GRADIENT: 2 * table}  # DDP reduces it in buffers of its own

@@ -41,7 +41,7 @@ def time_parts(shape: Shape, device: Device) -> dict[str, Part]:
     loss = config.loss
     gathered = shape.items if loss.is_full_softmax else shape.negative_sets * shape.scored
     parts = {
-        "tables: rows read and updated": work.of(0, _table_traffic(shape, device, row_bytes)),
+        "tables: rows read and updated": work.of(0, _table_traffic(shape, row_bytes)),
         "tables: exchange": _table_exchange(shape, links, row_bytes),
         # Backward costs twice forward; what it computes again (scores, two of an expert's three products) comes on top.
         "projections": work.of(
@@ -74,10 +74,10 @@ def total_s(parts: dict[str, Part]) -> float:
     return sum(part.seconds for part in parts.values())
 
 
-def _table_traffic(shape: Shape, device: Device, row_bytes: float) -> float:
+def _table_traffic(shape: Shape, row_bytes: float) -> float:
     """Rows read and their gradients written; then weights and states read and written, of these rows or of all."""
     states = TABLE_STATES[shape.config.train.table_optimizer]
-    if has_dense_gradient(shape, device):
+    if has_dense_gradient(shape):
         return 2 * row_bytes + shape.table_elements * FLOAT * (2 + 2 * (1 + states))
     return row_bytes * (2 + 2 * (1 + states))
 

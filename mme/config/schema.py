@@ -284,7 +284,12 @@ class TrainConfig:
     )
     lr: float = key(1e-3, "Learning rate of decoder, positions and experts (AdamW).", above=0)
     table_lr: Optional[float] = key(None, "Learning rate of the item tables; null: `lr`.", above=0)
-    table_optimizer: Literal["adam", "adagrad", "rowwise_adagrad", "sgd"] = key("adam", "Optimizer of the item tables.")
+    table_optimizer: Literal["adam", "dense_adam", "adagrad", "rowwise_adagrad", "sgd"] = key(
+        "adam",
+        "Optimizer of the item tables. `adam` moves the rows that a step looks up, `dense_adam` every row in every step, as "
+        "the public FuXi-α code does, at a cost that grows with the catalogue; both give the same result on every device. "
+        "The others move the rows that a step looks up.",
+    )
     weight_decay: float = key(0.0, "Weight decay of the decoder's AdamW.", at_least=0)
     beta1: float = key(0.9, "Decay rate of the first moment.", at_least=0, below=1)
     beta2: float = key(0.98, "Decay rate of the second moment.", at_least=0, below=1)

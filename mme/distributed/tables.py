@@ -1,11 +1,11 @@
 """The M item-embedding tables, sharded over the ranks by TorchRec.
 
-A step asks for the distinct items it needs once; one `EmbeddingCollection` with M tables and one shared feature answers
-with the rows of all tables. Where the rows live is the planner's plan.
+A step looks up the distinct items it needs once: one `EmbeddingCollection` with M tables and one shared feature returns
+the rows of all tables. TorchRec's planner decides where the rows are stored.
 
-Optimizers: row-wise Adagrad, Adagrad and SGD run fused in the backward pass of FBGEMM's tables, Adam too on CUDA.
-FBGEMM's CPU tables have no Adam, so there the plan's compute kernel becomes "dense": autograd hands the gradient of each
-shard to torch.optim.AdamW.
+Row-wise Adagrad, Adagrad and SGD run in the backward pass of FBGEMM's tables, and so does Adam on CUDA. All of them move
+only the rows that a batch looks up. FBGEMM has no Adam on a CPU and TorchRec none for replicated tables: `touched_rows` has
+the same update for both. `dense_adam` is torch.optim.AdamW with the gradient of whole shards, which moves every row.
 
 Legend: M tables, d view width, U distinct items of a batch.
 """
@@ -34,6 +34,7 @@ from torchrec.distributed.types import ShardingType
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from mme.config import Config
+from mme.distributed.touched_rows import EPS, TouchedRowsAdam, TouchedRowTables, replace_dense_tables
 from mme.distributed.world import World
 from mme.errors import UserError
 
@@ -43,14 +44,16 @@ INIT_ROWS = 65_536  # rows that one seed initialises, whatever the sharding
 
 FUSED_OPTIMIZERS = {
     "adam": EmbOptimType.ADAM,
+    "dense_adam": EmbOptimType.ADAM,  # never runs: the tables' compute kernel is "dense"
     "adagrad": EmbOptimType.EXACT_ADAGRAD,
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "sgd": EmbOptimType.EXACT_SGD,
 }
-# What checkpoints call an optimizer's states, by the names that TorchRec (always momentum1 for the first) and torch.optim have
-# for them.
+# The names of an optimizer's states in checkpoints, by their names in TorchRec (the first is always momentum1) and in
+# torch.optim.
 STATE_NAMES = {
     "adam": {"momentum1": "exp_avg"},
+    "dense_adam": {},
     "adagrad": {"sum": "momentum1"},
     "rowwise_adagrad": {"sum": "momentum1"},
     "sgd": {},
@@ -59,9 +62,9 @@ STATE_NAMES = {
 
 @dataclass(frozen=True)
 class Shard:
-    """A rank's part of one table or of one state of its optimizer: `tensor` stands at `offsets` of a whole of `shape`.
+    """A rank's part of one table or of one optimizer state: ``tensor`` starts at ``offsets`` of a tensor of ``shape``.
 
-    ``tensor`` is the live memory: what is copied into it changes the table.
+    ``tensor`` is a view of the table: writing to it changes the table.
     """
 
     name: str
@@ -71,7 +74,7 @@ class Shard:
 
 
 class ItemTables:
-    """Lookup and update of M sharded tables of shape (num_rows, d): items, and behind them the values of features."""
+    """Lookup and update of M sharded tables of shape (num_rows, d): items, then the values of features."""
 
     def __init__(self, config: Config, num_rows: int, world: World) -> None:
         logging.getLogger("torchrec").setLevel(logging.ERROR)
@@ -96,14 +99,15 @@ class ItemTables:
                 "learning_rate": train.table_lr or train.lr,
                 "beta1": train.beta1,
                 "beta2": train.beta2,
-                "eps": 1e-8,
+                "eps": EPS,
             }
         )
         plan = self._plan(collection, sharder, config.parallel.table_sharding, world)
-        if world.device.type == "cpu" and train.table_optimizer == "adam":
+        on_cpu = world.device.type == "cpu"
+        if train.table_optimizer == "dense_adam" or (on_cpu and train.table_optimizer == "adam"):
             for table in plan.plan[""].values():  # type: ignore[attr-defined]
                 table.compute_kernel = EmbeddingComputeKernel.DENSE.value
-        elif world.device.type == "cpu":
+        elif on_cpu:
             self._require_rows_everywhere(plan, config)
         self.model = DistributedModelParallel(
             collection,
@@ -112,10 +116,11 @@ class ItemTables:
             sharders=[sharder],  # type: ignore[list-item]
         )
         self.is_sharded = config.parallel.table_sharding != "data_parallel"
-        if world.device.type == "cpu":
+        touched_rows = replace_dense_tables(self.model.module) if train.table_optimizer == "adam" else []
+        if on_cpu:
             _return_sequences_from_dense_cpu_tables(self.model.module)  # type: ignore[arg-type]
         self._initialise(train.seed)
-        self.optimizer = self._dense_optimizer(config)
+        self.optimizer = self._unfused_optimizer(config, world, touched_rows)
 
     def lookup(self, ids: Tensor) -> Tensor:
         """(U,) int64 distinct indices → (U, M, d) their rows in the M tables, differentiable."""
@@ -128,14 +133,14 @@ class ItemTables:
         return torch.stack([rows[key].values() for key in keys], dim=1)
 
     def set_lr(self, lr: float) -> None:
-        """The learning rate of the next backward and step."""
+        """Sets the learning rate of the next backward and step."""
         groups = [*self.model.fused_optimizer.param_groups, *(self.optimizer.param_groups if self.optimizer else [])]
         for group in groups:
             group["lr"] = lr
-        self.model.fused_optimizer.step()  # hands the rate to the fused tables; the update itself is in backward
+        self.model.fused_optimizer.step()  # passes the rate to the fused tables; they update in backward
 
     def step(self) -> None:
-        """Applies and clears the gradients of tables that are not updated in backward."""
+        """Applies and clears the gradients of tables that are not updated in backward; a collective of all ranks."""
         if self.optimizer:
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -146,7 +151,7 @@ class ItemTables:
             yield from _local_shards(key.split(".")[-2], value)
 
     def optimizer_states(self) -> Iterator[Shard]:
-        """This rank's parts of the optimizer's states, named item_0/exp_avg and the like, as `STATE_NAMES` has them."""
+        """This rank's parts of the optimizer states, named as in `STATE_NAMES`: item_0/exp_avg, for example."""
         names = STATE_NAMES[self.optimizer_name]
         for key, states in self.model.fused_optimizer.state_dict()["state"].items():
             for state, value in states.items():
@@ -155,7 +160,7 @@ class ItemTables:
         if self.optimizer is None:
             return
         for shard in self.weights():
-            # A parameter holds all pieces of a table that this rank has, one after another.
+            # A parameter holds all parts of the tables that this rank has, one after another.
             for parameter, states in self.optimizer.state.items():
                 start = (shard.tensor.data_ptr() - parameter.data_ptr()) // parameter.element_size()
                 if not 0 <= start < parameter.numel():
@@ -170,14 +175,14 @@ class ItemTables:
                         yield Shard(name, value.view(-1)[first : first + rows], shard.offsets[:1], shard.shape[:1])
 
     def set_optimizer_step(self, step: int) -> None:
-        """Sets the count of steps on which Adam's bias correction depends."""
+        """Sets the number of steps applied so far, on which Adam's bias correction depends."""
         for state in self.optimizer.state.values() if self.optimizer else ():
             if isinstance(state.get("step"), Tensor):
                 state["step"].fill_(step)
         for lookup in self.model.module._lookups:  # type: ignore[union-attr]
             for module in lookup.modules():  # type: ignore[union-attr]
                 if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
-                    # Its own set_optimizer_step sets the second, from which the first is taken only while it is 0.
+                    # FBGEMM's own set_optimizer_step sets the second only, and copies it to the first only while that is 0.
                     module.iter_cpu.fill_(step)
                     module.iter.fill_(step)
 
@@ -192,15 +197,15 @@ class ItemTables:
         return planner.collective_plan(collection, [sharder], torch.distributed.group.WORLD)  # type: ignore[list-item]
 
     def _require_rows_everywhere(self, plan: Any, config: Config) -> None:
-        """Raises UserError where a rank would have no row of a table that FBGEMM updates, which its CPU form can't do."""
+        """Raises UserError where a rank would have no row of a fused table, which FBGEMM's CPU kernels cannot update."""
         shards = [
             shard for table in plan.plan[""].values() if table.sharding_spec for shard in table.sharding_spec.shards
         ]
         if any(0 in shard.shard_sizes for shard in shards):
             raise UserError(
                 f"parallel.table_sharding={config.parallel.table_sharding}: {self.num_rows} rows of each item table leave a "
-                f"process without any, which train.table_optimizer={self.optimizer_name} can't do on CPU: expected fewer "
-                "processes, or data_parallel"
+                f"process without any, which train.table_optimizer={self.optimizer_name} does not support on a CPU: expected "
+                "fewer processes, or data_parallel"
             )
 
     def _initialise(self, seed: int) -> None:
@@ -219,31 +224,35 @@ class ItemTables:
                     values[low - start : high - start, left : left + columns]
                 )
 
-    def _dense_optimizer(self, config: Config) -> torch.optim.Optimizer | None:
+    def _unfused_optimizer(
+        self, config: Config, world: World, touched_rows: list[TouchedRowTables]
+    ) -> torch.optim.Optimizer | None:
         """The optimizer of the tables that FBGEMM does not update in backward; None where there are none."""
         train = config.train
+        lr, betas = train.table_lr or train.lr, (train.beta1, train.beta2)
+        if touched_rows:
+            return TouchedRowsAdam(touched_rows, world, lr, betas)
         fused = set(self.model.fused_optimizer.params)
         parameters = [p for name, p in self.model.named_parameters() if p.numel() and name not in fused]
         if not parameters:
             return None
-        lr = train.table_lr or train.lr
         match train.table_optimizer:
-            case "adam":
-                adam = torch.optim.AdamW(parameters, lr=lr, betas=(train.beta1, train.beta2), weight_decay=0.0)
-                for parameter in parameters:  # made now, so that a checkpoint can be loaded before the first step
+            case "dense_adam":
+                adam = torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=EPS, weight_decay=0.0)
+                for parameter in parameters:  # now, so that a checkpoint can be loaded before the first step
                     moments = {state: torch.zeros_like(parameter.detach()) for state in ("exp_avg", "exp_avg_sq")}
                     adam.state[parameter] = {"step": torch.zeros(()), **moments}
                 return adam
             case "adagrad":
-                return torch.optim.Adagrad(parameters, lr=lr)
+                return torch.optim.Adagrad(parameters, lr=lr, eps=EPS)
             case "rowwise_adagrad":
-                return RowWiseAdagrad(parameters, lr=lr)
+                return RowWiseAdagrad(parameters, lr=lr, eps=EPS)
             case _:
                 return torch.optim.SGD(parameters, lr=lr)
 
 
 def mix_seed(*parts: int) -> int:
-    """One seed for torch from several numbers; different numbers give different seeds, up to 2⁶³ of them."""
+    """One seed for torch from several numbers."""
     seed = 0
     for part in parts:
         seed = (seed * 1_000_003 + part) % 2**63
@@ -259,11 +268,11 @@ def _local_shards(name: str, value: Any) -> Iterator[Shard]:
 
 
 def _return_sequences_from_dense_cpu_tables(collection: nn.Module) -> None:
-    """Makes FBGEMM's dense CPU tables answer one row an id, table after table.
+    """Makes FBGEMM's dense CPU tables return one row for each id, table after table.
 
-    Their CPU operator pools each bag and interleaves the tables, whatever the pooling mode asks for (fbgemm_gpu 1.6 to
-    1.8). With one id a bag nothing is pooled; then the rows are put in the order that TorchRec expects. All tables
-    share one feature, so all have the same number of ids.
+    Their CPU operator pools each bag and interleaves the tables, whatever the pooling mode (fbgemm_gpu 1.6 to 1.8). With
+    bags of one id nothing is pooled, and a hook restores the order that TorchRec expects. All tables share one feature,
+    so all have the same number of ids.
     """
 
     def one_id_a_bag(module: nn.Module, args: Any, kwargs: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
