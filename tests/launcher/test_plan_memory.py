@@ -91,6 +91,12 @@ SMALL_BATCH = ["data.batch_size=8"]
         pytest.param(2, 300_000, [*SMALL_BATCH, *SHARED], id="tables by rows, Adam"),
         pytest.param(
             2,
+            300_000,
+            ["train.table_optimizer=dense_adam", *SMALL_BATCH, *SHARED],
+            id="tables by rows, Adam of every row",
+        ),
+        pytest.param(
+            2,
             20_000,
             ["data.batch_size=48", "parallel.table_sharding=table_wise", *SHARED],
             id="experts exchanged",
