@@ -51,8 +51,14 @@ def main(
         if world.rank == 0:
             columns = ("negatives", "table optimizer", "items", "looked up", "step ms", "ratio")
             cells = [
-                (row["negatives"], row["optimizer"], f"{row['items']:,}", f"{row['looked_up']:,}", f"{row['step_ms']:.0f}")
-                + (f"{row['ratio']:.2f}",)
+                (
+                    row["negatives"],
+                    row["optimizer"],
+                    f"{row['items']:,}",
+                    f"{row['looked_up']:,}",
+                    f"{row['step_ms']:.0f}",
+                    f"{row['ratio']:.2f}",
+                )
                 for row in rows
             ]
             publish("Training step by catalogue", header, columns, cells, rows, json_path)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.roofline import backends, memory_rate, publish, run_header, timed
 from kernels import gated_rms_norm, rms_norm, silu_split
+from kernels.splitmix import derive
 
 DROPOUT = 0.2
 NUM_VIEWS = 4
@@ -63,8 +64,11 @@ def measure_norms(
     for name, inputs, dropout_p in (("norm", [a], 0.0), ("gated", [u, a], 0.0), ("gated, dropout", [u, a], DROPOUT)):
         ours = rms_norm if len(inputs) == 1 else gated_rms_norm
         forms: dict[str, Form] = {"eager": functools.partial(eager_norm, *inputs, dropout_p=dropout_p)}
+        keys = derive(torch.arange(rows, device=device), 0) if dropout_p else None
         for backend in backends(device):
-            forms[backend] = functools.partial(_alone, ours, *inputs, dropout_p=dropout_p, backend=backend)
+            forms[backend] = functools.partial(
+                _alone, ours, *inputs, dropout_p=dropout_p, dropout_keys=keys, backend=backend
+            )
         if not dropout_p:
             check_agreement(name, forms, inputs, dtype)
         moved = {

@@ -107,7 +107,8 @@ def kernel_step(config: Config, batch: SequenceBatch, device: torch.device) -> C
     table = torch.nn.Embedding(NUM_ITEMS, config.model.embedding_dim, device=device)
 
     def step() -> Tensor:
-        out = decoder(table.weight[:, None], batch.item_ids, batch.seq_offsets, batch.timestamps)
+        keys = torch.arange(batch.num_sequences, device=device)
+        out = decoder(table.weight[:, None], batch.item_ids, batch.seq_offsets, batch.timestamps, dropout_keys=keys)
         queries, items = (F.normalize(x.flatten(1), dim=-1, eps=1e-6) for x in (out.hidden, table.weight))
         negatives = torch.randint(NUM_ITEMS, (batch.num_tokens, config.loss.num_negatives), device=device)
         temperature = config.loss.temperature

@@ -18,7 +18,13 @@ from mme.config import Config
 
 FLOAT = 4  # bytes: weights, their gradients and optimizer states are float32
 INT64 = 8
-TABLE_STATES = {"adam": 2.0, "dense_adam": 2.0, "adagrad": 1.0, "rowwise_adagrad": 0.0, "sgd": 0.0}  # copies of the weights
+TABLE_STATES = {
+    "adam": 2.0,
+    "dense_adam": 2.0,
+    "adagrad": 1.0,
+    "rowwise_adagrad": 0.0,
+    "sgd": 0.0,
+}  # copies of the weights
 WRITTEN = 3  # copies of the decoder's size in a checkpoint: weights and Adam's two moments
 DENSE_STATES = 3  # ZeRO's own copy of the weights and Adam's two moments
 ADAM_TEMPORARIES = 3  # of one parameter, while PyTorch's Adam updates it

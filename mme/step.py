@@ -1,10 +1,10 @@
 """One optimizer step of Fuxi-MME, as the paper's algorithm reads.
 
 Look up the rows of the batch's distinct items in the sharded tables once, pass all views through the shared decoder,
-score every next item against its negatives, add what keeps the experts in balance, and step tables and decoder if all
-gradients are finite. All that a step draws at random follows from (seed, step) and, of negatives, the token, of dropout, the
-rank: a run that goes on from a checkpoint on as many processes repeats the bits of one that was never stopped, and its
-negatives are the same on any number of them.
+score every next item against its negatives, add the routers' losses, and step tables and decoder if all gradients are
+finite. Every random number of a step follows from (seed, step), the user and the place in the sequence, so the losses are the
+same, but for rounding, on any number of processes and after any resume; on as many processes, bit for bit. Only shared negatives
+(`loss.negatives=shared`) belong to tokens that are neighbours in a rank's batch.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from mme.distributed.tables import mix_seed
 from mme.model.batch_items import BatchItems, BatchItemSampler
 from mme.model.loss import NextItemLoss
 from mme.model.moe import Routing, load_balance_loss, router_z_loss
+from mme.model.negatives import sequence_keys, token_places
 from mme.profiling.regions import region
 from mme.run.non_finite import is_spoiled
 
@@ -128,9 +129,9 @@ class TrainStep:
         world, train = self.recommender.world, self.config.train
         with region("data"):
             parts = [part.to(world.device) for part in batch.split(train.micro_batches)]
-        torch.manual_seed(mix_seed(train.seed, step, world.rank))
+        seed = mix_seed(train.seed, step)
         with region("lookup"):
-            items = self.sample_items(parts, mix_seed(train.seed, step))
+            items = self.sample_items(parts, seed, self._targets_of_all_ranks(parts))
             looked_up = self.recommender.tables.lookup(items[0].ids)
         self.engine.train()
         # Backward stops here: the tables' own, which may update them at once, waits until all is known to be finite.
@@ -139,7 +140,7 @@ class TrainStep:
         for number, (part, part_items) in enumerate(zip(parts, items, strict=True), 1):
             if len(parts) > 1:
                 self.engine.set_gradient_accumulation_boundary(number == len(parts))
-            done.append(self._part(part, part_items, item_rows, batch))
+            done.append(self._part(part, part_items, item_rows, batch, seed))
         assert item_rows.grad is not None
         losses, counts = torch.stack([part.losses for part in done]), torch.stack([part.counts for part in done]).sum(0)
         with region("optimizer"):
@@ -160,11 +161,27 @@ class TrainStep:
             item_rows=item_rows.grad,
         )
 
-    def _part(self, part: SequenceBatch, items: BatchItems, item_rows: Tensor, batch: SequenceBatch) -> _Part:
+    def _targets_of_all_ranks(self, parts: list[SequenceBatch]) -> Tensor | None:
+        """(n,) int64 the trained targets of the global batch in the order of users and places; None: they are not needed."""
+        if self.config.loss.sampling != "in_batch":
+            return None
+        rows = []
+        for part in parts:
+            tokens = torch.arange(part.num_tokens, device=part.item_ids.device)
+            places = token_places(part, tokens if part.trained is None else tokens[part.trained])
+            rows.append(torch.stack([places, part.trained_targets], dim=1))
+        places, targets = torch.cat(self.recommender.world.gather(torch.cat(rows))).unbind(1)
+        targets, order = targets.sort()  # windows of one user may have the same places
+        return targets[places[order].argsort(stable=True)]
+
+    def _part(
+        self, part: SequenceBatch, items: BatchItems, item_rows: Tensor, batch: SequenceBatch, seed: int
+    ) -> _Part:
         """Forward and backward of one part of this rank's batch."""
         world = self.recommender.world
         rows = items.inputs
-        output = self.engine(item_rows, rows.items, part.seq_offsets, part.timestamps, rows.events, rows.users)
+        keys = sequence_keys(part, seed) if self.config.model.dropout else None
+        output = self.engine(item_rows, rows.items, part.seq_offsets, part.timestamps, rows.events, rows.users, keys)
         with region("loss"):
             losses = self.loss(output.hidden, item_rows, items)
             if part.trained is not None:

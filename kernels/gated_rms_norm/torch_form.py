@@ -13,9 +13,9 @@ from torch import Tensor
 from kernels.dropout import dropout_mask
 
 
-def torch_norm(a: Tensor, u: Tensor | None, eps: float, dropped: int) -> Tensor:
+def torch_norm(a: Tensor, u: Tensor | None, keys: Tensor | None, eps: float, dropped: int) -> Tensor:
     """`kernels.gated_rms_norm`, or without ``u`` `kernels.rms_norm`, after their checks; drops ``dropped`` / 2¹⁶."""
-    mask, scale = dropout_mask(a.shape, dropped, a.device) if dropped else (None, 1.0)
+    mask, scale = (None, 1.0) if keys is None else dropout_mask(keys, a.shape[1], dropped)
     return _GatedRMSNorm.apply(a, u, mask, scale, eps)
 
 

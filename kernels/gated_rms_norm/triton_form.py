@@ -1,7 +1,6 @@
 """The norms on Triton: one pass forward, one backward, whole rows on chip; custom operators and their autograd.
 
-Dropout draws Philox numbers from (seed, row, eight columns): 128 bits give eight elements sixteen bits each. Backward draws
-them again, so no mask is kept. The seed is a tensor on the device, drawn by torch's generator.
+Dropout computes the words of `kernels.dropout` from a row's key; backward computes them again, so no mask is kept.
 
 Legend: R rows, w width.
 """
@@ -18,27 +17,38 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.backend import operator
+from kernels.dropout import FACTOR as DROPOUT_FACTOR
+from kernels.splitmix import FACTORS, GOLDEN_GAMMA
 from kernels.variant import Variant
 
+GAMMA, FACTOR = tl.constexpr(GOLDEN_GAMMA), tl.constexpr(DROPOUT_FACTOR)
+FACTOR_0, FACTOR_1 = tl.constexpr(FACTORS[0]), tl.constexpr(FACTORS[1])
 TILE = 2048  # elements that a program of 4 warps holds of each operand
 
 
 @triton.jit
-def _stays(p_seed, i_row, WIDTH: tl.constexpr, DROPPED: tl.constexpr):
-    """(rows, WIDTH) whether an element stays."""
-    i_draw = tl.arange(0, WIDTH // 8)
-    columns = tl.broadcast_to(i_draw[None, :], (i_row.shape[0], WIDTH // 8)).to(tl.uint32)
-    rows = tl.broadcast_to(i_row[:, None], (i_row.shape[0], WIDTH // 8)).to(tl.uint32)
-    zero = columns * 0
-    r0, r1, r2, r3 = tl.philox(tl.load(p_seed), columns, rows, zero, zero)
-    words = tl.join(tl.join(r0, r1), tl.join(r2, r3))
-    halves = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(halves, (i_row.shape[0], WIDTH)) >= DROPPED
+def _multipliers(NUM_WORDS: tl.constexpr):
+    """(NUM_WORDS,) int64: `kernels.splitmix.derive` of key 0, made odd."""
+    x = (tl.arange(0, NUM_WORDS).to(tl.int64) + 1) * GAMMA
+    x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * FACTOR_0
+    x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * FACTOR_1
+    return (x ^ ((x >> 31) & 0x1FFFFFFFF)) | 1
+
+
+@triton.jit
+def _stays(keys, WIDTH: tl.constexpr, DROPPED: tl.constexpr):
+    """keys (rows,) → (rows, WIDTH) whether an element stays."""
+    words = keys[:, None] * _multipliers(WIDTH // 4)[None, :]
+    words = (words ^ (words >> 32)) * FACTOR
+    even = tl.join(words & 0xFFFF, (words >> 32) & 0xFFFF)
+    odd = tl.join((words >> 16) & 0xFFFF, (words >> 48) & 0xFFFF)
+    lanes = tl.reshape(tl.join(even, odd), (keys.shape[0], WIDTH)).to(tl.int32)
+    return (lanes ^ 0x8000) >= DROPPED  # as an int16 the lane is so much less
 
 
 @triton.jit
 def norm_kernel(
-    p_a, p_u, p_seed, p_y, p_inverse, num_rows, eps,
+    p_a, p_u, p_keys, p_y, p_inverse, num_rows, eps,
     W: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DROPPED: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -51,14 +61,15 @@ def norm_kernel(
     if GATED:
         b_y *= tl.load(p_u + place, mask=m_tile, other=0.0).to(tl.float32)
     if DROPPED:
-        b_y = tl.where(_stays(p_seed, i_row, WIDTH, DROPPED), b_y * (65536.0 / (65536 - DROPPED)), 0.0)
+        b_keys = tl.load(p_keys + i_row, mask=i_row < num_rows, other=0)
+        b_y = tl.where(_stays(b_keys, WIDTH, DROPPED), b_y * (65536.0 / (65536 - DROPPED)), 0.0)
     tl.store(p_y + place, b_y.to(p_y.dtype.element_ty), mask=m_tile)
     tl.store(p_inverse + i_row, inverse, mask=i_row < num_rows)
 
 
 @triton.jit
 def norm_backward_kernel(
-    p_grad, p_a, p_u, p_seed, p_inverse, p_da, p_du, num_rows,
+    p_grad, p_a, p_u, p_keys, p_inverse, p_da, p_du, num_rows,
     W: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DROPPED: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     i_row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -69,7 +80,8 @@ def norm_backward_kernel(
     b_normed = tl.load(p_a + place, mask=m_tile, other=0.0).to(tl.float32) * inverse[:, None]
     b_g = tl.load(p_grad + place, mask=m_tile, other=0.0).to(tl.float32)
     if DROPPED:
-        b_g = tl.where(_stays(p_seed, i_row, WIDTH, DROPPED), b_g * (65536.0 / (65536 - DROPPED)), 0.0)
+        b_keys = tl.load(p_keys + i_row, mask=i_row < num_rows, other=0)
+        b_g = tl.where(_stays(b_keys, WIDTH, DROPPED), b_g * (65536.0 / (65536 - DROPPED)), 0.0)
     if GATED:
         tl.store(p_du + place, (b_g * b_normed).to(p_du.dtype.element_ty), mask=m_tile)
         b_g *= tl.load(p_u + place, mask=m_tile, other=0.0).to(tl.float32)
@@ -85,20 +97,24 @@ def _launch(width: int, dropped: int, gated: bool) -> dict[str, Any]:
     return {"W": width, "ROWS": rows, "WIDTH": padded, "DROPPED": dropped, "GATED": gated, "num_warps": num_warps}
 
 
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.contiguous()
+
+
 @operator("kernels::gated_rms_norm")
 def norm_op(
     a: Tensor,
     u: Optional[Tensor],  # noqa: UP045  (torch.library reads the annotation)
-    seed: Optional[Tensor],  # noqa: UP045
+    keys: Optional[Tensor],  # noqa: UP045
     eps: float,
     dropped: int,
 ) -> tuple[Tensor, Tensor]:
-    """The result (R, w) and, for backward, the inverse norms (R,) float32; ``seed`` (1,) int64 where ``dropped``."""
-    a, u = a.contiguous(), None if u is None else u.contiguous()
+    """The result (R, w) and, for backward, the inverse norms (R,) float32; ``keys`` (R,) int64 where ``dropped``."""
+    a, u, keys = a.contiguous(), _contiguous(u), _contiguous(keys)
     y, inverse = torch.empty_like(a), torch.empty(a.shape[0], dtype=torch.float32, device=a.device)
     if y.numel():
         launch = _launch(a.shape[1], dropped, u is not None)
-        norm_kernel[(triton.cdiv(a.shape[0], launch["ROWS"]),)](a, u, seed, y, inverse, a.shape[0], eps, **launch)
+        norm_kernel[(triton.cdiv(a.shape[0], launch["ROWS"]),)](a, u, keys, y, inverse, a.shape[0], eps, **launch)
     return y, inverse
 
 
@@ -113,17 +129,17 @@ def norm_backward_op(
     grad: Tensor,
     a: Tensor,
     u: Optional[Tensor],  # noqa: UP045
-    seed: Optional[Tensor],  # noqa: UP045
+    keys: Optional[Tensor],  # noqa: UP045
     inverse: Tensor,
     dropped: int,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of a and u (empty without a gate)."""
-    grad, a, u = grad.contiguous(), a.contiguous(), None if u is None else u.contiguous()
+    grad, a, u, keys = grad.contiguous(), a.contiguous(), _contiguous(u), _contiguous(keys)
     da, du = torch.empty_like(a), a.new_empty(0) if u is None else torch.empty_like(u)
     if da.numel():
         launch = _launch(a.shape[1], dropped, u is not None)
         norm_backward_kernel[(triton.cdiv(a.shape[0], launch["ROWS"]),)](
-            grad, a, u, seed, inverse, da, du, a.shape[0], **launch
+            grad, a, u, keys, inverse, da, du, a.shape[0], **launch
         )
     return da, du
 
@@ -135,14 +151,14 @@ def _(grad: Tensor, a: Tensor, u: Tensor | None, *_: Any) -> tuple[Tensor, Tenso
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    a, u, seed, _, ctx.dropped = inputs
-    ctx.save_for_backward(a, u, seed, output[1])
+    a, u, keys, _, ctx.dropped = inputs
+    ctx.save_for_backward(a, u, keys, output[1])
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    a, u, seed, inverse = ctx.saved_tensors
-    da, du = norm_backward_op(grad, a, u, seed, inverse, ctx.dropped)
+    a, u, keys, inverse = ctx.saved_tensors
+    da, du = norm_backward_op(grad, a, u, keys, inverse, ctx.dropped)
     return da, None if u is None else du, None, None, None
 
 
@@ -164,8 +180,8 @@ def aot_variants() -> list[Variant]:
 def _variant(kernel: Any, dtype: str, width: int, dropped: int, gated: bool) -> Variant:
     launch = _launch(width, dropped, gated)
     num_warps = launch.pop("num_warps")
-    constants = launch | ({} if gated else {"p_u": None}) | ({} if dropped else {"p_seed": None})
-    types = {"p_seed": "*i64", "p_inverse": "*fp32", "num_rows": "i32", "eps": "fp32"}
+    constants = launch | ({} if gated else {"p_u": None}) | ({} if dropped else {"p_keys": None})
+    types = {"p_keys": "*i64", "p_inverse": "*fp32", "num_rows": "i32", "eps": "fp32"}
     types |= dict.fromkeys(("p_a", "p_u", "p_y", "p_grad", "p_da", "p_du"), f"*{dtype}")
     types = {name: kind for name, kind in types.items() if name in kernel.arg_names and name not in constants}
     name = f"{dtype} w={width}{' gated' if gated else ''}{' dropout' if dropped else ''}"

@@ -58,6 +58,11 @@ class SequenceBatch:
         """How many tokens are trained on."""
         return self.num_tokens if self.trained is None else int(self.trained.sum())
 
+    @property
+    def trained_targets(self) -> Tensor:
+        """(num_targets,) int64, the targets that are trained on."""
+        return self.target_ids if self.trained is None else self.target_ids[self.trained]
+
     def tensors(self) -> list[Tensor]:
         return [value for value in vars(self).values() if value is not None]
 

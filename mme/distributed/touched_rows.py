@@ -111,8 +111,9 @@ class TouchedRowsAdam(torch.optim.Optimizer):
             ids, gradient = table.take_gradient(self._world)
             weights = table.split_embedding_weights()
             moments = [state[name].view(len(weights), *weights[0].shape) for name in ("exp_avg", "exp_avg_sq")]
-            for parts in zip(weights, *moments, gradient, strict=True):
-                _update(*parts, ids, float(state["step"]), **{key: group[key] for key in ("lr", "betas", "eps")})
+            options = {key: group[key] for key in ("lr", "betas", "eps")}
+            for weight, exp_avg, exp_avg_sq, g in zip(weights, *moments, gradient, strict=True):
+                _update(weight, exp_avg, exp_avg_sq, g, ids, step=float(state["step"]), **options)
 
 
 def _update(
@@ -121,6 +122,7 @@ def _update(
     exp_avg_sq: Tensor,
     gradient: Tensor,
     ids: Tensor,
+    *,
     step: float,
     lr: float,
     betas: tuple[float, float],

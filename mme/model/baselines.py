@@ -18,7 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from kernels.dropout import dropout
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS, time_bucket
+from kernels.splitmix import derive
 from mme.model.moe import Routing
 from mme.profiling.regions import region
 
@@ -46,26 +48,40 @@ class SASRecBlock(nn.Module):
             nn.init.zeros_(layer.bias)
 
     def forward(
-        self, x: Tensor, seq_offsets: Tensor, timestamps: Tensor, plan: Any = None
+        self,
+        x: Tensor,
+        seq_offsets: Tensor,
+        timestamps: Tensor,
+        plan: Any = None,
+        dropout_keys: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """(M, T, d) → (M, T, d) and no routing; ``seq_offsets`` (B + 1,) int64. Times and plan are not looked at."""
+        """(M, T, d) → (M, T, d) and no routing; ``seq_offsets`` (B + 1,) int64. Times and plan are not used.
+
+        ``dropout_keys`` (M, T) int64: a random key for each row; required in training with dropout.
+        """
         heads = self.num_heads
+        attention_keys = None
+        if dropout_keys is not None:
+            of_heads = torch.arange(heads, device=x.device)[:, None]
+            attention_keys = derive(derive(dropout_keys, 0)[:, None], of_heads).flatten(0, 1)
         with region("attention"):
             z = _linear(_layer_norm(x, self.attention_norm), self.qkv)
             q, k, v = _heads(z, heads, [self.dqk, self.dqk, self.dv])
-            attended = attend_by_length(q, k, v, seq_offsets, self._attend)
-            x = x + self._drop(_linear(_join(attended, heads), self.output))
+            attended = attend_by_length(q, k, v, seq_offsets, self._attend, attention_keys)
+            x = x + self._drop(_linear(_join(attended, heads), self.output), dropout_keys, 1)
         with region("experts"):
-            hidden = self._drop(torch.relu(_linear(_layer_norm(x, self.ffn_norm), self.ffn_in)))
-            return x + self._drop(_linear(hidden, self.ffn_out)), None
+            hidden = self._drop(torch.relu(_linear(_layer_norm(x, self.ffn_norm), self.ffn_in)), dropout_keys, 2)
+            return x + self._drop(_linear(hidden, self.ffn_out), dropout_keys, 3), None
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, sequence: Tensor) -> Tensor:
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, sequence: Tensor, keys: Tensor | None) -> Tensor:
         scores = (q @ k.transpose(1, 2)).float() / self.dqk**0.5
         shares = torch.softmax(scores.masked_fill(~_causal(scores), -torch.inf), dim=-1)
-        return self._drop(shares).to(v.dtype) @ v
+        return dropout(shares, self.dropout if self.training else 0.0, keys).to(v.dtype) @ v
 
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+    def _drop(self, x: Tensor, keys: Tensor | None, site: int) -> Tensor:
+        if not self.training or not self.dropout:
+            return x
+        return dropout(x, self.dropout, None if keys is None else derive(keys, site))
 
 
 class HSTUBlock(nn.Module):
@@ -87,22 +103,31 @@ class HSTUBlock(nn.Module):
 
     @region("attention")
     def forward(
-        self, x: Tensor, seq_offsets: Tensor, timestamps: Tensor, plan: Any = None
+        self,
+        x: Tensor,
+        seq_offsets: Tensor,
+        timestamps: Tensor,
+        plan: Any = None,
+        dropout_keys: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
-        """(M, T, d) → (M, T, d) and no routing; ``timestamps`` (T + B,) int64 s, each sequence with one entry more."""
+        """(M, T, d) → (M, T, d) and no routing; ``timestamps`` (T + B,) int64 s, each sequence with one entry more.
+
+        ``dropout_keys`` (M, T) int64: a random key for each row; required in training with dropout.
+        """
         normed = F.layer_norm(x, x.shape[-1:], eps=EPS)
         projected = F.silu(normed @ self.uvqk.to(x.dtype))
         gate, rest = projected.split([self.num_heads * self.dv, projected.shape[-1] - self.num_heads * self.dv], dim=-1)
         v, q, k = _heads(rest, self.num_heads, [self.dv, self.dqk, self.dqk])
 
-        def attend(q: Tensor, k: Tensor, v: Tensor, sequence: Tensor) -> Tensor:
+        def attend(q: Tensor, k: Tensor, v: Tensor, sequence: Tensor, keys: Tensor | None) -> Tensor:
             logits = (q @ k.transpose(1, 2)).float() + self._bias(sequence, q.shape[1], seq_offsets, timestamps)
             weights = F.silu(logits).masked_fill(~_causal(logits), 0) / self.max_seq_len
             return weights.to(v.dtype) @ v
 
         attended = _join(attend_by_length(q, k, v, seq_offsets, attend), self.num_heads)
         gated = gate * F.layer_norm(attended, attended.shape[-1:], eps=EPS)
-        return _linear(F.dropout(gated, self.dropout, self.training), self.output) + x, None
+        gated = dropout(gated, self.dropout if self.training else 0.0, dropout_keys)
+        return _linear(gated, self.output) + x, None
 
     def _bias(self, sequence: Tensor, n: int, seq_offsets: Tensor, timestamps: Tensor) -> Tensor:
         """(S, n, n) for the sequences of a chunk, (S,) int64."""
@@ -116,17 +141,21 @@ class HSTUBlock(nn.Module):
         return self.ts_weights[bucket] + self.pos_weights[distance]
 
 
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 
 
-def attend_by_length(q: Tensor, k: Tensor, v: Tensor, seq_offsets: Tensor, attend: Attend) -> Tensor:
+def attend_by_length(
+    q: Tensor, k: Tensor, v: Tensor, seq_offsets: Tensor, attend: Attend, keys: Tensor | None = None
+) -> Tensor:
     """Runs ``attend`` over padded chunks of sequences of similar length.
 
     Args:
         q, k: (G, T, dqk); v: (G, T, dv).
         seq_offsets: (B + 1,) int64.
-        attend: q, k (S, n, dqk), v (S, n, dv) of one chunk and which sequences it holds, (S,) int64 → (S, n, dv). It must be
-            causal: the padding stands at the end. S is at most the smaller of B and `ROWS_AT_ONCE`.
+        attend: q, k (S, n, dqk), v (S, n, dv) of one chunk, which sequences it holds, (S,) int64, and the keys of its rows,
+            (S, n) int64 or None → (S, n, dv). It must be causal: the padding stands at the end. S is at most the smaller of
+            B and `ROWS_AT_ONCE`.
+        keys: (G, T) int64, of the dropout of each query's weights; None: there is no dropout.
 
     Returns:
         (G, T, dv), of the tokens alone.
@@ -140,13 +169,15 @@ def attend_by_length(q: Tensor, k: Tensor, v: Tensor, seq_offsets: Tensor, atten
     order = torch.argsort(row_length, stable=True)
     order = order[row_length[order] > 0]
     q, k, v = q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)
+    keys = None if keys is None else keys.flatten()
     places, results = [], []
     for rows in order.split(max(1, min(lengths.numel(), ROWS_AT_ONCE))):
         longest = int(row_length[rows[-1]]) if rows.numel() else 0  # no token at all: every weight still has a gradient
         position = torch.arange(longest, device=q.device)
         inside = position < row_length[rows][:, None]
         token = row_start[rows][:, None] + position.where(inside, 0)
-        y = checkpoint(attend, q[token], k[token], v[token], sequence[rows], use_reentrant=False)
+        of_chunk = q[token], k[token], v[token], sequence[rows], None if keys is None else keys[token]
+        y = checkpoint(attend, *of_chunk, use_reentrant=False, preserve_rng_state=False)
         places.append(token[inside])
         results.append(y[inside])
     result = torch.zeros_like(v).index_copy(0, torch.cat(places), torch.cat(results))

@@ -51,15 +51,17 @@ class BatchItemSampler:
         self.loss, self.rows = loss, rows
         self.negatives = NegativeSampler(loss, rows.num_items, training_counts)
 
-    def __call__(self, parts: list[SequenceBatch], seed: int) -> list[BatchItems]:
+    def __call__(self, parts: list[SequenceBatch], seed: int, batch_targets: Tensor | None = None) -> list[BatchItems]:
         """One `BatchItems` for each part of a batch; all share their ``ids``.
 
         Negatives follow from ``seed``. A token's own negatives do not depend on the batch and part that it is in.
+
+        Args:
+            batch_targets: (n,) int64, the trained targets of the global batch, from which negatives in batch are drawn;
+                None: the parts are the whole batch.
         """
-        # Windows overlap: each target counts once an epoch, where it is trained on.
-        batch_targets = torch.cat(
-            [part.target_ids if part.trained is None else part.target_ids[part.trained] for part in parts]
-        )
+        if batch_targets is None:
+            batch_targets = torch.cat([part.trained_targets for part in parts])
         groups: list[Tensor] = []
         for part in parts:
             groups += [*self.rows.inputs_of(part), part.target_ids, self._candidates(part, batch_targets, seed)]

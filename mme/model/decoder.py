@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels import plan_attention
+from kernels.splitmix import derive
 from mme.config import Config
 from mme.model.blocks import make_block
 from mme.model.fuxi_block import FuxiBlock
-from mme.model.inputs import InputViews, UserTokens
+from mme.model.inputs import InputViews, UserTokens, positions_in_sequence
 from mme.model.moe import MixtureOfExperts, Routing
 from mme.profiling.regions import region
 
@@ -44,6 +45,7 @@ class Decoder(nn.Module):
         self.dtype = getattr(torch, config.train.precision)
         self.recompute = config.train.recompute == "blocks"
         self.max_seq_len = config.data.max_seq_len
+        self.num_views, self.dropout = model.num_tables, model.dropout
         self.inputs = InputViews(model.num_tables, model.view_dim, self.max_seq_len, model.dropout, model.positions)
         self.blocks = nn.ModuleList(make_block(config, index) for index in range(model.num_blocks))
         self.plans_attention = any(isinstance(block, FuxiBlock) for block in self.blocks)
@@ -56,6 +58,7 @@ class Decoder(nn.Module):
         timestamps: Tensor,
         event_index: Tensor | None = None,
         user_index: Tensor | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> DecoderOutput:
         """
         Args:
@@ -66,6 +69,8 @@ class Decoder(nn.Module):
             event_index: (T, F) int64, the rows of each token's event features; None or F = 0: no features.
             user_index: (B, G) int64, the rows of each user's features. They make a token before the sequence that all its
                 tokens attend to; None or G = 0: no such token.
+            dropout_keys: (B,) int64, a random key for each sequence in this step, from which all its dropout follows.
+                Required in training with dropout.
 
         Blocks compute in `train.precision` and cast their weights to it; the weights themselves are float32.
         """
@@ -74,17 +79,22 @@ class Decoder(nn.Module):
             if user_index is not None and user_index.shape[1]:
                 user_tokens = UserTokens.before(seq_offsets, timestamps, item_index.numel())
                 seq_offsets, timestamps = user_tokens.seq_offsets, user_tokens.timestamps
-            x = self.inputs(item_rows, item_index, seq_offsets, event_index, user_index, user_tokens).to(self.dtype)
+            num_tokens = item_index.numel() + (0 if user_tokens is None else seq_offsets.numel() - 1)
+            keys = self._dropout_keys(dropout_keys, seq_offsets, num_tokens)
+            x = self.inputs(
+                item_rows, item_index, seq_offsets, event_index, user_index, user_tokens, _site_keys(keys, 0)
+            ).to(self.dtype)
         plan = None
         if self.plans_attention:
             with region("attention"):
                 plan = plan_attention(seq_offsets, self.max_seq_len, timestamps, backend=self.backend)
         routing = []
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
+            inputs = x, seq_offsets, timestamps, plan, _site_keys(keys, index + 1)
             if self.recompute and self.training:
-                x, block_routing = checkpoint(block, x, seq_offsets, timestamps, plan, use_reentrant=False)
+                x, block_routing = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:
-                x, block_routing = block(x, seq_offsets, timestamps, plan)
+                x, block_routing = block(*inputs)
             if block_routing is not None:
                 routing.append(block_routing)
         item_places = None if user_tokens is None else user_tokens.item_places
@@ -94,6 +104,21 @@ class Decoder(nn.Module):
                 hidden = hidden[item_places]
         return DecoderOutput(hidden, routing, item_places)
 
+    def _dropout_keys(self, sequence_keys: Tensor | None, seq_offsets: Tensor, num_tokens: int) -> Tensor | None:
+        """(M, T) int64, a key for each view of each token; None without dropout."""
+        if not self.training or not self.dropout:
+            return None
+        if sequence_keys is None:
+            raise ValueError("dropout_keys are required in training with dropout")
+        of_tokens = torch.repeat_interleave(sequence_keys, seq_offsets.diff(), output_size=num_tokens)
+        of_tokens = derive(of_tokens, positions_in_sequence(seq_offsets, num_tokens))
+        return derive(of_tokens, torch.arange(self.num_views, device=of_tokens.device)[:, None])
+
     def moe_layers(self) -> list[MixtureOfExperts]:
         """The mixtures of experts, in the order of the blocks."""
         return [module for module in self.modules() if isinstance(module, MixtureOfExperts)]
+
+
+def _site_keys(keys: Tensor | None, site: int) -> Tensor | None:
+    """Keys of one of the places where dropout is applied: 0, the inputs; 1 + i, block i."""
+    return None if keys is None else derive(keys, site)

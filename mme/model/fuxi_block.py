@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import gated_rms_norm, relative_attention, rms_norm, silu_split
+from kernels.splitmix import derive
 from mme.model.moe import DenseFFN, MixtureOfExperts, Routing
 from mme.profiling.regions import region
 
@@ -51,7 +52,12 @@ class FuxiBlock(nn.Module):
         self.ffn = ffn
 
     def forward(
-        self, x: Tensor, seq_offsets: Tensor, timestamps: Tensor, plan: Any = None
+        self,
+        x: Tensor,
+        seq_offsets: Tensor,
+        timestamps: Tensor,
+        plan: Any = None,
+        dropout_keys: Tensor | None = None,
     ) -> tuple[Tensor, Routing | None]:
         """
         Args:
@@ -59,12 +65,16 @@ class FuxiBlock(nn.Module):
             seq_offsets: (B + 1,) int64.
             timestamps: (T + B,) int64 seconds, each sequence with one entry more than its length.
             plan: of `kernels.plan_attention` for these offsets and timestamps; None: made here.
+            dropout_keys: (M, T) int64, a random key for each row; required in training with dropout.
 
         Returns:
             (M, T, d) and, where the FFN has experts, the routing of its R = M·T rows.
         """
         num_views, num_tokens, dim = x.shape
         dropout = self.dropout if self.training else 0.0
+        gate_keys = ffn_keys = None
+        if dropout and dropout_keys is not None:
+            gate_keys, ffn_keys = (derive(dropout_keys.flatten(), site) for site in (0, 1))
         with region("attention"):
             rows = x.reshape(-1, dim)
             normed = rms_norm(rows, backend=self.backend)
@@ -83,9 +93,9 @@ class FuxiBlock(nn.Module):
                 plan=plan,
             )
             attended = attended.unflatten(0, (num_views, self.num_heads)).transpose(1, 2).flatten(2).flatten(0, 1)
-            gated = gated_rms_norm(u, attended, dropout_p=dropout, backend=self.backend)
+            gated = gated_rms_norm(u, attended, dropout_p=dropout, dropout_keys=gate_keys, backend=self.backend)
             o = F.linear(gated, self.output.weight.to(rows.dtype), self.output.bias.to(rows.dtype)) + rows
-            z = rms_norm(o, dropout_p=dropout, backend=self.backend)
+            z = rms_norm(o, dropout_p=dropout, dropout_keys=ffn_keys, backend=self.backend)
         y, routing = self.ffn(z, num_views)
         with region("experts"):
             return (y + o).view(num_views, num_tokens, dim), routing

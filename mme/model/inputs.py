@@ -71,6 +71,7 @@ class InputViews(nn.Module):
         event_index: Tensor | None = None,
         user_index: Tensor | None = None,
         user_tokens: UserTokens | None = None,
+        dropout_keys: Tensor | None = None,
     ) -> Tensor:
         """
         Args:
@@ -79,6 +80,7 @@ class InputViews(nn.Module):
             seq_offsets: (B + 1,) int64; with ``user_tokens`` theirs.
             event_index: (T, F) int64, the rows of each token's event features.
             user_index: (B, G) int64, the rows of each user's features, whose tokens stand as ``user_tokens`` says.
+            dropout_keys: (M, T) int64, or (M, T + B) with users' tokens, see `kernels.dropout`; only for training.
 
         Returns:
             (M, T, d), or (M, T + B, d) with users' tokens.
@@ -96,7 +98,7 @@ class InputViews(nn.Module):
         shared = self.positions.transpose(0, 1).reshape(self.positions.shape[1], -1)
         added = F.embedding(position, shared).unflatten(1, (self.positions.shape[0], view_dim))
         views = torch.add(added, tokens, alpha=self.scale).transpose(0, 1)
-        return dropout(views, self.dropout) if self.training else views
+        return dropout(views, self.dropout if self.training else 0.0, dropout_keys)
 
 
 def _sum_of_rows(rows: Tensor, index: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ With n negatives of a token, of which n_u are drawn from all I items alike and t
 expected q_i = n_u / I + (n − n_u) · p_i times. p is
 
     popularity   p_i ∝ (training events of i)^power, drawn from an alias table
-    in_batch     the targets of a rank's batch, each as likely as any other; over many batches that is p_i ∝ training events
+    in_batch     the targets of the global batch, each as likely as any other; over many batches that is p_i ∝ training events
 
 The log-Q correction subtracts ln q_i from the logit of a negative. The target is a candidate with certainty, so its own
 expected count is 1 and its logit stays. Then the sum of the softmax is on average that over the whole catalogue, whatever
@@ -30,6 +30,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kernels.splitmix import derive, mix, random_bits
 from mme.config import LossConfig
 from mme.data.batch import SequenceBatch
 
@@ -62,7 +63,7 @@ class NegativeSampler:
         self.expected_counts = torch.from_numpy(self.num_uniform / num_items + self.num_others * probabilities)
 
     def draw(self, keys: Tensor, batch_targets: Tensor) -> Tensor:
-        """(groups, n) int64 items; ``keys`` (groups,) int64 decide which, ``batch_targets`` are those of the rank's batch."""
+        """(groups, n) int64 items; ``keys`` (groups,) int64 decide which, ``batch_targets`` are those of the global batch."""
         parts = []
         if self.num_uniform:
             parts.append(random_bits(keys, 0, self.num_uniform) % self.num_items)
@@ -94,39 +95,20 @@ class NegativeSampler:
 def token_keys(batch: SequenceBatch, tokens: Tensor, seed: int) -> Tensor:
     """(groups,) int64, from ``seed``, the user and the place in the sequence of each of ``tokens``, rows of the batch.
 
-    Windows of one user that meet in one step share what they draw.
+    Windows of one user that are in one step share what they draw.
     """
+    return mix(token_places(batch, tokens) + mix(torch.tensor([seed], device=tokens.device)))
+
+
+def sequence_keys(batch: SequenceBatch, seed: int) -> Tensor:
+    """(B,) int64, from ``seed`` and the user of each sequence."""
+    return derive(mix(torch.tensor([seed], device=batch.user_rows.device)), batch.user_rows)
+
+
+def token_places(batch: SequenceBatch, tokens: Tensor) -> Tensor:
+    """(n,) int64 numbers in the order of users and, of one user, of the places in the sequence of ``tokens``."""
     sequence = torch.searchsorted(batch.seq_offsets, tokens, right=True) - 1
-    place = tokens - batch.seq_offsets[sequence]
-    return mix(batch.user_rows[sequence] * 2**20 + place + mix(torch.tensor([seed], device=tokens.device)))
-
-
-def random_bits(keys: Tensor, first: int, count: int) -> Tensor:
-    """(groups, count) int64, 63 random bits each: the numbers ``first`` to ``first`` + ``count`` of each key's sequence.
-
-    SplitMix64 (Steele, Lea & Flood, "Fast Splittable Pseudorandom Number Generators", 2014): any part of any sequence can
-    be had without the others, so that a token draws the same wherever it is computed.
-    """
-    columns = torch.arange(first + 1, first + 1 + count, device=keys.device) * GOLDEN_GAMMA
-    return mix(keys[:, None] + columns).bitwise_and_(2**63 - 1)
-
-
-def mix(state: Tensor) -> Tensor:
-    """SplitMix64's finaliser of each element, int64, in place; products wrap round."""
-    state ^= (state >> 30).bitwise_and_(2**34 - 1)  # the shift of a signed number copies its sign: masked off
-    state *= _signed(0xBF58476D1CE4E5B9)
-    state ^= (state >> 27).bitwise_and_(2**37 - 1)
-    state *= _signed(0x94D049BB133111EB)
-    state ^= (state >> 31).bitwise_and_(2**33 - 1)
-    return state
-
-
-def _signed(unsigned: int) -> int:
-    """The int64 of the same 64 bits."""
-    return unsigned - 2**64 if unsigned >= 2**63 else unsigned
-
-
-GOLDEN_GAMMA = _signed(0x9E3779B97F4A7C15)
+    return batch.user_rows[sequence] * 2**20 + tokens - batch.seq_offsets[sequence]
 
 
 def build_alias_table(probabilities: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:

@@ -1,4 +1,4 @@
-"""A run goes on with more or fewer processes, other experts and tables on each, as if nothing had happened."""
+"""A run resumes with more or fewer processes and other shares of experts and tables, with the same losses."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from tests.test_recovery import QUICKSTART, data
 from tests.test_train import SMALL, losses
 
 __all__ = ["data"]  # a fixture
-JOB = [*SMALL, "data.batch_size=8", "model.dropout=0", "train.epochs=3"]
+JOB = [*SMALL, "data.batch_size=8", "model.dropout=0.3", "train.epochs=3"]
 
 Seen = list[tuple[int, list[int]]]  # step, and the users of this rank's batch
 
@@ -55,7 +55,7 @@ def by_step(seen_by_rank: list[Seen]) -> dict[int, list[int]]:
 
 @pytest.mark.slow
 def test_on_other_numbers_of_processes_the_losses_stay_the_same(data: Path, tmp_path: Path) -> None:
-    """Twice in the middle of an epoch: sampled losses, each sequence once, tables and experts laid out anew."""
+    """Resumed twice within an epoch, with dropout, sampled negatives and other layouts: each sequence once, the same losses."""
     whole, changing = tmp_path / "whole", tmp_path / "changing"
     wanted = by_step(run_on(2, train, str(data), str(whole), [], None))
     found: dict[int, list[int]] = {}

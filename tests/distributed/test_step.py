@@ -102,16 +102,17 @@ def alone() -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
     return loss, whole([gradients]), whole([weights])
 
 
-def check(alone: Any, split: list[list[int]], *overrides: str) -> None:
-    compare(alone, run_on(len(split), one_step, split, list(overrides)))
+def check(alone: Any, split: list[list[int]], *overrides: str, atol: float = 1e-7) -> None:
+    compare(alone, run_on(len(split), one_step, split, list(overrides)), atol)
 
 
-def compare(alone: Any, results: list[tuple[float, Parts, Parts]]) -> None:
+def compare(alone: Any, results: list[tuple[float, Parts, Parts]], atol: float = 1e-7) -> None:
+    """Losses to 1e-6; ``atol`` of a gradient is the rounding of sums in another order."""
     loss, gradients, weights = alone
     for rank_loss, _, _ in results:
         assert rank_loss == pytest.approx(loss, rel=1e-6)
     for name, found in whole([gradients for _, gradients, _ in results]).items():
-        torch.testing.assert_close(found, gradients[name], rtol=1e-4, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(found, gradients[name], rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
     for name, found in whole([weights for _, _, weights in results]).items():
         if name.startswith("tables/"):
             # Ten times the gradient's rounding: so far the tables move.
@@ -206,6 +207,30 @@ def test_features_of_events_and_users() -> None:
     moved = (whole([weights])["tables/item_0"] != whole([start])["tables/item_0"]).any(1)
     assert moved.shape == (NUM_ITEMS + 3 + 5 + 2 + 6,)
     assert moved[NUM_ITEMS:].tolist() == [True] * 3 + [True] * 4 + [False] + [True] * 2 + [False] + [True] * 5
+
+
+DROPOUT = ["model.dropout=0.4", "model.moe.load_balance_coef=0", "loss.num_negatives=8"]  # the balance is of each part
+
+
+@pytest.mark.parametrize(
+    ("split", "options"),
+    [
+        ([[0, 3], [1, 2, 4]], [*FEATURES, "loss.kind=sampled_softmax"]),
+        ([[0, 1, 2, 3, 4], []], ["loss.kind=sampled_softmax", "loss.sampling=in_batch", "loss.uniform_share=0.5"]),
+        ([[4, 3, 2, 1, 0]], ["loss.kind=sampled_softmax", "loss.sampling=in_batch", "train.recompute=blocks"]),
+        pytest.param([[4, 3], [1, 2, 0]], ["model.block=sasrec", "model.moe.num_experts=0"], id="sasrec"),
+        pytest.param([[4, 3], [1, 2, 0]], ["model.block=hstu", "model.moe.num_experts=0"], id="hstu"),
+        pytest.param([[0], [1, 2], [], [3, 4]], ["loss.kind=sampled_softmax"], marks=pytest.mark.slow),
+        pytest.param([[3], [4, 1], [0], [2]], ["loss.sampling=in_batch", *FEATURES], marks=pytest.mark.slow),
+    ],
+)
+def test_dropout_is_the_same_on_any_split(split: list[list[int]], options: list[str]) -> None:
+    """Each row of a token drops the same, whichever process and part of a batch it is in; and dropout does something."""
+    options = [*DROPOUT, *options]
+    ((loss, gradients, weights),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], options)
+    ((without, *_),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], [*options, "model.dropout=0"])
+    assert abs(loss - without) > 1e-4
+    check((loss, whole([gradients]), whole([weights])), split, *options, "train.micro_batches=2", atol=1e-6)
 
 
 def test_recomputed_blocks_give_the_same_bits() -> None:

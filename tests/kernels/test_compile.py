@@ -63,9 +63,13 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[int], list[
     "relative_attention": (kernels.relative_attention, {}, attention),
     "expert_ffn": (kernels.expert_ffn, {}, experts),
     "routed_expert_ffn": (kernels.routed_expert_ffn, {}, routed),
-    "rms_norm": (kernels.rms_norm, {"dropout_p": 0.3}, lambda rows: [torch.randn(rows, 8)]),
+    "rms_norm": (
+        lambda x, keys, **options: kernels.rms_norm(x, dropout_p=0.3, dropout_keys=keys, **options), {},
+        lambda rows: [torch.randn(rows, 8), torch.arange(rows)],
+    ),
     "gated_rms_norm": (
-        kernels.gated_rms_norm, {"dropout_p": 0.3}, lambda rows: [torch.randn(rows, 8), torch.randn(rows, 8)]
+        lambda u, a, keys, **options: kernels.gated_rms_norm(u, a, dropout_p=0.3, dropout_keys=keys, **options), {},
+        lambda rows: [torch.randn(rows, 8), torch.randn(rows, 8), torch.arange(rows)],
     ),
     "silu_split": (
         lambda projected, **options: kernels.silu_split(projected, 2, 1, 2, 3, **options), {},

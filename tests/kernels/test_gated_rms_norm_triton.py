@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kernels import gated_rms_norm, rms_norm
+from kernels.splitmix import derive
 
 pytest.importorskip("triton")
 from kernels.gated_rms_norm.triton_form import norm_op
@@ -19,10 +20,15 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LOW_PRECISION = [pytest.param(torch.float16, id="f16"), pytest.param(torch.bfloat16, id="bf16")]
 
 
-def norm(u: Tensor | None, a: Tensor, dropout_p: float = 0.0, backend: str = "triton") -> Tensor:
-    if u is None:
-        return rms_norm(a, dropout_p=dropout_p, backend=backend)
-    return gated_rms_norm(u, a, dropout_p=dropout_p, backend=backend)
+def norm(
+    u: Tensor | None, a: Tensor, dropout_p: float = 0.0, backend: str = "triton", keys: Tensor | None = None
+) -> Tensor:
+    options: dict[str, Any] = {"dropout_p": dropout_p, "dropout_keys": keys, "backend": backend}
+    return rms_norm(a, **options) if u is None else gated_rms_norm(u, a, **options)
+
+
+def row_keys(rows: int, seed: int = 5) -> Tensor:
+    return derive(torch.arange(rows), seed).to(DEVICE)
 
 
 def definition(u: Tensor | None, a: Tensor) -> Tensor:
@@ -98,10 +104,9 @@ def test_dropout_replays_in_backward(gated: bool) -> None:
     u, a, upstream = operands(37, 50, gated)
     probability = 0.3
     scale = 65_536 / (65_536 - round(probability * 65_536))
-    torch.manual_seed(5)
     inputs = leaves(u, a, torch.float32)
     gate = inputs[0] if gated else None
-    found = with_gradients(norm(gate, inputs[-1], probability), inputs, upstream)
+    found = with_gradients(norm(gate, inputs[-1], probability, keys=row_keys(37)), inputs, upstream)
     mask = (found[0] != 0).double() * scale
     assert 0.6 < (mask != 0).double().mean().item() < 0.8
     exact = leaves(u, a, torch.float64)
@@ -110,33 +115,12 @@ def test_dropout_replays_in_backward(gated: bool) -> None:
         torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("width", [1, 8, 50, 192, 1000])
 @pytest.mark.parametrize("probability", [0.2, 0.5, 0.999999])
-def test_share_of_zeros(probability: float) -> None:
-    torch.manual_seed(0)
-    ones = torch.ones(128, 1000, device=DEVICE)
-    kept = norm(None, ones, probability) != 0
-    expected = min(round(probability * 65_536), 65_535) / 65_536
-    deviation = (expected * (1 - expected) / kept.numel()) ** 0.5
-    assert 1 - kept.double().mean().item() == pytest.approx(expected, abs=5 * deviation)
-    # Neither rows nor columns nor neighbours of one draw share their bits.
-    if probability == 0.5:
-        centred = kept.double() - 0.5
-        assert centred.mean(0).abs().max() < 0.25
-        assert centred.mean(1).abs().max() < 0.08
-        for distance in range(1, 17):
-            assert abs((centred[:, distance:] * centred[:, :-distance]).mean().item()) < 0.0035
-        assert abs((centred[1:] * centred[:-1]).mean().item()) < 0.0035
-
-
-def test_seeds_differ_between_calls_and_follow_the_generator() -> None:
-    _, a, _ = operands(30, 64)
-    torch.manual_seed(1)
-    first, second = norm(None, a, 0.5), norm(None, a, 0.5)
-    assert not torch.equal(first, second)
-    torch.manual_seed(1)
-    assert torch.equal(norm(None, a, 0.5), first)
-    torch.manual_seed(2)
-    assert not torch.equal(norm(None, a, 0.5), first)
+def test_dropout_drops_the_same_elements_in_both_forms(width: int, probability: float) -> None:
+    ones, keys = torch.ones(37, width, device=DEVICE), row_keys(37, width)
+    masks = [norm(None, ones, probability, backend, keys) != 0 for backend in ("torch", "triton")]
+    assert torch.equal(*masks)
 
 
 def test_same_bits_whatever_rows_share_a_program() -> None:
@@ -145,9 +129,9 @@ def test_same_bits_whatever_rows_share_a_program() -> None:
     assert u is not None
     results = []
     for rows in (70, 70, 33):
-        torch.manual_seed(3)
         inputs = leaves(u[:rows], a[:rows], torch.float32)
-        results.append([x[:33] for x in with_gradients(norm(inputs[0], inputs[1], 0.25), inputs, upstream[:rows])])
+        y = norm(inputs[0], inputs[1], 0.25, keys=row_keys(rows))
+        results.append([x[:33] for x in with_gradients(y, inputs, upstream[:rows])])
     for again in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], again, strict=True))
 
@@ -155,14 +139,13 @@ def test_same_bits_whatever_rows_share_a_program() -> None:
 def test_custom_operator_passes_opcheck() -> None:
     u, a, _ = operands(5, 12)
     inputs = leaves(u, a, torch.float32)
-    seed = torch.tensor([7], device=DEVICE)
-    torch.library.opcheck(norm_op, (inputs[1], inputs[0], seed, 1e-6, 20_000))
+    torch.library.opcheck(norm_op, (inputs[1], inputs[0], row_keys(5), 1e-6, 20_000))
     torch.library.opcheck(norm_op, (inputs[1], None, None, 1e-6, 0))
 
 
-def test_keeps_the_inverse_norms_and_a_seed_for_backward() -> None:
+def test_keeps_the_inverse_norms_for_backward_and_no_mask() -> None:
     u, a, _ = operands(40, 64)
-    inputs = leaves(u, a, torch.float32)
+    inputs, keys = leaves(u, a, torch.float32), row_keys(40)
     saved: list[Tensor] = []
 
     def pack(tensor: Tensor) -> Tensor:
@@ -170,9 +153,9 @@ def test_keeps_the_inverse_norms_and_a_seed_for_backward() -> None:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        norm(inputs[0], inputs[1], 0.5)
-    own = [x for x in saved if all(x.data_ptr() != given.data_ptr() for given in inputs)]
-    assert sorted((tuple(x.shape), x.dtype) for x in own) == [((1,), torch.int64), ((40,), torch.float32)]
+        norm(inputs[0], inputs[1], 0.5, keys=keys)
+    own = [x for x in saved if all(x.data_ptr() != given.data_ptr() for given in [*inputs, keys])]
+    assert [(tuple(x.shape), x.dtype) for x in own] == [((40,), torch.float32)]
 
 
 def test_float64_has_the_torch_form_alone() -> None:
@@ -192,6 +175,11 @@ def test_wrong_arguments_are_named(backend: str) -> None:
         (r"x has shape \(3,\), expected \(R, w\)", lambda: rms_norm(x[0], **options)),
         (r"x has dtype torch\.int64", lambda: rms_norm(x.long(), **options)),
         (r"dropout_p \(-0\.1\) must be at least 0", lambda: rms_norm(x, dropout_p=-0.1, **options)),
+        ("dropout_keys are required", lambda: rms_norm(x, dropout_p=0.1, **options)),
+        (
+            r"dropout_keys have shape \(3,\) and dtype torch\.int64 on cpu, expected \(2,\)",
+            lambda: rms_norm(x, dropout_p=0.1, dropout_keys=torch.arange(3), **options),
+        ),
         (r"eps \(-1\.0\) must not be negative", lambda: rms_norm(x, eps=-1.0, **options)),
     ):
         with pytest.raises(ValueError, match=match):

@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.autograd import gradcheck
 
 from kernels import expert_ffn, gated_rms_norm, rms_norm, sampled_softmax_loss
-from kernels.dropout import dropout, dropout_mask
 
 
 def leaf(*shape: int) -> Tensor:
@@ -58,32 +56,6 @@ def test_norms(rows: int, width: int) -> None:
 
     assert_same(rms_norm, norm, [leaf(rows, width)])
     assert_same(gated_rms_norm, lambda u, a: u * norm(a), [leaf(rows, width), leaf(rows, width)])
-
-
-def test_dropout_replays_in_backward_and_keeps_the_mean() -> None:
-    def dropped(u: Tensor, a: Tensor) -> Tensor:
-        torch.manual_seed(3)
-        return gated_rms_norm(u, a, dropout_p=0.4)
-
-    assert gradcheck(dropped, (leaf(5, 6), leaf(5, 6)))
-    torch.manual_seed(0)
-    mask, scale = dropout_mask(torch.Size([1000, 1001]), 13_107, torch.device("cpu"))
-    assert mask.double().mean().item() == pytest.approx(0.8, abs=2e-3)
-    assert scale == pytest.approx(1.25, abs=1e-4)
-    again, _ = dropout_mask(torch.Size([1000, 1001]), 13_107, torch.device("cpu"))
-    assert not torch.equal(mask, again)
-
-
-def test_dropout_scales_what_stays_and_its_gradient() -> None:
-    torch.manual_seed(0)
-    x = torch.randn(400, 500, requires_grad=True)
-    y = dropout(x, 0.25)
-    stays = y != 0
-    assert stays.double().mean().item() == pytest.approx(0.75, abs=5e-3)
-    torch.testing.assert_close(y, torch.where(stays, x / 0.75, 0.0))
-    (grad,) = torch.autograd.grad(y.sum(), x)
-    torch.testing.assert_close(grad, stays / 0.75)
-    assert torch.equal(dropout(x, 0.0), x)
 
 
 @settings(max_examples=30, deadline=None)

@@ -22,7 +22,8 @@ H100, A100 = DEVICES["h100-80g"], DEVICES["a100-80g"]
 
 # Whatever the quick start has.
 MODEL = (
-    "model.num_tables=2 model.embedding_dim=64 model.dqk=32 model.dv=32 model.ffn_multiplier=2 model.moe.placement=[]"
+    "model.num_tables=2 model.embedding_dim=64 model.dqk=32 model.dv=32 model.ffn_multiplier=2 model.moe.placement=[] "
+    "train.table_optimizer=adam"
 )
 
 

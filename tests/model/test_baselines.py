@@ -139,12 +139,16 @@ def test_a_batch_without_tokens_and_dropout(kind: str) -> None:
     )
     model = Decoder(config)
     rows = torch.randn(4, 4, 16, requires_grad=True)
-    empty = model(rows, torch.zeros(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), torch.arange(2)).hidden
+    nothing = torch.zeros(0, dtype=torch.int64), torch.zeros(3, dtype=torch.int64), torch.arange(2)
+    empty = model(rows, *nothing, dropout_keys=torch.arange(2)).hidden
     assert empty.shape == (0, 4, 16)
     empty.sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
     batch = rows, torch.tensor([0, 1, 2]), torch.tensor([0, 3]), torch.arange(4)
-    assert not torch.equal(model(*batch).hidden, model(*batch).hidden)
+    first, again, other = (model(*batch, dropout_keys=torch.tensor([key])).hidden for key in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    with pytest.raises(ValueError, match="dropout_keys are required in training with dropout"):
+        model(*batch)
     model.eval()
     torch.testing.assert_close(model(*batch).hidden, model(*batch).hidden, rtol=0, atol=0)
 

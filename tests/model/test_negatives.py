@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from kernels.splitmix import random_bits
 from mme.config import Config, LossConfig, load_config
 from mme.data.batch import SequenceBatch
 from mme.errors import UserError
 from mme.model.batch_items import BatchItemSampler
 from mme.model.feature_rows import FeatureRows
 from mme.model.loss import NextItemLoss
-from mme.model.negatives import NegativeSampler, build_alias_table, random_bits, token_keys
+from mme.model.negatives import NegativeSampler, build_alias_table, token_keys
 from mme.model.scoring import normalize_views
 
 NUM_ITEMS, VIEWS, DIM = 12, 2, 4
