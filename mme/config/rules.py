@@ -17,6 +17,7 @@ def validate(config: Config) -> None:
     _check_ranges(config)
     _check_paths(config)
     _check_model(config)
+    _check_tables(config)
     _check_experts(config)
     _check_loss(config)
     _check_data(config)
@@ -77,6 +78,14 @@ def _check_model(config: Config) -> None:
         raise UserError(
             f"the view width embedding_dim / num_tables ({model.view_dim}) must be divisible by model.num_heads "
             f"({model.num_heads}) unless model.dqk and model.dv are set"
+        )
+
+
+def _check_tables(config: Config) -> None:
+    if config.train.table_optimizer == "rowwise_adagrad" and config.parallel.table_sharding == "column_wise":
+        raise UserError(
+            "parallel.table_sharding=column_wise: train.table_optimizer=rowwise_adagrad has one state for a whole row, which "
+            "column_wise would cut; expected row_wise, table_wise, data_parallel or auto"
         )
 
 

@@ -206,8 +206,7 @@ class LossConfig:
     sampling: Literal["uniform", "popularity", "in_batch"] = key(
         "uniform",
         "How negatives are sampled: uniformly from all items; from all items by how often they occur in training; from the "
-        "targets of the rank's batch, which needs no further rows of the tables. A negative equal to the target is always "
-        "masked.",
+        "targets of the global batch, which the ranks exchange once a step. A negative equal to the target is always masked.",
     )
     popularity_power: float = key(
         0.75,
@@ -320,8 +319,8 @@ class TrainConfig:
     )
     seed: int = key(
         42,
-        "Seed of weights, data order, negatives and dropout. The same seed, configuration and number of processes give the "
-        "same losses.",
+        "Seed of weights, data order, negatives and dropout. The same seed, configuration and global batch give the same "
+        "losses: bit for bit on as many processes, to rounding on any number of them.",
         at_least=0,
     )
     eval_every: int = key(0, "Steps between evaluations on the validation split; 0: one after each epoch.", at_least=0)
@@ -367,7 +366,9 @@ class ParallelConfig:
         at_least=0,
     )
     table_sharding: Literal["auto", "row_wise", "column_wise", "table_wise", "data_parallel"] = key(
-        "row_wise", "How the item tables are sharded over the ranks; `auto` leaves it to TorchRec's planner."
+        "row_wise",
+        "How the item tables are sharded over the ranks; `auto` leaves it to TorchRec's planner. `column_wise` does not go "
+        "with `rowwise_adagrad`, whose state belongs to a whole row.",
     )
     zero_stage: int = key(1, "DeepSpeed ZeRO stage of the decoder.", at_least=1, at_most=2)
 

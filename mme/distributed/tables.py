@@ -192,6 +192,8 @@ class ItemTables:
         constraint = ParameterConstraints()
         if table_sharding != "auto":
             constraint.sharding_types = [ShardingType[table_sharding.upper()].value]
+        elif self.optimizer_name == "rowwise_adagrad":  # its state belongs to a whole row
+            constraint.sharding_types = [kind.value for kind in ShardingType if "COLUMN" not in kind.name]
         topology = Topology(world_size=world.size, compute_device=world.device.type)
         planner = EmbeddingShardingPlanner(topology=topology, constraints=dict.fromkeys(self.names, constraint))
         return planner.collective_plan(collection, [sharder], torch.distributed.group.WORLD)  # type: ignore[list-item]

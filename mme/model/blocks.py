@@ -1,7 +1,8 @@
 """The kinds of block that `model.block` names.
 
-A block is a module called as ``block(x, seq_offsets, timestamps, plan)`` with x (M, T, d), which returns the same shape and
-the routing of its experts, or None. To add a kind: its module, an entry here, and its name in `mme.config.schema`.
+A block is a module called as ``block(x, seq_offsets, timestamps, plan, dropout_keys)`` with x (M, T, d), which returns the same
+shape and the routing of its experts, or None. ``dropout_keys`` (M, T) int64 are None without dropout (`kernels.dropout`). To add
+a kind: its module, an entry here, and its name in `mme.config.schema`.
 """
 
 from __future__ import annotations

@@ -221,7 +221,11 @@ DROPOUT = ["model.dropout=0.4", "model.moe.load_balance_coef=0", "loss.num_negat
         pytest.param([[4, 3], [1, 2, 0]], ["model.block=sasrec", "model.moe.num_experts=0"], id="sasrec"),
         pytest.param([[4, 3], [1, 2, 0]], ["model.block=hstu", "model.moe.num_experts=0"], id="hstu"),
         pytest.param([[0], [1, 2], [], [3, 4]], ["loss.kind=sampled_softmax"], marks=pytest.mark.slow),
-        pytest.param([[3], [4, 1], [0], [2]], ["loss.sampling=in_batch", *FEATURES], marks=pytest.mark.slow),
+        pytest.param(
+            [[3], [4, 1], [0], [2]],
+            ["loss.kind=sampled_softmax", "loss.sampling=in_batch", *FEATURES],
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_dropout_is_the_same_on_any_split(split: list[list[int]], options: list[str]) -> None:

@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mme.config import load_config
 from mme.distributed.tables import INIT_STD, ItemTables
 from mme.distributed.world import World
+from mme.errors import UserError
 from tests.distributed.processes import run_on
 from tests.distributed.test_step import configuration, whole
 
@@ -102,3 +104,25 @@ def test_adam_leaves_the_rows_of_other_batches_alone() -> None:
     assert torch.equal(start[5], end[5])
     (((_, after),),) = run_on(1, all_steps, [("dense_adam", "row_wise")])
     assert not torch.equal(whole([after])["item_0"][11], end[11])
+
+
+def columns_of(world: World, sharding: str) -> set[int]:
+    """The widths of the pieces that tables of 512 columns are stored in."""
+    config = configuration(
+        "train.table_optimizer=rowwise_adagrad",
+        f"parallel.table_sharding={sharding}",
+        "model.num_tables=1",
+        "model.embedding_dim=512",
+    )
+    return {shard.tensor.shape[1] for shard in ItemTables(config, ROWS, world).weights()}
+
+
+def test_rowwise_adagrad_keeps_rows_whole() -> None:
+    """A row that is cut by columns would have a state a piece: another optimizer, which another sharding cannot resume."""
+    with pytest.raises(
+        UserError, match=r"column_wise: train\.table_optimizer=rowwise_adagrad has one state for a whole row"
+    ):
+        load_config(
+            None, ["data.path=unused", "train.table_optimizer=rowwise_adagrad", "parallel.table_sharding=column_wise"]
+        )
+    assert all(widths == {512} for widths in run_on(2, columns_of, "auto"))
