@@ -26,8 +26,10 @@ from typing import Annotated, Any, Optional
 
 import torch
 import typer
+from scipy.stats import permutation_test
 from torch import Tensor
 
+from benchmarks.json_file import write_json
 from benchmarks.user_ranks import RANKS_FILE
 from mme.config import CONFIG_FILE, Config, load_config
 from mme.errors import UserError
@@ -119,7 +121,7 @@ def main(
         "compared_with": COMPARED_WITH if COMPARED_WITH in runs else None,
     }
     stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(about | {"models": rows}, indent=2) + "\n")
+    write_json(stem.with_suffix(".json"), about | {"models": rows})
     page = markdown(about, rows)
     stem.with_suffix(".md").write_text(page)
     print(page)
@@ -243,18 +245,25 @@ def ndcg_at_10(ranks: Tensor) -> Tensor:
 
 
 def paired_p(differences: Tensor, num_flips: int = NUM_FLIPS) -> float:
-    """Two-sided p of the mean of ``differences`` (users,) being 0, by ``num_flips`` random choices of their signs.
+    """Two-sided p of the mean of paired ``differences`` (users,) being 0, by a permutation test over their signs.
 
-    Counting the signs as found among them, p is at least 1 / (num_flips + 1).
+    The signs are flipped at random ``num_flips`` times, so that p is at least 1 / (num_flips + 1); if there are not more
+    combinations of signs than that, all are counted.
     """
-    generator = torch.Generator().manual_seed(0)
-    nonzero = differences[differences != 0].double()
-    observed, as_large = nonzero.sum().abs(), 0
-    for start in range(0, num_flips, 1000):
-        size = min(1000, num_flips - start)
-        signs = torch.randint(2, (size, nonzero.numel()), generator=generator).double() * 2 - 1
-        as_large += int(((signs @ nonzero).abs() >= observed * (1 - 1e-9)).sum())
-    return (as_large + 1) / (num_flips + 1)
+    nonzero = differences[differences != 0].double().numpy()
+    if nonzero.size < 2:
+        return 1.0  # one difference has no smaller p, and a test of none is undefined
+    result = permutation_test(
+        (nonzero,),
+        lambda sample, axis: abs(sample.sum(axis)),
+        permutation_type="samples",
+        alternative="greater",
+        vectorized=True,
+        n_resamples=num_flips,
+        batch=1000,
+        rng=0,
+    )
+    return float(result.pvalue)
 
 
 def markdown(about: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:

@@ -33,6 +33,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.json_file import write_json
 from benchmarks.prepare import processor
 from launcher.devices import DEVICES
 from launcher.shape import Shape
@@ -77,7 +78,7 @@ def main(
     results["h100"] = appetite(results["reader"])
     _print(results)
     if output:
-        output.write_text(json.dumps(results, indent=2) + "\n")
+        write_json(output, results)
 
 
 def write_set(folder: Path, num_events: int) -> None:

@@ -29,6 +29,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.json_file import write_json
+
 ROWS_PER_FILE = 10_000_000
 ROWS_AT_ONCE = 1_000_000
 SECONDS_BETWEEN_LOOKS = 0.01
@@ -61,7 +63,7 @@ def main(
             "pyarrow": pa.__version__,
             "load_average": round(os.getloadavg()[0], 1),  # other programs' too
         }
-        output.write_text(json.dumps(about | {"results": results}, indent=2) + "\n")
+        write_json(output, about | {"results": results})
 
 
 def write_events(folder: Path, num_events: int) -> list[Path]:

@@ -6,7 +6,6 @@ python -m benchmarks.roofline
 from __future__ import annotations
 
 import ctypes
-import json
 import platform
 import statistics
 import time
@@ -19,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.json_file import write_json
 from kernels.backend import interpreting, triton_installed
 
 
@@ -119,7 +119,7 @@ def publish(
         table.add_row(*line)
     Console(width=120).print(table)
     if path is not None:
-        path.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")
+        write_json(path, header | {"rows": rows})
 
 
 def main() -> None:

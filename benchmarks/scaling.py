@@ -1,6 +1,6 @@
 """How does training scale: measured on CPU processes, predicted for GPUs that are not here.
 
-    python -m benchmarks.scaling --json benchmarks/results/scaling_cpu.json
+    python -m benchmarks.scaling --json benchmarks/raw/scaling_cpu.json --summary benchmarks/results/scaling_cpu.json
     python -m benchmarks.scaling --no-measure --config configs/ml-20m.yaml --items 26744
 
 Measured: whole training steps by `benchmarks.train_throughput` with 1, 2 and 4 processes of one thread each, a total batch
@@ -28,6 +28,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.json_file import write_json
 from launcher.devices import DEVICES, Device
 from launcher.job import items_of
 from launcher.plan import Layout, assumptions, choice, layouts
@@ -36,6 +37,7 @@ from mme.config import Config, load_config
 from mme.run.exit_status import job_status
 
 PROCESSES = (1, 2, 4)
+MARKS = ("largest_part_from", "largest_part_beside_the_host_from")
 TOTAL_SEQUENCES, SEQUENCES_EACH = 128, 64  # of a step: where the work stays, and of a process where it grows
 GPUS_OF_A_NODE = 8
 GPUS = [8 * 2**doublings for doublings in range(8)]  # to 1,024
@@ -55,7 +57,11 @@ def main(
         ),
     ] = None,
     overrides: Annotated[Optional[list[str]], typer.Argument(help="key.path=value, of the prediction")] = None,  # noqa: UP045
-    output: Annotated[Optional[Path], typer.Option("--json", help="Where to write the figures.")] = None,  # noqa: UP045
+    output: Annotated[Optional[Path], typer.Option("--json", help="Where to write all figures.")] = None,  # noqa: UP045
+    brief: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("--summary", help="Where to write the figures of the tables alone."),
+    ] = None,
 ) -> None:
     """Prints measured and predicted scaling."""
     with job_status():
@@ -88,7 +94,31 @@ def main(
     for line in predicted[0]["assumptions"]:
         console.print(f"- {line}", highlight=False)
     if output:
-        output.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(output, result)
+    if brief:
+        write_json(brief, summary(result))
+
+
+def summary(result: dict[str, Any]) -> dict[str, Any]:
+    """The figures of the tables: the repetitions of a measurement and the devices' constants are left out."""
+    predicted = result["predicted"]
+    runs = [
+        {
+            "gpu": run["gpu"]["name"],
+            "work": run["work"],
+            **{key: {part: gpus for part, gpus in run[key].items() if gpus} for key in MARKS},
+            "rows": [
+                {key: round(row[key], 3) for key in ("gpus", "step_ms", "tokens_per_s", "efficiency")}
+                | {"parts_ms": {part: round(found["ms"], 3) for part, found in row["parts"].items()}}
+                for row in run["rows"]
+            ],
+        }
+        for run in predicted["runs"]
+    ]
+    measured = {key: value for key, value in result.get("measured", {}).items() if key != "runs"}
+    if measured:
+        measured["versions"] = {key: result["measured"]["runs"][0][key] for key in ("torch", "device", "processor")}
+    return {"measured": measured, "predicted": predicted | {"runs": runs}}
 
 
 def _settings() -> list[tuple[int, int]]:

@@ -11,7 +11,6 @@ Three forms of the same lookup, forward and backward with the tables' update, on
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -24,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from benchmarks.json_file import write_json
 from mme.config import Config, load_config
 from mme.distributed.tables import ItemTables
 from mme.distributed.world import World, process_group
@@ -107,7 +107,7 @@ def _report(rows: list[dict[str, Any]], world: World, shape: dict[str, int], pat
     Console(width=110).print(table)
     if path is not None:
         header = {"processes": world.size, "device": world.device.type, "torch": torch.__version__, **shape}
-        path.write_text(json.dumps(header | {"rows": rows}, indent=1) + "\n")
+        write_json(path, header | {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.json_file import write_json
 from launcher.job import default_processes
 from mme.config import load_config
 from mme.errors import UserError
@@ -115,7 +116,7 @@ def main(
     result |= {"setting": setting, "overrides": options, "processes": processes, "processor": processor()}
     _print(result)
     if output:
-        output.write_text(json.dumps(result, indent=2) + "\n")
+        write_json(output, result)
 
 
 def run_worker(arguments: list[str]) -> None:

@@ -1,6 +1,6 @@
 """Compiles every kernel variant in use for given GPUs, without a GPU, and reports what the code needs.
 
-    python -m kernels.aot --arch 80 --arch 90 --json benchmarks/results/aot.json
+    python -m kernels.aot --arch 80 --arch 90 --json benchmarks/raw/aot.json
 
 An operation with Triton kernels lists its compilations as `aot_variants()`, see `kernels.variant`. Registers, spills and
 tensor-core instructions are read from the machine code by the `cuobjdump` that comes with Triton. For a variant that states

@@ -20,7 +20,9 @@ from tests.launcher.command_line import REPOSITORY
 
 def test_predictions_are_those_of_the_plan(tmp_path: Path) -> None:
     file, overrides = tmp_path / "scaling.json", ["model.num_blocks=6"]
-    command = [sys.executable, "-m", "benchmarks.scaling", "--no-measure", "--json", str(file), *overrides]
+    brief = tmp_path / "summary.json"
+    files = ["--json", str(file), "--summary", str(brief)]
+    command = [sys.executable, "-m", "benchmarks.scaling", "--no-measure", *files, *overrides]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "predicted, not measured: h100-80g, growing work" in done.stdout
@@ -38,6 +40,13 @@ def test_predictions_are_those_of_the_plan(tmp_path: Path) -> None:
     # A batch of 8 × 64 sequences cannot be dealt to 1,024 GPUs.
     assert [row["gpus"] for row in fixed_a100["rows"]] == [8, 16, 32, 64, 128, 256, 512]
     assert {row["gpus"] * row["tokens_a_gpu"] for row in fixed_a100["rows"]} == {8 * 65_536}
+    summary = json.loads(brief.read_text())["predicted"]["runs"]
+    for run, short in zip(predicted["runs"], summary, strict=True):
+        assert (short["gpu"], short["work"]) == (run["gpu"]["name"], run["work"])
+        assert [row["step_ms"] for row in short["rows"]] == pytest.approx(
+            [row["step_ms"] for row in run["rows"]], abs=1e-3
+        )
+        assert short["rows"][0]["parts_ms"].keys() == run["rows"][0]["parts"].keys()
 
 
 def test_another_configuration_has_the_items_of_its_data_set(
