@@ -2,7 +2,9 @@
 
     python -m benchmarks.user_ranks runs/quickstart
 
-writes `test_ranks.json` into the run's folder: model → ranks, users in the order of the data set. One process.
+writes `test_ranks.json` into the run's folder: model → ranks, users in the order of the data set. A target that is in no list
+(`eval.seen=exclude`, an item that the user has had before) has the rank `mme.evaluation.metrics.UNRANKED`, a number beyond
+any cut-off. One process.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ def main(run: Path) -> None:
     config = load_run_config(run)
     with process_group() as world:
         dataset, recommender, _ = load_trained(run, None, config, world)
-        ranks = target_ranks(recommender, dataset, config, "test")
+        ranks = target_ranks(recommender, dataset, config, "test").by_model
     write_text(run / RANKS_FILE, json.dumps({name: values.tolist() for name, values in ranks.items()}), run)
 
 

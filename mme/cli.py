@@ -43,6 +43,13 @@ class TableFormat(str, Enum):
     latex = "latex"
 
 
+class SeenItems(str, Enum):
+    """`eval.seen` on the command line."""
+
+    exclude = "exclude"
+    include = "include"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line (default: the process's own) and returns the exit status."""
     _quiet_libraries()
@@ -138,10 +145,14 @@ def evaluate(
         bool,
         typer.Option("--save-ranks", help="Keep each user's rank in the run's folder, for `mme compare`."),
     ] = False,
+    seen: Annotated[
+        Optional[SeenItems],
+        typer.Option(help="Whether items that the user has had before are ranked; default: the run's eval.seen."),
+    ] = None,
 ) -> None:
     """Print the test metrics of a run's checkpoint as JSON.
 
-    Standard output has the JSON alone; everything else goes to standard error.
+    Only the JSON goes to standard output, everything else to standard error.
 
     Examples:
 
@@ -155,7 +166,7 @@ def evaluate(
         _name_accelerator()
         from mme.evaluation.evaluate import evaluate_run
 
-        metrics = evaluate_run(run, checkpoint, save_ranks=save_ranks)
+        metrics = evaluate_run(run, checkpoint, seen.value if seen else None, save_ranks=save_ranks)
         if rank() == 0:
             os.write(output, (json.dumps(metrics, indent=2) + "\n").encode())
 

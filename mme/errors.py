@@ -17,6 +17,10 @@ class JobError(Exception):
     """The job can't go on, and all ranks know it: rank 0 prints the one line, and all leave with status 1."""
 
 
+class NonFiniteError(JobError):
+    """A loss, gradient, weight or vector is NaN or infinite, so no result that depends on it can be right."""
+
+
 class Preempted(Exception):
     """The job was asked to stop (SIGTERM) and has saved all: all ranks leave with status 143, to be started again."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -26,14 +26,17 @@ from mme.distributed.engine import initialize_engine
 from mme.distributed.pace import Pace
 from mme.distributed.recommender import Recommender
 from mme.distributed.world import PATIENCE_S, World, process_group
-from mme.errors import Preempted, UserError
-from mme.evaluation.evaluate import evaluate
+from mme.errors import NonFiniteError, Preempted, UserError
+from mme.evaluation.evaluate import SELECTED_BY, evaluate
+from mme.evaluation.seen import repeats_warning
 from mme.profiling.profile import PROFILE_FOLDER, StepProfile
 from mme.profiling.regions import each_in_region, region
+from mme.run import attempts
 from mme.run.monitor import Monitor
-from mme.run.non_finite import MOST_IN_A_ROW, NON_FINITE_FOLDER, NonFiniteError, save_batch
+from mme.run.non_finite import MOST_IN_A_ROW, NON_FINITE_FOLDER, save_batch
 from mme.run.preemption import Preemption
 from mme.run.run_lock import only_job
+from mme.run.same_job import require_same_job, require_shared_folder, settings_sha256
 from mme.run.watchdog import Watchdog
 from mme.step import StepResult, TrainStep
 
@@ -51,7 +54,9 @@ def train(config: Config) -> list[dict[str, Any]]:
     with Preemption() as preemption, process_group(patience_s) as world:
         validate_world_size(config, world.size)
         dataset = PreparedDataset.open(config.data.path, config.data.cache_dir)
+        require_same_job(config, dataset.sha256, world)
         with only_job(Path(config.output_dir), world):
+            require_shared_folder(Path(config.output_dir), world)
             return Training(config, dataset, world, preemption).run()
 
 
@@ -82,6 +87,8 @@ class Training:
         self.step = TrainStep(config, self.recommender, self.engine, self.total_steps, counts)
         self.pace = Pace(world)
         self.skipped = self.skipped_in_a_row = 0
+        self.job = settings_sha256(flat(config))
+        self.resumed_from = self.reached = 0  # steps
         self._look_up_targets()
 
     def _look_up_targets(self) -> None:
@@ -105,13 +112,14 @@ class Training:
             log_every=config.train.log_every,
         )
         self.writer = writer = CheckpointWriter(self.run_folder, self.recommender, config.train.keep_checkpoints)
-        with monitor, self.watchdog, writer, self.pace:
+        with monitor, self.watchdog, writer, self.pace, self._counted_attempt():
             progress = self._start(monitor)
             if progress.evaluate:
                 self._evaluate_and_save(monitor, progress)
             self.pace.begin_step()
             for at, batch, after in self._profiled(self._batches(progress), progress, monitor):
-                self.watchdog.beat(f"training step {at.step + 1}")
+                self.reached = at.step + 1
+                self.watchdog.beat(f"training step {self.reached}")
                 result = self.step(at.step, batch, self.skipped, [self.preemption.requested, *writer.votes()])
                 if result.skipped:
                     self._on_non_finite(monitor, at.step + 1, batch, result)
@@ -126,9 +134,23 @@ class Training:
             writer.wait()
             return self._test(monitor)
 
+    @contextmanager
+    def _counted_attempt(self) -> Iterator[None]:
+        """Counts, in the run's folder, an attempt that ends in a number that is not finite (`mme.run.attempts`)."""
+        try:
+            yield
+        except NonFiniteError:
+            if self.world.rank == 0:
+                attempts.record_failure(self.run_folder, self.job, self.resumed_from, self.reached)
+            raise
+        if self.world.rank == 0:
+            attempts.forget(self.run_folder)
+
     def _start(self, monitor: Monitor) -> Progress:
         progress = None
         if self.config.train.resume:
+            if self.world.rank == 0 and (line := attempts.go_back(self.run_folder, self.job)):
+                monitor.note(line)
             progress = checkpoint.load_training(self.run_folder, self.recommender, self.engine, monitor.note)
         else:
             self._begin_anew(monitor)
@@ -137,6 +159,7 @@ class Training:
         else:
             self._go_on(progress, monitor)
         self.skipped = progress.skipped
+        self.resumed_from = self.reached = progress.step
         if self.world.rank == 0:
             save_config(self.config, self.run_folder / CONFIG_FILE)
         monitor.resume_at(progress.step, self.total_steps)
@@ -147,10 +170,18 @@ class Training:
                 "dataset": {key: self.dataset.info[key] for key in ("name", "num_users", "num_items", "num_events")},
             }
         )
+        moe = self.config.model.moe
+        if moe.num_experts and moe.top_k == 1 and moe.renormalize:
+            monitor.note(
+                "warning: model.moe.top_k=1 with renormalize=true gives each token's expert the weight p / p = 1, so the "
+                "router gets no gradient from the task, only from its balance losses; renormalize=false keeps p"
+            )
         return progress
 
     def _begin_anew(self, monitor: Monitor) -> None:
-        """Else the newest and the best checkpoint would go on to be those of the run before."""
+        """Otherwise the newest and the best checkpoint would still be those of the run before."""
+        if self.world.rank == 0:
+            attempts.forget(self.run_folder)
         if self.world.rank == 0 and (removed := checkpoint.remove_all(self.run_folder)):
             monitor.note(f"train.resume=false: {removed} checkpoints of the run before are removed")
         self.world.barrier()
@@ -294,18 +325,22 @@ class Training:
             records = self._evaluate(self.split.selection, progress.step)
         except Preempted:
             self._save_and_stop(progress)
-        for record in records:
-            monitor.evaluation(record)
-        score = records[0]["ndcg@10"] if self.split.selection == "valid" else None
+        self._show(monitor, records)
+        score = records[0][SELECTED_BY] if self.split.selection == "valid" else None
         self.writer.save(replace(progress, evaluate=False, score=score))
 
     def _test(self, monitor: Monitor) -> list[dict[str, Any]]:
         """The test metrics of the checkpoint that validation chose (the last one where there is no validation)."""
         step = checkpoint.load_weights(self.run_folder, None, self.recommender, self.numbering, monitor.note)
         records = self._evaluate("test", step, keep_ranks_in=self.run_folder)
+        self._show(monitor, records)
+        return records
+
+    def _show(self, monitor: Monitor, records: list[dict[str, Any]]) -> None:
         for record in records:
             monitor.evaluation(record)
-        return records
+        if warning := repeats_warning(records[0]):
+            monitor.warn_once("repeated targets", warning)
 
     @region("evaluation")
     def _evaluate(self, part: HeldOut, step: int, keep_ranks_in: Path | None = None) -> list[dict[str, Any]]:

@@ -356,6 +356,18 @@ class TrainConfig:
 
 
 @dataclass
+class EvalConfig:
+    """How targets are ranked."""
+
+    seen: Literal["exclude", "include"] = key(
+        "exclude",
+        "Whether items that the user has had before are ranked. `exclude`, the published protocol: they are in no list, so a "
+        "target among them is a miss, which counts as 0 in every metric. `include`: all items are ranked. Every result states "
+        "`seen` and the share of such targets, `repeated_targets`; above 1% under `exclude`, a warning says so.",
+    )
+
+
+@dataclass
 class ParallelConfig:
     """How model and tables are distributed over the ranks."""
 
@@ -390,6 +402,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     kernels: KernelsConfig = field(default_factory=KernelsConfig)
     output_dir: str = key("runs/default", "Folder for configuration, metrics, checkpoints, logs and the report.")

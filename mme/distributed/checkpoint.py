@@ -40,11 +40,15 @@ ELSEWHERE = "choose another output_dir, or train.resume=false, which removes thi
 
 
 def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -> Progress | None:
-    """Restores weights and optimizer states from the newest sound checkpoint; None where there is none.
+    """Restores weights and optimizer states from the newest sound checkpoint; None if there is no checkpoint at all.
 
     ``note`` is called with one line for each damaged checkpoint that is passed over.
+
+    Raises:
+        UserError: all are damaged, or the checkpoint belongs to another configuration.
     """
-    for step in recommender.world.of_first(steps(run)[::-1]):
+    candidates = recommender.world.of_first(steps(run)[::-1])
+    for step in candidates:
         index = _sound_index(run, step, recommender.world)
         if isinstance(index, str):
             note(f"checkpoint passed over: {index}")
@@ -55,6 +59,11 @@ def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -
         recommender.tables.set_optimizer_step(applied)
         set_optimizer_step(engine, applied)
         return progress
+    if candidates:
+        raise UserError(
+            f"{run / 'checkpoints'}: all {len(candidates)} checkpoints are damaged, the newest: {index}; "
+            "train.resume=false removes them and starts from the beginning"
+        )
     return None
 
 

@@ -35,12 +35,16 @@ from mme.distributed.checkpoint_index import (
 )
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import Piece, optimizer_pieces, weight_pieces
-from mme.errors import JobError, Preempted
+from mme.errors import JobError, NonFiniteError, Preempted
 from mme.files import flush, make_folder, replacing, sha256, write_text
 
 
 class CheckpointError(JobError):
     """A checkpoint could not be written; training can't go on safely."""
+
+
+class NonFiniteCheckpointError(CheckpointError, NonFiniteError):
+    """The state to be written holds NaN or infinity: no training could resume from it."""
 
 
 class CheckpointWriter:
@@ -57,7 +61,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._parts_of: Progress | None = None  # the checkpoint whose files are being written
         self._entry: dict[str, Any] = {}  # of this rank in its index
-        self._failure: str | None = None
+        self._failure: CheckpointError | None = None
         self._newest: int | None = None  # the step that this process has written last, or is writing
 
     def __enter__(self) -> CheckpointWriter:
@@ -141,7 +145,7 @@ class CheckpointWriter:
         dist.broadcast_object_list(verdict := [self._failure], src=0)
         self._failure = None
         if verdict[0]:
-            raise CheckpointError(f"checkpoint not written: {verdict[0]}")
+            raise verdict[0]
 
     def _partial(self, step: int) -> Path:
         final = folder(self.run, step)
@@ -165,6 +169,11 @@ class CheckpointWriter:
 
     def _write_part(self, partial: Path, pieces: list[tuple[Piece, Tensor]]) -> None:
         file = partial / f"rank_{self.world.rank:05d}.safetensors"
+        spoiled = next((where for piece, value in pieces if (where := _not_finite(piece, value))), None)
+        if spoiled is not None:
+            step = self._parts_of.step if self._parts_of is not None else self._newest
+            self._entry = {"error": NonFiniteCheckpointError(f"checkpoint of step {step} not written: {spoiled}")}
+            return
         try:
             make_folder(partial, self.run)
             entries = [_entry_of(piece) for piece, _ in pieces]
@@ -172,7 +181,7 @@ class CheckpointWriter:
                 save_file({entry.key: value for entry, (_, value) in zip(entries, pieces, strict=True)}, unfinished)
             self._entry = asdict(FileEntry(file.name, sha256(file, self.run), entries))
         except (OSError, SafetensorError) as error:
-            self._entry = {"error": f"{file}: {error}"}
+            self._entry = {"error": CheckpointError(f"checkpoint not written: {file}: {error}")}
 
     def _commit(self) -> None:
         """Gathers what the ranks have written; rank 0 completes the checkpoint in its thread."""
@@ -202,7 +211,7 @@ class CheckpointWriter:
             self._prune(progress.step)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            self._failure = f"{final}: {error}"
+            self._failure = CheckpointError(f"checkpoint not written: {final}: {error}")
 
     def _write_progress(self, progress: Progress) -> None:
         final = folder(self.run, progress.step)
@@ -210,11 +219,11 @@ class CheckpointWriter:
             if self.world.rank == 0:
                 index = read_index(self.run, progress.step)
                 if isinstance(index, str):
-                    self._failure = index
+                    self._failure = CheckpointError(f"checkpoint not written: {index}")
                 else:
                     write_text(final / INDEX, json.dumps(asdict(replace(index, progress=progress))), self.run)
         except OSError as error:
-            self._failure = f"{final / INDEX}: {error}"
+            self._failure = CheckpointError(f"checkpoint not written: {final / INDEX}: {error}")
 
     def _prune(self, newest: int) -> None:
         # Later ones were passed over as damaged when this run went on: they don't count.
@@ -225,6 +234,15 @@ class CheckpointWriter:
 
 def _entry_of(piece: Piece) -> PieceEntry:
     return PieceEntry(piece.name, piece.shape, piece.offsets, piece.local_shape)
+
+
+def _not_finite(piece: Piece, value: Tensor) -> str | None:
+    """Which row of the piece is not finite; None if all are. NaN and infinity show in the extremes, found in one pass that
+    allocates nothing."""
+    if not value.numel() or torch.stack(torch.aminmax(value)).isfinite().all():
+        return None
+    row = piece.offsets[0] + int((~value.isfinite()).nonzero()[0, 0])
+    return f"{piece.name} is not finite, first in row {row}"
 
 
 def _remove_partial(partial: Path) -> None:

@@ -71,24 +71,30 @@ class Recommender:
 
     @torch.no_grad()
     def encode(self, batch: SequenceBatch) -> Tensor:
-        """(B, D) the normalised state of each history after its last token; every history has at least one."""
+        """(B, D) the normalised state of each history after its last token; every history has at least one.
+
+        NaN where a state is not finite or too large to be normalised.
+        """
         hidden = self.decode(batch).hidden
-        return normalize_views(hidden[batch.seq_offsets[1:] - 1].float(), self.config.model.score_norm)
+        return self._normalize(hidden[batch.seq_offsets[1:] - 1].float())
 
     @torch.no_grad()
     def catalogue(self) -> tuple[int, Tensor]:
         """This rank's share of the catalogue: its first item, and the normalised vectors (share, D) of it and the next.
 
-        The shares are equal slices in rank order whatever the tables' sharding; no rank ever holds the whole.
+        The shares are equal slices in rank order whatever the tables' sharding; no rank ever holds the whole. A vector
+        is NaN where its rows are not finite or too large to be normalised.
         """
         share = -(-self.num_items // self.world.size)
         first = min(self.world.rank * share, self.num_items)
         last = min(first + share, self.num_items)
-        vectors = [self._vectors(ids) for ids in self._chunks(first, last, share)]
+        vectors = [self._normalize(self.tables.lookup(ids)) for ids in self._chunks(first, last, share)]
         return first, torch.cat(vectors)
 
-    def _vectors(self, ids: Tensor) -> Tensor:
-        return normalize_views(self.tables.lookup(ids), self.config.model.score_norm)
+    def _normalize(self, x: Tensor) -> Tensor:
+        """(n, M, d) → (n, D). A length that overflows would turn the vector into zeros, so NaN takes its place."""
+        length = x.flatten(1).norm(dim=1, keepdim=True)
+        return normalize_views(x, self.config.model.score_norm).where(length.isfinite(), torch.nan)
 
     def _chunks(self, first: int, last: int, share: int) -> Iterator[Tensor]:
         """As many chunks on every rank, since each lookup is a collective; the last ones may be empty."""

@@ -61,6 +61,13 @@ class World(Worker):
             return values[0]
         return value
 
+    def gather_objects(self, value: Any) -> list[Any]:
+        """The ``value`` of each rank, in rank order; small ones."""
+        values: list[Any] = [value] * self.size
+        if self.size > 1:
+            dist.all_gather_object(values, value)
+        return values
+
     def barrier(self) -> None:
         if self.size > 1:
             dist.barrier()

@@ -14,10 +14,11 @@ from mme.data.batch import EvaluationBatch
 from mme.data.dataset import PreparedDataset
 from mme.data.numbering import read_item_ids
 from mme.evaluation.metrics import user_metrics
+from mme.evaluation.popularity import popularity_order
 from mme.evaluation.ranking import Ranker
+from mme.evaluation.seen import excluded_items
 from mme.evaluation.segments import group_means, history_groups, popularity_groups
 from mme.evaluation.user_ranks import LIST_LENGTH, UNRANKED, UserRanks
-from mme.model.baselines import popularity_order
 
 SEGMENTED = "ndcg@10"
 NUM_EXAMPLES = 6
@@ -43,7 +44,9 @@ class CollectedUsers:
         world = ranker.world
         facts = torch.stack([batch.sequences.user_rows, batch.targets, batch.seen_offsets.diff()], dim=1)
         user_row, target, history_events = torch.cat(world.gather(facts)).unbind(1)
-        items, _ = ranker.top_k(batch.sequences, batch.seen_ids, batch.seen_offsets, LIST_LENGTH)
+        items, _ = ranker.top_k(
+            batch.sequences, *excluded_items(batch, ranker.recommender.config.eval.seen), LIST_LENGTH
+        )
         listed = items >= 0
         bits = self.information[items.clamp(min=0)].where(listed, 0).sum(1)
         if not self._batches:

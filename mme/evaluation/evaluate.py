@@ -1,12 +1,15 @@
-"""Metrics of a model beside popularity's, on the validation or test split of a protocol."""
+"""Metrics of a model and of the popularity baseline, on the held-out parts of a split."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mme.config import Config, load_run_config
 from mme.data.dataset import PreparedDataset
@@ -19,8 +22,11 @@ from mme.distributed.world import World, process_group
 from mme.evaluation.collected import CollectedUsers, segments
 from mme.evaluation.insight import insight
 from mme.evaluation.metrics import rank_metrics, standard_errors
+from mme.evaluation.popularity import popularity_ranks
 from mme.evaluation.ranking import Ranker
-from mme.model.baselines import popularity_ranks
+from mme.evaluation.seen import Seen, excluded_items, is_repeated, repeats_warning
+
+SELECTED_BY = "ndcg@10"  # the metric that chooses the best checkpoint
 
 
 def evaluate(
@@ -34,12 +40,17 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """The records of `metrics.jsonl` for the model and for popularity on one held-out part, the same on every rank.
 
-    On the test part the model's record says under ``insight`` what it has learned, see `mme.evaluation.insight`.
+    Each says how items that a user has had before were treated (``seen``, see `mme.evaluation.seen`) and which share of the
+    targets were such items (``repeated_targets``). On the test part the model's says under ``insight`` what it has learned
+    (`mme.evaluation.insight`).
 
     Args:
         before_batch: called before each batch, on every rank; what it raises ends the evaluation.
         keep_ranks_in: the folder to write `mme.evaluation.user_ranks` into. The records then have NDCG@10 by ``segments``,
             see `mme.evaluation.segments`, and the model's a few ``examples``.
+
+    Raises:
+        NonFiniteError: the model has no valid scores, see `mme.evaluation.ranking.Ranker`.
     """
     collected = None if keep_ranks_in is None else _collected(dataset, config, recommender.world)
     model, popularity = _records(recommender, dataset, config, part, step, before_batch, collected)
@@ -61,18 +72,20 @@ def _records(
     before_batch: Callable[[], Any] = lambda: None,
     collected: CollectedUsers | None = None,
 ) -> list[dict[str, Any]]:
-    by_model = target_ranks(recommender, dataset, config, part, before_batch, collected)
+    ranks = target_ranks(recommender, dataset, config, part, before_batch, collected)
     common = {
         "step": step,
         "split": part,
         "protocol": config.data.protocol,
+        "seen": config.eval.seen,
+        "repeated_targets": ranks.repeated.double().mean().item(),
         "sort_rule": dataset.info["sort_rule"],
         "targets_sha256": dataset.targets_sha256(Split.of(config.data), part),
-        "users": by_model["popularity"].numel(),
+        "users": ranks.repeated.numel(),
     }
     return [
-        common | {"model": name} | rank_metrics(ranks) | {"standard_errors": standard_errors(ranks)}
-        for name, ranks in by_model.items()
+        common | {"model": name} | rank_metrics(of_users) | {"standard_errors": standard_errors(of_users)}
+        for name, of_users in ranks.by_model.items()
     ]
 
 
@@ -94,6 +107,21 @@ def _keep(
     model["examples"] = world.of_first(collected.examples(dataset) if world.rank == 0 else [])
 
 
+@dataclass(frozen=True)
+class TargetRanks:
+    """Where each user's target stands, the same on every rank.
+
+    The order of the users depends only on the data, the part and the number of processes.
+
+    Attributes:
+        by_model: (users,) int64 ranks by the model, then by popularity; `UNRANKED` for a target in no list.
+        repeated: (users,) bool, whether the user has had the target before.
+    """
+
+    by_model: dict[str, Tensor]
+    repeated: Tensor
+
+
 def target_ranks(
     recommender: Recommender,
     dataset: PreparedDataset,
@@ -101,25 +129,34 @@ def target_ranks(
     part: HeldOut,
     before_batch: Callable[[], Any] = lambda: None,
     collected: CollectedUsers | None = None,
-) -> dict[str, torch.Tensor]:
-    """The rank of each user's target, (users,) int64, by the model and then by popularity; the same on every rank.
+) -> TargetRanks:
+    """Ranks every target of ``part``.
 
-    The order of the users depends on the data, the part and the number of processes alone. ``before_batch``: see
-    `evaluate`. ``collected`` is told of each batch.
+    Args:
+        before_batch: see `evaluate`.
+        collected: is told of each batch.
+
+    Raises:
+        NonFiniteError: see `Ranker`.
     """
     world = recommender.world
     loader = _loader(recommender, dataset, config, part)
     ranker = Ranker(recommender)
     counts = dataset.training_counts(Split.of(config.data)).to(world.device)
-    model_ranks, popular_ranks = [counts[:0]], [counts[:0]]
+    model_ranks, popular_ranks, repeated = [counts[:0]], [counts[:0]], [counts[:0]]
     for batch in loader.batches():
         before_batch()
-        model_ranks.append(ranker.target_ranks(batch.sequences, batch.seen_ids, batch.seen_offsets, batch.targets))
-        local = popularity_ranks(counts, batch.targets, batch.seen_ids, batch.seen_offsets)
-        popular_ranks.append(torch.cat(world.gather(local)))
+        excluded = excluded_items(batch, config.eval.seen)
+        model_ranks.append(ranker.target_ranks(batch.sequences, *excluded, batch.targets))
+        popular = popularity_ranks(counts, batch.targets, *excluded)
+        is_repeat = is_repeated(batch.targets, batch.seen_ids, batch.seen_offsets).long()
+        of_all_ranks = torch.cat(world.gather(torch.stack([popular, is_repeat], dim=1)))
+        popular_ranks.append(of_all_ranks[:, 0])
+        repeated.append(of_all_ranks[:, 1])
         if collected is not None:
             collected.add(batch, ranker, model_ranks[-1], popular_ranks[-1])
-    return {config.model.name: torch.cat(model_ranks), "popularity": torch.cat(popular_ranks)}
+    by_model = {config.model.name: torch.cat(model_ranks), "popularity": torch.cat(popular_ranks)}
+    return TargetRanks(by_model, torch.cat(repeated) > 0)
 
 
 def _loader(recommender: Recommender, dataset: PreparedDataset, config: Config, part: HeldOut) -> EvaluationLoader:
@@ -140,20 +177,27 @@ def load_trained(
     return dataset, recommender, load_weights(run, checkpoint, recommender, dataset.numbering_sha256(features))
 
 
-def evaluate_run(run: Path, checkpoint: int | None, *, save_ranks: bool = False) -> dict[str, Any]:
+def evaluate_run(
+    run: Path, checkpoint: int | None, seen: Seen | None = None, *, save_ranks: bool = False
+) -> dict[str, Any]:
     """The test metrics of a run's checkpoint (None: its best), with popularity's under `popularity`, as one JSON object.
 
     Args:
+        seen: replaces the run's `eval.seen`; None keeps it.
         save_ranks: also writes `mme.evaluation.user_ranks` into the run's folder.
 
     Raises:
         UserError: the run, its configuration, its data or the checkpoint is missing or damaged.
+        NonFiniteError: the model has no valid scores.
     """
     config = load_run_config(run)
+    config.eval.seen = seen or config.eval.seen
     with process_group() as world:
         dataset, recommender, step = load_trained(run, checkpoint, config, world)
         collected = _collected(dataset, config, world) if save_ranks else None
         model, popularity = _records(recommender, dataset, config, "test", step, collected=collected)
         if collected is not None:
             _keep(collected, dataset, [model, popularity], run, world)
+    if world.rank == 0 and (warning := repeats_warning(model)):
+        print(warning, file=sys.stderr, flush=True)
     return {"run": str(run), "checkpoint": step, **model, "popularity": popularity}

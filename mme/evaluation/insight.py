@@ -1,8 +1,8 @@
 """What a trained model has learned, in figures small enough for metrics.jsonl.
 
-The tables stay sharded: their rows pass by in pieces, each rank its share of the items, and only a D × D matrix of
-products is kept. From it follow the singular values of each table and how alike two views are (linear CKA, Kornblith et
-al., arXiv 1905.00414). Routing is counted over a part of the test histories.
+The tables stay sharded: each rank reads the rows of its share of the items in chunks and keeps only a D × D matrix of
+products, from which the singular values of each table and the similarity of two views (linear CKA, Kornblith et al.,
+arXiv 1905.00414) are computed. Routing is counted over a part of the test histories.
 
 Legend: M views, d view width, D = M·d, E experts, R = M·T rows, N max_seq_len.
 """
@@ -19,8 +19,9 @@ from torch import Tensor
 from mme.data.batch import EvaluationBatch
 from mme.distributed.recommender import Recommender
 from mme.evaluation.metrics import rank_metrics
+from mme.evaluation.popularity import popularity_order
 from mme.evaluation.ranking import Ranker
-from mme.model.baselines import popularity_order
+from mme.evaluation.seen import excluded_items
 from mme.model.inputs import positions_in_sequence
 
 TABLE_ROWS = 65_536  # items of a rank that one lookup brings
@@ -35,7 +36,7 @@ def insight(
     batches: Iterable[EvaluationBatch],
     before_batch: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
-    """Spectra and likeness of the tables, who uses which expert, and the learned curves; the same on every rank.
+    """Spectra and similarity of the tables, who uses which expert, and the learned curves; the same on every rank.
 
     Args:
         counts: (num_items,) int64, training events of each item.
@@ -43,9 +44,9 @@ def insight(
         before_batch: called before each collective part of the work.
 
     Returns:
-        ``singular_values`` [view][d] falling, ``effective_rank`` [view], ``similarity`` [view][view] in 0 … 1;
+        ``singular_values`` [view][d] in descending order, ``effective_rank`` [view], ``similarity`` [view][view] in 0 … 1;
         ``ranking`` (with several views, where there are histories): NDCG@10 by each view's share of the score alone,
-        ``ndcg@10`` [view], by all, ``all_views``, and the number of ``users``;
+        ``ndcg@10`` [view], by all views together, ``all_views``, and the number of ``users``;
         ``routing`` (with experts): for "view", "popularity" and "position" the ``groups`` and the ``share`` of each group's
         choices, [block][group][expert]; ``blocks`` of them; ``longest_gap_s``, the longest time between two events of a
         history, the target's included; ``time_weights`` and ``position_weights`` [block][…].
@@ -105,7 +106,8 @@ def _ranking(
     ranker, parts = Ranker(recommender), []
     for batch in batches:
         before_batch()
-        parts.append(ranker.target_ranks_by_view(batch.sequences, batch.seen_ids, batch.seen_offsets, batch.targets))
+        excluded = excluded_items(batch, recommender.config.eval.seen)
+        parts.append(ranker.target_ranks_by_view(batch.sequences, *excluded, batch.targets))
     ranks = torch.cat(parts, dim=1)
     *by_view, of_all = [rank_metrics(of)["ndcg@10"] for of in ranks]
     return {"users": ranks.shape[1], "all_views": of_all, "ndcg@10": by_view}

@@ -1,26 +1,30 @@
-"""HR, NDCG and MRR of the rank that a model gives to each user's one target."""
+"""HR, NDCG and MRR of the rank that a model gives to each user's single target."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from mme.evaluation.user_ranks import UNRANKED
+
 CUTOFFS = (10, 50)
 
 
 def user_metrics(ranks: Tensor) -> dict[str, Tensor]:
-    """Each metric of each user, (users,) float64; ``ranks``: (users,) int64, 1 for a target ranked first.
+    """Each metric of each user, (users,) float64.
 
     hr@k is 1 for a target among the first k and otherwise 0; ndcg@k is 1 / log2(rank + 1) among the first k and otherwise
-    0, which is NDCG for a single relevant item; mrr is 1 / rank.
+    0, which is NDCG for a single relevant item; mrr is 1 / rank. ``ranks``: (users,) int64, 1 for a target ranked first,
+    `UNRANKED` for one that is in no list: it counts as 0 in every metric.
     """
+    ranked = ranks != UNRANKED
     ranks = ranks.double()
     metrics = {}
     for cutoff in CUTOFFS:
         hit = ranks <= cutoff
         metrics[f"hr@{cutoff}"] = hit.double()
         metrics[f"ndcg@{cutoff}"] = torch.where(hit, 1 / torch.log2(ranks + 1), 0.0)
-    return metrics | {"mrr": 1 / ranks}
+    return metrics | {"mrr": torch.where(ranked, 1 / ranks, 0.0)}
 
 
 def rank_metrics(ranks: Tensor) -> dict[str, float]:

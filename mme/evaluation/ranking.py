@@ -1,8 +1,8 @@
 """Exact ranking of the whole catalogue with the tables still sharded.
 
-Each rank holds the vectors of its share of the items and scores them for the histories of all ranks; only states,
-target scores, counts and the best few items travel. Equal scores rank by item index, so every number of processes gives
-the same result.
+Each rank holds the vectors of its share of the items and scores them for the histories of all ranks. Only states, target
+scores, counts and the best few items are exchanged. Items with equal scores rank in the order of their index, so the
+result does not depend on the number of processes.
 
 Legend: B histories of one rank's batch, U those of all ranks, D total width, S items of a rank's share.
 """
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from mme.data.batch import SequenceBatch
 from mme.distributed.recommender import Recommender
+from mme.errors import NonFiniteError
+from mme.evaluation.metrics import UNRANKED
 
 SCORES_AT_ONCE = 32_000_000  # elements of a score matrix
 
@@ -25,45 +27,49 @@ SCORES_AT_ONCE = 32_000_000  # elements of a score matrix
 @dataclass(frozen=True)
 class GatheredHistories:
     """The histories of all ranks in rank order: normalised ``states`` (U, D), and the items that must not be ranked,
-    ``seen`` (n,) int64, with ``seen_by`` (n,) the history that each belongs to."""
+    ``excluded`` (n,) int64, with ``history_of`` (n,), the history that each belongs to."""
 
     states: Tensor
-    seen: Tensor
-    seen_by: Tensor
+    excluded: Tensor
+    history_of: Tensor
 
 
 class Ranker:
-    """Ranks the catalogue as the tables stand now; made anew after they change. Each call is a collective."""
+    """Ranks the catalogue as the tables are now; after they change, a new one is needed. Each call is a collective.
+
+    Raises:
+        NonFiniteError: an item's vector or, in each method, a history's state is not finite: no comparison with NaN is
+            true, so that every target would rank first.
+    """
 
     def __init__(self, recommender: Recommender) -> None:
         self.recommender = recommender
         self.world = recommender.world
         self.first_item, vectors = recommender.catalogue()
         self.num_local = vectors.shape[0]
-        # Shares of one width, so that all ranks cut the histories alike.
+        # Shares of one width, so that all ranks split the histories in the same way.
         width = -(-recommender.num_items // self.world.size)
         self.vectors = F.pad(vectors, (0, 0, 0, width - self.num_local))
+        self._require_finite_vectors()
 
-    def target_ranks(self, batch: SequenceBatch, seen_ids: Tensor, seen_offsets: Tensor, targets: Tensor) -> Tensor:
-        """1 + the number of unseen items that score higher than the target, or as high with a smaller index.
+    def target_ranks(self, batch: SequenceBatch, excluded: Tensor, offsets: Tensor, targets: Tensor) -> Tensor:
+        """1 + the number of ranked items that score higher than the target, or as high with a smaller index.
 
         Args:
             batch: B histories.
-            seen_ids: (n,) int64, the items of each history that must not be ranked, with ``seen_offsets`` (B + 1,); the
-                target itself is always ranked.
+            excluded: (n,) int64, the items that must not be ranked for each history, with ``offsets`` (B + 1,).
             targets: (B,) int64.
 
         Returns:
-            (U,) int64 ranks for the histories of all ranks, in rank order, the same on every rank.
+            (U,) int64 ranks for the histories of all ranks, in rank order, the same on every rank; `UNRANKED` for a target
+            that is excluded.
         """
-        histories = self._gather(batch, seen_ids, seen_offsets)
+        histories = self._gather(batch, excluded, offsets)
         return self._ranks(histories, torch.cat(self.world.gather(targets)), slice(None))
 
-    def target_ranks_by_view(
-        self, batch: SequenceBatch, seen_ids: Tensor, seen_offsets: Tensor, targets: Tensor
-    ) -> Tensor:
+    def target_ranks_by_view(self, batch: SequenceBatch, excluded: Tensor, offsets: Tensor, targets: Tensor) -> Tensor:
         """`target_ranks` by each view's share of the scores alone and, last, by all of them: (M + 1, U) int64."""
-        histories = self._gather(batch, seen_ids, seen_offsets)
+        histories = self._gather(batch, excluded, offsets)
         targets = torch.cat(self.world.gather(targets))
         model = self.recommender.config.model
         views = [slice(start, start + model.view_dim) for start in range(0, model.embedding_dim, model.view_dim)]
@@ -73,20 +79,23 @@ class Ranker:
         """(U,) ranks of the targets of all ranks by the components ``of`` the vectors alone."""
         columns = torch.arange(self.vectors.shape[0], device=targets.device)
         ranks = [targets[:0]]
-        for part, scores in self._scores(histories, targets, of):
+        for part, scores in self._scores(histories, of):
             target_column = (targets[part] - self.first_item)[:, None]
             own = columns == target_column
             target_scores = self.world.sum(scores.where(own, 0).sum(1))[:, None]
             above = (scores > target_scores) | ((scores == target_scores) & (columns < target_column))
             ranks.append(1 + self.world.sum(above.sum(1)))
-        return torch.cat(ranks)
+        is_excluded = torch.zeros_like(targets, dtype=torch.bool)
+        is_excluded[histories.history_of[histories.excluded == targets[histories.history_of]]] = True
+        return torch.cat(ranks).masked_fill(is_excluded, UNRANKED)
 
-    def top_k(self, batch: SequenceBatch, seen_ids: Tensor, seen_offsets: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k best unseen items and their scores for the histories of all ranks, in rank order: both (U, k).
+    def top_k(self, batch: SequenceBatch, excluded: Tensor, offsets: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k best items that are not excluded and their scores, for the histories of all ranks in rank order: both
+        (U, k).
 
-        Places that no item is left for hold item −1 and score −inf.
+        Places for which no item is left hold item −1 and score −inf.
         """
-        histories = self._gather(batch, seen_ids, seen_offsets)
+        histories = self._gather(batch, excluded, offsets)
         items = [torch.empty(0, k, dtype=torch.int64, device=histories.states.device)]
         values = [histories.states.new_empty(0, k)]
         for _, scores in self._scores(histories):
@@ -101,24 +110,21 @@ class Ranker:
             items.append(candidate[:, :k].where(best[:, :k] > -torch.inf, -1))
         return torch.cat(items), torch.cat(values)
 
-    def _gather(self, batch: SequenceBatch, seen_ids: Tensor, seen_offsets: Tensor) -> GatheredHistories:
-        seen_counts = torch.cat(self.world.gather(seen_offsets.diff()))
-        seen_by = torch.repeat_interleave(torch.arange(seen_counts.numel(), device=seen_counts.device), seen_counts)
+    def _gather(self, batch: SequenceBatch, excluded: Tensor, offsets: Tensor) -> GatheredHistories:
+        counts = torch.cat(self.world.gather(offsets.diff()))
+        history_of = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
         states = torch.cat(self.world.gather(self.recommender.encode(batch)))
-        return GatheredHistories(states, torch.cat(self.world.gather(seen_ids)), seen_by)
+        self._require_finite_states(states, batch)
+        return GatheredHistories(states, torch.cat(self.world.gather(excluded)), history_of)
 
-    def _scores(
-        self, histories: GatheredHistories, keep: Tensor | None = None, of: slice = slice(None)
-    ) -> Iterator[tuple[slice, Tensor]]:
+    def _scores(self, histories: GatheredHistories, of: slice = slice(None)) -> Iterator[tuple[slice, Tensor]]:
         """Scores (u, width) of this rank's share for a part of the histories; −inf where an item is not ranked.
 
-        ``keep``: items that are ranked even where they were seen. ``of``: the components of the vectors that count.
+        ``of``: the components of the vectors that count.
         """
-        excluded = histories.seen_by, histories.seen - self.first_item
-        wanted = (excluded[1] >= 0) & (excluded[1] < self.num_local)
-        if keep is not None:
-            wanted &= histories.seen != keep[histories.seen_by]
-        row, column = excluded[0][wanted], excluded[1][wanted]
+        row, column = histories.history_of, histories.excluded - self.first_item
+        is_local = (column >= 0) & (column < self.num_local)
+        row, column = row[is_local], column[is_local]
         step = max(1, SCORES_AT_ONCE // self.vectors.shape[0])
         for start in range(0, histories.states.shape[0], step):
             part = slice(start, min(start + step, histories.states.shape[0]))
@@ -128,11 +134,34 @@ class Ranker:
             scores[row[inside] - part.start, column[inside]] = -torch.inf
             yield part, scores
 
+    def _require_finite_states(self, states: Tensor, batch: SequenceBatch) -> None:
+        """States of all ranks; with them and the vectors, each of length 1, the scores are finite too."""
+        spoiled = states.isnan().any(1)
+        if count := int(spoiled.sum()):
+            first = int(torch.cat(self.world.gather(batch.user_rows.to(states.device)))[spoiled][0])
+            raise NonFiniteError(
+                f"the decoder's state is not finite for {count} of {spoiled.numel()} histories, the first that of row "
+                f"{first}: the model has no valid scores"
+            )
+
+    def _require_finite_vectors(self) -> None:
+        spoiled = self.vectors.isnan().any(1)
+        if count := int(self.world.sum(spoiled.sum())):
+            items = torch.cat(self.world.gather(spoiled.nonzero().flatten() + self.first_item))
+            item = int(items.min())
+            views = self.recommender.tables.lookup(torch.tensor([item], device=items.device))[0]
+            of_view = views.square().sum(1).isfinite().tolist()
+            table = of_view.index(False) if False in of_view else 0
+            raise NonFiniteError(
+                f"the item vectors are not finite for {count} of {self.recommender.num_items} items, the first that of "
+                f"item {item} in table item_{table}: the model has no valid scores"
+            )
+
 
 def _first_of_the_best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Scores and columns, (u, 2k), among which are the k largest of each row, of equal ones those that stand first.
+    """Scores and columns, (u, 2k), that contain the k largest of each row, of equal ones the first.
 
-    `topk` alone takes any of the equal ones. The other places hold −inf.
+    `topk` alone may return any of the equal ones. The other places hold −inf.
     """
     width = scores.shape[1]
     best, column = scores.topk(k)

@@ -32,7 +32,7 @@ from mme.files import open_to_read, replacing
 
 RANKS_FILE = "test_ranks.parquet"
 LIST_LENGTH = 10
-UNRANKED = np.iinfo(np.int64).max  # rank of a target that is in no list
+UNRANKED = int(np.iinfo(np.int64).max)  # rank of a target that is in no list
 _ABOUT = b"mme"
 _FACTS = ("user_row", "target_place", "target_events", "history_events")
 _REQUIRED = {"model": str, "step": int, "targets_sha256": str, "num_items": int}

@@ -14,7 +14,7 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, SupportsFloat
@@ -69,7 +69,7 @@ class Monitor:
         self._resume_step = 0
         self._metrics: Any = None
         self._tensorboard: Any = None
-        self._warned: set[tuple[str, int, int]] = set()  # which experts
+        self._warned: set[Hashable] = set()  # what has been warned of
         self._constant: set[tuple[Any, Any]] = set()
         self._window_tokens: Any = 0
         self._window_s, self._window_steps = 0.0, 0
@@ -251,15 +251,17 @@ class Monitor:
                     scalars[f"experts/{name}/block{block}_view{view}"] = value
         self._scalars(step, scalars)
         for block, expert, share in starved_experts(load):
-            self._warn_once("starved", blocks[block], expert, f"gets {share:.2%} of the tokens at step {step:,}")
+            found = f"gets {share:.2%} of the tokens at step {step:,}"
+            self.warn_once(("starved", block, expert), f"warning: expert {expert} of block {blocks[block]} {found}")
         for block, expert, share in greedy_experts(load, top_k):
             found = f"takes {share:.1%} of the tokens, of {1 / top_k:.0%} possible, at step {step:,}"
-            self._warn_once("greedy", blocks[block], expert, found)
+            self.warn_once(("greedy", block, expert), f"warning: expert {expert} of block {blocks[block]} {found}")
 
-    def _warn_once(self, kind: str, block: int, expert: int, found: str) -> None:
-        if (kind, block, expert) not in self._warned:
-            self._warned.add((kind, block, expert))
-            self.note(f"warning: expert {expert} of block {block} {found}")
+    def warn_once(self, kind: Hashable, text: str) -> None:
+        """A line as by `note`, the first time that this ``kind`` is met in this process."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            self.note(text)
 
     def note(self, text: str) -> None:
         """One line for the reader: shown by rank 0, kept in each rank's log."""

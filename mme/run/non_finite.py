@@ -16,15 +16,10 @@ import torch
 from torch import Tensor
 
 from mme.data.batch import SequenceBatch
-from mme.errors import JobError
 from mme.files import make_folder, replacing
 
 NON_FINITE_FOLDER = "non_finite"  # in the run's folder
 MOST_IN_A_ROW = 100  # skipped steps, after which it is not the batch: the job stops
-
-
-class NonFiniteError(JobError):
-    """Training met a loss or gradient that is not finite, and is not to go on."""
 
 
 def is_spoiled(gradients: Iterable[Tensor], world_size: int) -> Tensor:

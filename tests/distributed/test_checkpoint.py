@@ -139,6 +139,23 @@ def test_a_truncated_checkpoint_is_passed_over(tmp_path: Path) -> None:
     assert "tensor tables/item_0 has shape [40, 8], expected [40, 16]" in mismatch
 
 
+def resume_from_damaged(world: World, run: str) -> str:
+    recommender = Recommender(configuration("train.table_lr=0.001"), NUM_ITEMS, world)
+    engine = initialize_engine(recommender.decoder, recommender.config)
+    with pytest.raises(UserError) as refused:
+        checkpoint.load_training(Path(run), recommender, engine, lambda _: None)
+    return str(refused.value)
+
+
+def test_training_does_not_begin_again_where_all_checkpoints_are_damaged(tmp_path: Path) -> None:
+    run_on(1, train_and_save, str(tmp_path), [])
+    for file in tmp_path.glob("checkpoints/step_*/*.safetensors"):
+        file.write_bytes(file.read_bytes()[:-100])
+    (message,) = run_on(1, resume_from_damaged, str(tmp_path))
+    assert message.startswith(f"{tmp_path}/checkpoints: all 2 checkpoints are damaged, ")
+    assert message.endswith("train.resume=false removes them and starts from the beginning")
+
+
 class Bomb:
     """Leaves a file behind where it is unpickled."""
 

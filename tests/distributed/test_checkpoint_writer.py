@@ -22,6 +22,7 @@ from mme.distributed.checkpoint_writer import CheckpointError, CheckpointWriter
 from mme.distributed.engine import initialize_engine
 from mme.distributed.recommender import Recommender
 from mme.distributed.world import World, process_group
+from mme.errors import NonFiniteError
 from mme.files import sha256
 from tests.distributed.processes import run_on
 from tests.distributed.test_step import NUM_ITEMS, configuration
@@ -43,6 +44,27 @@ def save_until_killed(run: Path, delay_s: float) -> None:
             time.sleep(0)
         time.sleep(delay_s)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def save_spoiled(world: World, run: str) -> tuple[str, str]:
+    """Saves a table whose row 33, on the last rank, holds an infinity; the error's kind and text."""
+    recommender, _ = recommender_of(world)
+    for shard in recommender.tables.weights():
+        row = 33 - shard.offsets[0]
+        if shard.name == "item_0" and 0 <= row < shard.tensor.shape[0]:
+            shard.tensor[row, 2] = torch.inf
+    with pytest.raises(NonFiniteError) as raised, CheckpointWriter(Path(run), recommender, keep=1) as writer:
+        writer.save(Progress(1, 0, 0))
+        writer.wait()
+    return type(raised.value).__name__, str(raised.value)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_state_that_is_not_finite_is_not_written(tmp_path: Path, world_size: int) -> None:
+    for kind, message in run_on(world_size, save_spoiled, str(tmp_path)):
+        assert kind == "NonFiniteCheckpointError"
+        assert message == "checkpoint of step 1 not written: tables/item_0 is not finite, first in row 33"
+    assert checkpoint.steps(tmp_path) == []
 
 
 def load_and_save(world: World, run: str) -> Any:

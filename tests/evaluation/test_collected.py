@@ -12,8 +12,8 @@ from mme.data.batch import EvaluationBatch
 from mme.distributed.recommender import Recommender
 from mme.distributed.world import World
 from mme.evaluation.collected import CollectedUsers, segments
+from mme.evaluation.popularity import popularity_ranks
 from mme.evaluation.ranking import Ranker
-from mme.model.baselines import popularity_ranks
 from tests.distributed.processes import run_on
 from tests.distributed.test_step import NUM_ITEMS, configuration, sequences
 

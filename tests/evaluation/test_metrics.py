@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from mme.evaluation.metrics import rank_metrics, standard_errors
-from mme.model.baselines import popularity_ranks
+from mme.evaluation.metrics import UNRANKED, rank_metrics, standard_errors
+from mme.evaluation.popularity import popularity_ranks
+from mme.evaluation.seen import is_repeated, repeats_warning
 
 
 def test_metrics_by_hand() -> None:
@@ -21,13 +22,36 @@ def test_metrics_by_hand() -> None:
     assert metrics["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 10 + 1 / 11 + 1 / 60) / 5)
 
 
+def test_a_target_in_no_list_counts_as_0_in_every_metric() -> None:
+    metrics = rank_metrics(torch.tensor([2, UNRANKED]))
+    assert metrics["hr@10"] == metrics["hr@50"] == 1 / 2
+    assert metrics["ndcg@10"] == metrics["ndcg@50"] == pytest.approx(1 / math.log2(3) / 2)
+    assert metrics["mrr"] == 1 / 4
+    assert set(rank_metrics(torch.tensor([UNRANKED])).values()) == {0.0}
+
+
+SEEN = [[1, 1, 4], [], [4], [2, 1]]
+SEEN_IDS, SEEN_OFFSETS = torch.tensor([i for items in SEEN for i in items]), torch.tensor([0, 3, 3, 4, 6])
+
+
 def test_popularity_ranks_unseen_items_by_count_then_index() -> None:
     counts = torch.tensor([5, 9, 0, 5, 7])  # by popularity: 1, 4, 0, 3, 2
-    targets = torch.tensor([0, 3, 1, 2])
-    seen = [[1, 1, 4], [], [4], [2, 1]]  # a target seen before is ranked all the same
-    offsets = torch.tensor([0, *map(len, seen)]).cumsum(0)
-    ranks = popularity_ranks(counts, targets, torch.tensor([i for items in seen for i in items]), offsets)
-    assert ranks.tolist() == [1, 4, 1, 4]
+    ranks = popularity_ranks(counts, torch.tensor([0, 3, 1, 2]), SEEN_IDS, SEEN_OFFSETS)
+    assert ranks.tolist() == [1, 4, 1, UNRANKED]  # the last target was seen
+
+
+def test_repeated_targets_are_told_by_the_whole_history() -> None:
+    assert is_repeated(torch.tensor([4, 4, 4, 4]), SEEN_IDS, SEEN_OFFSETS).tolist() == [True, False, True, False]
+    assert is_repeated(torch.tensor([1, 0, 0, 2]), SEEN_IDS, SEEN_OFFSETS).tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("seen", "share", "warns"), [("exclude", 0.0101, True), ("exclude", 0.01, False), ("include", 0.5, False)]
+)
+def test_a_warning_names_include_above_one_percent(seen: str, share: float, warns: bool) -> None:
+    line = repeats_warning({"seen": seen, "repeated_targets": share, "split": "test"})
+    assert (line is not None) == warns
+    assert line is None or ("1.0% of the test targets" in line and "eval.seen=include" in line)
 
 
 def test_standard_errors_are_those_of_the_means() -> None:

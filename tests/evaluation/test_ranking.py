@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 
 from mme.distributed.recommender import Recommender
 from mme.distributed.world import World
+from mme.errors import JobError
+from mme.evaluation.metrics import UNRANKED
 from mme.evaluation.ranking import Ranker
 from tests.distributed.processes import run_on
 from tests.distributed.test_step import LENGTHS, NUM_ITEMS, configuration, sequences
 
 SEEN = [[0, 1, 2], [5], [39, 7, 7, 3], [], [20, 21]]
-TARGETS = [4, 5, 39, 0, 30]  # two of them seen before
+TARGETS = [4, 5, 39, 0, 30]  # the second and third are seen before, and so in no list
 SPLITS = {1: [[0, 1, 2, 3, 4]], 2: [[0, 1, 2], [3, 4]], 3: [[0, 1, 2, 3, 4], [], []]}
 
 
@@ -38,9 +41,8 @@ def test_ranks_and_top_k_equal_brute_force() -> None:
     ((ranks, (items, values), scores),) = run_on(1, rank, False)
     for b in range(len(LENGTHS)):
         order = sorted(range(NUM_ITEMS), key=lambda item, b=b: (-scores[b, item].item(), item))
-        ranked = [item for item in order if item not in SEEN[b] or item == TARGETS[b]]
-        assert ranks[b] == 1 + ranked.index(TARGETS[b])
         unseen = [item for item in order if item not in SEEN[b]]
+        assert ranks[b] == (UNRANKED if TARGETS[b] in SEEN[b] else 1 + unseen.index(TARGETS[b]))
         assert items[b].tolist() == unseen[:6]
         torch.testing.assert_close(values[b], scores[b, unseen[:6]])
 
@@ -56,4 +58,43 @@ def test_equal_scores_rank_by_item_index() -> None:
         for b in range(len(LENGTHS)):
             unseen = [item for item in range(NUM_ITEMS) if item not in SEEN[b]]
             assert items[b].tolist() == unseen[:6]
-            assert ranks[b] == 1 + len([item for item in unseen if item < TARGETS[b]])
+            assert ranks[b] == (UNRANKED if TARGETS[b] in SEEN[b] else 1 + unseen.index(TARGETS[b]))
+
+
+def rank_with_spoiled_weights(world: World, where: str, value: float) -> tuple[str, str]:
+    """What the ranker says at the first call, and what kind of error it is, on this rank."""
+    recommender = Recommender(configuration(), NUM_ITEMS, world)
+    if where == "vectors":
+        for shard in recommender.tables.weights():
+            if shard.name == "item_1":
+                row = 33 - shard.offsets[0]
+                if 0 <= row < shard.tensor.shape[0]:
+                    shard.tensor[row] = value
+    else:
+        with torch.no_grad():
+            next(iter(recommender.decoder.blocks.parameters())).fill_(value)
+    mine = SPLITS[world.size][world.rank]
+    none = torch.zeros(0, dtype=torch.int64)
+    try:
+        ranker = Ranker(recommender)
+        ranker.top_k(sequences(mine), none, torch.zeros(len(mine) + 1, dtype=torch.int64), 3)
+    except JobError as error:
+        return type(error).__name__, str(error)
+    return "", ""
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])  # the last one is finite, its square is not
+def test_vectors_that_are_not_finite_are_named_on_every_rank(world_size: int, value: float) -> None:
+    for kind, message in run_on(world_size, rank_with_spoiled_weights, "vectors", value):
+        assert kind == "NonFiniteError"
+        assert message.startswith(
+            "the item vectors are not finite for 1 of 40 items, the first that of item 33 in table item_1"
+        )
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_states_that_are_not_finite_are_named_on_every_rank(world_size: int) -> None:
+    for kind, message in run_on(world_size, rank_with_spoiled_weights, "states", float("nan")):
+        assert kind == "NonFiniteError"
+        assert message.startswith("the decoder's state is not finite for 5 of 5 histories, the first that of row 0")

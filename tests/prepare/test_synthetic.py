@@ -15,7 +15,7 @@ from mme.data.loaders import EvaluationLoader, Worker
 from mme.data.split import HeldOut, Split
 from mme.errors import UserError
 from mme.evaluation.metrics import rank_metrics
-from mme.model.baselines import popularity_ranks
+from mme.evaluation.popularity import popularity_ranks
 from mme.prepare.synthetic import prepare_synthetic
 
 HOUR_S = 3600

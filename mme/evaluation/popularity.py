@@ -1,0 +1,42 @@
+"""The baseline: the items with the most training events first, the same list for every user.
+
+Legend: B histories, n the events of them all.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mme.evaluation.metrics import UNRANKED
+from mme.evaluation.seen import is_repeated
+
+
+def popularity_order(counts: Tensor) -> Tensor:
+    """(num_items,) counts of training events → (num_items,) int64 place of each item, 0 for the most popular.
+
+    Equally popular items stand in the order of their index.
+    """
+    order = torch.argsort(counts, descending=True, stable=True)
+    return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+
+
+def popularity_ranks(counts: Tensor, targets: Tensor, excluded_ids: Tensor, excluded_offsets: Tensor) -> Tensor:
+    """The rank by popularity of each user's target among the items that are not excluded.
+
+    Args:
+        counts: (num_items,) int64, training events of each item.
+        targets: (B,) int64 item indices.
+        excluded_ids: (n,) int64, items that must not be ranked for each user, repeats allowed, and their
+            ``excluded_offsets`` (B + 1,).
+
+    Returns:
+        (B,) int64, 1 for the first; `UNRANKED` for a target that is excluded.
+    """
+    place = popularity_order(counts)
+    user = torch.repeat_interleave(torch.arange(targets.numel(), device=targets.device), excluded_offsets.diff())
+    distinct = torch.unique(user * counts.numel() + excluded_ids)
+    user, item = distinct // counts.numel(), distinct % counts.numel()
+    before = (place[item] < place[targets[user]]).long()
+    ranks = 1 + place[targets] - torch.zeros_like(targets).index_add_(0, user, before)
+    return ranks.masked_fill(is_repeated(targets, excluded_ids, excluded_offsets), UNRANKED)

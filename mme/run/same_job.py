@@ -1,0 +1,85 @@
+"""All ranks must run the same job: one configuration, one data set, one output folder.
+
+A rank that was started with another value, or that writes to another folder of the same name, would otherwise train a
+mixture of two jobs without any sign of it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+from mme.config import Config, flat
+from mme.distributed.world import World
+from mme.errors import UserError
+from mme.files import read_text, write_text
+
+TOKEN_FILE = ".shared"
+VISIBLE_WITHIN_S = 30.0  # what a file server may take to tell another node of a new file
+
+
+def settings_sha256(settings: dict[str, Any]) -> str:
+    """Of values by their keys, whatever the order of the keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def require_same_job(config: Config, dataset_sha256: str, world: World) -> None:
+    """Compares configuration and data set of all ranks; a collective.
+
+    Raises:
+        UserError: on all ranks, where one differs from rank 0; the line names the rank and the first key that differs.
+    """
+    mine = {**flat(config), "the data set in data.path": dataset_sha256}
+    sums = world.gather_objects(settings_sha256(mine))
+    if len(set(sums)) == 1:
+        return
+    all_settings = world.gather_objects((platform.node(), mine))
+    host_of_first, first = all_settings[0]
+    rank = next(rank for rank, digest in enumerate(sums) if digest != sums[0])
+    host, other = all_settings[rank]
+    key = next(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
+    raise UserError(
+        f"the ranks don't run the same job: {key} is {other.get(key)} on rank {rank} ({host}) and {first.get(key)} on "
+        f"rank 0 ({host_of_first}): expected the same configuration and data on every node"
+    )
+
+
+def require_shared_folder(run: Path, world: World, patience_s: float = VISIBLE_WITHIN_S) -> None:
+    """Has rank 0 write a file in the run's folder, which all ranks must find; a collective.
+
+    Raises:
+        UserError: on all ranks, where one does not find it: its output_dir is another folder of the same name.
+    """
+    if world.size == 1:
+        return
+    path, token = run / TOKEN_FILE, world.of_first(uuid.uuid4().hex)
+    if world.rank == 0:
+        write_text(path, token, run)
+    world.barrier()
+    hosts = world.gather_objects(None if _holds(path, token, patience_s) else platform.node())
+    if world.rank == 0:
+        path.unlink(missing_ok=True)
+    for rank, host in enumerate(hosts):
+        if host is not None:
+            raise UserError(
+                f"output_dir {run}: rank {rank} ({host}) doesn't see what rank 0 writes there: expected one folder that "
+                "all nodes share"
+            )
+
+
+def _holds(path: Path, token: str, patience_s: float) -> bool:
+    deadline = time.monotonic() + patience_s
+    while True:
+        try:
+            if read_text(path, path.parent) == token:
+                return True
+        except OSError:
+            pass
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
