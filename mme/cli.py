@@ -50,6 +50,21 @@ class SeenItems(str, Enum):
     include = "include"
 
 
+class UnknownItems(str, Enum):
+    """What becomes of events of items that the training data doesn't have."""
+
+    skip = "skip"
+    refuse = "refuse"
+
+
+class RequestTimes(str, Enum):
+    """Which time a recommendation is for."""
+
+    now = "now"
+    last = "last"
+    column = "column"
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line (default: the process's own) and returns the exit status."""
     _quiet_libraries()
@@ -182,25 +197,59 @@ def recommend(
             "timestamps (seconds); if wanted request_timestamp, the time that the recommendation is for.",
         ),
     ],
-    output: Annotated[Path, typer.Option(metavar="FILE", help="Parquet file to write: user_id, item_ids, scores.")],
+    output: Annotated[
+        Path, typer.Option(metavar="FILE", help="Parquet file to write: user_id, item_ids, scores, fallback.")
+    ],
     top_k: Annotated[int, typer.Option(min=1, help="Items to recommend for each history.")] = 10,
+    seen: Annotated[
+        Optional[SeenItems],
+        typer.Option(help="Whether items of the history can be recommended; default: the run's eval.seen."),
+    ] = None,
+    unknown: Annotated[
+        UnknownItems,
+        typer.Option(
+            help="skip: leave out events of items that the training data doesn't have; refuse: end with status 2."
+        ),
+    ] = UnknownItems.skip,
+    request_time: Annotated[
+        Optional[RequestTimes],
+        typer.Option(
+            help="The time that the recommendation is for: now, the history's last event, or the column "
+            "request_timestamp; default: the column where there is one, otherwise the last event."
+        ),
+    ] = None,
 ) -> None:
     """Recommend the items with the highest scores for each history given.
 
-    Items that the history holds already are not recommended. An item that the training data did not have is refused.
+    Items that the history holds already are not recommended, unless --seen include is given or the run has
+    eval.seen=include. A history without any known item gets the most popular items; its fallback is true.
 
-    Example:
+    The model reads how long ago each event was, so the time of the request matters. Evaluation uses the time of the event
+    to be predicted, which nobody knows in advance: give the time of the request where you have it.
+
+    Examples:
 
         mme recommend --run runs/quickstart --users histories.parquet --top-k 20 --output top.parquet
+
+        mme recommend --run runs/quickstart --users histories.parquet --request-time now --output top.parquet
     """
     with job_status() as job:
         job.folder = _run_folder(run)
         require_training_packages()
         _name_accelerator()
+        from mme.evaluation.recommend import Options
         from mme.evaluation.recommend import recommend as recommend_items
 
-        recommend_items(run, users, top_k, output)
+        options = Options(
+            top_k,
+            seen.value if seen else None,
+            unknown.value,
+            request_time.value if request_time else None,
+        )
+        summary = recommend_items(run, users, output, options)
         if rank() == 0:
+            for line in summary.notes():
+                print(line, file=sys.stderr)
             print(f"wrote {output}")
 
 

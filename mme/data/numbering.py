@@ -7,8 +7,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 from mme.config import USER_ID
 from mme.data.features import read_vocabularies
@@ -25,12 +27,25 @@ def read_item_ids(folder: Path) -> pa.Array:
     Raises:
         UserError: the file is missing or damaged.
     """
+    return _read_items(folder, "item_id")
+
+
+def read_item_counts(folder: Path) -> NDArray[np.int64]:
+    """How many events of the data set each item has, by item index.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    return np.asarray(_read_items(folder, "count")).astype(np.int64)
+
+
+def _read_items(folder: Path, column: str) -> pa.Array:
     path = folder / ITEMS_FILE
     try:
-        table = pq.read_table(path, columns=["item_index", "item_id"]).sort_by("item_index")
+        table = pq.read_table(path, columns=["item_index", column]).sort_by("item_index")
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: can't be read: {first_line(error)}; run `mme prepare` again") from error
-    return table["item_id"].combine_chunks()
+    return table[column].combine_chunks()
 
 
 def numbering_sha256(folder: Path, info: dict[str, Any], features: Iterable[str]) -> str:
