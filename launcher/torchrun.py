@@ -40,7 +40,8 @@ UNANSWERED_S = 30  # beyond the time that torchrun may take to connect to the re
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 USER_ERROR = 2
 INTERRUPTED = 130
-STOPS_WITHIN_S = 60  # what workers have, once asked, to write a checkpoint
+STOPS_WITHIN_S = 60  # what workers have, once asked, to write a checkpoint and exit
+KILLED_AFTER_S = 53  # of these; a worker that is stuck has tried to leave by itself before (mme.run.preemption)
 
 WORKER_FAILED = re.compile(r"failed \(exitcode: (-?\d+)\) local_rank: (\d+)")
 NOT_MET = re.compile(re.escape(LAST_WORDS) + r"rendezvous\.api\.Rendezvous(\w+)Error")
@@ -253,8 +254,13 @@ class _Stopping:
             self.process.send_signal(number)
 
     def _tell_workers(self) -> None:
+        deadline = time.monotonic() + KILLED_AFTER_S
         while self.process.poll() is None:
             with suppress(psutil.Error):
+                if time.monotonic() > deadline and (stuck := _living_workers(self.process.pid)):
+                    _say(f"killed {len(stuck)} of the workers, which did not stop within {KILLED_AFTER_S} s")
+                    for process in stuck:
+                        process.kill()
                 for process in _living_workers(self.process.pid) or [psutil.Process(self.process.pid)]:
                     if process.pid not in self._told:
                         self._told.add(process.pid)

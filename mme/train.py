@@ -51,7 +51,7 @@ def train(config: Config) -> list[dict[str, Any]]:
     """
     # The watchdog is to notice before a collective has waited too long.
     patience_s = max(PATIENCE_S, config.train.hang_timeout_s + 120)
-    with Preemption() as preemption, process_group(patience_s) as world:
+    with Preemption(Path(config.output_dir)) as preemption, process_group(patience_s) as world:
         validate_world_size(config, world.size)
         dataset = PreparedDataset.open(config.data.path, config.data.cache_dir)
         require_same_job(config, dataset.sha256, world)

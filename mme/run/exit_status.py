@@ -1,7 +1,7 @@
 """How a command ends: one line on standard error and an exit status.
 
 0: done. 1: the job failed, and the traceback is in log.txt. 2: the input or the configuration is wrong. 130: interrupted.
-143: asked to stop by SIGTERM, with everything saved. Control characters are escaped in every line, see `mme.errors.one_line`.
+143: asked to stop by SIGTERM, usually with everything saved. Control characters are escaped in every line, see `mme.errors.one_line`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def job_status() -> Iterator[ErrorContext]:
         # reader, each log keeps its own.
         if rank() == 0 or os.environ.get("LOCAL_RANK") == "0":
             print_error(str(error))
-        _append_to_log(job.folder, one_line(f"error: {error}"))
+        append_to_log(job.folder, one_line(f"error: {error}"))
         raise typer.Exit(2) from error
     except KeyboardInterrupt as error:
         if rank() == 0:
@@ -48,15 +48,15 @@ def job_status() -> Iterator[ErrorContext]:
     except JobError as error:
         if rank() == 0:
             print_error(str(error))
-        _append_to_log(job.folder, one_line(f"error: {error}"))
+        append_to_log(job.folder, one_line(f"error: {error}"))
         raise typer.Exit(1) from error
     except Preempted as error:
-        _append_to_log(job.folder, one_line(str(error)))
+        append_to_log(job.folder, one_line(str(error)))
         if rank() == 0:
             print(one_line(str(error)), file=sys.stderr, flush=True)
         raise typer.Exit(PREEMPTED) from error
     except Exception as error:
-        log = _append_to_log(job.folder, indented_lines(traceback.format_exc()))
+        log = append_to_log(job.folder, indented_lines(traceback.format_exc()))
         if log is None:
             traceback.print_exc()
         where = "" if log is None else f" (traceback in {log})"
@@ -86,7 +86,7 @@ def print_error(text: str) -> None:
     sys.stderr.flush()
 
 
-def _append_to_log(folder: Path | None, text: str) -> Path | None:
+def append_to_log(folder: Path | None, text: str) -> Path | None:
     """Adds to this rank's log; None where there is no folder yet or it can't be written to."""
     if folder is None or not folder.is_dir():
         return None

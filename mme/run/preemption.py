@@ -1,8 +1,9 @@
-"""Preemption: SIGTERM asks the job to stop, which it does after a step, with all saved.
+"""Preemption: SIGTERM asks the job to stop, which it does after a step, with everything saved.
 
-A scheduler sends SIGTERM before it takes a node away or a time limit is reached. One rank that has received it is enough:
-the ranks tell each other in the sum of the next step, write a checkpoint and leave with status 143, on which the job
-is queued again (see docs/multi-node.md).
+A scheduler sends SIGTERM before it takes a node away or a time limit is reached. It is enough that one rank receives it:
+the ranks tell each other in the sum of the next step, write a checkpoint and exit with status 143, on which the job
+is queued again (see docs/multi-node.md). A rank whose step does not end, because it or another rank is stuck, exits with the
+same status after `STOPS_WITHIN_S`, without a checkpoint.
 """
 
 from __future__ import annotations
@@ -10,32 +11,70 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import sys
+import threading
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from mme.run.exit_status import PREEMPTED, append_to_log, rank
+
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
+STOPS_WITHIN_S = 45.0  # the launcher kills what is left a little later, see launcher.torchrun
 
 
 class Preemption:
-    """While it is entered, SIGTERM no longer ends the process but is noted in ``requested``.
+    """While it is entered, SIGTERM no longer ends the process at once but sets ``requested``.
 
-    Under torchrun its death does the same: a worker that nobody restarts saves what it has and goes.
+    Under torchrun its death does the same: a worker that nobody restarts saves its state and exits.
+
+    Args:
+        run: the folder whose log says when a process had to leave without saving.
+        stops_within_s: how long the process has to leave the context after SIGTERM.
     """
 
     requested = False
 
+    def __init__(self, run: Path | None = None, stops_within_s: float = STOPS_WITHIN_S) -> None:
+        self.run, self.stops_within_s = run, stops_within_s
+        self._left = threading.Event()
+
     def __enter__(self) -> Preemption:
+        # Python runs a handler only between two of its instructions, so never in a collective that waits for ever. The
+        # number of a signal is written to this pipe at once, and a thread reads it there.
+        self._reading, self._writing = os.pipe()
+        os.set_blocking(self._writing, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, name="preemption", daemon=True).start()
         self._before: Any = signal.signal(signal.SIGTERM, self._note)
         if "TORCHELASTIC_RUN_ID" in os.environ:
             signal_when_parent_dies(signal.SIGTERM)
         return self
 
     def __exit__(self, *_: object) -> None:
-        if not self.requested:  # else what asked may ask again while the process is leaving
+        self._left.set()
+        signal.set_wakeup_fd(self._wakeup_before)
+        os.close(self._writing)
+        if not self.requested:  # otherwise what asked may ask again while the process exits
             signal.signal(signal.SIGTERM, self._before)
 
     def _note(self, _: int, __: FrameType | None) -> None:
         self.requested = True
+
+    def _watch(self) -> None:
+        """Ends the process if it is still there some time after SIGTERM."""
+        while numbers := os.read(self._reading, 64):
+            if signal.SIGTERM in numbers and not self._left.wait(self.stops_within_s):
+                text = (
+                    f"asked to stop, but a step did not end within {self.stops_within_s:g} s: nothing is saved; the same "
+                    "command resumes from the last complete checkpoint"
+                )
+                append_to_log(self.run, text)
+                if rank() == 0:
+                    sys.stderr.write(f"{text}\n")
+                    sys.stderr.flush()
+                os._exit(PREEMPTED)  # the main thread is stuck: nothing else would end it
+        os.close(self._reading)
 
 
 def signal_when_parent_dies(number: signal.Signals) -> None:
