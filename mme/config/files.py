@@ -13,6 +13,7 @@ from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import MarkedYAMLError
 
 from mme.config.key import keys_of
 from mme.config.rules import validate
@@ -110,6 +111,11 @@ def _read_yaml(path: Path, root: Path | None = None) -> DictConfig:
         raise UserError(f"{path}: no such configuration file") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: expected a configuration file") from error
+    except MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
+        reason = ", ".join(part for part in (error.context, error.problem) if part)
+        raise UserError(f"{path}: {where}not YAML: {reason}") from error
     except Exception as error:  # the YAML reader's own errors have no common base
         raise UserError(f"{path}: not a YAML configuration: {first_line(error)}") from error
     if not isinstance(loaded, DictConfig):

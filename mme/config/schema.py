@@ -281,7 +281,7 @@ class TrainConfig:
         "required.",
         above=0,
     )
-    lr: float = key(1e-3, "Learning rate of decoder, positions and experts (AdamW).", above=0)
+    lr: float = key(1e-3, "Learning rate of decoder, positions and experts (AdamW).", above=0, at_most=1e6)
     table_lr: Optional[float] = key(None, "Learning rate of the item tables; null: `lr`.", above=0)
     table_optimizer: Literal["adam", "dense_adam", "adagrad", "rowwise_adagrad", "sgd"] = key(
         "adam",

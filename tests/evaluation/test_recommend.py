@@ -24,7 +24,7 @@ from mme.prepare.synthetic import prepare_synthetic
 from tests.distributed.processes import run_on
 
 SMALL = ["data.max_seq_len=8", "model.num_tables=2", "model.embedding_dim=8", "model.moe.num_experts=0"]
-FIRST_ITEM = 1000  # the raw id of item 0
+FIRST_ITEM = 1001  # the raw id of item 0
 
 
 def save_untrained(world: World, run: str, spoiled: bool) -> Any:
