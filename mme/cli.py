@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Literal, Optional
 
 import typer
 
@@ -41,28 +41,6 @@ class TableFormat(str, Enum):
     markdown = "markdown"
     csv = "csv"
     latex = "latex"
-
-
-class SeenItems(str, Enum):
-    """`eval.seen` on the command line."""
-
-    exclude = "exclude"
-    include = "include"
-
-
-class UnknownItems(str, Enum):
-    """What becomes of events of items that the training data doesn't have."""
-
-    skip = "skip"
-    refuse = "refuse"
-
-
-class RequestTimes(str, Enum):
-    """Which time a recommendation is for."""
-
-    now = "now"
-    last = "last"
-    column = "column"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -161,7 +139,7 @@ def evaluate(
         typer.Option("--save-ranks", help="Keep each user's rank in the run's folder, for `mme compare`."),
     ] = False,
     seen: Annotated[
-        Optional[SeenItems],
+        Optional[Literal["exclude", "include"]],
         typer.Option(help="Whether items that the user has had before are ranked; default: the run's eval.seen."),
     ] = None,
 ) -> None:
@@ -181,7 +159,7 @@ def evaluate(
         _name_accelerator()
         from mme.evaluation.evaluate import evaluate_run
 
-        metrics = evaluate_run(run, checkpoint, seen.value if seen else None, save_ranks=save_ranks)
+        metrics = evaluate_run(run, checkpoint, seen, save_ranks=save_ranks)
         if rank() == 0:
             os.write(output, (json.dumps(metrics, indent=2) + "\n").encode())
 
@@ -202,17 +180,17 @@ def recommend(
     ],
     top_k: Annotated[int, typer.Option(min=1, help="Items to recommend for each history.")] = 10,
     seen: Annotated[
-        Optional[SeenItems],
+        Optional[Literal["exclude", "include"]],
         typer.Option(help="Whether items of the history can be recommended; default: the run's eval.seen."),
     ] = None,
     unknown: Annotated[
-        UnknownItems,
+        Literal["skip", "refuse"],
         typer.Option(
             help="skip: leave out events of items that the training data doesn't have; refuse: end with status 2."
         ),
-    ] = UnknownItems.skip,
+    ] = "skip",
     request_time: Annotated[
-        Optional[RequestTimes],
+        Optional[Literal["now", "last", "column"]],
         typer.Option(
             help="The time that the recommendation is for: now, the history's last event, or the column "
             "request_timestamp; default: the column where there is one, otherwise the last event."
@@ -240,13 +218,7 @@ def recommend(
         from mme.evaluation.recommend import Options
         from mme.evaluation.recommend import recommend as recommend_items
 
-        options = Options(
-            top_k,
-            seen.value if seen else None,
-            unknown.value,
-            request_time.value if request_time else None,
-        )
-        summary = recommend_items(run, users, output, options)
+        summary = recommend_items(run, users, output, Options(top_k, seen, unknown, request_time))
         if rank() == 0:
             for line in summary.notes():
                 print(line, file=sys.stderr)

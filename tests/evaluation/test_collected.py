@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mme.data.batch import EvaluationBatch
+from mme.data.batch import EvaluationBatch, SequenceBatch
 from mme.distributed.recommender import Recommender
 from mme.distributed.world import World
 from mme.evaluation.collected import CollectedUsers, segments
@@ -21,10 +21,16 @@ SPLITS = {1: [[0, 1, 2, 3, 4]], 2: [[0, 1, 2], [3, 4]]}
 COUNTS = torch.arange(NUM_ITEMS, 0, -1) - 1  # item 0 is the most popular, the last one is new
 
 
+def unseen_items(batch: SequenceBatch) -> torch.Tensor:
+    """For each history the first item that it does not hold."""
+    histories = batch.item_ids.split(batch.seq_offsets.diff().tolist())
+    return torch.tensor([min(set(range(NUM_ITEMS)) - set(history.tolist())) for history in histories])
+
+
 def collected(world: World) -> tuple[dict[str, Any], dict[str, Any], list[dict[str, Any]]]:
     recommender = Recommender(configuration(), NUM_ITEMS, world)
     batch = sequences(SPLITS[world.size][world.rank])
-    targets = batch.item_ids[batch.seq_offsets[:-1]]
+    targets = unseen_items(batch)
     evaluated = EvaluationBatch(batch, targets, batch.item_ids, batch.seq_offsets)
     ranker = Ranker(recommender)
     users = CollectedUsers(COUNTS)
@@ -40,7 +46,7 @@ def test_facts_of_each_user() -> None:
     ((found, by_model, examples),) = run_on(1, collected)
     batch = sequences(SPLITS[1][0])
     lengths = batch.seq_offsets.diff().numpy()
-    targets = batch.item_ids[batch.seq_offsets[:-1]].numpy()
+    targets = unseen_items(batch).numpy()
     assert found["user_row"].tolist() == [*batch.user_rows.tolist()] * 2
     np.testing.assert_array_equal(found["history_events"], np.tile(lengths, 2))
     np.testing.assert_array_equal(found["target_place"], np.tile(targets, 2))
