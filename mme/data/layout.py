@@ -10,4 +10,5 @@ FEATURES_FILE = "features.parquet"
 PART_FILES = "part-*.parquet"
 CACHE_FOLDER = ".cache"  # of what is made of the set when it is first read
 OWN_FILES = (INFO_FILE, ITEMS_FILE, LEFT_OUT_FILE, FEATURES_FILE, PART_FILES, CACHE_FOLDER)
+FRACTIONS = "fractions_ns"  # a column of the parts whose times are finer than a second: nanoseconds beyond `timestamps`
 FEATURE_PREFIX = "feature_"  # of the parts' columns that `--feature-columns` asks for

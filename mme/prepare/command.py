@@ -1,16 +1,18 @@
-"""The command ``mme prepare``: its options, and what it prints of the training set it made."""
+"""The command ``mme prepare``: its options, and what it prints about the training set."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
 from mme.errors import UserError
+from mme.paths import local_path
 from mme.run.exit_status import job_status
 
-# typer reads the annotations and Python 3.10 shows Optional[X] and X | None to it alike.
+# typer reads the annotations, and Python 3.10 shows it Optional[X] for both spellings.
 # ruff: noqa: UP045
 
 # What dataset.json counts → what `mme prepare` calls it, in the order shown.
@@ -47,12 +49,33 @@ def prepare(
         Optional[str],
         typer.Option(
             help="What the files are: parquet, csv, json, movielens-1m, movielens-20m (also 25m, 32m), kuairand, "
-            "kuairec, amazon, or auto to find out."
+            "kuairec, amazon, or auto (the default) to find out."
         ),
     ] = None,
-    user_column: Annotated[Optional[str], typer.Option(help="Name of the column of users.")] = None,
-    item_column: Annotated[Optional[str], typer.Option(help="Name of the column of items.")] = None,
-    timestamp_column: Annotated[Optional[str], typer.Option(help="Name of the column of times.")] = None,
+    user_column: Annotated[Optional[str], typer.Option(help="Column of users: its name, or its number from 1.")] = None,
+    item_column: Annotated[Optional[str], typer.Option(help="Column of items, likewise.")] = None,
+    timestamp_column: Annotated[Optional[str], typer.Option(help="Column of times, likewise.")] = None,
+    header: Annotated[
+        Optional[bool],
+        typer.Option("--header/--no-header", help="Whether the first line of a CSV file names the columns."),
+    ] = None,
+    quoting: Annotated[
+        Optional[str],
+        typer.Option(
+            help='What " means in CSV: standard (encloses fields), literal (a character like others) or auto (the default: '
+            "encloses fields where it is closed properly)."
+        ),
+    ] = None,
+    time_unit: Annotated[
+        Optional[str],
+        typer.Option(
+            help="Of times that are numbers: s, ms, us, ns, iso (20210403) or auto (the default: by their size)."
+        ),
+    ] = None,
+    id_type: Annotated[
+        Optional[str],
+        typer.Option(help="What ids are: integer, text or auto (the default: integer where they are whole numbers)."),
+    ] = None,
     rating_column: Annotated[Optional[str], typer.Option(help="Name of the column of ratings.")] = None,
     click_column: Annotated[Optional[str], typer.Option(help="Name of the column of clicks, 0 or 1.")] = None,
     watch_time_column: Annotated[
@@ -79,7 +102,7 @@ def prepare(
     filter_once: Annotated[
         Optional[bool],
         typer.Option(
-            "--filter-once", help="Count users and items once, not again and again until all left have enough."
+            "--filter-once", help="Count users and items once, not repeatedly until all that are left have enough."
         ),
     ] = None,
     feature_columns: Annotated[
@@ -108,16 +131,18 @@ def prepare(
     """Turn raw interactions into a training set.
 
     The output folder gets Parquet files, one row a user (user_id, item_ids, timestamps), and dataset.json with the
-    counts, the rule of the sort and the id maps. With --add-to, new events join a training set that there is: users
-    keep their rows, items their indices, and only what the events touch is written anew.
+    counts, the sort rule and the id maps. With --add-to, new events join an existing training set: users keep their rows,
+    items their indices, and only the parts that the events touch are rewritten.
 
     Examples:
 
-        mme prepare --input ratings.csv --format movielens-20m --output datasets/ml-20m
+        mme prepare --input ratings.csv --output datasets/ml-20m
 
-        mme prepare --input day1.parquet day2.parquet --format parquet --user-column uid --output datasets/mine
+        mme prepare --input day1.parquet day2.parquet --user-column uid --output datasets/mine
 
-        mme prepare log.csv --format csv --feature-columns action,segment --output datasets/mine
+        mme prepare log.tsv --no-header --user-column 1 --item-column 2 --timestamp-column 4 --output datasets/mine
+
+        mme prepare log.csv --feature-columns action,segment --output datasets/mine
 
         mme prepare day3.parquet --add-to datasets/mine
 
@@ -133,6 +158,13 @@ def prepare(
             "click_column": click_column,
             "watch_time_column": watch_time_column,
             "watch_ratio_column": watch_ratio_column,
+        }
+        reading = {
+            "format": format,
+            "header": header,
+            "quoting": quoting,
+            "time_unit": time_unit,
+            "id_type": id_type,
         }
         filters: dict[str, Any] = {
             "min_rating": min_rating,
@@ -154,14 +186,15 @@ def prepare(
         if target is None or (output and add_to):
             raise UserError("mme prepare needs either --output or --add-to (see `mme prepare --help`)")
         if synthetic is not None:
-            options = {**columns, **filters, **limits, "format": format, "add_to": add_to}
+            options = {**columns, **filters, **limits, **reading, "add_to": add_to}
             _refuse(given_files | _given(options), "--synthetic")
+            local_path(target, "--output")
             from mme.prepare.synthetic import prepare_synthetic
 
             _print_prepared(prepare_synthetic(synthetic, target, **_given(generator)), target)
             return
-        if not files or (format is None and not add_to):
-            raise UserError("mme prepare needs --input and --format, or --synthetic (see `mme prepare --help`)")
+        if not files:
+            raise UserError("mme prepare needs --input or --synthetic (see `mme prepare --help`)")
         _refuse(_given(generator), "--input")
         names = {option.removesuffix("_column"): name for option, name in columns.items()}
         from mme.prepare.pipeline import add_events
@@ -169,12 +202,17 @@ def prepare(
 
         if add_to:
             _refuse(_given(filters), "--add-to, for the set keeps its own filters and columns,")
-            info = add_events(files, add_to, format=format, columns=names, **_given(limits))
+            info = add_events(files, add_to, columns=names, tell=_tell, **_given(limits | reading))
         else:
             if feature_columns is not None:
                 filters["feature_columns"] = [name.strip() for name in feature_columns.split(",") if name.strip()]
-            info = prepare_files(files, format or "", target, columns=names, **_given(filters | limits))
+            reading["format"] = format or "auto"
+            info = prepare_files(files, output=target, columns=names, tell=_tell, **_given(filters | limits | reading))
         _print_prepared(info, target)
+
+
+def _tell(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:
@@ -188,7 +226,7 @@ def _refuse(options: dict[str, Any], beside: str) -> None:
 
 
 def _print_prepared(info: dict[str, Any], output: Path) -> None:
-    """What was read, left out and kept; ``info`` is what dataset.json holds."""
+    """Prints what was read, left out and kept; ``info`` is what dataset.json holds."""
     from rich.console import Console
     from rich.table import Table
 

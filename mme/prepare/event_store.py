@@ -1,4 +1,7 @@
-"""Events on disk, sorted and grouped by DuckDB under a memory limit."""
+"""Events on disk, sorted and grouped by DuckDB under a memory limit.
+
+Ids that are numbers come as int64, unsigned ones wrapped (`mme.prepare.ids`); `number_items` and `histories` unwrap them.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from mme.data.layout import FEATURE_PREFIX
+from mme.data.layout import FEATURE_PREFIX, FRACTIONS
 from mme.prepare.histories import NEW, Histories, IntArray
+from mme.prepare.ids import as_bits, from_bits
 
 EVENTS_AT_ONCE = 1 << 18
+# Flips the sign bit: wrapped unsigned numbers are then in order, and numbers in order are wrapped again.
+FLIPPED = "xor({}, (-9223372036854775808)::BIGINT)"
 
 
 class EventStore:
-    """A table of events (user, item, timestamp, position, features, place) in ``folder``; see `Histories` for place.
+    """A table of events (user, item, timestamp, fraction, position, features, place) in ``folder``; see `Histories` for place.
 
     DuckDB takes ``memory_limit`` bytes at most and spills to the folder.
+
+    Attributes:
+        has_fractions: whether any event has a fraction; known when the events are loaded.
     """
 
     def __init__(self, folder: Path, memory_limit: int) -> None:
@@ -28,7 +37,7 @@ class EventStore:
         self._database.execute(f"SET memory_limit = '{memory_limit}B'")
         # The position is a column, so that order need not be kept in memory as well.
         self._database.execute("SET preserve_insertion_order = false; SET enable_progress_bar = false")
-        self._has_prior = False
+        self._has_prior = self.has_fractions = False
 
     def __enter__(self) -> EventStore:
         return self
@@ -41,8 +50,8 @@ class EventStore:
     def load(self, tables: Iterator[pa.Table], table: str = "events") -> None:
         """Fills a table of the store, in place of an older one; ``tables`` have the same columns throughout.
 
-        For `events` these are user, item, timestamp, position, features and, where there is a prior set, place. An
-        exception of ``tables`` comes out as it is.
+        For `events` these are user, item, timestamp, fraction, position, features and, where there is a prior set, place.
+        An exception of ``tables`` comes out as it is.
         """
         failure: list[BaseException] = []
         first = next(tables, None)
@@ -70,69 +79,94 @@ class EventStore:
         """Whether an earlier process has loaded them."""
         return bool(self._database.execute("FROM duckdb_tables() WHERE table_name = 'events'").fetchall())
 
-    def load_prior(self, user_rows: Iterator[pa.Table], raw_items: pa.Array) -> None:
-        """What a prior set has: tables of user and row, and its items in the order of their codes."""
-        self._has_prior = True
+    def load_prior(self, user_rows: Iterator[pa.Table], raw_items: pa.Array, has_fractions: bool) -> None:
+        """What a prior set has: tables of user and row, its items in the order of their codes, perhaps fractions."""
+        self._has_prior, self.has_fractions = True, has_fractions
         self.load(user_rows, "prior_users")
-        self.load(iter([pa.table({"item": raw_items, "code": np.arange(len(raw_items))})]), "prior_items")
+        self.load(iter([pa.table({"item": as_bits(raw_items), "code": np.arange(len(raw_items))})]), "prior_items")
 
-    def number_items(self) -> pa.Array:
-        """Gives each item its code; the raw ids in the order of the codes."""
+    def number_items(self, unsigned: bool) -> pa.Array:
+        """Gives each item its code, in the order of the raw ids; returns these in the order of the codes."""
         new, known = "SELECT DISTINCT item FROM events", ""
         if self._has_prior:
             new += " ANTI JOIN prior_items USING (item)"
             known = "SELECT item, code::INTEGER AS code FROM prior_items UNION ALL "
+        order = FLIPPED.format("item") if unsigned else "item"
         first = "(SELECT count(*) FROM prior_items)" if self._has_prior else "0"
         self._database.execute(
             f"CREATE OR REPLACE TABLE codes AS {known}"
-            f"SELECT item, ({first} + row_number() OVER (ORDER BY item) - 1)::INTEGER AS code FROM ({new})"
+            f"SELECT item, ({first} + row_number() OVER (ORDER BY {order}) - 1)::INTEGER AS code FROM ({new})"
         )
         table = self._database.sql("SELECT item FROM codes ORDER BY code").to_arrow_table()
-        return table["item"].combine_chunks()
+        return from_bits(table["item"].combine_chunks(), unsigned)
 
-    def histories(self) -> Iterator[Histories]:
-        """Whole users, each with its events by time, then position: by their rows in the prior set, then by raw id."""
+    def histories(self, unsigned: bool) -> Iterator[Histories]:
+        """Whole users, each with its events by time, then position: by their rows in the prior set, then by raw id.
+
+        ``unsigned``: the users' ids are unsigned numbers.
+        """
+        ((largest,),) = self._database.execute("SELECT max(fraction) FROM events").fetchall()
+        self.has_fractions |= bool(largest)
         columns, joins = "user AS number, code, timestamp", "JOIN codes USING (item)"
         users = None
-        if self._has_prior or self._users_are_text():
-            self._number_users()
+        if self._has_prior or unsigned or self._users_are_text():
+            self._number_users(FLIPPED.format("user") if unsigned else "user")
             columns, joins = "number, code, timestamp", f"{joins} JOIN users USING (user)"
             # A connection of its own: both results are read side by side.
-            order = self._database.cursor().sql("SELECT user, row FROM users ORDER BY number")
-            users = _Stream(order.to_arrow_reader(EVENTS_AT_ONCE))
+            described = self._database.cursor().sql("SELECT user, row FROM users ORDER BY number")
+            users = _Stream(described.to_arrow_reader(EVENTS_AT_ONCE))
         if self._has_prior:
             columns += ", place"
         features = [name for name in self._database.table("events").columns if name.startswith(FEATURE_PREFIX)]
         for name in features:
             columns += ', "' + name.replace('"', '""') + '"'
-        query = f"SELECT {columns} FROM events {joins} ORDER BY number, timestamp, position"
+        order = "number, timestamp, position"
+        if self.has_fractions:
+            columns += ", fraction"
+            order = "number, timestamp, fraction, position"
+        query = f"SELECT {columns} FROM events {joins} ORDER BY {order}"
         for table in _whole_users(self._database.sql(query).to_arrow_reader(EVENTS_AT_ONCE)):
             starts = _user_starts(table["number"])
             num_events = table.num_rows
-            described = users.take(starts.size) if users else None
+            if users:
+                batch = users.take(starts.size)
+                user_ids, rows = from_bits(batch["user"], unsigned), batch["row"].to_numpy()
+            else:
+                user_ids, rows = table["number"].take(pa.array(starts)).combine_chunks(), np.full(starts.size, -1)
+            columns_of_events = {name: table[name].to_numpy() for name in features}
+            if self.has_fractions:
+                columns_of_events[FRACTIONS] = table["fraction"].to_numpy()
             yield Histories(
-                user_ids=described["user"] if described else table["number"].take(pa.array(starts)).combine_chunks(),
-                rows=described["row"].to_numpy() if described else np.full(starts.size, -1),
+                user_ids=user_ids,
+                rows=rows,
                 offsets=np.append(starts, num_events),
                 codes=table["code"].to_numpy(),
                 times=table["timestamp"].to_numpy(),
                 places=table["place"].to_numpy() if self._has_prior else np.full(num_events, NEW, np.int32),
-                features={name: table[name].to_numpy() for name in features},
+                columns=columns_of_events,
             )
 
     def _users_are_text(self) -> bool:
         kind = self._database.execute("SELECT typeof(user) FROM events LIMIT 1").fetchall()
         return bool(kind) and kind[0][0] == "VARCHAR"
 
-    def _number_users(self) -> None:
-        """Users in their order, by numbers: to sort all events by text would take several times as long."""
-        row, join, order = "-1::BIGINT", "", "user"
+    def _number_users(self, order: str) -> None:
+        """Users in their order, by numbers: sorting all events by text would take several times as long."""
+        row, join = "-1::BIGINT", ""
         if self._has_prior:
-            row, join, order = "coalesce(row, -1)", "LEFT JOIN prior_users USING (user)", "row IS NULL, row, user"
+            row, join = "coalesce(row, -1)", "LEFT JOIN prior_users USING (user)"
+            order = f"row IS NULL, row, {order}"
         self._database.execute(
             f"CREATE OR REPLACE TABLE users AS SELECT user, {row} AS row, row_number() OVER (ORDER BY {order}) AS number "
             f"FROM (SELECT DISTINCT user FROM events) {join}"
         )
+
+
+def was_interrupted(error: Exception) -> bool:
+    """Whether it is what DuckDB makes of Ctrl-C while it works."""
+    return isinstance(error, duckdb.InterruptException) or (
+        type(error) is RuntimeError and "interrupted" in str(error).lower()
+    )
 
 
 class _Stream:

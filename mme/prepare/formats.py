@@ -1,21 +1,21 @@
-"""Which files of interactions a path means, what each is, and which of its columns are user, item, time and feedback.
+"""What a file of interactions is, and which of its columns are user, item, time and feedback.
 
 | format | file | user, item, time |
 |---|---|---|
-| parquet, csv, json | typed columns; text with a header, separated by comma, tab, semicolon or bar; JSON lines | given, or known names |
+| parquet, csv, json | typed columns; text, separated by comma, tab, semicolon or bar; JSON lines | given, or known names |
 | movielens-1m | ratings.dat, `user::item::rating::seconds`, no header | fixed |
 | movielens-20m | ratings.csv of 20M, 25M, 32M and latest | userId, movieId, timestamp |
 | kuairand | log_*.csv of Pure, 1K and 27K | user_id, video_id, time_ms |
 | kuairec | big_matrix.csv, small_matrix.csv | user_id, video_id, timestamp (with fractions, may be empty) |
-| amazon | 2014, 2018: ratings CSV (no header), JSON lines; 2023: CSV (header) and JSON lines, milliseconds | see `_amazon` |
-| auto | one of these, told by its first bytes and its header | |
+| amazon | 2014, 2018: ratings CSV (no header), JSON lines; 2023: CSV (header) and JSON lines, milliseconds | by the ids' form |
+| auto | one of these, recognised by its first lines and its header | |
 """
 
 from __future__ import annotations
 
-import glob
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -23,9 +23,11 @@ import pyarrow.parquet as pq
 
 from mme.data.layout import FEATURE_PREFIX
 from mme.errors import UserError, first_line
-from mme.prepare.readers import SourceFile, json_fields
+from mme.prepare.json_reader import json_fields
+from mme.prepare.quoting import Quoting
+from mme.prepare.readers import ROLES, SourceFile
+from mme.prepare.text_reader import Layout, read_header
 
-ROLES = ("user", "item", "timestamp")
 KNOWN_NAMES = {
     "user": ["user_id", "user", "uid", "customer_id", "reviewer_id", "visitor_id", "account_id", "member_id"],
     "item": ["item_id", "item", "iid", "movie_id", "video_id", "product_id", "parent_asin", "asin", "track_id"],
@@ -55,17 +57,42 @@ SAME_FORMAT = {
     "amazon-2023": "amazon",
 }
 FORMATS = ["parquet", "csv", "json", "movielens-1m", "movielens-20m", "kuairand", "kuairec", "amazon", "auto"]
-# The files of a published folder that are the log; KuaiRand's random log and KuaiRec's small matrix are asked for by name.
-FILES_IN_FOLDER = {
-    "movielens-1m": ["ratings.dat"],
-    "movielens-20m": ["ratings.csv"],
-    "kuairand": ["log_standard_*.csv"],
-    "kuairec": ["big_matrix.csv"],
-    "parquet": ["*.parquet", "*.pq"],
-    "json": ["*.json", "*.jsonl", "*.ndjson"],
-    "csv": ["*.csv", "*.tsv", "*.txt"],
+MOVIELENS_ROW = re.compile(r"[^:]+::[^:]+::\d(?:\.\d)?::\d+")
+AMAZON_USER = re.compile(r"(?:A[0-9A-Z]{8,}|#oc-[0-9A-Z]+)")
+AMAZON_ITEM = re.compile(r"(?:B[0-9A-Z]{9}|\d{9}[\dX])")  # ASIN
+AMAZON_RATING = re.compile(r"[0-5](?:\.\d+)?")
+SECONDS = re.compile(r"\d{8,10}")
+FIRST_BYTES = 1 << 18
+OTHER_FILES = {
+    b"\xff\xfe": "is UTF-16: expected UTF-8",
+    b"\xfe\xff": "is UTF-16: expected UTF-8",
+    b"PK\x03\x04": "is a ZIP archive (or a spreadsheet): expected it unpacked, as CSV, JSON lines or Parquet",
+    b"\x1f\x8b": "is compressed with gzip: expected a name that ends in .gz",
+    b"BZh": "is compressed with bzip2: expected a name that ends in .bz2",
+    b"\x28\xb5\x2f\xfd": "is compressed with zstd: expected a name that ends in .zst",
 }
-COMPRESSED = ["", ".gz", ".bz2", ".zst", ".lz4"]
+TIME_SUFFIXES = ("ms", "us", "ns")  # of a column's name
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """How files are read, as far as the user says so.
+
+    Attributes:
+        format: a name of `FORMATS` or `SAME_FORMAT`.
+        columns: role → name of the column, or its number from 1.
+        header: whether the first line of a text names the columns; None: told by its fields.
+        quoting: of text, what `"` means.
+        time_unit: of times that are numbers, or `auto` or `iso` (`times.TIME_UNITS`).
+        id_type: `auto`, `integer` or `text` (`mme.prepare.ids`).
+    """
+
+    format: str = "auto"
+    columns: dict[str, str] = field(default_factory=dict)
+    header: bool | None = None
+    quoting: Quoting = "auto"
+    time_unit: str = "auto"
+    id_type: str = "auto"
 
 
 def same_format(format: str) -> str:
@@ -76,176 +103,181 @@ def same_format(format: str) -> str:
     return found
 
 
-def find_files(inputs: Sequence[str | Path], format: str) -> list[Path]:
-    """The files that paths, folders and patterns such as ``logs/2024-*.parquet`` mean, each group in order of names.
+def open_source(path: Path, options: ReadOptions, format: str, more_roles: Iterable[str] = ()) -> SourceFile:
+    """How to read ``path``, whose format is ``format`` (see `identify`).
 
-    Of a folder, at any depth, those that the format's publisher calls the log, or all files of its kind; hidden files
-    and those beginning with an underscore are none.
-
-    Raises:
-        UserError: nothing is there.
-    """
-    format = same_format(format)
-    files: list[Path] = []
-    for path in map(Path, inputs):
-        if path.is_dir():
-            files += _files_in(path, format)
-        elif not path.exists() and glob.has_magic(str(path)):
-            found = sorted(map(Path, glob.glob(str(path), recursive=True)))
-            if not found:
-                raise UserError(f"{path}: no file matches")
-            files += found
-        else:
-            files.append(path)
-    return list(dict.fromkeys(files))
-
-
-def _files_in(folder: Path, format: str) -> list[Path]:
-    groups = [FILES_IN_FOLDER["json"] + FILES_IN_FOLDER["csv"]] if format == "amazon" else [FILES_IN_FOLDER.get(format)]
-    if format == "auto":
-        groups = list(FILES_IN_FOLDER.values())
-    for patterns in groups:
-        wanted = [pattern + ending for pattern in patterns or [] for ending in COMPRESSED]
-        found = sorted({path for pattern in wanted for path in folder.rglob(pattern) if _is_visible(path, folder)})
-        if found:
-            return found
-    names = ", ".join(pattern for patterns in groups for pattern in patterns or [])
-    raise UserError(f"{folder}: no file of interactions in this folder, expected {names}")
-
-
-def _is_visible(path: Path, folder: Path) -> bool:
-    return path.is_file() and not any(name.startswith((".", "_")) for name in path.relative_to(folder).parts)
-
-
-def identify(path: Path, format: str) -> str:
-    """The format of a file: ``format`` by its plain name, or what its first bytes tell where that is ``auto``.
+    ``more_roles`` are the further roles that are wanted: feedback, and `FEATURE_PREFIX` with the name of a column.
 
     Raises:
-        UserError: no such file, or an empty one.
-    """
-    if not path.exists():
-        raise UserError(f"{path}: no such file")
-    if path.is_dir():
-        raise UserError(f"{path}: is a folder: expected a file of interactions")
-    if path.stat().st_size == 0:
-        raise UserError(f"{path}: empty file: expected interactions")
-    format = same_format(format)
-    return _detect(_first_lines(path), path) if format == "auto" else format
-
-
-def open_source(path: Path, format: str, given: dict[str, str], more_roles: Iterable[str] = ()) -> SourceFile:
-    """How to read ``path``, whose format is ``format``, not ``auto``.
-
-    ``given`` holds the names of columns that the user gave, by role; ``more_roles`` the further roles that are wanted:
-    feedback, and `FEATURE_PREFIX` with the name of a column.
-
-    Raises:
-        UserError: the file is of another format, or has no column for a role.
+        UserError: the file is of another format, lacks a column for a role or has two of its name.
     """
     first_lines = _first_lines(path)
     roles = [*ROLES, *more_roles]
     if first_lines is None and format in ("csv", "json", "movielens-1m", "amazon"):
         raise UserError(f"{path}: is a Parquet file, expected {format}")
     if format == "parquet" or first_lines is None:
-        source = SourceFile(path, _resolve(path, _parquet_names(path), format, given, roles), "parquet")
+        source = SourceFile(path, _resolve(path, _parquet_names(path), format, options.columns, roles), "parquet")
     elif format == "movielens-1m":
         source = _movielens_1m(path, first_lines, roles)
     elif format == "json" or first_lines[0].lstrip().startswith("{"):
-        source = _json(path, first_lines, format, given, roles)
+        source = _json(path, first_lines, format, options.columns, roles)
     else:
-        source = _text(path, first_lines, format, given, roles)
-    if source.time_unit is None and source.columns["timestamp"].lower().endswith("_ms"):
-        source = replace(source, time_unit=1000)
-    return replace(source, loose_times=format == "kuairec", text_ids=format == "amazon")
+        source = _text(path, first_lines, format, options, roles)
+    suffix = source.columns["timestamp"].lower().rpartition("_")[2]
+    if source.time_unit is None and suffix in TIME_SUFFIXES and "_" in source.columns["timestamp"]:
+        source = replace(source, time_unit=suffix)
+    return replace(
+        source,
+        format=format,
+        times_may_be_missing=format == "kuairec",
+        text_ids=options.id_type == "text" or (format == "amazon" and options.id_type == "auto"),
+    )
 
 
-def _movielens_1m(path: Path, first_lines: list[str], roles: list[str]) -> SourceFile:
-    if first_lines[0].count("::") != 3:
-        raise UserError(f"{path}: line 1: {first_lines[0][:60]!r}: expected user::item::rating::seconds")
-    header = ["user", "1", "item", "3", "rating", "5", "timestamp"]  # "::" leaves an empty field between two
-    return SourceFile(path, _fixed(path, roles, header), "text", separator=":", header=header)
-
-
-def _text(path: Path, first_lines: list[str], format: str, given: dict[str, str], roles: list[str]) -> SourceFile:
-    separator = max(",\t;|", key=first_lines[0].count)
-    fields = [text.strip().strip('"').lstrip("\ufeff") for text in first_lines[0].split(separator)]
-    if format == "amazon" and "user_id" not in fields:
-        header = _amazon_header(path, separator, fields, first_lines)
-        return SourceFile(path, _fixed(path, roles, header), "text", separator=separator, header=header)
-    columns = _resolve(path, fields, format, given, roles)
-    return SourceFile(path, columns, "text", 1000 if format == "amazon" else None, separator)
-
-
-def _json(path: Path, first_lines: list[str], format: str, given: dict[str, str], roles: list[str]) -> SourceFile:
-    # A line may be longer than what was read of the file; its end is then no JSON.
-    names: dict[str, None] = {}
-    for line in first_lines:
-        names.update(dict.fromkeys(json_fields(line) or {}))
-    if not names:
-        raise UserError(f"{path}: line 1: {first_lines[0][:60]!r}: expected one JSON object a line")
-    return SourceFile(path, _resolve(path, list(names), format, given, roles), "json")
-
-
-def _amazon_header(path: Path, separator: str, fields: list[str], first_lines: list[str]) -> list[str]:
-    """Ratings of 2014 are user, item, rating, seconds; those of 2018 item, user, rating, seconds.
-
-    They are told apart by the items' ids (ASIN), which all have ten characters.
-    """
-    if len(fields) != 4:
-        raise UserError(f"{path}: line 1: {first_lines[0][:60]!r}: expected user,item,rating,seconds of Amazon reviews")
-    whole_lines = first_lines[:-1] or first_lines
-    item_first = all(len(line.split(separator)[0]) == 10 for line in whole_lines if line)
-    return ["item", "user", "rating", "timestamp"] if item_first else ["user", "item", "rating", "timestamp"]
-
-
-def _first_lines(path: Path) -> list[str] | None:
-    """The first lines of a text file (compressed too); None: it is Parquet."""
-    try:
-        with path.open("rb") as file:
-            if file.read(4) == b"PAR1":
-                return None
-        with pa.input_stream(str(path)) as stream:
-            lines = stream.read(1 << 18).decode("utf-8", errors="replace").splitlines()
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: can't be read: {first_line(error)}") from error
-    if not lines:
-        raise UserError(f"{path}: empty file: expected interactions")
-    if "\0" in lines[0]:
-        raise UserError(f"{path}: neither Parquet nor text")
-    return lines
-
-
-def _detect(first_lines: list[str] | None, path: Path) -> str:
+def identify(path: Path, format: str) -> str:
+    """The format of a file: ``format`` by its plain name, or what its first bytes tell where that is ``auto``."""
+    format = same_format(format)
+    if format != "auto":
+        return format
+    first_lines = _first_lines(path)
     if first_lines is None:
         names = set(_parquet_names(path))
         return "kuairec" if names.issuperset([*FIXED_NAMES["kuairec"], TELLING_NAME["kuairec"]]) else "parquet"
     first = first_lines[0]
     if first.lstrip().startswith("{"):
         return "amazon" if "asin" in (json_fields(first) or {}) else "json"
-    if first.count("::") == 3:
+    if all(MOVIELENS_ROW.fullmatch(line) for line in first_lines if line):
         return "movielens-1m"
-    fields = {text.strip().strip('"').lstrip("\ufeff") for text in first.split(",")}
-    for format, fixed in FIXED_NAMES.items():
-        if fields.issuperset([*fixed, TELLING_NAME[format]]):
-            return format
-    if fields.issuperset(["user_id", "parent_asin", "timestamp"]):
+    names_, _, _ = read_header(first_lines, _separator(first))
+    for name, fixed in FIXED_NAMES.items():
+        if set(names_).issuperset([*fixed, TELLING_NAME[name]]):
+            return name
+    if set(names_).issuperset(["user_id", "parent_asin", "timestamp"]) or _amazon_columns(first_lines):
         return "amazon"
-    if first.count(",") == 3 and first.rpartition(",")[2].strip().isdigit():
-        return "amazon"  # values in place of a header
     return "csv"
+
+
+def _movielens_1m(path: Path, first_lines: list[str], roles: list[str]) -> SourceFile:
+    if not MOVIELENS_ROW.fullmatch(first_lines[0]):
+        raise UserError(f"{path}: line 1: {first_lines[0][:60]!r}: expected user::item::rating::seconds")
+    names = ["user", "1", "item", "3", "rating", "5", "timestamp"]  # "::" leaves an empty field between two
+    layout = Layout(":", names, header_lines=0)
+    return SourceFile(path, _fixed(path, roles, names), "text", layout=layout, quoting="literal")
+
+
+def _text(path: Path, first_lines: list[str], format: str, options: ReadOptions, roles: list[str]) -> SourceFile:
+    separator = _separator(first_lines[0])
+    fields, header_lines, blanks_before_quotes = read_header(first_lines, separator)
+    if len(fields) < len(ROLES):
+        raise UserError(
+            f"{path}: line 1: {first_lines[0][:60]!r}: expected at least three columns, separated by comma, tab, semicolon or bar"
+        )
+    if format == "amazon" and not set(fields) & {"user_id", "parent_asin", "asin"}:
+        names = _amazon_columns(first_lines)
+        if names is None:
+            raise UserError(
+                f"{path}: line 1: {first_lines[0][:60]!r}: expected user,item,rating,seconds (2014) or item,user,rating,seconds "
+                "(2018) of Amazon reviews, with their ids"
+            )
+        return SourceFile(path, _fixed(path, roles, names), "text", layout=Layout(separator, names, header_lines=0))
+    has_header = options.header
+    if has_header is None:
+        has_header = not any(_is_value(field) for field in fields)
+    if not has_header:
+        fields, header_lines = [str(number + 1) for number in range(len(fields))], 0
+        if not all(options.columns.get(role) for role in ROLES):
+            raise UserError(
+                f"{path}: line 1: {first_lines[0][:60]!r}: no header that names the columns; give the numbers of those of "
+                "users, items and times, such as --user-column 1 --item-column 2 --timestamp-column 3, or --header if this "
+                "line is one"
+            )
+    columns = _resolve(path, fields, format, options.columns, roles)
+    layout = Layout(separator, fields, header_lines, blanks_before_quotes)
+    unit = "ms" if format == "amazon" else None
+    return SourceFile(path, columns, "text", layout=layout, quoting=options.quoting, time_unit=unit)
+
+
+def _json(path: Path, first_lines: list[str], format: str, given: dict[str, str], roles: list[str]) -> SourceFile:
+    names: dict[str, None] = {}
+    for line in first_lines:
+        names.update(dict.fromkeys(json_fields(line) or {}))
+    if not names:
+        raise UserError(f"{path}: line 1: {first_lines[0][:60]!r}: expected one JSON object a line, with each key once")
+    return SourceFile(path, _resolve(path, list(names), format, given, roles), "json")
+
+
+def _amazon_columns(first_lines: list[str]) -> list[str] | None:
+    """The columns of Amazon's ratings without a header: user first (2014) or item first (2018), told by the ids' form.
+
+    None: some line is of another form.
+    """
+    rows = [line.split(",") for line in first_lines if line]
+    for names in (["user", "item", "rating", "timestamp"], ["item", "user", "rating", "timestamp"]):
+        patterns = [AMAZON_USER if name == "user" else AMAZON_ITEM for name in names[:2]]
+        if all(
+            len(row) == 4
+            and all(
+                pattern.fullmatch(text) for pattern, text in zip([*patterns, AMAZON_RATING, SECONDS], row, strict=True)
+            )
+            for row in rows
+        ):
+            return names
+    return None
+
+
+def _separator(line: str) -> str:
+    return max(",\t;|", key=line.count)
+
+
+def _is_value(text: str) -> bool:
+    """Whether a field of the first line is a number or a date, which no column is called."""
+    return re.fullmatch(r"[+-]?\d[\d.]*(?:[eE][+-]?\d+)?|\d{4}-\d{2}-\d{2}.*", text) is not None
+
+
+def _first_lines(path: Path) -> list[str] | None:
+    """The first whole lines of a text file (compressed too); None: it is Parquet."""
+    try:
+        with path.open("rb") as file:
+            if file.read(4) == b"PAR1":
+                return None
+        with pa.input_stream(str(path)) as stream:
+            start = stream.read(FIRST_BYTES)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{path}: can't be read: {first_line(error)}") from error
+    for magic, message in OTHER_FILES.items():
+        if start.startswith(magic):
+            raise UserError(f"{path}: {message}")
+    if b"\r" in start and b"\n" not in start:
+        raise UserError(f"{path}: lines end with a carriage return alone: expected LF or CRLF")
+    text = start.decode("utf-8-sig", errors="replace")
+    lines = [line.rstrip("\r") for line in text.split("\n")]
+    if len(start) == FIRST_BYTES and len(lines) > 1:
+        del lines[-1]  # perhaps cut off
+    while lines and not lines[0].strip():
+        del lines[0]
+    if not lines:
+        raise UserError(f"{path}: empty file: expected interactions")
+    if "\0" in lines[0]:
+        raise UserError(f"{path}: neither Parquet nor text")
+    if lines[0].lstrip().startswith("["):
+        raise UserError(
+            f"{path}: line 1: starts with '[', as a JSON array does: expected one JSON object a line, or CSV"
+        )
+    return lines
 
 
 def _parquet_names(path: Path) -> list[str]:
     try:
-        return pq.read_schema(path).names
+        names: list[str] = pq.read_schema(path).names
+        return names
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file, perhaps truncated ({first_line(error)})") from error
 
 
-def _fixed(path: Path, roles: list[str], header: list[str]) -> dict[str, str]:
+def _fixed(path: Path, roles: list[str], names: list[str]) -> dict[str, str]:
     """Columns of a file without a header, named by their roles."""
     columns = {role: role.removeprefix(FEATURE_PREFIX) for role in roles}
-    missing = [name for name in columns.values() if name not in header]
+    missing = [name for name in columns.values() if name not in names]
     if missing:
         raise UserError(f"{path}: has no {missing[0].replace('_', ' ')}, only user, item, rating and time")
     return columns
@@ -259,20 +291,43 @@ def _resolve(path: Path, names: list[str], format: str, given: dict[str, str], r
         wanted = given.get(role) or fixed.get(role)
         if role.startswith(FEATURE_PREFIX):
             wanted = role.removeprefix(FEATURE_PREFIX)
-        if wanted is not None:
-            if wanted not in names:
-                raise UserError(f"{path}: no column {wanted!r} (found: {', '.join(names)})")
-            columns[role] = wanted
-            continue
-        plain = {_plain(name): name for name in reversed(names)}
-        found = next((plain[_plain(known)] for known in KNOWN_NAMES[role] if _plain(known) in plain), None)
-        if found is None:
-            option = role.replace("_", "-")
+        columns[role] = _known(path, names, role) if wanted is None else _named(path, names, wanted)
+        if names.count(columns[role]) > 1:
+            raise UserError(f"{path}: {names.count(columns[role])} columns are named {columns[role]!r}: expected one")
+    for role, other in (("user", "item"), ("user", "timestamp"), ("item", "timestamp")):
+        if columns[role] == columns[other]:
             raise UserError(
-                f"{path}: no column {KNOWN_NAMES[role][0]!r} (found: {', '.join(names)}); name it by --{option}-column"
+                f"{path}: column {columns[role]!r} is asked for as {role} and as {other}: expected two columns"
             )
-        columns[role] = found
     return columns
+
+
+def _named(path: Path, names: list[str], wanted: str) -> str:
+    """The column with this name, or else this number from 1."""
+    if wanted in names:
+        return wanted
+    if wanted.isdecimal() and 1 <= int(wanted) <= len(names):
+        return names[int(wanted) - 1]
+    raise UserError(f"{path}: no column {wanted!r} (found: {_listed(names)})")
+
+
+def _known(path: Path, names: list[str], role: str) -> str:
+    option = role.replace("_", "-")
+    for known in KNOWN_NAMES[role]:
+        found = list(dict.fromkeys(name for name in names if _plain(name) == _plain(known)))
+        if len(found) > 1:
+            raise UserError(
+                f"{path}: columns {' and '.join(map(repr, found))} could both be the {role}'s: name one by --{option}-column"
+            )
+        if found:
+            return found[0]
+    raise UserError(
+        f"{path}: no column {KNOWN_NAMES[role][0]!r} (found: {_listed(names)}); name it by --{option}-column"
+    )
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:30]) + (f" and {len(names) - 30} more" if len(names) > 30 else "")
 
 
 def _plain(name: str) -> str:

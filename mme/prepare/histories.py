@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from mme.data.layout import FEATURE_PREFIX
+from mme.data.layout import FEATURE_PREFIX, FRACTIONS
 
 IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
@@ -30,10 +30,11 @@ class Histories:
         rows: (U,) int64, each user's row in the prior set; -1: none.
         offsets: (U + 1,) int64, the events of user u are offsets[u] to offsets[u + 1].
         codes: (E,) int32 items.
-        times: (E,) int64 seconds, never falling within a user.
+        times: (E,) int64 seconds, non-decreasing within a user.
         places: (E,) int64, for an event that the prior set left out, how many kept events of its user came before it;
-            `NEW`: an event that the prior set has not met.
-        features: of each column (named as in the parts) the numbers of its values, (E,) int32.
+            `NEW`: an event that the prior set does not have.
+        columns: further columns by their names in the parts, (E,) int32: the value indices of each feature and, where times
+            are finer than a second, `FRACTIONS`, the nanoseconds beyond ``times``.
     """
 
     user_ids: pa.Array
@@ -42,7 +43,7 @@ class Histories:
     codes: NDArray[np.int32]
     times: IntArray
     places: IntArray
-    features: dict[str, NDArray[np.int32]] = field(default_factory=dict)
+    columns: dict[str, NDArray[np.int32]] = field(default_factory=dict)
 
     @property
     def lengths(self) -> IntArray:
@@ -58,7 +59,7 @@ class Histories:
             self.codes[events],
             self.times[events],
             self.places[events],
-            {name: values[events] for name, values in self.features.items()},
+            {name: values[events] for name, values in self.columns.items()},
         )
 
     def select(self, kept: BoolArray) -> Histories:
@@ -72,7 +73,7 @@ class Histories:
             self.codes[kept],
             self.times[kept],
             self.places[kept],
-            {name: values[kept] for name, values in self.features.items()},
+            {name: values[kept] for name, values in self.columns.items()},
         )
 
     def user_of_event(self) -> IntArray:
@@ -89,15 +90,18 @@ def concatenate(pieces: Sequence[Histories]) -> Histories:
         np.concatenate([piece.codes for piece in pieces]),
         np.concatenate([piece.times for piece in pieces]),
         np.concatenate([piece.places for piece in pieces]),
-        {name: np.concatenate([piece.features[name] for piece in pieces]) for name in pieces[0].features},
+        {name: np.concatenate([piece.columns[name] for piece in pieces]) for name in pieces[0].columns},
     )
 
 
 def first_of_duplicates(histories: Histories) -> BoolArray:
-    """(E,) whether each event is the first of its user, item and time."""
+    """(E,) whether each event is the first of its user, item and time, at the resolution that the times have."""
     user, times = histories.user_of_event(), histories.times
     kept = np.ones(times.size, bool)
     ties = (times[1:] == times[:-1]) & (user[1:] == user[:-1])
+    if FRACTIONS in histories.columns:
+        fractions = histories.columns[FRACTIONS]
+        ties &= fractions[1:] == fractions[:-1]
     if not ties.any():
         return kept
     tied = np.flatnonzero(np.append(ties, False) | np.append(False, ties))
@@ -194,7 +198,7 @@ class Spool:
 
 def _to_batch(histories: Histories) -> pa.RecordBatch:
     offsets = pa.array(histories.offsets)
-    lists = {"codes": histories.codes, "times": histories.times, "places": histories.places, **histories.features}
+    lists = {"codes": histories.codes, "times": histories.times, "places": histories.places, **histories.columns}
     return pa.record_batch(
         {
             "user_ids": histories.user_ids,
@@ -212,7 +216,11 @@ def _from_batch(batch: pa.RecordBatch) -> Histories:
         batch["codes"].values.to_numpy(),
         batch["times"].values.to_numpy(),
         batch["places"].values.to_numpy(),
-        {name: batch[name].values.to_numpy() for name in batch.schema.names if name.startswith(FEATURE_PREFIX)},
+        {
+            name: batch[name].values.to_numpy()
+            for name in batch.schema.names
+            if name == FRACTIONS or name.startswith(FEATURE_PREFIX)
+        },
     )
 
 

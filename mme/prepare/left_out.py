@@ -1,7 +1,7 @@
 """The events that the count filters left out: when new days are added, they may have enough company to come back.
 
 left_out.parquet, one row an event: user_id, item_id (raw), timestamp, place (how many kept events of its user come
-before it), the numbers of its features' values. The events of one user stand together, in order.
+before it), and its `Histories.columns`. The events of one user stand together, in order.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class LeftOutWriter:
                 "item_id": self._raw_items.take(pa.array(histories.codes[out])),
                 "timestamp": histories.times[out],
                 "place": pa.array(places, pa.int32()),
-                **{name: values[out] for name, values in histories.features.items()},
+                **{name: values[out] for name, values in histories.columns.items()},
             }
         )
         self._file = self._file or pq.ParquetWriter(self._path, table.schema, compression="zstd")

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mme.data.description import file_sum
-from mme.prepare.cleaning import EXAMPLES
 from mme.prepare.feedback import FeedbackFilter
+from mme.prepare.formats import ReadOptions
 from mme.prepare.histories import CountFilter
+from mme.prepare.malformed import EXAMPLES
 
 SORT_RULE = "stable by (timestamp, original row)"
 TOTALS = ("rows_read", "malformed_rows", "unwanted_rows", "duplicate_rows")
@@ -21,26 +22,29 @@ class Settings:
     """How files are read and what is kept of them; the same for all that is added to a set.
 
     Attributes:
-        columns: role → name of the column, where the user gave one.
         features: names of the further columns that are kept.
     """
 
-    format: str
-    columns: dict[str, str] = field(default_factory=dict)
+    read: ReadOptions = field(default_factory=ReadOptions)
     feedback: FeedbackFilter = field(default_factory=FeedbackFilter)
     counts: CountFilter = field(default_factory=lambda: CountFilter(1, 1, True))
     features: list[str] = field(default_factory=list)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:
-        """The settings that `asdict` turned into ``values``."""
+        """The settings that `to_dict` turned into ``values``."""
+        known = {name: values[name] for name in ReadOptions.__dataclass_fields__ if name in values}
         return cls(
-            values["format"],
-            values["columns"],
+            ReadOptions(**known),
             FeedbackFilter(**values["feedback"]),
             CountFilter(**values["counts"]),
             values.get("features", []),
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For dataset.json."""
+        values = asdict(self)
+        return {**values.pop("read"), **values}
 
 
 def describe(
@@ -48,15 +52,15 @@ def describe(
 ) -> dict[str, Any]:
     """dataset.json's part on the origin: the sums over all runs, and each of them.
 
-    ``run`` is what this run read and left out (`files` and `TOTALS` among it); ``earlier`` what dataset.json said
-    before, for a set that is added to.
+    ``run`` is what this run read and left out (with `files` and `TOTALS`); ``earlier`` is what dataset.json said before,
+    where events are added to a set.
     """
     runs = [*(earlier["runs"] if earlier else []), run]
     return {
         "name": name,
         "sort_rule": SORT_RULE,
         "id_types": id_types,
-        "settings": asdict(settings),
+        "settings": settings.to_dict(),
         "source": {"files": [file for each in runs for file in each["files"]]},
         **{total: sum(each[total] for each in runs) for total in TOTALS},
         "malformed": _sum_malformed([each["malformed"] for each in runs]),

@@ -1,17 +1,19 @@
 """New events and a prior training set → the new one.
 
-What the prior set kept stays: more events can only give more users and items enough company. So the new events are
-filtered together with those that the prior set left out, and of its parts only those with a user among them are written
-anew. Users keep their rows and items their indices; new ones come behind.
+What the prior set kept stays: more events can only lift more users and items over the count filters. So the new events are
+filtered together with those that the prior set left out, and only its parts with a user among them are rewritten. Users
+keep their rows and items their indices; new ones are appended.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from mme.data.layout import FRACTIONS
 from mme.prepare.histories import NEW, BoolArray, CountFilter, Histories, IntArray, Spool, first_of_duplicates
 from mme.prepare.left_out import LeftOutWriter
 from mme.prepare.prior import PriorSet
@@ -26,11 +28,13 @@ def write_histories(
     prior: PriorSet | None,
     writer: DatasetWriter,
     left_out: LeftOutWriter,
+    with_fractions: bool,
 ) -> NDArray[np.int32]:
     """Writes the events that the filter keeps, with those of ``prior``, and those that it leaves out.
 
-    ``item_passes`` and ``item_index`` (items,) tell of each code whether it is kept and its number in the set. Returns
-    the codes of new events that ``prior`` had already.
+    ``item_passes`` and ``item_index`` (items,) tell of each code whether it is kept and its number in the set;
+    ``with_fractions``, whether the spooled histories have `FRACTIONS`. Returns the codes of new events that ``prior`` had
+    already.
     """
     pieces = _ByRow(spool.read())
     known: list[NDArray[np.int32]] = []
@@ -45,7 +49,7 @@ def write_histories(
                 for histories in pieces.below(end):
                     left_out.write(histories, np.ones(histories.codes.size, bool), histories.places)
                 continue
-            kept, begin = prior.part(part, first_row), 0
+            kept, begin = prior.part(part, first_row, with_fractions), 0
             for histories in pieces.below(end):
                 last = int(histories.rows[-1]) + 1 - first_row
                 stays = count_filter.keeps(histories, item_passes)
@@ -75,34 +79,38 @@ def merge(
         The histories; (E,) which of the events are kept now; the codes of those dropped.
     """
     user = np.repeat(arriving.rows - kept.rows[0], arriving.lengths)
-    features = dict(kept.features)
     is_new = arriving.places == NEW
     back = ~is_new
     before = kept.offsets[user[back]] + arriving.places[back]
-    users = np.insert(kept.user_of_event(), before, user[back])
-    times = np.insert(kept.times, before, arriving.times[back])
-    codes = np.insert(kept.codes, before, arriving.codes[back])
-    stays = np.insert(np.ones(kept.codes.size, bool), before, arriving_kept[back])
-    for name, values in features.items():
-        features[name] = np.insert(values, before, arriving.features[name][back])
-    # One number for user and time, by which both are in order: times are below 10^11, users of a part below 10^7.
-    span = 1 + max(times.max(), arriving.times.max())
-    after = np.searchsorted(users * span + times, user[is_new] * span + arriving.times[is_new], side="right")
-    users = np.insert(users, after, user[is_new])
-    for name, values in features.items():
-        features[name] = np.insert(values, after, arriving.features[name][is_new])
+
+    def joined(values: NDArray[Any], others: NDArray[Any]) -> NDArray[Any]:
+        return np.append(np.insert(values, before, others[back]), others[is_new])
+
+    users, times = joined(kept.user_of_event(), user), joined(kept.times, arriving.times)
+    columns = {name: joined(values, arriving.columns[name]) for name, values in kept.columns.items()}
+    order = _order(users, times, columns.get(FRACTIONS))
     whole = Histories(
         kept.user_ids,
         kept.rows,
         np.append(0, np.cumsum(np.bincount(users, minlength=kept.rows.size))),
-        np.insert(codes, after, arriving.codes[is_new]),
-        np.insert(times, after, arriving.times[is_new]),
+        joined(kept.codes, arriving.codes)[order],
+        times[order],
         np.full(users.size, NEW, np.int32),
-        features,
+        {name: values[order] for name, values in columns.items()},
     )
-    stays = np.insert(stays, after, arriving_kept[is_new])
+    stays = joined(np.ones(kept.codes.size, bool), arriving_kept)[order]
     first = first_of_duplicates(whole)
     return whole.select(first), stays[first], whole.codes[~first]
+
+
+def _order(users: IntArray, times: IntArray, fractions: NDArray[np.int32] | None) -> IntArray:
+    """The stable order by user, time and fraction."""
+    if fractions is not None and fractions.any():
+        return np.lexsort((fractions, times, users))
+    # One number for user and time: times span less than 2 · 10^11 s, users of a part are fewer than 10^7. A stable sort of
+    # what is sorted already but for its end takes linear time.
+    first = times.min()
+    return np.argsort(users * (1 + times.max() - first) + (times - first), kind="stable")
 
 
 class _ByRow:
@@ -141,4 +149,4 @@ def _touched_parts(spool: Spool, count_filter: CountFilter, item_passes: BoolArr
 def _add(writer: DatasetWriter, histories: Histories, kept: BoolArray, item_index: IntArray) -> None:
     if kept.any():
         whole = histories if kept.all() else histories.select(kept)
-        writer.add(whole.user_ids, whole.offsets, item_index[whole.codes], whole.times, whole.features)
+        writer.add(whole.user_ids, whole.offsets, item_index[whole.codes], whole.times, whole.columns)

@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,16 +24,22 @@ import pyarrow as pa
 from mme.config import USER_ID
 from mme.data.features import Vocabulary, parts_column, write_vocabularies
 from mme.errors import UserError, first_line
-from mme.prepare.cleaning import Cleaner, Malformed
-from mme.prepare.event_store import EventStore
+from mme.paths import local_path
+from mme.prepare.cleaning import ID_ROLES, Cleaner
+from mme.prepare.description import describe_sources
+from mme.prepare.event_store import EventStore, was_interrupted
 from mme.prepare.feedback import FeedbackFilter
-from mme.prepare.formats import find_files, identify, open_source
+from mme.prepare.formats import ReadOptions, identify, open_source, same_format
 from mme.prepare.histories import NEW, BoolArray, CountFilter, Histories, IntArray, Spool, first_of_duplicates
+from mme.prepare.ids import ID_TYPES, IdColumn
+from mme.prepare.inputs import find_files
 from mme.prepare.left_out import LeftOutWriter
 from mme.prepare.manifest import Settings, describe, file_record
 from mme.prepare.merging import write_histories
-from mme.prepare.prior import ID_TYPES, PriorSet
-from mme.prepare.readers import SourceFile
+from mme.prepare.prior import PriorSet
+from mme.prepare.quoting import QUOTING, Quoting
+from mme.prepare.reading import Reading
+from mme.prepare.times import TIME_UNITS
 from mme.prepare.unfinished import READ_FILE, WORK_FOLDER, WorkFolder
 from mme.prepare.writer import DatasetWriter
 
@@ -52,6 +57,10 @@ def prepare(
     output: str | Path,
     *,
     columns: dict[str, str | None] | None = None,
+    header: bool | None = None,
+    quoting: Quoting = "auto",
+    time_unit: str = "auto",
+    id_type: str = "auto",
     min_rating: float | None = None,
     clicks_only: bool | None = None,
     min_watch_time: float | None = None,
@@ -62,28 +71,31 @@ def prepare(
     feature_columns: Sequence[str] = (),
     memory_limit: str = "4GiB",
     max_malformed_share: float = 0.01,
+    tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Writes the training set of ``inputs`` to the folder ``output``; returns what its dataset.json holds.
 
     ``inputs`` are files, folders and patterns (`find_files`). ``columns`` names the column of a role (user, item,
-    timestamp, rating, click, watch_time, watch_ratio). Events are those with the feedback asked for (`FeedbackFilter`;
-    ``min_watch_time`` in seconds; ``clicks_only`` None: for KuaiRand yes, whose log has all that was shown, else no).
+    timestamp, rating, click, watch_time, watch_ratio); `ReadOptions` has this and the further options of reading. Events
+    are those with the feedback asked for (`FeedbackFilter`; ``min_watch_time`` in seconds; ``clicks_only`` None: yes for
+    KuaiRand, whose log has all that was shown, otherwise no). ``tell`` gets, before anything is read, a text that says
+    what each file was taken for.
 
-    Events are ordered by (timestamp, original row), files in the order given. Of rows with the same user, item and
-    timestamp the first is kept. Malformed rows (no id, NaN, a negative id, a time that is no whole number, a wrong
-    number of fields) are left out and counted. Then users with fewer than ``min_user_events`` and items with fewer than
-    ``min_item_events`` events are dropped, until all that are left have enough or, with ``filter_once``, by one count of
-    all events. Items are numbered in the order of their raw ids. ``feature_columns`` names columns of categories that are
-    kept beside item and time (`mme.data.features`).
+    Events are ordered by (time, original row), files in the order given, at the resolution that the times have; the set
+    has seconds. Of rows with the same user, item and time the first is kept. Malformed rows (no id, no time, an id or a
+    time that is none, a wrong number of fields) are left out and counted. Then users with fewer than ``min_user_events``
+    and items with fewer than ``min_item_events`` events are dropped, repeatedly until all that are left have enough or,
+    with ``filter_once``, by one count of all events. Items are numbered in the order of their raw ids.
+    ``feature_columns`` names columns of categories that are kept beside item and time (`mme.data.features`).
 
     Raises:
-        UserError: a file is missing, empty, truncated or lacks a column; a column has a wrong type; more than the share
-            ``max_malformed_share`` of the rows is malformed; nothing is left after the filters; the memory limit is no
-            size or too small; ``output`` can't be written. Nothing is left behind then.
+        UserError: a file is missing, empty, truncated, no regular file or lacks a column; what it holds can be read in
+            two ways; a column has a wrong type; more than the share ``max_malformed_share`` of the rows is malformed;
+            nothing is left after the filters; the memory limit is no size or too small; ``output`` can't be written.
+            Nothing is left behind then.
     """
     settings = Settings(
-        format,
-        {role: name for role, name in (columns or {}).items() if name is not None},
+        ReadOptions(format, _given(columns), header, quoting, time_unit, id_type),
         FeedbackFilter(min_rating, clicks_only, min_watch_time, min_watch_ratio),
         CountFilter(min_user_events, min_item_events, iterate=not filter_once),
         list(dict.fromkeys(feature_columns)),
@@ -91,9 +103,10 @@ def prepare(
     if USER_ID in settings.features:
         raise UserError(f"--feature-columns {USER_ID}: every set has it (model.user_features: [{USER_ID}])")
     limit = _memory_limit(memory_limit)
-    settings, sources = _open(inputs, settings)
-    with DatasetWriter(Path(output), kept=KEPT) as writer:
-        return _make(writer, sources, settings, None, limit, max_malformed_share)
+    output = local_path(output, "--output")
+    settings, reading = _open(inputs, settings, None, max_malformed_share, tell)
+    with DatasetWriter(output, kept=KEPT) as writer:
+        return _make(writer, reading, settings, None, limit)
 
 
 def add_events(
@@ -102,76 +115,115 @@ def add_events(
     *,
     format: str | None = None,
     columns: dict[str, str | None] | None = None,
+    header: bool | None = None,
+    quoting: Quoting | None = None,
+    time_unit: str | None = None,
+    id_type: str | None = None,
     memory_limit: str = "4GiB",
     max_malformed_share: float = 0.01,
+    tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
     """Adds the events of ``inputs`` to the training set in the folder ``prepared``; returns what dataset.json holds.
 
-    They are read and filtered as the set was, ``format`` and names of columns apart where given. Users keep their rows
-    and items their indices, new ones come behind in the order of their raw ids; else the set is the same as one made of
+    They are read and filtered as the set was, except for the options of reading that are given. Users keep their rows and
+    items their indices; new ones are appended in the order of their raw ids. Otherwise the set is the same as one made of
     all files at once. An event that the set has already is dropped, so that adding a file twice changes nothing.
 
     Raises:
-        UserError: as `prepare`, or ``prepared`` is no set made of files of interactions.
+        UserError: as `prepare`, or ``prepared`` is no set made of files of interactions, or has ids of another type.
     """
     limit = _memory_limit(memory_limit)
-    with DatasetWriter(Path(prepared), kept=KEPT) as writer:
-        prior = PriorSet(Path(prepared))
-        given = {role: name for role, name in (columns or {}).items() if name is not None}
-        settings = replace(
-            prior.settings, format=format or prior.settings.format, columns={**prior.settings.columns, **given}
+    prepared = local_path(prepared, "--add-to")
+    with DatasetWriter(prepared, kept=KEPT) as writer:
+        prior = PriorSet(prepared)
+        before = prior.settings.read
+        read = ReadOptions(
+            format or before.format,
+            {**before.columns, **_given(columns)},
+            before.header if header is None else header,
+            quoting or before.quoting,
+            time_unit or before.time_unit,
+            id_type or before.id_type,
         )
-        settings, sources = _open(inputs, settings)
-        return _make(writer, sources, settings, prior, limit, max_malformed_share)
+        settings, reading = _open(inputs, replace(prior.settings, read=read), prior, max_malformed_share, tell)
+        return _make(writer, reading, settings, prior, limit)
 
 
-def _open(inputs: Sequence[str | Path], settings: Settings) -> tuple[Settings, list[SourceFile]]:
-    """The files, and the settings with what their formats decide."""
-    paths = find_files(inputs, settings.format)
-    formats = [identify(path, settings.format) for path in paths]
+def _given(columns: dict[str, str | None] | None) -> dict[str, str]:
+    return {role: name for role, name in (columns or {}).items() if name is not None}
+
+
+def _open(
+    inputs: Sequence[str | Path],
+    settings: Settings,
+    prior: PriorSet | None,
+    max_malformed_share: float,
+    tell: Callable[[str], None] | None,
+) -> tuple[Settings, Reading]:
+    """The files, ready to be read, and the settings with what their formats decide."""
+    read = settings.read
+    for option, value, known in (
+        ("time-unit", read.time_unit, TIME_UNITS),
+        ("id-type", read.id_type, ID_TYPES),
+        ("quoting", read.quoting, QUOTING),
+    ):
+        if value not in known:
+            raise UserError(f"--{option} {value}: expected one of {', '.join(known)}")
+    paths = find_files(inputs, same_format(read.format))
+    formats = [identify(path, read.format) for path in paths]
     if settings.feedback.clicks_only is None:
         settings = replace(settings, feedback=replace(settings.feedback, clicks_only="kuairand" in formats))
     roles = [*settings.feedback.roles(), *map(parts_column, settings.features)]
-    return settings, [
-        open_source(path, format, settings.columns, roles) for path, format in zip(paths, formats, strict=True)
-    ]
+    sources = [open_source(path, read, format, roles) for path, format in zip(paths, formats, strict=True)]
+    vocabularies = prior.vocabularies if prior else {name: Vocabulary() for name in settings.features}
+    ids = prior.ids if prior else {role: IdColumn() for role in ID_ROLES}
+    for column in ids.values():
+        column.rendered = read.id_type == "text"
+        if read.id_type == "integer" and column.kind is None:
+            column.kind = "integer"
+    reading = Reading(sources, Cleaner(settings.feedback, ids, vocabularies, read.time_unit), max_malformed_share)
+    reading.examine()
+    if tell is not None:
+        tell(describe_sources(sources, reading.cleaner.ids))
+    return settings, reading
 
 
 def _make(
     writer: DatasetWriter,
-    sources: list[SourceFile],
+    reading: Reading,
     settings: Settings,
     prior: PriorSet | None,
     memory_limit: int,
-    max_malformed_share: float,
 ) -> dict[str, Any]:
     """Writes and commits the set."""
-    vocabularies = prior.vocabularies if prior else {name: Vocabulary() for name in settings.features}
-    cleaner = Cleaner(settings.feedback, prior.id_types if prior else None, vocabularies)
-    reading = _Reading(sources, cleaner, max_malformed_share)
+    sources, vocabularies = reading.sources, reading.cleaner.vocabularies
     inputs = [source.path for source in sources]
     work = WorkFolder(writer.partial, inputs, settings, prior.folder if prior else None)
     spool = Spool(work.path / "histories.arrow")
     chosen = _choose(reading, settings.counts, prior, work, spool, memory_limit, writer.output)
     with LeftOutWriter(writer.partial, chosen.raw_items) as left_out:
         item_index = np.cumsum(chosen.in_set) - 1
-        known = write_histories(spool, settings.counts, chosen.passes, item_index, prior, writer, left_out)
+        known = write_histories(
+            spool, settings.counts, chosen.passes, item_index, prior, writer, left_out, chosen.has_fractions
+        )
     work.remove()
     write_vocabularies(writer.partial, vocabularies)
     np.subtract.at(chosen.counts, known, 1)
     run = {
-        "format": settings.format,
+        "format": settings.read.format,
         "columns": [source.columns for source in sources],
+        "times": [str(source.time_form) for source in sources],
         "files": [file_record(source.path) for source in sources],
         **reading.report(),
         "duplicate_rows": chosen.duplicates + known.size,
     }
-    id_types = {role: str(kind) for role, kind in reading.cleaner.id_types.items()}
+    id_types = {role: str(ids.arrow_type) for role, ids in reading.cleaner.ids.items()}
     info = {
         **describe(writer.output.name, settings, id_types, run, prior.info if prior else None),
         "users_dropped": left_out.users,
         "items_dropped": len(chosen.raw_items) - int(chosen.in_set.sum()),
         "events_dropped": left_out.events,
+        "has_fractions": chosen.has_fractions,
         "features": {name: len(vocabulary.numbers) for name, vocabulary in vocabularies.items()},
     }
     return writer.finish(info, chosen.raw_items.filter(pa.array(chosen.in_set)), chosen.counts[chosen.in_set])
@@ -186,12 +238,14 @@ class _Chosen:
         passes: (items,) bool, whether the filter keeps an item.
         counts: (items,) int64, events kept of each, those of the prior set too.
         duplicates: events dropped because they are there twice.
+        has_fractions: whether the histories have `FRACTIONS`.
     """
 
     raw_items: pa.Array
     passes: BoolArray
     counts: IntArray
     duplicates: int
+    has_fractions: bool
 
     @property
     def in_set(self) -> BoolArray:
@@ -199,7 +253,7 @@ class _Chosen:
 
 
 def _choose(
-    reading: _Reading,
+    reading: Reading,
     count_filter: CountFilter,
     prior: PriorSet | None,
     work: WorkFolder,
@@ -217,20 +271,26 @@ def _choose(
             else:
                 reading.restore(work.found)
                 print(
-                    f"{output}: goes on with the {reading.rows:,} rows that an interrupted run had read",
+                    f"{output}: resumes with the {reading.rows:,} rows that an interrupted run had read",
                     file=sys.stderr,
                 )
             reading.check()
             if prior is not None:
-                store.load_prior(prior.user_rows(), prior.raw_items)
-            raw_items = store.number_items()
-            distinct = _Distinct(store.histories())
+                store.load_prior(prior.user_rows(), prior.raw_items, prior.has_fractions)
+            ids = reading.cleaner.ids
+            raw_items = store.number_items(ids["item"].unsigned)
+            distinct = _Distinct(store.histories(ids["user"].unsigned))
             passes, counts = count_filter.choose_items(spool, iter(distinct), len(raw_items), num_prior)
+            has_fractions = store.has_fractions
     except duckdb.OutOfMemoryException as error:
         size = f"{memory_limit >> 20}MiB"
         raise UserError(f"--memory-limit {size}: too small for this data: {first_line(error)}") from error
     except duckdb.IOException as error:
         raise UserError(f"{output}: can't be written: {first_line(error)}; nothing was written") from error
+    except (duckdb.Error, RuntimeError) as error:
+        if was_interrupted(error):
+            raise KeyboardInterrupt from error
+        raise
     if prior is not None:
         counts[:num_prior] += prior.counts
     if not counts.any():
@@ -238,7 +298,7 @@ def _choose(
             f"{reading.names()}: nothing is left of {distinct.users:,} users and {len(raw_items):,} items: none has "
             f"--min-user-events {count_filter.min_user_events} and --min-item-events {count_filter.min_item_events}"
         )
-    return _Chosen(raw_items, passes, counts, distinct.dropped)
+    return _Chosen(raw_items, passes, counts, distinct.dropped, has_fractions)
 
 
 def _with_left_out(tables: Iterator[pa.Table], prior: PriorSet | None) -> Iterator[pa.Table]:
@@ -249,81 +309,6 @@ def _with_left_out(tables: Iterator[pa.Table], prior: PriorSet | None) -> Iterat
     yield from prior.left_out()
     for table in tables:
         yield table.append_column("place", pa.array(np.full(table.num_rows, NEW, np.int32)))
-
-
-@dataclass
-class _Reading:
-    """Reads and cleans the files, one after another."""
-
-    sources: list[SourceFile]
-    cleaner: Cleaner
-    max_malformed_share: float
-    rows: int = 0
-    sound: int = 0
-
-    def tables(self) -> Iterator[pa.Table]:
-        for source in self.sources:
-            for batch in source.batches():
-                table = self.cleaner.clean(source, batch, self.rows)
-                self.rows += batch.num_rows
-                self.sound += table.num_rows
-                if batch.num_rows:
-                    yield table
-            broken = source.broken_lines
-            places = [f"{source.path.name} line {line}" for line in broken[:3]]
-            self.cleaner.malformed.add("wrong number of fields", len(broken), places)
-            self.rows += len(broken)
-            if source.rows_read + len(broken) == 0:
-                raise UserError(f"{source.path}: no rows: expected one interaction a row")
-
-    def state(self) -> dict[str, Any]:
-        """What has been found when all is read, for `restore`."""
-        cleaner = self.cleaner
-        return {
-            "rows": self.rows,
-            "sound": self.sound,
-            "malformed": {"counts": cleaner.malformed.counts, "examples": cleaner.malformed.examples},
-            "unwanted": cleaner.unwanted,
-            "id_types": {role: str(kind) for role, kind in cleaner.id_types.items()},
-            "vocabularies": {name: list(vocabulary.numbers) for name, vocabulary in cleaner.vocabularies.items()},
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """As if all had been read here."""
-        cleaner = self.cleaner
-        self.rows, self.sound = state["rows"], state["sound"]
-        cleaner.malformed = Malformed(Counter(state["malformed"]["counts"]), state["malformed"]["examples"])
-        cleaner.unwanted = Counter(state["unwanted"])
-        cleaner.id_types = {role: ID_TYPES[name] for role, name in state["id_types"].items()}
-        for name, values in state["vocabularies"].items():
-            cleaner.vocabularies[name].numbers = Vocabulary(values).numbers
-
-    def check(self) -> None:
-        """Refuses files of which too much is malformed."""
-        bad = self.cleaner.malformed
-        if not self.sound and self.cleaner.unwanted:
-            reasons = "; ".join(f"{reason}: {number:,}" for reason, number in self.cleaner.unwanted.items())
-            raise UserError(f"{self.names()}: no row of {self.rows:,} has the feedback asked for ({reasons})")
-        if bad.total > self.max_malformed_share * self.rows or not self.sound:
-            raise UserError(
-                f"{self.names()}: {bad.total:,} of {self.rows:,} rows are malformed, more than the share "
-                f"{self.max_malformed_share:g} allowed by --max-malformed-share: {bad}"
-            )
-
-    def names(self) -> str:
-        """The files; of many the first few."""
-        paths = [str(source.path) for source in self.sources]
-        return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more files" if len(paths) > 3 else "")
-
-    def report(self) -> dict[str, Any]:
-        bad = self.cleaner.malformed
-        return {
-            "rows_read": self.rows,
-            "malformed_rows": bad.total,
-            "malformed": bad.report(),
-            "unwanted_rows": sum(self.cleaner.unwanted.values()),
-            "unwanted": dict(self.cleaner.unwanted),
-        }
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""A training set that new days of events are added to, as it stands on disk."""
+"""The training set on disk that new events are added to."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ import pyarrow.parquet as pq
 
 from mme.data.description import read_info
 from mme.data.features import parts_column, read_vocabularies
-from mme.data.layout import FORMAT_VERSION, INFO_FILE, ITEMS_FILE, LEFT_OUT_FILE
+from mme.data.layout import FORMAT_VERSION, FRACTIONS, INFO_FILE, ITEMS_FILE, LEFT_OUT_FILE
 from mme.data.parts import check_files
 from mme.errors import UserError, first_line
+from mme.prepare.cleaning import ID_ROLES
 from mme.prepare.histories import NEW, Histories, IntArray
+from mme.prepare.ids import IdColumn, IdKind, as_bits
 from mme.prepare.manifest import Settings
 
-ID_TYPES = {"int64": pa.int64(), "string": pa.string()}
+ID_KINDS: dict[str, tuple[IdKind, bool]] = {  # by the type in dataset.json; whether the ids are unsigned
+    "int64": ("integer", False),
+    "uint64": ("integer", True),
+    "string": ("text", False),
+}
 
 
 class PriorSet:
@@ -29,6 +35,8 @@ class PriorSet:
         counts: (items,) int64, events of each.
         vocabularies: of its features.
         features: what they are called in its parts.
+        ids: of what kind the users' and the items' ids are.
+        has_fractions: whether its times are finer than a second.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,7 +47,8 @@ class PriorSet:
         self.folder = folder
         self.info = _read_info(folder)
         self.settings = Settings.from_dict(self.info["settings"])
-        self.id_types = {role: ID_TYPES[name] for role, name in self.info["id_types"].items()}
+        self.ids = {role: self._ids(role) for role in ID_ROLES}
+        self.has_fractions = bool(self.info.get("has_fractions"))
         self.vocabularies = read_vocabularies(folder, self.settings.features)
         self.features = [parts_column(name) for name in self.vocabularies]
         items = _read(folder / ITEMS_FILE).sort_by("item_index")
@@ -51,22 +60,24 @@ class PriorSet:
         row = 0
         for part in self.info["parts"]:
             for batch in _batches(self.folder / part["file"], ["user_id"]):
-                yield pa.table({"user": batch["user_id"], "row": np.arange(row, row + batch.num_rows)})
+                yield pa.table({"user": as_bits(batch["user_id"]), "row": np.arange(row, row + batch.num_rows)})
                 row += batch.num_rows
 
     def left_out(self) -> Iterator[pa.Table]:
-        """The events left out: user, item, timestamp, position, below 0 and so before all that are new, features, place."""
+        """The events left out, as `Cleaner.clean` has them, with their place; positions are below 0, before all new ones."""
         path = self.folder / LEFT_OUT_FILE
         if not path.exists():
             return
         with pq.ParquetFile(path) as file:
             position = -file.metadata.num_rows
-        for batch in _batches(path, ["user_id", "item_id", "timestamp", "place", *self.features]):
+        fractions = [FRACTIONS] if self.has_fractions else []
+        for batch in _batches(path, ["user_id", "item_id", "timestamp", "place", *fractions, *self.features]):
             yield pa.table(
                 {
-                    "user": batch["user_id"],
-                    "item": batch["item_id"],
+                    "user": as_bits(batch["user_id"]),
+                    "item": as_bits(batch["item_id"]),
                     "timestamp": batch["timestamp"],
+                    "fraction": batch[FRACTIONS] if fractions else np.zeros(batch.num_rows, np.int32),
                     "position": np.arange(position, position + batch.num_rows),
                     **{name: batch[name] for name in self.features},
                     "place": batch["place"].cast(pa.int32()),
@@ -74,11 +85,17 @@ class PriorSet:
             )
             position += batch.num_rows
 
-    def part(self, part: dict[str, Any], first_row: int) -> Histories:
-        """One part, whose first user has the row ``first_row``."""
+    def part(self, part: dict[str, Any], first_row: int, with_fractions: bool) -> Histories:
+        """One part, whose first user has the row ``first_row``; ``with_fractions``: its times have `FRACTIONS`, perhaps 0."""
         table = _read(self.folder / part["file"])
         columns = {name: table[name].combine_chunks() for name in ("item_ids", "timestamps")}
         codes = columns["item_ids"].flatten().to_numpy().astype(np.int32)
+        values = {name: table[name].combine_chunks().flatten().to_numpy() for name in self.features}
+        if with_fractions:
+            has = FRACTIONS in table.column_names
+            values[FRACTIONS] = (
+                table[FRACTIONS].combine_chunks().flatten().to_numpy() if has else np.zeros(codes.size, np.int32)
+            )
         return Histories(
             table["user_id"].combine_chunks(),
             np.arange(first_row, first_row + table.num_rows),
@@ -86,15 +103,24 @@ class PriorSet:
             codes,
             columns["timestamps"].flatten().to_numpy(),
             np.full(codes.size, NEW, np.int32),
-            {name: table[name].combine_chunks().flatten().to_numpy() for name in self.features},
+            values,
         )
+
+    def _ids(self, role: str) -> IdColumn:
+        name = self.info["id_types"].get(role)
+        if name not in ID_KINDS:
+            raise UserError(
+                f"{self.folder / INFO_FILE}: id_types.{role} is {name!r}, expected one of {', '.join(ID_KINDS)}"
+            )
+        kind, unsigned = ID_KINDS[name]
+        return IdColumn(kind, fixed=True, large=unsigned)
 
 
 def _read_info(folder: Path) -> dict[str, Any]:
     path, info = folder / INFO_FILE, read_info(folder)
     version = info.get("format_version")
     if version != FORMAT_VERSION:
-        raise UserError(f"{path}: format version {version}, expected {FORMAT_VERSION}: prepare the set anew")
+        raise UserError(f"{path}: format version {version}, expected {FORMAT_VERSION}: prepare the set again")
     if "settings" not in info:
         raise UserError(f"{path}: a generated set, expected one made of files of interactions")
     check_files(folder, info)

@@ -12,7 +12,6 @@ import json
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -74,4 +73,4 @@ def _identity(inputs: Iterable[Path], settings: Settings, prior: Path | None) ->
         status = path.stat()
         files.append((os.path.abspath(path), status.st_size, status.st_mtime_ns))
     older = (prior / INFO_FILE).read_bytes() if prior else b""
-    return hashlib.sha256(repr((FORMAT_VERSION, asdict(settings), files)).encode() + older).hexdigest()
+    return hashlib.sha256(repr((FORMAT_VERSION, settings.to_dict(), files)).encode() + older).hexdigest()

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mme.data.description import file_sum
-from mme.data.layout import FEATURES_FILE, FORMAT_VERSION, INFO_FILE, ITEMS_FILE, LEFT_OUT_FILE, OWN_FILES
+from mme.data.layout import FEATURES_FILE, FORMAT_VERSION, FRACTIONS, INFO_FILE, ITEMS_FILE, LEFT_OUT_FILE, OWN_FILES
 from mme.errors import UserError, first_line
 from mme.prepare.replacement import FolderReplacement
 from mme.prepare.statistics import LengthHistogram, popularity_summary
@@ -80,10 +80,10 @@ class DatasetWriter:
         offsets: NDArray[np.int64],
         items: NDArray[Any],
         times: NDArray[np.int64],
-        features: Mapping[str, NDArray[np.int32]] | None = None,
+        columns: Mapping[str, NDArray[np.int32]] | None = None,
     ) -> None:
-        """Users with their events: those of user u stand at offsets[u] to offsets[u + 1] of ``items``, ``times`` and of each
-        of the ``features``, which have the same names each time."""
+        """Users with their events: those of user u stand at offsets[u] to offsets[u + 1] of ``items``, ``times`` and each of
+        the further ``columns``, which have the same names in every call."""
         bounds = pa.array(offsets, pa.int32())
         table = pa.table(
             {
@@ -92,7 +92,7 @@ class DatasetWriter:
                 "timestamps": pa.ListArray.from_arrays(bounds, pa.array(times, pa.int64())),
                 **{
                     name: pa.ListArray.from_arrays(bounds, pa.array(values, pa.int32()))
-                    for name, values in (features or {}).items()
+                    for name, values in (columns or {}).items()
                 },
             }
         )
@@ -154,7 +154,9 @@ class DatasetWriter:
             self.parts.append({"file": file, "users": 0, "events": 0})
             # Times are nearly all different: a dictionary of them would be built and thrown away.
             few_values = [
-                f"{name}.list.element" for name in table.column_names if name not in ("user_id", "timestamps")
+                f"{name}.list.element"
+                for name in table.column_names
+                if name not in ("user_id", "timestamps", FRACTIONS)
             ]
             self._part = pq.ParquetWriter(
                 self.partial / file, table.schema, compression="zstd", use_dictionary=few_values

@@ -198,7 +198,7 @@ def test_other_folders_and_patterns(tmp_path: Path) -> None:
 
 
 def test_any_names_in_json_lines(tmp_path: Path) -> None:
-    """A broken line, one without a time and one with the wrong type are counted, each with its line."""
+    """A broken line, one without a time and one with an id of another type are counted, each with its line."""
     rows = [{"who": f"u{n % 2}", "what": n, "when": n, "extra": [n]} for n in range(1, 8)]
     lines = [json.dumps(row) for row in rows]
     lines[2:2] = ['{"who": "u0", "what"', '{"who": "u0", "what": 3}', '{"who": "u0", "what": "x", "when": 1}']
@@ -207,9 +207,9 @@ def test_any_names_in_json_lines(tmp_path: Path) -> None:
     info = prepare([file], "json", tmp_path / "out", columns=names, max_malformed_share=0.5)
     assert read(tmp_path / "out") == {"u0": [(2, 2), (4, 4), (6, 6)], "u1": [(1, 1), (3, 3), (5, 5), (7, 7)]}
     assert info["malformed"] == {
-        "no value in what": {"rows": 1, "first": ["log.jsonl.bz2 line 5"]},
+        "not a whole number in what": {"rows": 1, "first": ["log.jsonl.bz2 line 5: 'x'"]},
         "no value in when": {"rows": 1, "first": ["log.jsonl.bz2 line 4"]},
-        "wrong number of fields": {"rows": 1, "first": ["log.jsonl.bz2 line 3"]},
+        "not a JSON object with each key once": {"rows": 1, "first": ["log.jsonl.bz2 line 3"]},
     }
 
 

@@ -88,45 +88,26 @@ def test_equal_times_keep_the_order_of_rows_and_files(tmp_path: Path) -> None:
 
 def test_malformed_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     good = [f"{user},{item},{user + item}" for user in range(10) for item in range(10)]
-    bad = ["nan,1,5", "3,,5", "-4,1,5", "3,-2,5", "3,4,5.5", "3,4,noon", "1,2", "3,x7,5", "3,4,"]
+    bad = ["nan,1,5", "3,,5", "3,4,-5", "3,4,1e12", "3,4,noon", "1,2", "3,x7,5", "3,7.5,5", "3,4,"]
     file = write_csv(tmp_path / "a.csv", good[:50] + bad + good[50:])
     info = prepare([file], "csv", tmp_path / "out", max_malformed_share=0.1)
     assert info["rows_read"] == 109 and info["malformed_rows"] == 9 and info["num_events"] == 100
     assert {reason: entry["rows"] for reason, entry in info["malformed"].items()} == {
         "no value in user_id": 1,
         "no value in item_id": 1,
-        "negative id in user_id": 1,
-        "negative id in item_id": 1,
-        "not a whole number in timestamp": 2,
-        "not a whole number in item_id": 1,
+        "negative time in timestamp": 1,
+        "time out of range in timestamp": 1,
+        "not a time in timestamp": 1,
+        "not a whole number in item_id": 2,
         "no value in timestamp": 1,
         "wrong number of fields": 1,
     }
     assert info["malformed"]["no value in user_id"]["first"] == ["a.csv line 52"]
-    assert info["malformed"]["wrong number of fields"]["first"] == ["a.csv line 58"]
-    assert info["malformed"]["not a whole number in item_id"]["first"] == ["a.csv line 59: 'x7'"]
+    assert info["malformed"]["wrong number of fields"]["first"] == ["a.csv line 57"]
+    assert info["malformed"]["not a whole number in item_id"]["first"] == ["a.csv line 58: 'x7'", "a.csv line 59: '7.5'"]
     with pytest.raises(UserError, match=r"a.csv: 9 of 109 rows are malformed.*--max-malformed-share.*a.csv line 52"):
         prepare([file], "csv", tmp_path / "strict")
     assert not (tmp_path / "strict").exists()
-
-
-def test_ids_of_nineteen_digits(tmp_path: Path) -> None:
-    rows = ["1,7,5", f"1,{2**63 - 1},6", f"1,{2**63},7", "1,-9,8", "1,1000000000000000000.0,9"]
-    info = prepare([write_csv(tmp_path / "a.csv", rows)], "csv", tmp_path / "out", max_malformed_share=0.5)
-    assert read(tmp_path / "out") == {1: [(7, 5), (2**63 - 1, 6), (10**18, 9)]}
-    assert {reason: entry["rows"] for reason, entry in info["malformed"].items()} == {
-        "not a whole number in item_id": 1,
-        "negative id in item_id": 1,
-    }
-
-
-def test_json_numbers_that_are_no_int64_are_named(tmp_path: Path) -> None:
-    file = tmp_path / "a.jsonl"
-    file.write_text("".join(f'{{"user_id": 1, "item_id": {2**63 + item}, "timestamp": 5}}\n' for item in range(3)))
-    with pytest.raises(
-        UserError, match=r"a.jsonl: column 'item_id' holds 9223372036854775808, expected .* below 2\^63"
-    ):
-        prepare([file], "json", tmp_path / "out")
 
 
 def test_parquet_floats_with_nan_and_timestamps(tmp_path: Path) -> None:
@@ -178,9 +159,9 @@ def truncated_parquet(folder: Path) -> Path:
             r"a.csv: no column 'video_id' \(found: user_id, item_id, timestamp\)",
         ),
         (
-            lambda folder: write_csv(folder / "a.csv", ["1,2,2020-01-01"]),
+            lambda folder: write_csv(folder / "a.csv", ["1,2,noon"]),
             "csv",
-            r"a.csv: line 2: column 'timestamp' holds '2020-01-01', expected integer seconds",
+            r"a.csv: line 2: column 'timestamp' holds 'noon', expected a time: ",
         ),
         (
             lambda folder: write_parquet(folder / "a.parquet", user_id=[[1]], item_id=[1], timestamp=[1]),
@@ -190,7 +171,7 @@ def truncated_parquet(folder: Path) -> Path:
         (
             lambda folder: write_parquet(folder / "a.parquet", user_id=[1], item_id=[1], timestamp=[True]),
             "parquet",
-            r"a.parquet: column 'timestamp' holds bool, expected integer seconds",
+            r"a.parquet: column 'timestamp' holds bool, expected a time: ",
         ),
         (truncated_parquet, "parquet", r"a.parquet: not a readable Parquet file, perhaps truncated"),
         (lambda folder: write_csv(folder / "a.csv", ["1,2,3"]), "parquet", r"a.csv: not a readable Parquet file"),

@@ -203,10 +203,13 @@ def test_sets_that_can_not_be_added_to(tmp_path: Path) -> None:
         add_events([day], tmp_path / "made")
     info = json.loads((tmp_path / "made" / "dataset.json").read_text())
     (tmp_path / "made" / "dataset.json").write_text(json.dumps({**info, "format_version": 1}))
-    with pytest.raises(UserError, match=r"dataset.json: format version 1, expected 2: prepare the set anew"):
+    with pytest.raises(UserError, match=r"dataset.json: format version 1, expected 2: prepare the set again"):
         add_events([day], tmp_path / "made")
     prepare([write(tmp_path, "b.parquet", [(1, n, 3) for n in range(3)])], "parquet", tmp_path / "numbers")
-    with pytest.raises(UserError, match=r"1 of 1 rows are malformed.*: not a whole number in user_id: 1 "):
+    with pytest.raises(
+        UserError,
+        match=r"c.parquet: column 'user_id' holds string \('u1'\), the user ids of the training set are integers",
+    ):
         add_events([write(tmp_path, "c.parquet", [(1, 2, 3)], text=True)], tmp_path / "numbers")
 
 

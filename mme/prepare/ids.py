@@ -1,0 +1,210 @@
+"""The one rule for user and item ids, in every file format.
+
+Ids are whole numbers of 64 bits (signed, or unsigned) where most of the first rows hold such numbers and none is written
+with a leading zero; otherwise they are text. `--id-type` overrides this. 7, "7" and 7.0 are the same number; as texts "7"
+and "007" are two ids. Blanks around an id do not count.
+
+Numbers are kept as int64. Those from 2^63 on wrap around until all rows are read: only then is it known whether a column
+is unsigned (`IdColumn.unsigned`), and no column may hold both them and negative ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mme.errors import UserError
+from mme.prepare.readers import SourceFile
+from mme.prepare.values import REPLACEMENT, as_integers, is_missing, is_number, is_text, plain, trimmed
+
+ID_TYPES = ["auto", "integer", "text"]
+WHOLE_NUMBER = r"^(0|-?[1-9]\d{0,19})(\.0*)?$"
+LEADING_ZERO = r"^-?0\d+$"
+LARGEST, LARGEST_UNSIGNED, SMALLEST = str(2**63 - 1), str(2**64 - 1), str(2**63)
+
+IdKind = Literal["integer", "text"]
+
+
+@dataclass
+class IdColumn:
+    """What is known of the users' or the items' ids of a whole data set.
+
+    Attributes:
+        kind: None before the first row with an id.
+        fixed: the set that events are added to has this kind, and `unsigned` as it is.
+        rendered: the user wants text, so that numbers are written as text.
+        negative, large: whether a number below 0, or from 2^63 on, has been met.
+    """
+
+    kind: IdKind | None = None
+    fixed: bool = False
+    rendered: bool = False
+    negative: bool = False
+    large: bool = False
+
+    @property
+    def unsigned(self) -> bool:
+        return self.kind == "integer" and self.large
+
+    @property
+    def arrow_type(self) -> pa.DataType:
+        if self.kind == "text":
+            return pa.string()
+        return pa.uint64() if self.unsigned else pa.int64()
+
+
+def as_bits(ids: pa.Array) -> pa.Array:
+    """Unsigned ids wrapped to int64, all others as they are."""
+    return ids.view(pa.int64()) if ids.type == pa.uint64() else ids
+
+
+def from_bits(ids: pa.Array, unsigned: bool) -> pa.Array:
+    """The inverse of `as_bits`."""
+    return ids.view(pa.uint64()) if unsigned else ids
+
+
+def natural_kind(source: SourceFile, role: str, column: pa.Array) -> IdKind | None:
+    """What the ids of the first rows are by the rule; None where there is no id.
+
+    Raises:
+        UserError: the column can't hold ids.
+    """
+    kind, column = column.type, plain(column)
+    if not (is_text(column.type) or is_number(column.type)):
+        raise UserError(f"{source.path}: column {source.columns[role]!r} holds {kind}, expected ids (integer or text)")
+    present = column.filter(pc.invert(is_missing(column)))
+    if not len(present):
+        return None
+    if source.text_ids:
+        return "text"
+    if is_number(column.type):
+        return "integer"
+    text = trimmed(present)
+    if as_integers(text) is not None:
+        return "integer"
+    if pc.any(pc.match_substring_regex(text, LEADING_ZERO)).as_py():
+        return "text"
+    numbers = pc.sum(pc.match_substring_regex(text, WHOLE_NUMBER)).as_py()
+    return "integer" if 2 * numbers > len(text) else "text"
+
+
+def settle_kind(source: SourceFile, role: str, column: pa.Array, ids: IdColumn) -> None:
+    """Decides ``ids.kind`` by the first rows of a file, or checks that they fit what is decided.
+
+    Raises:
+        UserError: the ids of this file are of another kind.
+    """
+    kind = natural_kind(source, role, column)
+    if kind is None:
+        return
+    if ids.kind is None:
+        ids.kind = kind
+        return
+    name, values = source.columns[role], plain(column)
+    row = pc.index(is_missing(values), False).as_py()
+    found = f"{source.path}: column {name!r} holds {column.type} ({str(values[row].as_py())[:40]!r})"
+    others = f"the {role} ids of the training set" if ids.fixed else "those before it"
+    if ids.kind == "integer" and kind == "text":
+        raise UserError(f"{found}, {others} are integers: prepare all files with --id-type text")
+    if ids.kind == "text" and is_number(values.type) and not ids.rendered:
+        raise UserError(f"{found}, {others} are text: give --id-type text to take these numbers as text")
+
+
+def convert_ids(
+    source: SourceFile, role: str, column: pa.Array, ids: IdColumn
+) -> tuple[pa.Array, dict[str, pa.BooleanArray]]:
+    """The ids of a batch (int64 or text, see the module) and, by reason, the rows without a usable one."""
+    column = plain(column)
+    missing = is_missing(column)
+    if ids.kind == "text":
+        text = _as_text(column)
+        faults = {"no value": pc.or_(missing, is_missing(text))}
+        if source.damaged_text:
+            faults["not UTF-8"] = pc.fill_null(pc.match_substring(text, REPLACEMENT), False)
+        return text, faults
+    numbers = _as_numbers(column)
+    faults = {"no value": missing, "not a whole number": pc.and_not(pc.is_null(numbers.signed), missing)}
+    if ids.fixed and not ids.large:
+        faults["id above 2^63 - 1"] = numbers.large
+    elif ids.fixed:
+        faults["negative id"] = numbers.negative
+    else:
+        ids.large |= bool(pc.any(numbers.large).as_py())
+        ids.negative |= bool(pc.any(numbers.negative).as_py())
+    if ids.large and ids.negative:
+        row = pc.index(pc.or_(numbers.large, numbers.negative), True).as_py()
+        raise UserError(
+            f"{source.path}: {source.place(row)}: column {source.columns[role]!r} holds "
+            f"{column[row].as_py()}: no 64-bit type has both negative ids and ids above 2^63 - 1; give --id-type text"
+        )
+    return numbers.signed, faults
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """``signed`` int64, null where there is no 64-bit whole number; which of them are ``negative``, or ``large`` and wrapped."""
+
+    signed: pa.Array
+    negative: pa.BooleanArray
+    large: pa.BooleanArray
+
+
+def _as_numbers(column: pa.Array) -> _Numbers:
+    if pa.types.is_floating(column.type):
+        # Beyond this a float is no longer exact: two ids could become one.
+        exact = 2.0**24 if pa.types.is_float32(column.type) else 2.0**53
+        whole = pc.and_(pc.equal(pc.floor(column), column), pc.less_equal(pc.abs(column), exact))
+        column = pc.if_else(pc.fill_null(whole, False), column, pa.scalar(None, column.type)).cast(pa.int64())
+    if is_text(column.type):
+        text = trimmed(column)
+        integers = as_integers(text)
+        if integers is None:
+            return _parse(text)
+        return _signed(integers, might_be_negative=False)
+    if column.type == pa.uint64():
+        return _unsigned(column)
+    return _signed(column.cast(pa.int64()))
+
+
+def _signed(numbers: pa.Array, might_be_negative: bool = True) -> _Numbers:
+    none = pa.array(np.zeros(len(numbers), bool))
+    return _Numbers(numbers, pc.fill_null(pc.less(numbers, 0), False) if might_be_negative else none, none)
+
+
+def _unsigned(numbers: pa.Array) -> _Numbers:
+    large = pc.fill_null(pc.greater_equal(numbers, pa.scalar(2**63, pa.uint64())), False)
+    none = pa.array(np.zeros(len(numbers), bool))
+    return _Numbers(numbers.view(pa.int64()), none, large)
+
+
+def _parse(text: pa.Array) -> _Numbers:
+    """By the pattern; what has more digits than 64 bits is no number."""
+    whole = pc.fill_null(pc.match_substring_regex(text, WHOLE_NUMBER), False)
+    digits = pc.replace_substring_regex(pc.if_else(whole, text, pa.scalar(None, text.type)), r"\.0*$", "")
+    negative = pc.fill_null(pc.starts_with(digits, "-"), False)
+    size = pc.utf8_ltrim(digits, "-")
+    length = pc.binary_length(size)
+
+    def up_to(limit: str) -> pa.BooleanArray:
+        shorter, equal = pc.less(length, len(limit)), pc.equal(length, len(limit))
+        return pc.fill_null(pc.or_(shorter, pc.and_(equal, pc.less_equal(size, limit))), False)
+
+    null = pa.scalar(None, text.type)
+    fits_signed = pc.if_else(negative, up_to(SMALLEST), up_to(LARGEST))
+    large = pc.and_not(pc.and_not(up_to(LARGEST_UNSIGNED), up_to(LARGEST)), negative)
+    signed = pc.if_else(fits_signed, digits, null).cast(pa.int64())
+    wrapped = pc.if_else(large, digits, null).cast(pa.uint64()).view(pa.int64())
+    return _Numbers(pc.coalesce(signed, wrapped), pc.and_(negative, fits_signed), large)
+
+
+def _as_text(column: pa.Array) -> pa.Array:
+    if pa.types.is_floating(column.type):
+        exact = 2.0**24 if pa.types.is_float32(column.type) else 2.0**53
+        whole = pc.fill_null(pc.and_(pc.equal(pc.floor(column), column), pc.less_equal(pc.abs(column), exact)), False)
+        integers = pc.if_else(whole, column, pa.scalar(None, column.type)).cast(pa.int64())
+        return pc.coalesce(integers.cast(pa.string()), column.cast(pa.string()))
+    return trimmed(column.cast(pa.string()))
