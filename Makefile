@@ -7,6 +7,10 @@ PYTEST := $(PYTHON_IN_VENV) -m pytest
 CONFIG ?= configs/quickstart.yaml
 OVERRIDES ?=
 DATA ?=
+# As they are given: neither make nor, in the recipe, the shell expands a $ or ` in the name of a file.
+override CONFIG := $(value CONFIG)
+override DATA := $(value DATA)
+export CONFIG DATA
 TESTS ?=
 # Not among them: accuracy takes hours, table_exchange needs torchrun, user_ranks a run; roofline is part of the others.
 BENCHMARKS ?= attention attention_shortcuts data_loading elementwise expert_ffn prepare sampled_softmax scaling \
@@ -22,7 +26,7 @@ setup: ## the environment alone: .venv with pinned dependencies (CUDA build wher
 	@scripts/setup_environment.sh
 
 train: setup ## set up, prepare the data and train; DATA=file: on your interactions; OVERRIDES="train.epochs=3 …"
-	@scripts/train.sh "$(CONFIG)" "$(DATA)" $(OVERRIDES)
+	@scripts/train.sh "$$CONFIG" "$$DATA" $(OVERRIDES)
 
 test: setup ## set up and run the tests that are not slow; TESTS=tests/launcher: some of them
 	@$(PYTEST) -m "not slow" $(TESTS)

@@ -20,19 +20,26 @@ _KINDS = {
 }
 
 
+def refuse_scheme(path: str, key: str = "") -> None:
+    """Raises UserError for a URL such as ``s3://bucket/folder``; ``key``: the option or key that it comes from."""
+    if _SCHEME.match(path):
+        raise UserError(
+            f"{key}: "
+            * bool(key)
+            + f"{path}: {path.partition(':')[0]}:// is not supported: expected a path in a mounted file "
+            "system"
+        )
+
+
 def local_path(path: str | Path, key: str = "") -> Path:
-    """``path``, which names a place in a file system; ``key``: the option or key that it comes from, for the message.
+    """``path``, which can name a place in a file system; ``key``: the option or key that it comes from.
 
     Raises:
         UserError: it is a URL, has a control character or is too long.
     """
     text = str(path)
     where = f"{key}: " if key else ""
-    if _SCHEME.match(text):
-        raise UserError(
-            f"{where}{text}: a path with a scheme ({text.partition(':')[0]}:) is not supported: expected a path in a file "
-            "system, such as a mounted one"
-        )
+    refuse_scheme(text, key)
     if _CONTROL_CHARACTER.search(text):
         raise UserError(f"{where}{text!r}: expected a path without control characters")
     try:

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Prepares the data where that is not done yet and trains on all GPUs, or on 2 CPU processes: `make train` calls it.
+# Prepares the data if needed, then trains on all GPUs, or on 2 CPU processes; called by `make train`.
 #
 #   scripts/train.sh CONFIG DATA [key.path=value …]
 #
-# DATA: a file or folder of interactions (Parquet, CSV, MovieLens, …); empty: the embedded data set for the quick start's
-# configuration, data.path as it is for any other.
+# DATA: a file or folder of interactions (Parquet, CSV, MovieLens, …). Empty: the embedded data set with the quick start's
+# configuration, data.path as it is with any other.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,17 +14,30 @@ shift 2
 
 dataset=
 if [ -n "$data" ]; then
-    if [ ! -s "$data" ]; then
-        echo "error: DATA=$data: $([ -e "$data" ] && echo "empty" || echo "no such") file, expected interactions" >&2
+    case $data in
+    -*) data=./$data ;; # not an option
+    esac
+    refused=
+    if [[ $data =~ ^[A-Za-z][A-Za-z0-9+.-]+:// ]]; then
+        refused="a path with a scheme is not supported"
+    elif [ ! -e "$data" ]; then
+        refused="no such file"
+    elif [ ! -f "$data" ] && [ ! -d "$data" ]; then
+        refused="not a regular file or folder"
+    elif [ ! -s "$data" ]; then
+        refused="empty file"
+    fi
+    if [ -n "$refused" ]; then
+        printf 'error: DATA=%q: %s, expected interactions\n' "$data" "$refused" >&2
         exit 2
     fi
-    path=$(realpath "$data")
+    path=$(realpath -- "$data")
     file=$(basename "$path")
     # Folder and file, for the reader, and a sum that tells two of the same names apart.
-    name=$(basename "$(dirname "$path")")-${file%.*}-$(echo "$path" | sha256sum | cut -c 1-6)
+    name=$(basename "$(dirname "$path")")-${file%.*}-$(printf '%s\n' "$path" | sha256sum | cut -c 1-6)
     name=${name//[^[:alnum:]._-]/-} # a value of an override is read as YAML
     dataset=datasets/$name
-    prepare=(--input "$data" --format auto)
+    prepare=(--input "$data")
     source=$(find -L "$path" -type f -printf '%p %s %T@\n' | LC_ALL=C sort | sha256sum)
     set -- output_dir="runs/$name" "$@"
 elif [ "$config" -ef configs/quickstart.yaml ]; then
@@ -34,7 +47,7 @@ elif [ "$config" -ef configs/quickstart.yaml ]; then
 fi
 
 if [ -n "$dataset" ]; then
-    # The set is made anew where the files are others or the code that reads them has changed.
+    # The set is prepared again when the files or the code that reads them have changed.
     source="$source $(cat mme/data/*.py mme/prepare/*.py | sha256sum | cut -d' ' -f1)"
     if [ ! -f "$dataset/dataset.json" ] || [ "$(cat "$dataset.source" 2>/dev/null)" != "$source" ]; then
         rm -f "$dataset.source"

@@ -78,3 +78,13 @@ def test_softmaxes_of_a_token(views: str, softmax_views: list[int], softmaxes: i
 def test_negatives_of_a_batch(loss: LossConfig, groups: list[int], scored: int) -> None:
     assert [loss.num_groups(tokens) for tokens in (0, 1, 7)] == groups
     assert loss.num_scored(50) == scored
+
+
+@pytest.mark.parametrize("key", ["data.path", "data.cache_dir", "output_dir"])
+@pytest.mark.parametrize("path", ["s3://bucket/folder", "gs:/bucket/folder", "file:///folder"])
+def test_a_url_is_no_path(key: str, path: str) -> None:
+    values = {"data.path": "set", key: path}
+    with pytest.raises(
+        UserError, match=f"^{key}: {path}: {path.partition(':')[0]}:// is not supported: expected a path"
+    ):
+        load_config(None, [f"{name}={value}" for name, value in values.items()])

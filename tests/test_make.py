@@ -79,7 +79,7 @@ def test_no_two_files_share_a_set_or_a_run(project: Path) -> None:
         (project / file).write_text("1::2::3::4\n")
         prepared, launched = run_script(project, "configs/other.yaml", file)
         names.append(name_of(launched))
-        assert prepared == f"-m mme prepare --input {file} --format auto --output datasets/{names[-1]}"
+        assert prepared == f"-m mme prepare --input {file} --output datasets/{names[-1]}"
     assert len(set(names)) == len(files)
     readable = ["ml-1m-ratings", "ml-1m-ratings", "ml-20m-ratings", "ml-20m-ratings", "a-b-quickstart"]
     assert [re.sub(r"-[0-9a-f]{6}$", "", name) for name in names] == readable
@@ -98,8 +98,43 @@ def test_a_changed_file_in_a_folder_is_noticed(project: Path) -> None:
     assert run_script(project, QUICKSTART, logs) == [prepared, launched]
 
 
-def test_a_file_that_is_not_there_is_refused_in_one_line(project: Path) -> None:
-    command = ["scripts/train.sh", QUICKSTART, "none.csv"]
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("none.csv", "error: DATA=none.csv: no such file, expected interactions\n"),
+        ("empty.csv", "error: DATA=empty.csv: empty file, expected interactions\n"),
+        ("pipe", "error: DATA=pipe: not a regular file or folder, expected interactions\n"),
+        (
+            "s3://bucket/log",
+            "error: DATA=s3://bucket/log: a path with a scheme is not supported, expected interactions\n",
+        ),
+    ],
+)
+def test_what_can_not_be_read_is_refused_in_one_line(project: Path, data: str, message: str) -> None:
+    (project / "empty.csv").touch()
+    os.mkfifo(project / "pipe")
+    command = ["scripts/train.sh", QUICKSTART, data]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: DATA=none.csv: no such file, expected interactions\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", message)
+
+
+@pytest.mark.parametrize("in_environment", [False, True])
+def test_nothing_in_a_name_is_expanded(project: Path, in_environment: bool) -> None:
+    shutil.copy(REPOSITORY / "Makefile", project)
+    setup = project / "scripts" / "setup_environment.sh"
+    setup.write_text("#!/bin/sh\n")
+    setup.chmod(0o755)
+    name = "$HOME $(touch made) `touch made` $(shell touch made) \"a\" 'b'.csv"
+    (project / name).write_text("1::2::3::4\n")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MAKE")}
+    arguments = [] if in_environment else [f"DATA={name}"]
+    done = subprocess.run(
+        ["make", "--no-print-directory", "train", *arguments],
+        cwd=project,
+        env={**environment, "DATA": name} if in_environment else environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith(f"-m mme prepare --input {name} --output datasets/")
+    assert not (project / "made").exists()

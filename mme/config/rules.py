@@ -8,6 +8,7 @@ import os
 from mme.config.key import RANGE, keys_of
 from mme.config.schema import USER_ID, Config
 from mme.errors import UserError
+from mme.paths import refuse_scheme
 
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # in bytes, of Linux
 
@@ -50,6 +51,7 @@ def _check_ranges(config: Config) -> None:
 def _check_paths(config: Config) -> None:
     data = config.data
     for key, path in (("data.path", data.path), ("data.cache_dir", data.cache_dir), ("output_dir", config.output_dir)):
+        refuse_scheme(path or "", key)
         longest = max(map(len, os.fsencode(path or "").split(b"/")))
         if "\0" in (path or ""):
             raise UserError(f"{key}: {path!r} holds a NUL character: expected the path of a folder")

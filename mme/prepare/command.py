@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from mme.errors import UserError
+from mme.errors import UserError, one_line
 from mme.paths import local_path
 from mme.run.exit_status import job_status
 
@@ -228,11 +228,12 @@ def _refuse(options: dict[str, Any], beside: str) -> None:
 def _print_prepared(info: dict[str, Any], output: Path) -> None:
     """Prints what was read, left out and kept; ``info`` is what dataset.json holds."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     runs = info.get("runs", [])
     added = f", {len(runs) - 1} additions" if len(runs) > 1 else ""
-    table = Table(title=f"{output}{added}", title_justify="left", show_header=False)
+    table = Table(title=escape(one_line(f"{output}{added}")), title_justify="left", show_header=False)
     table.add_column()
     table.add_column(justify="right")
     for name, label in PREPARED_LABELS.items():
@@ -240,9 +241,9 @@ def _print_prepared(info: dict[str, Any], output: Path) -> None:
             table.add_row(label, f"{info[name]:,}")
         if name == "malformed_rows":
             for reason, found in info.get("malformed", {}).items():
-                table.add_row(f"  {reason} (first: {found['first'][0]})", f"{found['rows']:,}")
+                table.add_row(escape(one_line(f"  {reason} (first: {found['first'][0]})")), f"{found['rows']:,}")
     for name, number in info.get("features", {}).items():
-        table.add_row(f"values of {name}", f"{number:,}")
+        table.add_row(escape(one_line(f"values of {name}")), f"{number:,}")
     for metric, value in info.get("oracle", {}).get("test", {}).items():
         table.add_row(f"{metric.upper()} of an oracle that knows the process", f"{value:.4f}")
     Console().print(table)

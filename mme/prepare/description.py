@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from itertools import groupby
 
+from mme.data.layout import FEATURE_PREFIX
+from mme.errors import one_line
 from mme.prepare.ids import IdColumn
 from mme.prepare.readers import ROLES, SourceFile
 
@@ -16,11 +18,11 @@ def describe_sources(sources: list[SourceFile], ids: dict[str, IdColumn]) -> str
     for text, group in groupby(sources, lambda source: _describe(source, ids)):
         files = list(group)
         more = f" and {len(files) - 1} more files" if len(files) > 1 else ""
-        lines += [f"{files[0].path}{more}: {text}"]
+        lines += [f"{one_line(str(files[0].path))}{more}: {text}"]
     forms = {str(source.time_form): source.path for source in sources if source.time_form}
     if len(forms) > 1:
         places = "; ".join(f"{path}: {form}" for form, path in forms.items())
-        lines.append(f"warning: times are written in different ways ({places})")
+        lines.append(f"warning: times are written in different ways ({one_line(places)})")
     return "\n".join(lines)
 
 
@@ -38,6 +40,6 @@ def _describe(source: SourceFile, ids: dict[str, IdColumn]) -> str:
             what = f" ({source.time_form})" if source.time_form else ""
         elif role in ids:
             what = f" ({ids[role].kind} ids)" if ids[role].kind else ""
-        label = role.removeprefix("feature_") if role.startswith("feature_") else role.replace("_", " ")
-        text += f"\n  {label}: column {source.columns[role]}{what}"
+        label = "feature" if role.startswith(FEATURE_PREFIX) else role.replace("_", " ")
+        text += f"\n  {label}: column {one_line(source.columns[role])}{what}"
     return text

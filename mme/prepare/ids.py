@@ -24,6 +24,7 @@ from mme.prepare.values import REPLACEMENT, as_integers, is_missing, is_number, 
 ID_TYPES = ["auto", "integer", "text"]
 WHOLE_NUMBER = r"^(0|-?[1-9]\d{0,19})(\.0*)?$"
 LEADING_ZERO = r"^-?0\d+$"
+LEADING_ZEROS = r"^(-?)0+(\d)"
 LARGEST, LARGEST_UNSIGNED, SMALLEST = str(2**63 - 1), str(2**64 - 1), str(2**63)
 
 IdKind = Literal["integer", "text"]
@@ -36,13 +37,13 @@ class IdColumn:
     Attributes:
         kind: None before the first row with an id.
         fixed: the set that events are added to has this kind, and `unsigned` as it is.
-        rendered: the user wants text, so that numbers are written as text.
+        said: the value of --id-type. With `text`, numbers are written as text; with `integer`, leading zeros don't count.
         negative, large: whether a number below 0, or from 2^63 on, has been met.
     """
 
     kind: IdKind | None = None
     fixed: bool = False
-    rendered: bool = False
+    said: str = "auto"
     negative: bool = False
     large: bool = False
 
@@ -67,8 +68,8 @@ def from_bits(ids: pa.Array, unsigned: bool) -> pa.Array:
     return ids.view(pa.uint64()) if unsigned else ids
 
 
-def natural_kind(source: SourceFile, role: str, column: pa.Array) -> IdKind | None:
-    """What the ids of the first rows are by the rule; None where there is no id.
+def natural_kind(source: SourceFile, role: str, column: pa.Array, as_text: bool) -> IdKind | None:
+    """What the ids of the first rows are by the rule, or text if ``as_text``; None where there is no id.
 
     Raises:
         UserError: the column can't hold ids.
@@ -79,7 +80,7 @@ def natural_kind(source: SourceFile, role: str, column: pa.Array) -> IdKind | No
     present = column.filter(pc.invert(is_missing(column)))
     if not len(present):
         return None
-    if source.text_ids:
+    if as_text:
         return "text"
     if is_number(column.type):
         return "integer"
@@ -98,7 +99,11 @@ def settle_kind(source: SourceFile, role: str, column: pa.Array, ids: IdColumn) 
     Raises:
         UserError: the ids of this file are of another kind.
     """
-    kind = natural_kind(source, role, column)
+    # A set that has numbers keeps them, whatever the option says.
+    as_text = source.text_ids and not ids.fixed
+    kind = natural_kind(source, role, column, as_text)
+    if kind == "text" and ids.said == "integer" and ids.kind == "integer":
+        kind = natural_kind(source, role, _without_leading_zeros(plain(column)), as_text)
     if kind is None:
         return
     if ids.kind is None:
@@ -109,8 +114,10 @@ def settle_kind(source: SourceFile, role: str, column: pa.Array, ids: IdColumn) 
     found = f"{source.path}: column {name!r} holds {column.type} ({str(values[row].as_py())[:40]!r})"
     others = f"the {role} ids of the training set" if ids.fixed else "those before it"
     if ids.kind == "integer" and kind == "text":
+        if ids.said == "integer" and not ids.fixed:
+            raise UserError(f"{found}, --id-type integer asks for whole numbers")
         raise UserError(f"{found}, {others} are integers: prepare all files with --id-type text")
-    if ids.kind == "text" and is_number(values.type) and not ids.rendered:
+    if ids.kind == "text" and is_number(values.type) and ids.said != "text":
         raise UserError(f"{found}, {others} are text: give --id-type text to take these numbers as text")
 
 
@@ -118,14 +125,18 @@ def convert_ids(
     source: SourceFile, role: str, column: pa.Array, ids: IdColumn
 ) -> tuple[pa.Array, dict[str, pa.BooleanArray]]:
     """The ids of a batch (int64 or text, see the module) and, by reason, the rows without a usable one."""
+    is_decimal = pa.types.is_decimal(column.type)
     column = plain(column)
+    if ids.said == "integer" and is_text(column.type):
+        column = _without_leading_zeros(column)
     missing = is_missing(column)
     if ids.kind == "text":
         text = _as_text(column)
-        faults = {"no value": pc.or_(missing, is_missing(text))}
-        if source.damaged_text:
-            faults["not UTF-8"] = pc.fill_null(pc.match_substring(text, REPLACEMENT), False)
-        return text, faults
+        if is_decimal:
+            text = pc.replace_substring_regex(text, r"\.0+$", "")
+        # Where bytes were lost, two ids may have become one.
+        damaged = pc.fill_null(pc.match_substring(text, REPLACEMENT), False)
+        return text, {"no value": pc.or_(missing, is_missing(text)), "not UTF-8": damaged}
     numbers = _as_numbers(column)
     faults = {"no value": missing, "not a whole number": pc.and_not(pc.is_null(numbers.signed), missing)}
     if ids.fixed and not ids.large:
@@ -168,6 +179,10 @@ def _as_numbers(column: pa.Array) -> _Numbers:
     if column.type == pa.uint64():
         return _unsigned(column)
     return _signed(column.cast(pa.int64()))
+
+
+def _without_leading_zeros(text: pa.Array) -> pa.Array:
+    return pc.replace_substring_regex(trimmed(text), LEADING_ZEROS, r"\1\2")
 
 
 def _signed(numbers: pa.Array, might_be_negative: bool = True) -> _Numbers:

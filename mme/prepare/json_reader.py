@@ -144,5 +144,5 @@ def _as_text(value: Any) -> str | None:
             return None
         return str(int(value)) if value.is_integer() and abs(value) <= 2**53 else repr(value)
     text = str(value)
-    # Half of a surrogate pair, which JSON can write and UTF-8 can't.
-    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+    # Half of a surrogate pair, which JSON can write and UTF-8 can't, becomes U+FFFD.
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")

@@ -178,7 +178,7 @@ def _open(
     vocabularies = prior.vocabularies if prior else {name: Vocabulary() for name in settings.features}
     ids = prior.ids if prior else {role: IdColumn() for role in ID_ROLES}
     for column in ids.values():
-        column.rendered = read.id_type == "text"
+        column.said = read.id_type
         if read.id_type == "integer" and column.kind is None:
             column.kind = "integer"
     reading = Reading(sources, Cleaner(settings.feedback, ids, vocabularies, read.time_unit), max_malformed_share)

@@ -43,7 +43,6 @@ class SourceFile:
         times_may_be_missing: as published; such rows are no fault.
         broken_rows: how many lines so far could not be taken apart into fields.
         broken_lines: the first of them.
-        damaged_text: bytes of the present batch that are not UTF-8 were replaced.
         rows_read: rows of the batches before the present one.
     """
 
@@ -59,7 +58,6 @@ class SourceFile:
     times_may_be_missing: bool = False
     broken_rows: int = 0
     broken_lines: list[int] = field(default_factory=list)
-    damaged_text: bool = False
     rows_read: int = 0
     _lines: NDArray[np.int64] | None = None  # of the rows of the present batch
 
@@ -115,7 +113,6 @@ class SourceFile:
             blocks = text_reader.read_blocks(stream, self.layout, names, splitter, num_bytes)
         for block in blocks:
             self._lines = block.lines
-            self.damaged_text = isinstance(block, text_reader.TextBlock) and block.is_damaged
             self.broken_rows += block.broken_lines.size
             self.broken_lines += block.broken_lines[: 3 - len(self.broken_lines)].tolist()
             yield block.columns

@@ -85,8 +85,20 @@ class Reading:
         if bad.total > self.max_malformed_share * self.rows or not self.sound:
             raise UserError(
                 f"{self.names()}: {bad.total:,} of {self.rows:,} rows are malformed, more than the share "
-                f"{self.max_malformed_share:g} allowed by --max-malformed-share: {bad}"
+                f"{self.max_malformed_share:g} allowed by --max-malformed-share: {bad}{self._advice()}"
             )
+
+    def _advice(self) -> str:
+        """The options that may mend what was found."""
+        reasons = " ".join(self.cleaner.malformed.counts)
+        advice = ""
+        if "not a whole number" in reasons:
+            advice += "; --id-type text takes all ids as text"
+        if "another unit" in reasons:
+            advice += "; --time-unit says the unit of times"
+        if "wrong number of fields" in reasons:
+            advice += "; --quoting says what quotes mean"
+        return advice
 
     def names(self) -> str:
         """The files; of many the first few."""

@@ -31,16 +31,14 @@ class TextBlock:
     """Some rows of a file.
 
     Attributes:
-        columns: text columns, null where a value is missing.
+        columns: text columns, null where a value is missing; U+FFFD stands for bytes that are not UTF-8.
         lines: (rows,) int64, the line of the file, from 1, on which each row starts.
         broken_lines: the lines of records with a wrong number of fields, which are no rows.
-        is_damaged: bytes that are not UTF-8 were replaced by U+FFFD.
     """
 
     columns: pa.RecordBatch
     lines: NDArray[np.int64]
     broken_lines: NDArray[np.int64]
-    is_damaged: bool
 
 
 @dataclass(frozen=True)
@@ -100,34 +98,32 @@ def read_blocks(
         if not block:
             continue
         try:
-            text, is_damaged = _tidy(block, layout)
-            records = splitter.split(text, is_last=not following)
+            records = splitter.split(_tidy(block, layout), is_last=not following)
         except OpenQuote as error:
             raise UnreadableText(
                 f"line {first_line + error.line}: a quote opens here {error.reason}; give --quoting literal where quotes "
                 "are characters like others, --quoting standard where they enclose fields"
             ) from None
         rest = records.rest + after
-        yield _parse(records, layout, wanted, first_line, is_damaged)
+        yield _parse(records, layout, wanted, first_line)
         first_line += records.num_lines
 
 
-def _tidy(block: bytes, layout: Layout) -> tuple[bytes, bool]:
-    """The block as UTF-8 whose lines end with LF or CRLF, and whether bytes had to be replaced."""
+def _tidy(block: bytes, layout: Layout) -> bytes:
+    """The block as UTF-8 whose lines end with LF or CRLF."""
     if block.count(b"\r") != block.count(b"\r\n"):  # the CSV parser takes a CR alone for the end of a line
         block = re.sub(rb"\r(?!\n)", b" ", block)
-    is_damaged = False
     if not block.isascii():
         try:
             block.decode()
         except UnicodeDecodeError:
-            block, is_damaged = block.decode(errors="replace").encode(), True
+            block = block.decode(errors="replace").encode()
     if layout.blanks_before_quotes:
         block = re.sub(rf'(?m)(^|{re.escape(layout.separator)})[ \t]+(?=")'.encode(), rb"\1", block)
-    return block, is_damaged
+    return block
 
 
-def _parse(records: Records, layout: Layout, wanted: Sequence[str], first_line: int, is_damaged: bool) -> TextBlock:
+def _parse(records: Records, layout: Layout, wanted: Sequence[str], first_line: int) -> TextBlock:
     broken: list[int] = []
 
     def skip(row: pyarrow.csv.InvalidRow) -> str:
@@ -166,4 +162,4 @@ def _parse(records: Records, layout: Layout, wanted: Sequence[str], first_line: 
             f"{columns.num_rows} rows and {len(broken)} with a wrong number of fields were read"
         )
     lines = lines + first_line
-    return TextBlock(columns, np.delete(lines, broken), lines[broken], is_damaged)
+    return TextBlock(columns, np.delete(lines, broken), lines[broken])

@@ -30,13 +30,14 @@ BoolArray = NDArray[np.bool_]
 PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 TIME_UNITS = ["auto", *PER_SECOND, "iso"]
 BILLION = 10**9
+LARGEST = str(2**63 - 1)
 # Seconds reach 10^11 in the year 5138, milliseconds did in 1973: the size of a time tells its unit.
 TOO_LATE_S = 10**11
 TOO_EARLY_S = -11_644_473_600  # 1601-01-01, the zero of Windows' clock; 0001-01-01, the zero of .NET's, is below
 MODERN_S = (10**8, 4_102_444_800)  # 1973 to 2100
 DAY_S = 86_400
 
-NUMBER = r"^(?P<sign>[+-]?)(?P<whole>\d{1,18})(?:\.(?P<part>\d*))?$"
+NUMBER = r"^(?P<sign>[+-]?)(?P<whole>\d{1,19})(?:\.(?P<part>\d*))?$"
 EXPONENT = r"^[+-]?\d+\.?\d*[eE][+-]?\d{1,2}$"
 _ZONE = r"\s?(?P<zone>[Zz]|UTC|GMT|[+-]\d{2}(?::?\d{2})?)?"
 _CLOCK = r"(?P<hour>\d{2}):(?P<minute>\d{2})(?::(?P<second>\d{2})(?:[.,](?P<part>\d+))?)?"
@@ -270,6 +271,9 @@ def _parse_numbers(column: pa.Array) -> tuple[IntArray, IntArray | None, BoolArr
     if integers is not None:
         return integers.fill_null(0).to_numpy(), None, np.ones(len(text), bool)
     fields = pc.extract_regex(text, NUMBER)
+    digits = pc.struct_field(fields, "whole")
+    too_large = pc.and_(pc.equal(pc.binary_length(digits), len(LARGEST)), pc.greater(digits, LARGEST))
+    fields = pc.if_else(pc.fill_null(too_large, False), pa.scalar(None, fields.type), fields)
     valid = pc.is_valid(fields).to_numpy(zero_copy_only=False)
     whole, billionths = _integers(fields, "whole"), _integers(fields, "part", digits=9)
     negative = pc.fill_null(pc.equal(pc.struct_field(fields, "sign"), "-"), False).to_numpy(zero_copy_only=False)

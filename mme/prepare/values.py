@@ -59,11 +59,11 @@ def trimmed(text: pa.Array) -> pa.Array:
 def as_integers(text: pa.Array) -> pa.Array | None:
     """int64 of a text column that holds plain digits only, as nearly all do: much faster than a pattern.
 
-    None: some value has a leading zero, a sign, more than 18 digits or is no number.
+    None: some value has a leading zero, a sign, more than 19 digits or is no number below 2^63.
     """
     length = pc.binary_length(text)
     odd = pc.or_(pc.and_(pc.starts_with(text, "0"), pc.greater(length, 1)), pc.starts_with(text, "-"))
-    if pc.any(pc.or_(odd, pc.greater(length, 18))).as_py():
+    if pc.any(pc.or_(odd, pc.greater(length, 19))).as_py():
         return None
     try:
         return text.cast(pa.int64())

@@ -104,7 +104,10 @@ def test_malformed_rows_are_left_out_and_counted(tmp_path: Path) -> None:
     }
     assert info["malformed"]["no value in user_id"]["first"] == ["a.csv line 52"]
     assert info["malformed"]["wrong number of fields"]["first"] == ["a.csv line 57"]
-    assert info["malformed"]["not a whole number in item_id"]["first"] == ["a.csv line 58: 'x7'", "a.csv line 59: '7.5'"]
+    assert info["malformed"]["not a whole number in item_id"]["first"] == [
+        "a.csv line 58: 'x7'",
+        "a.csv line 59: '7.5'",
+    ]
     with pytest.raises(UserError, match=r"a.csv: 9 of 109 rows are malformed.*--max-malformed-share.*a.csv line 52"):
         prepare([file], "csv", tmp_path / "strict")
     assert not (tmp_path / "strict").exists()
