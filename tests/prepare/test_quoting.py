@@ -42,7 +42,7 @@ def expected(rows: int = ROWS) -> dict[Any, Any]:
         {7: '"quoted" word', 8: '5" x 3"', 9: 'a "b" c'},
         {7: '"two\nlines"', 8: '"a ""b""\n\nc"', 9: '"x"'},
         {59: '"Hello'},
-        {0: '"', 1: '""', 2: '"""', 3: '""""'},
+        {0: '"a', 1: '""', 2: 'x"y', 3: '""""'},
     ],
 )
 def test_no_row_is_lost(tmp_path: Path, titles: dict[int, str], separator: str, newline: str) -> None:
