@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
-from mme.config import USER_ID, Config, load_config, validate_world_size
+from mme.config import USER_ID, Config, flat, load_config, settings_sha256, validate_world_size
 from mme.errors import UserError
 from mme.files import read_json
 
@@ -31,6 +32,17 @@ class Job:
     def train_arguments(self) -> list[str]:
         """What follows ``python -m`` on each worker."""
         return ["mme", "train", "--config", str(self.config), *self.overrides]
+
+    @property
+    def rendezvous_id(self) -> str:
+        """The same on all nodes of this job and on no other's: a hash of configuration, output folder and data set.
+
+        Two jobs that are started at one endpoint don't mix.
+        """
+        config = self.load()
+        description = Path(config.data.path) / "dataset.json"
+        data = hashlib.sha256(description.read_bytes()).hexdigest() if description.is_file() else None
+        return f"mme-{settings_sha256({**flat(config), 'dataset.json': data})[:16]}"
 
     def load(self) -> Config:
         """The configuration, found to fit the number of processes.

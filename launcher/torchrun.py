@@ -31,10 +31,10 @@ import psutil
 from launcher.job import Job, split_endpoint
 from launcher.torchrun_output import LAST_WORDS, own_lines
 from mme.errors import UserError, one_line
-from mme.run.exit_status import PREEMPTED
+from mme.run.exit_status import NO_RESTART, PREEMPTED
 from mme.run.preemption import signal_when_parent_dies
 
-RDZV_ID = "mme"
+PREFLIGHT_ID = "mme-preflight"
 LOOPBACK, LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 UNANSWERED_S = 30  # beyond the time that torchrun may take to connect to the rendezvous and then to wait for the nodes
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
@@ -57,7 +57,14 @@ def command(job: Job, module: list[str] | None = None, meeting: Path | None = No
     host names need not be known to the other nodes.
     """
     line = [sys.executable, "-m", "torch.distributed.run"]
-    line += ["--nnodes", str(job.nnodes), "--rdzv-backend", "c10d", "--rdzv-id", RDZV_ID]
+    line += [
+        "--nnodes",
+        str(job.nnodes),
+        "--rdzv-backend",
+        "c10d",
+        "--rdzv-id",
+        job.rendezvous_id if module is None else PREFLIGHT_ID,
+    ]
     if job.rdzv_endpoint is None:
         line += ["--rdzv-conf", "store_type=file", "--rdzv-endpoint", str(meeting or meeting_file())]
         line += ["--local-addr", LOOPBACK]
@@ -186,7 +193,7 @@ def run(job: Job, *, resumes: bool, module: list[str] | None = None, run_folder:
         if watch.alone or status != 1 or not resumes or not job.max_restarts or reached <= before:
             if status == 1 and resumes and job.nnodes > 1:
                 _say("the same command on all nodes goes on from the last complete checkpoint")
-            return status
+            return 1 if status == NO_RESTART else status
         _say(f"the job got on to the checkpoint of step {reached} meanwhile: torchrun starts again")
 
 
@@ -226,7 +233,7 @@ def _run_once(job: Job, resumes: bool, module: list[str] | None) -> tuple[int, _
     if stopping.received is not None:
         return 128 + stopping.received, watch
     if watch.stopped_for is not None:
-        return watch.stopped_for, watch
+        return watch.stopped_for, watch  # not 1, so that torchrun isn't started again
     if status < 0 and not watch.alone:
         _say(f"torchrun was killed by signal {-status} ({signal.Signals(-status).name})")
     return 1 if status else 0, watch
@@ -300,6 +307,8 @@ class _Watch:
             self.error_shown = self.error_shown or is_error
         if self.stopped_for == USER_ERROR and not self.error_shown:
             _say("a worker refused its input or configuration: its log in output_dir says why")
+        if self.stopped_for == NO_RESTART and not self.error_shown:
+            _say("a worker can't write its files: its disk is full, or its log in output_dir says why")
 
     def _on_log_line(self, line: str) -> None:
         if (not_met := NOT_MET.match(line)) and self.stopping.received is None and self.stopped_for is None:
@@ -309,7 +318,7 @@ class _Watch:
         if failed is None or self.stopped_for is not None:
             return
         status, local_rank = int(failed[1]), int(failed[2])
-        if status in (USER_ERROR, INTERRUPTED, PREEMPTED) or self.stopping.received is not None:
+        if status in (USER_ERROR, INTERRUPTED, PREEMPTED, NO_RESTART) or self.stopping.received is not None:
             self.stopped_for = status
             self.process.send_signal(signal.SIGTERM)
             return
@@ -342,7 +351,7 @@ class _Watch:
         endpoint, nodes = self.job.rdzv_endpoint, self.job.nnodes
         ended = {
             "Timeout": f"fewer than {nodes} nodes came to {endpoint} within {self.job.rdzv_timeout_s} s: a node is down, "
-            "cut off or was not started",
+            "cut off, was not started, or was started with another configuration or data set",
             "Connection": f"the rendezvous at {endpoint} does not answer: its node is down, cut off or has given up",
         }
         _say(ended.get(why, f"the rendezvous at {endpoint} was closed: another node has given up, and says why"))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+
 LONGEST_LINE = 4000
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # that freeing room, not another attempt, mends
 
 
 class UserError(Exception):
@@ -19,6 +22,10 @@ class JobError(Exception):
 
 class NonFiniteError(JobError):
     """A loss, gradient, weight or vector is NaN or infinite, so no result that depends on it can be right."""
+
+
+class DiskError(JobError):
+    """A file can't be written, and the next attempt could not write it either: the job is not started again."""
 
 
 class Preempted(Exception):

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from mme.config import CONFIG_FILE, Config, flat, load_saved_config, save_config, validate_world_size
+from mme.config import CONFIG_FILE, Config, flat, load_saved_config, save_config, settings_sha256, validate_world_size
 from mme.data.balance import attention_equals_rest_at
 from mme.data.batch import SequenceBatch
 from mme.data.dataset import PreparedDataset
@@ -33,10 +33,10 @@ from mme.profiling.profile import PROFILE_FOLDER, StepProfile
 from mme.profiling.regions import each_in_region, region
 from mme.run import attempts
 from mme.run.monitor import Monitor
-from mme.run.non_finite import MOST_IN_A_ROW, NON_FINITE_FOLDER, save_batch
+from mme.run.non_finite import MOST_IN_A_ROW, MOST_KEPT, NON_FINITE_FOLDER, save_batch
 from mme.run.preemption import Preemption
 from mme.run.run_lock import only_job
-from mme.run.same_job import require_same_job, require_shared_folder, settings_sha256
+from mme.run.same_job import require_same_job, require_shared_folder
 from mme.run.watchdog import Watchdog
 from mme.step import StepResult, TrainStep
 
@@ -269,7 +269,8 @@ class Training:
 
     def _on_non_finite(self, monitor: Monitor, step: int, batch: SequenceBatch, result: StepResult) -> None:
         """Keeps the batch of a step that was skipped; stops the job, unless the configuration says to go on."""
-        save_batch(self.run_folder, step, self.world.rank, batch)
+        if self.skipped < MOST_KEPT:
+            save_batch(self.run_folder, step, self.world.rank, batch)
         self.world.barrier()  # all ranks' parts are there before the job ends
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         what = "a gradient" if math.isfinite(result.loss) else "the loss"
@@ -278,7 +279,7 @@ class Training:
             raise NonFiniteError(f"{found} (train.on_non_finite=skip would leave it out)")
         if self.skipped_in_a_row == MOST_IN_A_ROW:
             raise NonFiniteError(f"{found}; {MOST_IN_A_ROW} steps in a row were skipped")
-        monitor.note(f"warning: {found}; the step is skipped")
+        monitor.warn(f"{found}; the step is skipped")
 
     def _router_entropy(self, result: StepResult) -> Tensor:
         """(blocks, M) mean entropy in nats of the routers' probabilities over the tokens of all ranks."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import os
@@ -168,6 +169,18 @@ def test_failed_job_ends_with_status_1_and_its_traceback_in_the_log(
     assert error_line(capsys) == f"{tmp_path / 'report.html'}: File too large (traceback in {tmp_path / 'log.txt'})"
     assert "OSError: [Errno 27]" in (tmp_path / "log.txt").read_text()
     assert not (tmp_path / "report.html").exists()
+
+
+@pytest.mark.parametrize(("launched", "status"), [(False, 1), (True, 3)])
+def test_a_full_disk_ends_in_one_line_and_is_not_started_again(
+    launched: bool, status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if launched:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")  # under torchrun the launcher is told by the status
+    with pytest.raises(typer.Exit) as ended, job_status():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+    assert ended.value.exit_code == status
+    assert capsys.readouterr().err == "error: metrics.jsonl: No space left on device\n"
 
 
 @pytest.fixture(scope="module")

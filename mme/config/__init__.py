@@ -7,6 +7,7 @@ from mme.config.files import (
     load_run_config,
     load_saved_config,
     save_config,
+    settings_sha256,
 )
 from mme.config.rules import validate, validate_world_size
 from mme.config.schema import (
@@ -39,6 +40,7 @@ __all__ = [
     "load_run_config",
     "load_saved_config",
     "save_config",
+    "settings_sha256",
     "validate",
     "validate_world_size",
 ]

@@ -6,7 +6,9 @@ Imports nothing heavy, so that ``--help``, ``--dry-run`` and the launcher answer
 from __future__ import annotations
 
 import difflib
+import hashlib
 import io
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -102,6 +104,11 @@ def _validated(path: str | Path | None, values: DictConfig | None, overrides: li
 def flat(config: Config) -> dict[str, Any]:
     """Each value by its full key, such as ``train.lr``."""
     return {name: value for name, _, value in keys_of(config)}
+
+
+def settings_sha256(settings: dict[str, Any]) -> str:
+    """Of values by their keys, whatever the order of the keys."""
+    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _read_yaml(path: Path, root: Path | None = None) -> DictConfig:

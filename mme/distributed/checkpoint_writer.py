@@ -9,6 +9,7 @@ is killed at any moment leaves a folder of another name behind, which nothing re
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -35,12 +36,16 @@ from mme.distributed.checkpoint_index import (
 )
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import Piece, optimizer_pieces, weight_pieces
-from mme.errors import JobError, NonFiniteError, Preempted
+from mme.errors import DISK_ERRORS, DiskError, JobError, NonFiniteError, Preempted
 from mme.files import flush, make_folder, replacing, sha256, write_text
 
 
 class CheckpointError(JobError):
     """A checkpoint could not be written; training can't go on safely."""
+
+
+class DiskCheckpointError(CheckpointError, DiskError):
+    """There is no room for a checkpoint."""
 
 
 class NonFiniteCheckpointError(CheckpointError, NonFiniteError):
@@ -181,7 +186,7 @@ class CheckpointWriter:
                 save_file({entry.key: value for entry, (_, value) in zip(entries, pieces, strict=True)}, unfinished)
             self._entry = asdict(FileEntry(file.name, sha256(file, self.run), entries))
         except (OSError, SafetensorError) as error:
-            self._entry = {"error": CheckpointError(f"checkpoint not written: {file}: {error}")}
+            self._entry = {"error": _failure_of(file, error)}
 
     def _commit(self) -> None:
         """Gathers what the ranks have written; rank 0 completes the checkpoint in its thread."""
@@ -211,7 +216,7 @@ class CheckpointWriter:
             self._prune(progress.step)
         except OSError as error:
             shutil.rmtree(partial, ignore_errors=True)
-            self._failure = CheckpointError(f"checkpoint not written: {final}: {error}")
+            self._failure = _failure_of(final, error)
 
     def _write_progress(self, progress: Progress) -> None:
         final = folder(self.run, progress.step)
@@ -223,7 +228,7 @@ class CheckpointWriter:
                 else:
                     write_text(final / INDEX, json.dumps(asdict(replace(index, progress=progress))), self.run)
         except OSError as error:
-            self._failure = CheckpointError(f"checkpoint not written: {final / INDEX}: {error}")
+            self._failure = _failure_of(final / INDEX, error)
 
     def _prune(self, newest: int) -> None:
         # Later ones were passed over as damaged when this run went on: they don't count.
@@ -234,6 +239,15 @@ class CheckpointWriter:
 
 def _entry_of(piece: Piece) -> PieceEntry:
     return PieceEntry(piece.name, piece.shape, piece.offsets, piece.local_shape)
+
+
+def _failure_of(path: Path, error: Exception) -> CheckpointError:
+    """``error``: of the system, or of safetensors, which tells the system's number in its text alone."""
+    number = error.errno if isinstance(error, OSError) else None
+    found = re.search(r"os error (\d+)", str(error))
+    is_full = (int(found[1]) if found else number) in DISK_ERRORS
+    kind = DiskCheckpointError if is_full else CheckpointError
+    return kind(f"checkpoint not written: {path}: {error}")
 
 
 def _not_finite(piece: Piece, value: Tensor) -> str | None:

@@ -16,10 +16,11 @@ from pathlib import Path
 
 import typer
 
-from mme.errors import JobError, Preempted, UserError, indented_lines, one_line
+from mme.errors import DISK_ERRORS, DiskError, JobError, Preempted, UserError, indented_lines, one_line
 from mme.files import open_to_append
 
 PREEMPTED = 143  # 128 + SIGTERM, as a shell has it
+NO_RESTART = 3  # of a worker under torchrun, to the launcher: the job failed and would fail again
 
 
 class ErrorContext:
@@ -49,7 +50,7 @@ def job_status() -> Iterator[ErrorContext]:
         if rank() == 0:
             print_error(str(error))
         append_to_log(job.folder, one_line(f"error: {error}"))
-        raise typer.Exit(1) from error
+        raise typer.Exit(_disk_status() if isinstance(error, DiskError) else 1) from error
     except Preempted as error:
         append_to_log(job.folder, one_line(str(error)))
         if rank() == 0:
@@ -57,11 +58,17 @@ def job_status() -> Iterator[ErrorContext]:
         raise typer.Exit(PREEMPTED) from error
     except Exception as error:
         log = append_to_log(job.folder, indented_lines(traceback.format_exc()))
-        if log is None:
+        is_full = isinstance(error, OSError) and error.errno in DISK_ERRORS
+        if log is None and not is_full:
             traceback.print_exc()
         where = "" if log is None else f" (traceback in {log})"
-        print_error(f"{_summary(error)}{where}")
-        raise typer.Exit(1) from error
+        if not is_full or rank() == 0 or os.environ.get("LOCAL_RANK") == "0":  # see UserError
+            print_error(f"{_summary(error)}{where}")
+        raise typer.Exit(_disk_status() if is_full else 1) from error
+
+
+def _disk_status() -> int:
+    return NO_RESTART if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 
 def _summary(error: Exception) -> str:

@@ -23,9 +23,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from mme import __version__
-from mme.errors import UserError, indented_lines, one_line
+from mme.errors import UserError, one_line
 from mme.files import make_folder, open_to_append
 from mme.run.metrics_file import METRICS_FILE, keep_lines_until, name_in_errors
+from mme.run.repeats import LibraryLog, RepeatLimit
 
 PACKAGES = ["torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "triton", "numpy", "pyarrow"]
 PLAIN_LINE_EVERY_S = 10.0
@@ -84,7 +85,9 @@ class Monitor:
             raise UserError(
                 f"output_dir {error.filename}: {error.strerror}: expected a folder that can be made"
             ) from error
-        self._log_handler = _log_handler(self._log)
+        self._library_log = LibraryLog(self._log)
+        logging.getLogger().addHandler(self._library_log)
+        self._repeats = RepeatLimit()
         self._console = console or Console()
         self._progress: Progress | None = None
         if rank == 0 and self._console.is_terminal:
@@ -191,7 +194,7 @@ class Monitor:
             record.update({name: _number(value) for name, value in (extra or {}).items()})
             self._write(record)
             if not math.isfinite(value):
-                self.note(f"warning: the loss at step {step:,} is {value}")
+                self.warn(f"the loss at step {step:,} is {value}")
             self._scalars(step, {f"train/{name}": value for name, value in record.items() if name not in _NO_SCALAR})
             self._window_tokens, self._window_s, self._window_steps = 0, 0.0, 0
         self._show(step, epoch, loss, rate)
@@ -257,6 +260,11 @@ class Monitor:
             found = f"takes {share:.1%} of the tokens, of {1 / top_k:.0%} possible, at step {step:,}"
             self.warn_once(("greedy", block, expert), f"warning: expert {expert} of block {blocks[block]} {found}")
 
+    def warn(self, text: str) -> None:
+        """A warning as by `note`; one that repeats comes at its 10th, 100th, … time, with the count."""
+        if (line := self._repeats.line(f"warning: {text}")) is not None:
+            self.note(line)
+
     def warn_once(self, kind: Hashable, text: str) -> None:
         """A line as by `note`, the first time that this ``kind`` is met in this process."""
         if kind not in self._warned:
@@ -276,7 +284,7 @@ class Monitor:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-        logging.getLogger().removeHandler(self._log_handler)
+        logging.getLogger().removeHandler(self._library_log)
         for stream in (self._metrics, self._tensorboard, self._log):
             if stream is not None:
                 with suppress(OSError):  # every line was flushed when it was written: nothing is lost here
@@ -387,17 +395,3 @@ def _versions() -> dict[str, str]:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
     return found
-
-
-def _log_handler(stream: Any) -> logging.Handler:
-    """Sends what libraries warn of through `logging` to the rank's log."""
-    handler = logging.StreamHandler(stream)
-    handler.setLevel(logging.WARNING)
-    handler.setFormatter(_EscapingFormatter("%(asctime)s %(name)s: %(message)s", "%Y-%m-%d %H:%M:%S"))
-    logging.getLogger().addHandler(handler)
-    return handler
-
-
-class _EscapingFormatter(logging.Formatter):
-    def format(self, record: logging.LogRecord) -> str:
-        return indented_lines(super().format(record))

@@ -19,6 +19,7 @@ from mme.data.batch import SequenceBatch
 from mme.files import make_folder, replacing
 
 NON_FINITE_FOLDER = "non_finite"  # in the run's folder
+MOST_KEPT = 100  # batches of skipped steps
 MOST_IN_A_ROW = 100  # skipped steps, after which it is not the batch: the job stops
 
 

@@ -6,26 +6,18 @@ mixture of two jobs without any sign of it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import platform
 import time
 import uuid
 from pathlib import Path
-from typing import Any
 
-from mme.config import Config, flat
+from mme.config import Config, flat, settings_sha256
 from mme.distributed.world import World
 from mme.errors import UserError
 from mme.files import read_text, write_text
 
 TOKEN_FILE = ".shared"
 VISIBLE_WITHIN_S = 30.0  # what a file server may take to tell another node of a new file
-
-
-def settings_sha256(settings: dict[str, Any]) -> str:
-    """Of values by their keys, whatever the order of the keys."""
-    return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def require_same_job(config: Config, dataset_sha256: str, world: World) -> None:

@@ -128,7 +128,10 @@ def test_a_host_that_stays_cut_off_ends_the_job_on_both_sides(data: Path, tmp_pa
         assert end(nodes) == [1, 1]
         first, second = (node.said.splitlines() for node in nodes)
     endpoint = f"{nodes[0].host.address}:29500"
-    missing = f"launcher: fewer than 2 nodes came to {endpoint} within 30 s: a node is down, cut off or was not started"
+    missing = (
+        f"launcher: fewer than 2 nodes came to {endpoint} within 30 s: a node is down, cut off, was not started, or was "
+        "started with another configuration or data set"
+    )
     goes_on = "launcher: the same command on all nodes goes on from the last complete checkpoint"
     assert first[-2:] == [missing, goes_on]
     silent = f"launcher: the rendezvous at {endpoint} does not answer: its node is down, cut off or has given up"

@@ -49,6 +49,18 @@ def test_dry_run_of_two_nodes_names_the_rendezvous() -> None:
         assert words[words.index(option) + 1] == value
 
 
+def test_the_rendezvous_of_another_job_has_another_id(tmp_path: Path) -> None:
+    def id_of(*overrides: str) -> str:
+        arguments = ["run", "--config", CONFIG, "--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:29411", "--dry-run"]
+        words = shlex.split(launch(*arguments, f"data.path={tmp_path}", *overrides).stdout)
+        return words[words.index("--rdzv-id") + 1]
+
+    first = id_of()
+    assert first == id_of() == id_of("train.lr=0.004", "train.lr=0.004")
+    (tmp_path / "dataset.json").write_text("{}")
+    assert len({first, id_of(), id_of("train.seed=1"), id_of("output_dir=runs/other")}) == 4
+
+
 @pytest.mark.parametrize("command", ["run", "slurm", "kubernetes", "preflight", "plan"])
 def test_help_has_an_example(command: str) -> None:
     done = launch(command, "--help")
@@ -219,7 +231,8 @@ def test_nodes_that_do_not_come_are_told_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         f"launcher: waiting for 2 nodes at {endpoint}, at most 3 s",
-        f"launcher: fewer than 2 nodes came to {endpoint} within 3 s: a node is down, cut off or was not started",
+        f"launcher: fewer than 2 nodes came to {endpoint} within 3 s: a node is down, cut off, was not started, or was "
+        "started with another configuration or data set",
         "launcher: the same command on all nodes goes on from the last complete checkpoint",
     ]
 
