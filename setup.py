@@ -79,6 +79,7 @@ setup(
     extras_require={
         "cpu": ["fbgemm-gpu-cpu==1.8.0", "torch==2.13.0", "triton==3.7.1", *TRAINING],
         "cuda": ["fbgemm-gpu==1.6.0", "torch==2.11.0", "torchrec==1.6.1", "triton==3.6.0", *TRAINING],
+        "serve": ["faiss-cpu>=1.9", "fastapi>=0.110", "prometheus-client>=0.20", "uvicorn>=0.30"],
         "tune": ["optuna>=4"],
         "dev": [
             "hypothesis>=6",

@@ -20,9 +20,11 @@ import typer
 
 from mme import __version__
 from mme.errors import UserError
+from mme.inference.command import export
 from mme.installation import require_training_packages
 from mme.prepare.command import prepare
 from mme.run.exit_status import job_status, print_error, rank
+from mme.serve.command import serve
 from mme.tune.command import tune
 
 # typer reads the annotations and Python 3.10 shows Optional[X] and X | None to it alike.
@@ -330,6 +332,10 @@ def _run_folder(run: Path) -> Path:
     if not (run / CONFIG_FILE).is_file():
         raise UserError(f"{run}: no {CONFIG_FILE} in it: expected a run's folder, made by `mme train`")
     return run
+
+
+app.command(no_args_is_help=True)(export)
+app.command(no_args_is_help=True)(serve)
 
 
 def _quiet_libraries() -> None:

@@ -2,10 +2,12 @@
 
 from mme.config.files import (
     CONFIG_FILE,
+    dump_config,
     flat,
     load_config,
     load_run_config,
     load_saved_config,
+    parse_saved_config,
     save_config,
     settings_sha256,
 )
@@ -35,10 +37,12 @@ __all__ = [
     "ModelConfig",
     "ParallelConfig",
     "TrainConfig",
+    "dump_config",
     "flat",
     "load_config",
     "load_run_config",
     "load_saved_config",
+    "parse_saved_config",
     "save_config",
     "settings_sha256",
     "validate",

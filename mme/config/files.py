@@ -50,7 +50,15 @@ def load_saved_config(run: Path) -> Config:
         UserError: see `load_config`.
     """
     path = run / CONFIG_FILE
-    values = _read_yaml(path, root=run)
+    return _saved(_read_yaml(path, root=run), str(path))
+
+
+def parse_saved_config(text: str, source: str) -> Config:
+    """The configuration in ``text``, as `dump_config` gave it; ``source`` names it in messages, see `load_saved_config`."""
+    return _saved(_parse_yaml(text, source), source)
+
+
+def _saved(values: DictConfig, path: str) -> Config:
     for key, node in _nodes("", values):
         if node is not None and node._is_interpolation():
             raise UserError(
@@ -76,7 +84,12 @@ def load_run_config(run: Path) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Writes the resolved configuration as YAML that `load_config` reads back."""
-    write_text(path, OmegaConf.to_yaml(OmegaConf.structured(config)), path.parent)
+    write_text(path, dump_config(config), path.parent)
+
+
+def dump_config(config: Config) -> str:
+    """The resolved configuration as YAML."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def _validated(path: str | Path | None, values: DictConfig | None, overrides: list[str]) -> Config:
@@ -113,11 +126,19 @@ def settings_sha256(settings: dict[str, Any]) -> str:
 
 def _read_yaml(path: Path, root: Path | None = None) -> DictConfig:
     try:
-        loaded = OmegaConf.load(io.StringIO(read_text(path, root, MAX_YAML_BYTES)))
+        text = read_text(path, root, MAX_YAML_BYTES)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such configuration file") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: expected a configuration file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not a YAML configuration: {first_line(error)}") from error
+    return _parse_yaml(text, str(path))
+
+
+def _parse_yaml(text: str, path: str) -> DictConfig:
+    try:
+        loaded = OmegaConf.load(io.StringIO(text))
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""

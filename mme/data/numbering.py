@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,44 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mme.config import USER_ID
-from mme.data.features import read_vocabularies
+from mme.data.features import Vocabulary, read_vocabularies
 from mme.data.layout import ITEMS_FILE
 from mme.data.parts import read_user_ids
 from mme.errors import UserError, first_line
 
 TEXTS_AT_ONCE = 65_536
+
+
+@dataclass(frozen=True)
+class Numbering:
+    """
+    Attributes:
+        item_ids: raw ids by item index.
+        vocabularies: of each feature column that the model reads, `user_id` aside.
+        user_ids: raw ids by the users' rows, where the model reads `user_id`; otherwise None.
+    """
+
+    item_ids: pa.Array
+    vocabularies: dict[str, Vocabulary]
+    user_ids: pa.Array | None
+
+    @classmethod
+    def read(cls, folder: Path, info: dict[str, Any], features: Iterable[str]) -> Numbering:
+        """The numbering of the data set in ``folder``, with what the columns ``features`` need.
+
+        Raises:
+            UserError: a file is missing or damaged.
+        """
+        names = list(features)
+        users = None
+        if USER_ID in names:
+            users = pa.concat_arrays([ids for part in info["parts"] for ids in read_user_ids(folder, part)])
+        return cls(read_item_ids(folder), read_vocabularies(folder, [n for n in names if n != USER_ID]), users)
+
+    def feature_sizes(self) -> dict[str, int]:
+        """How many rows of the tables each column has: its values, and one for a value that is missing or unknown."""
+        sizes = {name: len(vocabulary.numbers) + 1 for name, vocabulary in self.vocabularies.items()}
+        return sizes if self.user_ids is None else {**sizes, USER_ID: len(self.user_ids) + 1}
 
 
 def read_item_ids(folder: Path) -> pa.Array:

@@ -20,13 +20,12 @@ import torch.distributed as dist
 from safetensors import safe_open
 
 from mme.distributed.checkpoint_index import (
-    FOLDER,
-    INDEX,
     Index,
     PieceEntry,
     Progress,
     damage,
     folder,
+    from_the_best,
     read_index,
     steps,
 )
@@ -77,7 +76,7 @@ def load_weights(run: Path, step: int | None, recommender: Recommender, numberin
         UserError: no such checkpoint, all or the one asked for are damaged, or it belongs to another configuration
             or numbering.
     """
-    candidates = recommender.world.of_first(_from_the_best(run)) if step is None else [step]
+    candidates = recommender.world.of_first(from_the_best(run)) if step is None else [step]
     for candidate in candidates:
         index = _sound_index(run, candidate, recommender.world)
         if not isinstance(index, str):
@@ -106,29 +105,6 @@ def remove(checkpoint: Path) -> None:
     nameless = checkpoint.with_name(f".{checkpoint.name}.removed.partial")
     checkpoint.rename(nameless)
     shutil.rmtree(nameless)
-
-
-def best_step(run: Path) -> int:
-    """The complete checkpoint with the highest validation score, else the newest.
-
-    Raises:
-        UserError: there is none.
-    """
-    return _from_the_best(run)[0]
-
-
-def _from_the_best(run: Path) -> list[int]:
-    """The complete checkpoints, one at least, by falling validation score, of equal ones the newest first."""
-    found = steps(run)
-    if not found:
-        raise UserError(f"{run / FOLDER}: no complete checkpoint (expected folders step_N with {INDEX})")
-    return sorted(found, key=lambda step: (_score(run, step), step), reverse=True)
-
-
-def _score(run: Path, step: int) -> float:
-    index = read_index(run, step)
-    score = None if isinstance(index, str) else index.progress.score
-    return -1.0 if score is None else score
 
 
 def _sound_index(run: Path, step: int, world: World) -> Index | str:

@@ -107,6 +107,29 @@ def steps(run: Path) -> list[int]:
     return sorted(int(name[1]) for name in found if name and (checkpoints / name[0] / INDEX).is_file())
 
 
+def best_step(run: Path) -> int:
+    """The complete checkpoint with the highest validation score, else the newest.
+
+    Raises:
+        UserError: there is none.
+    """
+    return from_the_best(run)[0]
+
+
+def from_the_best(run: Path) -> list[int]:
+    """The complete checkpoints, one at least, by falling validation score, of equal ones the newest first."""
+    found = steps(run)
+    if not found:
+        raise UserError(f"{run / FOLDER}: no complete checkpoint (expected folders step_N with {INDEX})")
+    return sorted(found, key=lambda step: (_score(run, step), step), reverse=True)
+
+
+def _score(run: Path, step: int) -> float:
+    index = read_index(run, step)
+    score = None if isinstance(index, str) else index.progress.score
+    return -1.0 if score is None else score
+
+
 def read_index(run: Path, step: int) -> Index | str:
     """The index, or one line that says what is wrong with it."""
     path = folder(run, step) / INDEX

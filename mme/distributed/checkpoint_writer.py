@@ -23,13 +23,14 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mme.distributed.checkpoint import best_step, remove
+from mme.distributed.checkpoint import remove
 from mme.distributed.checkpoint_index import (
     FORMAT,
     INDEX,
     FileEntry,
     PieceEntry,
     Progress,
+    best_step,
     folder,
     read_index,
     steps,

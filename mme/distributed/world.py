@@ -35,6 +35,11 @@ class World(Worker):
 
     store: dist.Store
 
+    @classmethod
+    def alone(cls, device: torch.device) -> World:
+        """This process without a group, for what needs no peers."""
+        return cls(0, 1, device, dist.HashStore())
+
     def sum(self, values: Tensor) -> Tensor:
         """``values`` summed over the ranks, in place, the same bits on each."""
         if self.size > 1:

@@ -44,9 +44,7 @@ class CollectedUsers:
         world = ranker.world
         facts = torch.stack([batch.sequences.user_rows, batch.targets, batch.seen_offsets.diff()], dim=1)
         user_row, target, history_events = torch.cat(world.gather(facts)).unbind(1)
-        items, _ = ranker.top_k(
-            batch.sequences, *excluded_items(batch, ranker.recommender.config.eval.seen), LIST_LENGTH
-        )
+        items, _ = ranker.top_k(batch.sequences, *excluded_items(batch, ranker.encoder.config.eval.seen), LIST_LENGTH)
         listed = items >= 0
         bits = self.information[items.clamp(min=0)].where(listed, 0).sum(1)
         if not self._batches:

@@ -9,6 +9,7 @@ Legend: B histories of one rank's batch, U those of all ranks, D total width, S 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -17,9 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mme.data.batch import SequenceBatch
-from mme.distributed.recommender import Recommender
+from mme.distributed.world import World
 from mme.errors import NonFiniteError
 from mme.evaluation.metrics import UNRANKED
+from mme.model.encoder import Encoder
 
 SCORES_AT_ONCE = 32_000_000  # elements of a score matrix
 
@@ -42,13 +44,13 @@ class Ranker:
             true, so that every target would rank first.
     """
 
-    def __init__(self, recommender: Recommender) -> None:
-        self.recommender = recommender
-        self.world = recommender.world
-        self.first_item, vectors = recommender.catalogue()
+    def __init__(self, encoder: Encoder) -> None:
+        assert isinstance(encoder.world, World)
+        self.encoder, self.world = encoder, encoder.world
+        self.first_item, vectors = encoder.catalogue()
         self.num_local = vectors.shape[0]
         # Shares of one width, so that all ranks split the histories in the same way.
-        width = -(-recommender.num_items // self.world.size)
+        width = -(-encoder.num_items // self.world.size)
         self.vectors = F.pad(vectors, (0, 0, 0, width - self.num_local))
         self._require_finite_vectors()
 
@@ -71,7 +73,7 @@ class Ranker:
         """`target_ranks` by each view's share of the scores alone and, last, by all of them: (M + 1, U) int64."""
         histories = self._gather(batch, excluded, offsets)
         targets = torch.cat(self.world.gather(targets))
-        model = self.recommender.config.model
+        model = self.encoder.config.model
         views = [slice(start, start + model.view_dim) for start in range(0, model.embedding_dim, model.view_dim)]
         return torch.stack([self._ranks(histories, targets, of) for of in [*views, slice(None)]])
 
@@ -110,12 +112,22 @@ class Ranker:
             items.append(candidate[:, :k].where(best[:, :k] > -torch.inf, -1))
         return torch.cat(items), torch.cat(values)
 
+    def states(self, batch: SequenceBatch) -> Tensor:
+        """(U, D) the states of the histories of all ranks, in rank order."""
+        states = torch.cat(self.world.gather(self.encoder.encode(batch)))
+        self._require_finite_states(states, batch)
+        return states
+
+    def restricted_to(self, items: Tensor) -> Ranker:
+        """Ranks these items alone, (n,) int64 ascending, by their place among them; for a group of one process."""
+        restricted = copy.copy(self)
+        restricted.vectors, restricted.num_local = self.vectors[items], items.numel()
+        return restricted
+
     def _gather(self, batch: SequenceBatch, excluded: Tensor, offsets: Tensor) -> GatheredHistories:
         counts = torch.cat(self.world.gather(offsets.diff()))
         history_of = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
-        states = torch.cat(self.world.gather(self.recommender.encode(batch)))
-        self._require_finite_states(states, batch)
-        return GatheredHistories(states, torch.cat(self.world.gather(excluded)), history_of)
+        return GatheredHistories(self.states(batch), torch.cat(self.world.gather(excluded)), history_of)
 
     def _scores(self, histories: GatheredHistories, of: slice = slice(None)) -> Iterator[tuple[slice, Tensor]]:
         """Scores (u, width) of this rank's share for a part of the histories; −inf where an item is not ranked.
@@ -149,11 +161,11 @@ class Ranker:
         if count := int(self.world.sum(spoiled.sum())):
             items = torch.cat(self.world.gather(spoiled.nonzero().flatten() + self.first_item))
             item = int(items.min())
-            views = self.recommender.tables.lookup(torch.tensor([item], device=items.device))[0]
+            views = self.encoder.lookup(torch.tensor([item], device=items.device))[0]
             of_view = views.square().sum(1).isfinite().tolist()
             table = of_view.index(False) if False in of_view else 0
             raise NonFiniteError(
-                f"the item vectors are not finite for {count} of {self.recommender.num_items} items, the first that of "
+                f"the item vectors are not finite for {count} of {self.encoder.num_items} items, the first that of "
                 f"item {item} in table item_{table}: the model has no valid scores"
             )
 

@@ -16,13 +16,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from mme.config import Config, ModelConfig, load_run_config
-from mme.data.batch import SequenceBatch
+from mme.config import Config, load_run_config
 from mme.data.description import read_info
 from mme.data.features import feature_sizes
-from mme.data.numbering import numbering_sha256, read_item_counts, read_item_ids
+from mme.data.numbering import Numbering, numbering_sha256, read_item_counts
 from mme.data.parts import IntArray, check_files
 from mme.data.times import time_range
 from mme.distributed.checkpoint import load_weights
@@ -31,7 +29,8 @@ from mme.distributed.world import World, process_group
 from mme.errors import UserError, first_line
 from mme.evaluation.popularity import popularity_order
 from mme.evaluation.ranking import Ranker
-from mme.evaluation.requests import Requests, RequestTime, Unknown, read_requests, with_features
+from mme.evaluation.request_batch import sequence_batch
+from mme.evaluation.requests import Requests, RequestTime, Unknown, check_requests, read_table, with_features
 from mme.evaluation.seen import Seen
 from mme.files import replacing
 
@@ -44,7 +43,7 @@ class Options:
         top_k: items of a list.
         seen: whether items of the history may be recommended; None: the run's `eval.seen`.
         unknown: what happens to an item that the training data doesn't have: its event is left out, or the file refused.
-        request_time: see `read_requests`. Evaluation knows the time of the next event; the last event's is the nearest to
+        request_time: see `check_requests`. Evaluation knows the time of the next event; the last event's is the nearest to
             it that a history holds, and a real request's time is better.
     """
 
@@ -101,7 +100,7 @@ def recommend(run: Path, users: Path, output: Path, options: Options) -> Summary
 
     Args:
         run: a run's folder; its best checkpoint is used.
-        users: Parquet, see `mme.evaluation.requests.read_requests`. Of each column that `model.event_features` names a list
+        users: Parquet, see `mme.evaluation.requests.check_requests`. Of each column that `model.event_features` names a list
             with a value for each event, of `model.user_features` a value (or such a list, of which the first event read
             counts); what is missing or not in the training data counts as unknown.
         output: Parquet with `user_id`, `item_ids` (list of raw item ids, best first), `scores` (list of float) and
@@ -119,9 +118,12 @@ def recommend(run: Path, users: Path, output: Path, options: Options) -> Summary
         info = read_info(data)
         check_files(data, info)
         sizes = feature_sizes(data, info, model.feature_columns)
-        catalogue = read_item_ids(data)
-        given, table = read_requests(users, catalogue, time_range(data, info), options.request_time, options.unknown)
-        given = with_features(given, table, users, model, data, info)
+        numbering = Numbering.read(data, info, model.feature_columns)
+        table = read_table(users)
+        given = check_requests(
+            table, str(users), numbering.item_ids, time_range(data, info), options.request_time, options.unknown
+        )
+        given = with_features(given, table, str(users), model, numbering)
         known = given.of_known_items()
         recommender = Recommender(config, info["num_items"], world, sizes)
         load_weights(run, None, recommender, numbering_sha256(data, info, model.feature_columns))
@@ -129,7 +131,7 @@ def recommend(run: Path, users: Path, output: Path, options: Options) -> Summary
         is_fallback = known.lengths == 0
         _fill_with_popular(lists, is_fallback, data)
         if world.rank == 0:
-            _write(_result(given, lists, is_fallback, catalogue), output)
+            _write(_result(given, lists, is_fallback, numbering.item_ids), output)
     unknown = given.lengths - known.lengths
     return Summary(is_fallback.size, int(unknown.sum()), int((unknown > 0).sum()), int(is_fallback.sum()))
 
@@ -143,7 +145,7 @@ def _rank(recommender: Recommender, config: Config, requests: Requests, top_k: i
     for start in range(0, rows.size, at_once):
         chosen = rows[start : start + at_once]
         share = -(-chosen.size // world.size)
-        batch, items_seen, offsets = _batch(requests, chosen[world.rank * share :][:share], config)
+        batch, items_seen, offsets = sequence_batch(requests, chosen[world.rank * share :][:share], config)
         if seen == "include":
             items_seen, offsets = items_seen[:0], torch.zeros_like(offsets)
         items, scores = ranker.top_k(
@@ -151,43 +153,6 @@ def _rank(recommender: Recommender, config: Config, requests: Requests, top_k: i
         )
         lists.items[chosen], lists.scores[chosen] = items.cpu().numpy(), scores.cpu().numpy()
     return lists
-
-
-def _batch(requests: Requests, rows: IntArray, config: Config) -> tuple[SequenceBatch, Tensor, Tensor]:
-    """The newest window of each history in ``rows``, and the items of the whole histories with their offsets."""
-    model: ModelConfig = config.model
-    starts, ends = requests.offsets[rows], requests.offsets[rows + 1]
-    firsts = np.maximum(starts, ends - config.history_len)
-    window = _ranges(firsts, ends)
-    seq_offsets = np.concatenate([[0], np.cumsum(ends - firsts)])
-    times = np.insert(requests.times[window], seq_offsets[1:], requests.request_times[rows])
-    of_users = [
-        requests.of_users[name][rows] if name in requests.of_users else requests.of_events[name][firsts]
-        for name in model.user_features
-    ]
-    items = torch.from_numpy(requests.items[window])
-    batch = SequenceBatch(
-        item_ids=items,
-        seq_offsets=torch.from_numpy(seq_offsets),
-        timestamps=torch.from_numpy(times),
-        target_ids=torch.zeros_like(items),  # nothing is predicted but the next item
-        user_rows=torch.from_numpy(rows),
-        event_features=_side_by_side([requests.of_events[name][window] for name in model.event_features]),
-        user_features=_side_by_side(of_users),
-    )
-    seen = torch.from_numpy(requests.items[_ranges(starts, ends)])
-    return batch, seen, torch.from_numpy(np.concatenate([[0], np.cumsum(ends - starts)]))
-
-
-def _ranges(starts: IntArray, ends: IntArray) -> IntArray:
-    """The numbers start … end - 1 of each range, one range after another."""
-    lengths = ends - starts
-    offsets = np.cumsum(lengths) - lengths
-    return np.repeat(starts - offsets, lengths) + np.arange(lengths.sum())
-
-
-def _side_by_side(columns: list[IntArray]) -> Tensor | None:
-    return torch.from_numpy(np.stack(columns, axis=1)) if columns else None
 
 
 def _fill_with_popular(lists: Lists, chosen: NDArray[np.bool_], data: Path) -> None:

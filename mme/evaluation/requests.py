@@ -21,8 +21,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mme.config import USER_ID, ModelConfig
-from mme.data.features import read_vocabularies
-from mme.data.parts import IntArray, read_user_ids
+from mme.data.numbering import Numbering
+from mme.data.parts import IntArray
 from mme.errors import UserError, first_line
 from mme.files import open_to_read
 
@@ -72,92 +72,12 @@ class Requests:
         )
 
 
-def read_requests(
-    path: Path,
-    catalogue: pa.Array,
-    times_trained_on: tuple[int, int],
-    request_time: RequestTime | None = None,
-    unknown: Unknown = "skip",
-) -> tuple[Requests, pa.Table]:
-    """The histories of a file, without features, and its table.
-
-    Args:
-        path: Parquet with `user_id`, `item_ids` (list of raw item ids, oldest first), `timestamps` (list of integer
-            seconds, never falling) and, if wanted, `request_timestamp` (integer seconds).
-        catalogue: raw item ids by item index.
-        times_trained_on: first and last time of the training data.
-        request_time: "last": the time of the last event; "now"; "column": that of `request_timestamp`; None: the column
-            where there is one, otherwise the last event.
-        unknown: whether an item that the training data doesn't have is refused, or given the index −1.
+def read_table(path: Path) -> pa.Table:
+    """The table of a Parquet file of histories.
 
     Raises:
-        UserError: a file, column, row or item is missing, unknown or wrong; the line names the row, from 0.
+        UserError: the file is missing, unreadable or empty, or two columns have one name.
     """
-    table = _read(path)
-    raw, times = _list_column(table, path, "item_ids"), _list_column(table, path, "timestamps")
-    if not pa.types.is_integer(times.type.value_type):
-        raise UserError(f"{path}: column 'timestamps' holds {times.type.value_type}, expected integer seconds")
-    lengths, stamps = (np.asarray(pc.list_value_length(column), np.int64) for column in (raw, times))
-    wrong = np.flatnonzero((lengths == 0) | (lengths != stamps))
-    if wrong.size:
-        row = wrong[0]
-        raise UserError(
-            f"{path}: row {row}: {lengths[row] or 'no'} item_ids and {stamps[row] or 'no'} timestamps: expected at least "
-            "one event and as many timestamps as items"
-        )
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    seconds = _as_int64(times.flatten(), path, "timestamps")
-    _require_no_fall(path, offsets, seconds)
-    _require_same_unit(path, "timestamps", np.repeat(np.arange(lengths.size), lengths), seconds, times_trained_on)
-    items = np.asarray(_places(raw.flatten(), catalogue, path, "item_ids").fill_null(-1), np.int64)
-    missing = np.flatnonzero(items < 0)
-    if missing.size and unknown == "refuse":
-        row = int(np.searchsorted(offsets, missing[0], side="right")) - 1
-        raise UserError(
-            f"{path}: row {row}: item {raw.flatten()[int(missing[0])].as_py()!r} is unknown: expected one of the "
-            f"{len(catalogue)} items of the training data (items.parquet), or --unknown skip"
-        )
-    requested = _request_times(table, path, seconds[offsets[1:] - 1], request_time, times_trained_on)
-    return Requests(table["user_id"].combine_chunks(), offsets, items, seconds, requested, {}, {}), table
-
-
-def with_features(
-    requests: Requests, table: pa.Table, path: Path, model: ModelConfig, dataset: Path, info: dict[str, Any]
-) -> Requests:
-    """The histories with the numbers of the values of the features that the model reads, 0 for an unknown value.
-
-    Raises:
-        UserError: a column is missing or doesn't fit.
-    """
-    vocabularies = read_vocabularies(dataset, [name for name in model.feature_columns if name != USER_ID])
-    of_events, of_users = dict(requests.of_events), dict(requests.of_users)
-    for name in model.feature_columns:
-        key = "event_features" if name in model.event_features else "user_features"
-        if name not in table.column_names:
-            raise UserError(f"{path}: no column {name!r}, which the model reads (model.{key})")
-        column = table[name].combine_chunks()
-        is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
-        if key == "event_features" and not is_list:
-            raise UserError(f"{path}: column {name!r} holds {column.type}, expected a list with a value for each event")
-        if is_list:
-            found = np.asarray(pc.list_value_length(column).fill_null(-1), np.int64)
-            wrong = np.flatnonzero(found != requests.lengths)
-            if wrong.size:
-                raise UserError(
-                    f"{path}: row {wrong[0]}: column {name!r} has {max(found[wrong[0]], 0)} values, expected "
-                    f"{requests.lengths[wrong[0]]}, as many as item_ids"
-                )
-        values = column.flatten() if is_list else column
-        try:
-            is_user = name == USER_ID
-            numbers = _user_numbers(values, path, dataset, info) if is_user else vocabularies[name].find(values)
-        except TypeError as error:
-            raise UserError(f"{path}: column {name!r} {error}") from error
-        (of_events if is_list else of_users)[name] = numbers.astype(np.int64)
-    return replace(requests, of_events=of_events, of_users=of_users)
-
-
-def _read(path: Path) -> pa.Table:
     try:
         with open_to_read(path) as file, pq.ParquetFile(file) as parquet:
             names = parquet.schema_arrow.names
@@ -168,16 +88,103 @@ def _read(path: Path) -> pa.Table:
         raise UserError(f"{path}: no such file") from error
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
-    for column in ("user_id", "item_ids", "timestamps"):
-        if column not in table.column_names:
-            raise UserError(f"{path}: no column {column!r} (found: {', '.join(table.column_names)})")
     if table.num_rows == 0:
         raise UserError(f"{path}: no rows: expected one history a row")
     return table
 
 
+def check_requests(
+    table: pa.Table,
+    source: str,
+    catalogue: pa.Array,
+    times_trained_on: tuple[int, int],
+    request_time: RequestTime | None = None,
+    unknown: Unknown = "skip",
+) -> Requests:
+    """The histories of a table, without features.
+
+    Args:
+        table: with `user_id`, `item_ids` (list of raw item ids, oldest first), `timestamps` (list of integer
+            seconds, never falling) and, if wanted, `request_timestamp` (integer seconds).
+        source: what messages name, such as the file.
+        catalogue: raw item ids by item index.
+        times_trained_on: first and last time of the training data.
+        request_time: "last": the time of the last event; "now"; "column": that of `request_timestamp`; None: the column
+            where there is one, otherwise the last event.
+        unknown: whether an item that the training data doesn't have is refused, or given the index −1.
+
+    Raises:
+        UserError: a file, column, row or item is missing, unknown or wrong; the line names the row, from 0.
+    """
+    for column in ("user_id", "item_ids", "timestamps"):
+        if column not in table.column_names:
+            raise UserError(f"{source}: no column {column!r} (found: {', '.join(table.column_names)})")
+    raw, times = _list_column(table, source, "item_ids"), _list_column(table, source, "timestamps")
+    if not pa.types.is_integer(times.type.value_type):
+        raise UserError(f"{source}: column 'timestamps' holds {times.type.value_type}, expected integer seconds")
+    lengths, stamps = (np.asarray(pc.list_value_length(column), np.int64) for column in (raw, times))
+    wrong = np.flatnonzero((lengths == 0) | (lengths != stamps))
+    if wrong.size:
+        row = wrong[0]
+        raise UserError(
+            f"{source}: row {row}: {lengths[row] or 'no'} item_ids and {stamps[row] or 'no'} timestamps: expected at least "
+            "one event and as many timestamps as items"
+        )
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    seconds = _as_int64(times.flatten(), source, "timestamps")
+    _require_no_fall(source, offsets, seconds)
+    _require_same_unit(source, "timestamps", np.repeat(np.arange(lengths.size), lengths), seconds, times_trained_on)
+    items = np.asarray(_places(raw.flatten(), catalogue, source, "item_ids").fill_null(-1), np.int64)
+    missing = np.flatnonzero(items < 0)
+    if missing.size and unknown == "refuse":
+        row = int(np.searchsorted(offsets, missing[0], side="right")) - 1
+        raise UserError(
+            f"{source}: row {row}: item {raw.flatten()[int(missing[0])].as_py()!r} is unknown: expected one of the "
+            f"{len(catalogue)} items of the training data (items.parquet), or --unknown skip"
+        )
+    requested = _request_times(table, source, seconds[offsets[1:] - 1], request_time, times_trained_on)
+    return Requests(table["user_id"].combine_chunks(), offsets, items, seconds, requested, {}, {})
+
+
+def with_features(
+    requests: Requests, table: pa.Table, source: str, model: ModelConfig, numbering: Numbering
+) -> Requests:
+    """The histories with the numbers of the values of the features that the model reads, 0 for an unknown value.
+
+    Raises:
+        UserError: a column is missing or doesn't fit.
+    """
+    of_events, of_users = dict(requests.of_events), dict(requests.of_users)
+    for name in model.feature_columns:
+        key = "event_features" if name in model.event_features else "user_features"
+        if name not in table.column_names:
+            raise UserError(f"{source}: no column {name!r}, which the model reads (model.{key})")
+        column = table[name].combine_chunks()
+        is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
+        if key == "event_features" and not is_list:
+            raise UserError(
+                f"{source}: column {name!r} holds {column.type}, expected a list with a value for each event"
+            )
+        if is_list:
+            found = np.asarray(pc.list_value_length(column).fill_null(-1), np.int64)
+            wrong = np.flatnonzero(found != requests.lengths)
+            if wrong.size:
+                raise UserError(
+                    f"{source}: row {wrong[0]}: column {name!r} has {max(found[wrong[0]], 0)} values, expected "
+                    f"{requests.lengths[wrong[0]]}, as many as item_ids"
+                )
+        values = column.flatten() if is_list else column
+        try:
+            is_user = name == USER_ID
+            numbers = _user_numbers(values, source, numbering) if is_user else numbering.vocabularies[name].find(values)
+        except TypeError as error:
+            raise UserError(f"{source}: column {name!r} {error}") from error
+        (of_events if is_list else of_users)[name] = numbers.astype(np.int64)
+    return replace(requests, of_events=of_events, of_users=of_users)
+
+
 def _request_times(
-    table: pa.Table, path: Path, last: IntArray, request_time: RequestTime | None, times_trained_on: tuple[int, int]
+    table: pa.Table, source: str, last: IntArray, request_time: RequestTime | None, times_trained_on: tuple[int, int]
 ) -> IntArray:
     """(B,) and never before the last event, (B,)."""
     has_column = REQUEST_COLUMN in table.column_names
@@ -188,34 +195,34 @@ def _request_times(
     else:
         what = REQUEST_COLUMN
         if not has_column:
-            raise UserError(f"{path}: no column {what!r}, which --request-time column needs")
+            raise UserError(f"{source}: no column {what!r}, which --request-time column needs")
         if not pa.types.is_integer(table.schema.field(what).type) or table[what].null_count:
-            raise UserError(f"{path}: column {what!r}: expected an integer, the second of the request, in every row")
-        requested = _as_int64(table[what].combine_chunks(), path, what)
-    _require_same_unit(path, what, np.arange(last.size), requested, times_trained_on)
+            raise UserError(f"{source}: column {what!r}: expected an integer, the second of the request, in every row")
+        requested = _as_int64(table[what].combine_chunks(), source, what)
+    _require_same_unit(source, what, np.arange(last.size), requested, times_trained_on)
     early = np.flatnonzero(requested < last)
     if early.size:
         row = early[0]
         raise UserError(
-            f"{path}: row {row}: {what} ({requested[row]}) is before the history's last event ({last[row]}), expected "
+            f"{source}: row {row}: {what} ({requested[row]}) is before the history's last event ({last[row]}), expected "
             "that time or a later one"
         )
     return requested
 
 
-def _require_no_fall(path: Path, offsets: IntArray, times: IntArray) -> None:
+def _require_no_fall(source: str, offsets: IntArray, times: IntArray) -> None:
     falls = np.diff(times) < 0
     falls[offsets[1:-1] - 1] = False  # from one history to the next
     found = np.flatnonzero(falls)
     if found.size:
         row = int(np.searchsorted(offsets, found[0], side="right")) - 1
         raise UserError(
-            f"{path}: row {row}: timestamp {times[found[0] + 1]} follows {times[found[0]]}, expected the events oldest "
+            f"{source}: row {row}: timestamp {times[found[0] + 1]} follows {times[found[0]]}, expected the events oldest "
             "first"
         )
 
 
-def _require_same_unit(path: Path, what: str, rows: IntArray, times: IntArray, trained_on: tuple[int, int]) -> None:
+def _require_same_unit(source: str, what: str, rows: IntArray, times: IntArray, trained_on: tuple[int, int]) -> None:
     """Refuses times of another magnitude than the training data's: the model would see gaps a thousand times as long."""
     first, last = trained_on
     far = np.abs(times) > FAR_OUTSIDE * max(abs(first), abs(last), 1)
@@ -227,34 +234,34 @@ def _require_same_unit(path: Path, what: str, rows: IntArray, times: IntArray, t
     value = int(times[found[0]])
     unit = next((name for factor, name in UNITS.items() if first <= value // factor <= 2 * last), None)
     raise UserError(
-        f"{path}: row {rows[found[0]]}: {what}: {value} is far from the times of the training data, {first} to {last} "
+        f"{source}: row {rows[found[0]]}: {what}: {value} is far from the times of the training data, {first} to {last} "
         f"seconds{f': it looks like {unit}' if unit else ''}; expected seconds"
     )
 
 
-def _user_numbers(column: pa.Array, path: Path, dataset: Path, info: dict[str, Any]) -> NDArray[Any]:
+def _user_numbers(column: pa.Array, source: str, numbering: Numbering) -> NDArray[Any]:
     """One and the row of each user in the training data; 0 for a user that it doesn't have."""
-    known = pa.concat_arrays([ids for part in info["parts"] for ids in read_user_ids(dataset, part)])
-    return np.asarray(pc.add(_places(column, known, path, USER_ID).fill_null(-1), 1))
+    assert numbering.user_ids is not None
+    return np.asarray(pc.add(_places(column, numbering.user_ids, source, USER_ID).fill_null(-1), 1))
 
 
-def _places(ids: pa.Array, known: pa.Array, path: Path, column: str) -> pa.Array:
+def _places(ids: pa.Array, known: pa.Array, source: str, column: str) -> pa.Array:
     """The index of each raw id among those of the training data; null where it is not one of them."""
     try:
         return pc.index_in(ids.cast(known.type), known)
     except pa.ArrowException as error:
         raise UserError(
-            f"{path}: column {column!r} holds {ids.type}, expected the raw ids of the training data ({known.type})"
+            f"{source}: column {column!r} holds {ids.type}, expected the raw ids of the training data ({known.type})"
         ) from error
 
 
-def _list_column(table: pa.Table, path: Path, name: str) -> Any:
+def _list_column(table: pa.Table, source: str, name: str) -> Any:
     column = table[name].combine_chunks()
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-        raise UserError(f"{path}: column {name!r} holds {column.type}, expected a list in each row")
+        raise UserError(f"{source}: column {name!r} holds {column.type}, expected a list in each row")
     if column.null_count or column.flatten().null_count:
         raise UserError(
-            f"{path}: row {_first_null(column)}: {name} has a null, expected a value in every row and event"
+            f"{source}: row {_first_null(column)}: {name} has a null, expected a value in every row and event"
         )
     return column
 
@@ -264,8 +271,27 @@ def _first_null(column: Any) -> int:
     return next(number for number, row in enumerate(column) if has_null(row))
 
 
-def _as_int64(column: Any, path: Path, name: str) -> IntArray:
+def _as_int64(column: Any, source: str, name: str) -> IntArray:
     try:
         return np.asarray(column.cast(pa.int64()))
     except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: column {name!r}: {first_line(error)}") from error
+        raise UserError(f"{source}: column {name!r}: {first_line(error)}") from error
+
+
+def concatenate(parts: list[Requests]) -> Requests:
+    """The histories of all parts, in order, as one."""
+    if len(parts) == 1:
+        return parts[0]
+    lengths = np.concatenate([part.lengths for part in parts])
+
+    def values(name: str) -> IntArray:
+        return np.concatenate([getattr(part, name) for part in parts])
+
+    def joined(name: str) -> dict[str, IntArray]:
+        return {key: np.concatenate([getattr(part, name)[key] for part in parts]) for key in getattr(parts[0], name)}
+
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    events = values("items"), values("times")
+    return Requests(
+        pa.nulls(lengths.size), offsets, *events, values("request_times"), joined("of_events"), joined("of_users")
+    )

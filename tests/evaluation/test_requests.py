@@ -14,9 +14,10 @@ import pytest
 
 from mme.config import load_config
 from mme.data.description import read_info
+from mme.data.numbering import Numbering
 from mme.data.times import time_range
 from mme.errors import UserError
-from mme.evaluation.requests import Requests, read_requests, with_features
+from mme.evaluation.requests import Requests, check_requests, read_table, with_features
 from mme.prepare.synthetic import prepare_synthetic
 
 CATALOGUE = pa.array([10, 20, 30])
@@ -39,7 +40,7 @@ def write(folder: Path, **columns: Any) -> Path:
 
 
 def read(path: Path, **options: Any) -> Requests:
-    return read_requests(path, CATALOGUE, TRAINED_ON, **options)[0]
+    return check_requests(read_table(path), str(path), CATALOGUE, TRAINED_ON, **options)
 
 
 def test_events_become_item_indices_and_the_request_is_at_the_last_event(tmp_path: Path) -> None:
@@ -141,6 +142,6 @@ def test_users_of_the_training_data_are_known_by_their_rows(tmp_path: Path) -> N
     info = read_info(tmp_path / "data")
     model = load_config(None, ["data.path=unused", "model.user_features=[user_id]"]).model
     path = write(tmp_path, user_id=[7, 99])
-    requests, table = read_requests(path, CATALOGUE, TRAINED_ON)
-    found = with_features(requests, table, path, model, tmp_path / "data", info)
+    numbering = Numbering.read(tmp_path / "data", info, model.feature_columns)
+    found = with_features(read(path), read_table(path), str(path), model, numbering)
     np.testing.assert_array_equal(found.of_users["user_id"], [8, 0])

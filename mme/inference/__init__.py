@@ -1,0 +1,1 @@
+"""A trained model without a process group: loading, scoring, recommending, exporting."""

@@ -1,0 +1,194 @@
+"""A trained model for other programs: weights in one file, vectors by raw id, a search index.
+
+    weights  MODEL.safetensors   weights by name, raw ids and event counts; configuration and vocabularies as metadata
+    items    VECTORS.parquet     item_id (raw), vector (D float32)
+    users    VECTORS.parquet     user_id (raw), vector: the state after all events of the user, asked for at the last one
+    index    INDEX.faiss         the item vectors for search by inner product; row r of INDEX.faiss.items.parquet has id r
+
+Each export is read back and compared with the model before it takes its name. OUTPUT.manifest.json says from which model it
+comes, what it holds, and the largest difference that was found.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save_file
+
+from mme import __version__
+from mme.config import USER_ID, ModelConfig, dump_config
+from mme.data.description import read_info
+from mme.data.features import parts_column
+from mme.data.parts import ITEMS, TIMES
+from mme.errors import JobError, UserError
+from mme.evaluation.requests import Requests
+from mme.files import replacing, write_text
+from mme.inference import exported
+from mme.inference.exported import ids_to_tensor, read_export
+from mme.inference.model import TrainedModel
+
+What = Literal["weights", "items", "users", "index"]
+EXACT_UP_TO = 50_000  # items; a larger catalogue gets an HNSW index, unless told otherwise
+RECALL_QUERIES = 1_000
+RECALL_AT = 10
+USERS_AT_ONCE = 1_024
+HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 200, 128
+
+
+def export(model: TrainedModel, what: What, output: Path, exact: bool | None = None) -> dict[str, Any]:
+    """Writes an export and its manifest, which is returned.
+
+    Args:
+        exact: for an index: whether it is searched exhaustively; None: up to `EXACT_UP_TO` items.
+
+    Raises:
+        UserError: ``output`` can't be written, or what is needed is missing.
+        JobError: what was read back differs from the model.
+    """
+    writers: dict[What, Callable[[], dict[str, Any]]] = {
+        "weights": lambda: _weights(model, output),
+        "items": lambda: _items(model, output),
+        "users": lambda: _users(model, output),
+        "index": lambda: _index(model, output, exact),
+    }
+    if output.is_dir():
+        raise UserError(f"--output {output}: a folder, expected the name of a file")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        manifest = {"what": what, "model": model.name, "mme": __version__, "items": model.num_items, **writers[what]()}
+        write_text(output.with_name(f"{output.name}.manifest.json"), json.dumps(manifest, indent=1) + "\n")
+    except OSError as error:
+        raise UserError(f"--output {output}: {error.strerror or error}") from error
+    return manifest
+
+
+def _weights(model: TrainedModel, output: Path) -> dict[str, Any]:
+    numbering, knowledge = model.knowledge.numbering, model.knowledge
+    tensors = {name: value.cpu().contiguous() for name, value in model.weights().items()}
+    tensors |= {
+        exported.ITEM_IDS: ids_to_tensor(numbering.item_ids),
+        exported.COUNTS: torch.from_numpy(knowledge.counts),
+    }
+    if numbering.user_ids is not None:
+        tensors[exported.USER_IDS] = ids_to_tensor(numbering.user_ids)
+    metadata = {
+        "format": exported.FORMAT,
+        exported.NAME: model.name,
+        exported.CONFIG: dump_config(model.config),
+        exported.FEATURES: json.dumps(
+            {name: list(vocabulary.numbers) for name, vocabulary in numbering.vocabularies.items()}
+        ),
+        exported.TIMES: json.dumps(knowledge.times),
+    }
+    with replacing(output) as partial:
+        save_file(tensors, partial, metadata)
+        found = read_export(partial, model.device).weights()
+        differences = [_largest(value.numpy() - tensors[name].numpy()) for name, value in found.items()]
+        difference = _require_same(max(differences), output)
+    return {"tensors": sorted(model.weights()), "largest_difference": difference}
+
+
+def _items(model: TrainedModel, output: Path) -> dict[str, Any]:
+    vectors = model.item_embeddings()
+    return _write_vectors(output, "item_id", model.item_ids, vectors)
+
+
+def _users(model: TrainedModel, output: Path) -> dict[str, Any]:
+    """Every user of the data set with all of its events."""
+    folder = Path(model.config.data.path)
+    info = read_info(folder)
+    ids: list[pa.Array] = []
+    vectors: list[NDArray[np.float32]] = []
+    for part in info["parts"]:
+        with pq.ParquetFile(folder / part["file"]) as file:
+            for batch in file.iter_batches(USERS_AT_ONCE):
+                first = sum(map(len, ids))
+                ids.append(batch["user_id"])
+                vectors.append(model.encode(_histories(batch, first, model.config.model)).cpu().numpy())
+    return _write_vectors(output, "user_id", pa.concat_arrays(ids), np.concatenate(vectors))
+
+
+def _histories(batch: pa.RecordBatch, first_row: int, model: ModelConfig) -> Requests:
+    """Rows of a data set's part, which hold item indices, asked for at their last event."""
+    lengths = np.asarray(batch[ITEMS].value_lengths(), np.int64)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    times = np.asarray(batch[TIMES].flatten(), np.int64)
+    of_events = {
+        name: np.asarray(batch[parts_column(name)].flatten(), np.int64)
+        for name in model.feature_columns
+        if name != USER_ID
+    }
+    rows = np.arange(first_row, first_row + lengths.size)
+    of_users = {USER_ID: rows + 1} if USER_ID in model.user_features else {}
+    items = np.asarray(batch[ITEMS].flatten(), np.int64)
+    return Requests(batch["user_id"], offsets, items, times, times[offsets[1:] - 1], of_events, of_users)
+
+
+def _write_vectors(output: Path, name: str, ids: pa.Array, vectors: NDArray[np.float32]) -> dict[str, Any]:
+    width = vectors.shape[1]
+    column = pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), width)
+    with replacing(output) as partial:
+        pq.write_table(pa.table({name: ids, "vector": column}), partial, compression="zstd")
+        table = pq.read_table(partial)
+        found = np.asarray(table["vector"].combine_chunks().flatten()).reshape(-1, width)
+        if not table[name].combine_chunks().equals(ids):
+            raise JobError(f"{output}: the ids that were read back are not those written")
+        difference = _require_same(_largest(found - vectors), output)
+    return {"rows": len(ids), "width": width, "largest_difference": difference}
+
+
+def _index(model: TrainedModel, output: Path, exact: bool | None) -> dict[str, Any]:
+    try:
+        import faiss
+    except ImportError as error:
+        raise UserError("an index needs faiss, which is not installed: `pip install 'mme[serve]'`") from error
+    vectors = model.item_embeddings()
+    exact = len(vectors) <= EXACT_UP_TO if exact is None else exact
+    if exact:
+        index: Any = faiss.IndexFlatIP(vectors.shape[1])
+    else:
+        index = faiss.IndexHNSWFlat(vectors.shape[1], HNSW_LINKS, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction, index.hnsw.efSearch = HNSW_BUILD, HNSW_SEARCH
+    index.add(vectors)
+    with replacing(output) as partial:
+        faiss.write_index(index, str(partial))
+        found = faiss.read_index(str(partial))
+        kept = found.reconstruct_n(0, found.ntotal)
+        difference = _require_same(_largest(kept - vectors), output)
+        recall = _recall(found, vectors)
+    items = output.with_name(f"{output.name}.items.parquet")
+    with replacing(items) as partial:
+        pq.write_table(pa.table({"row": pa.array(range(len(vectors)), pa.int64()), "item_id": model.item_ids}), partial)
+    k = min(RECALL_AT, len(vectors))
+    return {"kind": "exact" if exact else "hnsw", f"recall@{k}": recall, "largest_difference": difference}
+
+
+def _recall(index: Any, vectors: NDArray[np.float32]) -> float:
+    """The share of the true nearest items that the index finds, for queries taken from the items with noise added."""
+    generator = np.random.default_rng(0)
+    chosen = generator.choice(len(vectors), min(RECALL_QUERIES, len(vectors)), replace=False)
+    queries = vectors[chosen] + 0.1 * generator.standard_normal((len(chosen), vectors.shape[1])).astype(np.float32)
+    k = min(RECALL_AT, len(vectors))
+    _, found = index.search(queries, k)
+    scores = queries @ vectors.T
+    worst = -np.sort(-scores, axis=1)[:, k - 1 : k]  # equal scores count, whichever of them is found
+    hits = np.take_along_axis(scores, np.maximum(found, 0), axis=1) >= worst - 1e-6
+    return float((hits & (found >= 0)).mean())
+
+
+def _largest(values: NDArray[np.float32]) -> float:
+    return float(np.abs(values).max(initial=0.0))
+
+
+def _require_same(difference: float, output: Path) -> float:
+    if difference > 0:
+        raise JobError(f"{output}: what was read back differs from the model by {difference:g}")
+    return difference

@@ -1,0 +1,80 @@
+"""The layout of exported weights, and their reader: one safetensors file that needs neither the run nor its data set.
+
+tensors     the model's weights by name; raw ids as the bytes of an Arrow stream; event counts of the items
+metadata    format, name, config (YAML), features ({column: values}), times ([first, last] in seconds)
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pyarrow as pa
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mme.config import parse_saved_config
+from mme.data.features import Vocabulary
+from mme.data.numbering import Numbering
+from mme.errors import UserError, first_line
+from mme.files import open_to_read
+from mme.inference.model import Knowledge, TrainedModel
+from mme.inference.weights import WEIGHTS
+
+FORMAT = "mme-weights-1"
+NAME, CONFIG, FEATURES, TIMES = "name", "config", "features", "times"
+ITEM_IDS, USER_IDS, COUNTS = "item_ids", "user_ids", "item_counts"
+
+
+def read_export(path: Path, device: str | torch.device | None = None) -> TrainedModel:
+    """The model of exported weights.
+
+    Raises:
+        UserError: the file is missing, damaged or something else.
+    """
+    try:
+        with open_to_read(path):  # a regular file
+            pass
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise UserError(
+                    f"{path}: format {metadata.get('format')!r}, expected {FORMAT!r}: made by `mme export --what weights`"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        config = parse_saved_config(metadata[CONFIG], f"{path}: configuration")
+        vocabularies = {name: Vocabulary(values) for name, values in json.loads(metadata[FEATURES]).items()}
+        users = _ids_from_tensor(tensors[USER_IDS]) if USER_IDS in tensors else None
+        numbering = Numbering(_ids_from_tensor(tensors[ITEM_IDS]), vocabularies, users)
+        first, last = json.loads(metadata[TIMES])
+        knowledge = Knowledge(numbering, tensors[COUNTS].numpy(), (int(first), int(last)))
+        name = metadata[NAME]
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from error
+    except SafetensorError as error:
+        raise UserError(f"{path}: not a safetensors file, or damaged ({first_line(error)})") from error
+    except (KeyError, ValueError, TypeError, pa.ArrowException) as error:
+        raise UserError(f"{path}: damaged export ({first_line(error)})") from error
+    weights = {name: value for name, value in tensors.items() if name.startswith(WEIGHTS)}
+    flawed = next((name for name, value in weights.items() if not value.isfinite().all()), None)
+    if flawed:
+        raise UserError(f"{path}: tensor {flawed} is not finite")
+    return TrainedModel(config, knowledge, weights, name, device)
+
+
+def ids_to_tensor(ids: pa.Array) -> Tensor:
+    """Raw ids of any type as the bytes, (n,) uint8, of an Arrow stream."""
+    table = pa.table({"ids": ids})
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as stream:
+        stream.write_table(table)
+    return torch.frombuffer(bytearray(sink.getvalue()), dtype=torch.uint8)
+
+
+def _ids_from_tensor(data: Tensor) -> pa.Array:
+    table = pa.ipc.open_stream(pa.py_buffer(data.numpy().tobytes())).read_all()
+    table.validate(full=True)
+    return table["ids"].combine_chunks()

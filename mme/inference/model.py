@@ -1,0 +1,363 @@
+"""A trained model on one device: what `mme.load` returns.
+
+No process group, TorchRec or DeepSpeed is needed. States, vectors and lists are computed by the code that evaluation uses.
+
+Legend: B histories, n events of them all, I items of the catalogue, D total embedding width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kernels.backend import resolve_backend
+from mme.config import Config
+from mme.data.batch import SequenceBatch
+from mme.data.numbering import Numbering
+from mme.distributed.world import World
+from mme.errors import UserError, first_line
+from mme.evaluation.ranking import Ranker
+from mme.evaluation.request_batch import sequence_batch
+from mme.evaluation.requests import Requests, Unknown, check_requests, concatenate, with_features
+from mme.inference.requests import SOURCE, Answer, RecommendationRequest, as_table
+from mme.model.decoder import Decoder
+from mme.model.encoder import Encoder
+from mme.model.feature_rows import FeatureRows
+
+FloatArray = NDArray[np.float32]
+HISTORIES_AT_ONCE = 256
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What a model needs to know of its training data besides the weights.
+
+    Attributes:
+        numbering: which item, feature value and user each row of the tables stands for.
+        counts: (I,) int64, events of each item.
+        times: first and last time of the training data, in seconds.
+    """
+
+    numbering: Numbering
+    counts: NDArray[np.int64]
+    times: tuple[int, int]
+
+
+class LocalEncoder(Encoder):
+    """Tables and decoder with all their weights on one device."""
+
+    def __init__(
+        self, config: Config, numbering: Numbering, weights: Mapping[str, Tensor], device: torch.device
+    ) -> None:
+        model = config.model
+        self.config, self.num_items = config, len(numbering.item_ids)
+        self.world = World.alone(device)
+        self.rows = FeatureRows(model, self.num_items, numbering.feature_sizes())
+        decoder = Decoder(config)
+        expected = {f"decoder/{name}": parameter.shape for name, parameter in decoder.named_parameters()}
+        table = torch.Size([self.rows.num_rows, model.view_dim])
+        expected |= {f"tables/item_{m}": table for m in range(model.num_tables)}
+        for name, shape in expected.items():
+            found = tuple(weights[name].shape) if name in weights else None
+            if found != tuple(shape):
+                raise UserError(f"tensor {name}: expected shape {list(shape)}, found {found and list(found)}")
+        decoder.load_state_dict(
+            {name: weights[f"decoder/{name}"] for name, _ in decoder.named_parameters()}, strict=False
+        )
+        self.decoder = decoder.to(device).eval()
+        self._tables = torch.stack([weights[f"tables/item_{m}"] for m in range(model.num_tables)], 1).to(device)
+
+    def weights(self) -> dict[str, Tensor]:
+        """By the names that they were given with."""
+        tables = {f"tables/item_{m}": self._tables[:, m] for m in range(self._tables.shape[1])}
+        return tables | {f"decoder/{name}": value.detach() for name, value in self.decoder.named_parameters()}
+
+    def lookup(self, ids: Tensor) -> Tensor:
+        """(U,) int64 rows → (U, M, d)"""
+        return self._tables[ids]
+
+
+class TrainedModel:
+    """Recommends, scores and embeds.
+
+    Args:
+        name: which model it is, for answers and messages.
+        weights: whole tensors by name, see `mme.inference.weights.Checkpoint`.
+        device: where it computes; None: CUDA where there is one, otherwise the CPU.
+
+    Raises:
+        UserError: the weights do not fit the configuration and the data, or a kernel can't run on the device.
+        NonFiniteError: an item vector is not finite.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        knowledge: Knowledge,
+        weights: Mapping[str, Tensor],
+        name: str,
+        device: str | torch.device | None = None,
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.knowledge = knowledge
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            resolve_backend(config.kernels.backend, self.device)
+        except ValueError as error:
+            raise UserError(f"kernels.backend: {error}") from error
+        self._encoder = LocalEncoder(config, knowledge.numbering, weights, self.device)
+        self._ranker = Ranker(self._encoder)
+        self._popular = np.argsort(-knowledge.counts, kind="stable")
+
+    @property
+    def num_items(self) -> int:
+        return len(self.item_ids)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Whole float32 tensors by name, such as `tables/item_0` and `decoder/blocks.0.uvqk`."""
+        return self._encoder.weights()
+
+    @property
+    def item_ids(self) -> pa.Array:
+        """Raw ids by item index."""
+        return self.knowledge.numbering.item_ids
+
+    def recommend(
+        self,
+        histories: Any,
+        k: int = 10,
+        exclude_seen: bool = True,
+        candidates: Sequence[Any] | None = None,
+        unknown: str = "skip",
+        blocked: Sequence[Any] = (),
+    ) -> pa.Table:
+        """The best items for each history.
+
+        Args:
+            histories: see `as_table`: `item_ids` (list of raw ids, oldest first), `timestamps` (list of integer seconds),
+                optional `user_id`, `request_timestamp` (integer seconds) and the features that the model reads.
+            k: items of a list.
+            exclude_seen: whether items of the history are left out.
+            candidates: raw ids; only these items are ranked.
+            unknown: "skip": events of items that the model does not know are left out; "refuse": they are an error.
+            blocked: raw ids that no list holds.
+
+        Returns:
+            A table with `user_id` where it was given, `item_ids` (list of raw ids, best first), `scores` (list of float32) and
+            `fallback` (bool): the history held no known item, so its list is that of the most popular items.
+
+        Raises:
+            UserError: a column, history, item or argument is wrong; the message names the row.
+            NonFiniteError: a state is not finite.
+        """
+        if k < 1:
+            raise UserError(f"k ({k}) must be at least 1")
+        table = as_table(histories)
+        request = RecommendationRequest(table, k, exclude_seen, candidates, blocked, _unknown(unknown))
+        (answer,) = self.answer([request])
+        if isinstance(answer, Exception):
+            raise answer
+        given = {"user_id": table["user_id"]} if "user_id" in table.column_names else {}
+        raw = pa.list_(self.item_ids.type)
+        return pa.table(
+            {
+                **given,
+                "item_ids": pa.array(answer.item_ids, raw),
+                "scores": pa.array(answer.scores, pa.list_(pa.float32())),
+                "fallback": pa.array(answer.fallback, pa.bool_()),
+            }
+        )
+
+    def user_embeddings(self, histories: Any) -> FloatArray:
+        """(B, D) float32, the state of each history; its dot products with `item_embeddings` are the scores.
+
+        Raises:
+            UserError: see `recommend`; or a history holds no known item.
+        """
+        return self._states(histories).cpu().numpy()
+
+    def item_embeddings(self, ids: Sequence[Any] | None = None) -> FloatArray:
+        """(I, D) float32 in the order of `item_ids`, or (len(ids), D) in the order of ``ids``.
+
+        Raises:
+            UserError: an id is unknown.
+        """
+        vectors = self._ranker.vectors
+        return (vectors if ids is None else vectors[self._indices(ids, "ids")]).cpu().numpy()
+
+    def score(self, histories: Any, ids: Sequence[Any]) -> FloatArray:
+        """(B, len(ids)) float32, the score of each item after each history, in the order of ``ids``.
+
+        Raises:
+            UserError: see `user_embeddings` and `item_embeddings`.
+        """
+        vectors = self._ranker.vectors[self._indices(ids, "ids")]
+        return (self._states(histories) @ vectors.T).cpu().numpy()
+
+    def answer(self, requests: Sequence[RecommendationRequest]) -> list[Answer | Exception]:
+        """One answer per request, in order, or its `UserError`. Histories of all requests are encoded together."""
+        answers: dict[int, Answer | Exception] = {}
+        groups: dict[tuple[int, ...] | None, list[_Checked]] = {}
+        for number, request in enumerate(requests):
+            try:
+                checked = self._check(number, request)
+            except UserError as error:
+                answers[number] = error
+                continue
+            groups.setdefault(checked.candidates, []).append(checked)
+        for candidates, group in groups.items():
+            answers.update(self._rank(group, candidates))
+        return [answers[number] for number in range(len(requests))]
+
+    def _check(self, number: int, request: RecommendationRequest) -> _Checked:
+        given = self._requests(request.histories, request.unknown)
+        candidates = None
+        if request.candidates is not None:
+            candidates = tuple(sorted(set(self._known_indices(request.candidates, "candidates"))))
+        return _Checked(number, request, given, self._known_indices(request.blocked, "blocked"), candidates)
+
+    def _requests(self, table: pa.Table, unknown: str) -> Requests:
+        """The histories of a table with item indices, checked as `mme recommend` checks its file."""
+        if "user_id" not in table.column_names:
+            table = table.append_column("user_id", pa.nulls(table.num_rows))
+        numbering = self.knowledge.numbering
+        given = check_requests(table, SOURCE, numbering.item_ids, self.knowledge.times, None, _unknown(unknown))
+        return with_features(given, table, SOURCE, self.config.model, numbering)
+
+    def _states(self, histories: Any) -> Tensor:
+        """(B, D) states of histories that all hold a known item."""
+        return self.encode(self._requests(as_table(histories), "skip").of_known_items())
+
+    def encode(self, known: Requests) -> Tensor:
+        """(B, D) the state of each history; all their items are known.
+
+        Raises:
+            UserError: a history holds no item.
+        """
+        empty = np.flatnonzero(known.lengths == 0)
+        if empty.size:
+            raise UserError(f"{SOURCE}: row {empty[0]}: no known item, so there is nothing to encode")
+        size = known.lengths.size
+        parts = np.split(np.arange(size), range(HISTORIES_AT_ONCE, size, HISTORIES_AT_ONCE))
+        batches = (sequence_batch(known, rows, self.config)[0].to(self.device) for rows in parts)
+        return torch.cat([self._ranker.states(batch) for batch in batches])
+
+    def _rank(self, group: list[_Checked], candidates: tuple[int, ...] | None) -> dict[int, Answer]:
+        """The answers to requests that rank the same items, by the number of each request."""
+        given = concatenate([checked.given for checked in group])
+        known = given.of_known_items()
+        owner = np.repeat(np.arange(len(group)), [checked.given.lengths.size for checked in group])
+        k = max(checked.request.k for checked in group)
+        items = np.full((owner.size, k), -1, np.int64)
+        scores = np.zeros((owner.size, k), np.float32)
+        rows = np.flatnonzero(known.lengths)
+        for start in range(0, rows.size, HISTORIES_AT_ONCE):
+            chosen = rows[start : start + HISTORIES_AT_ONCE]
+            batch, seen, offsets = sequence_batch(known, chosen, self.config)
+            excluded = [
+                group[owner[row]].excluded(seen[first:last])
+                for row, first, last in zip(chosen, offsets[:-1], offsets[1:], strict=True)
+            ]
+            items[chosen], scores[chosen] = self._top_k(batch.to(self.device), excluded, k, candidates)
+        for row in np.flatnonzero(known.lengths == 0):
+            best = self._most_popular(group[owner[row]])
+            items[row, : best.size], scores[row, : best.size] = best, self.knowledge.counts[best]
+        lost = given.lengths - known.lengths
+        return {
+            checked.number: self._answer(
+                items[owner == n][:, : checked.request.k],
+                scores[owner == n],
+                (known.lengths == 0)[owner == n],
+                int(lost[owner == n].sum()),
+            )
+            for n, checked in enumerate(group)
+        }
+
+    def _top_k(
+        self, batch: SequenceBatch, excluded: list[Tensor], k: int, candidates: tuple[int, ...] | None
+    ) -> tuple[NDArray[np.int64], FloatArray]:
+        """(B, k) item indices, −1 where none is left, and scores."""
+        ranker, chosen = self._ranker, None
+        if candidates is not None:
+            chosen = torch.tensor(candidates, dtype=torch.int64)
+            ranker = ranker.restricted_to(chosen.to(self.device))
+            excluded = [_places_in(chosen, items) for items in excluded]
+        offsets = torch.tensor([0, *(len(items) for items in excluded)]).cumsum(0)
+        found, values = ranker.top_k(batch, torch.cat(excluded).to(self.device), offsets.to(self.device), k)
+        found = found.cpu()
+        if chosen is not None:
+            found = torch.where(found >= 0, chosen[found.clamp(min=0)] if chosen.numel() else found, found)
+        return found.numpy(), values.cpu().numpy()
+
+    def _most_popular(self, checked: _Checked) -> NDArray[np.int64]:
+        """The items with the most events among those that the request ranks."""
+        allowed = np.ones(self.num_items, bool)
+        if checked.candidates is not None:
+            allowed[:] = False
+            allowed[list(checked.candidates)] = True
+        allowed[checked.blocked] = False
+        ranked = self._popular[allowed[self._popular]]
+        return ranked[: checked.request.k]
+
+    def _answer(self, items: NDArray[np.int64], scores: FloatArray, fallback: NDArray[np.bool_], lost: int) -> Answer:
+        found = items >= 0
+        lists = [self.item_ids.take(pa.array(row[here])).to_pylist() for row, here in zip(items, found, strict=True)]
+        values = [row[: here.sum()].tolist() for row, here in zip(scores, found, strict=True)]
+        return Answer(lists, values, fallback.tolist(), lost, self.name)
+
+    def _indices(self, ids: Sequence[Any], what: str) -> list[int]:
+        """Item indices of raw ids; raises UserError for one that is unknown."""
+        try:
+            found = pc.index_in(pa.array(list(ids), self.item_ids.type), self.item_ids)
+        except pa.ArrowException as error:
+            raise UserError(f"{what}: expected raw item ids ({self.item_ids.type}): {first_line(error)}") from error
+        if found.null_count:
+            unknown = list(ids)[pc.index(pc.is_null(found), True).as_py()]
+            raise UserError(
+                f"{what}: item {unknown!r} is unknown: expected one of the {self.num_items:,} items of the training data"
+            )
+        return list(found.to_pylist())
+
+    def _known_indices(self, ids: Sequence[Any], what: str) -> list[int]:
+        """Item indices of the raw ids that the model knows."""
+        try:
+            found = pc.index_in(pa.array(list(ids), self.item_ids.type), self.item_ids)
+        except pa.ArrowException as error:
+            raise UserError(f"{what}: expected raw item ids ({self.item_ids.type}): {first_line(error)}") from error
+        return list(found.drop_null().to_pylist())
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """A request that is right: its histories with item indices, and the items that it blocks and allows."""
+
+    number: int
+    request: RecommendationRequest
+    given: Requests
+    blocked: list[int]
+    candidates: tuple[int, ...] | None
+
+    def excluded(self, seen: Tensor) -> Tensor:
+        """The items that must not be in the list of a history whose items are ``seen``."""
+        blocked = torch.tensor(self.blocked, dtype=torch.int64)
+        return torch.cat([seen, blocked]) if self.request.exclude_seen else blocked
+
+
+def _places_in(candidates: Tensor, items: Tensor) -> Tensor:
+    """Where the items stand among the sorted candidates, those that do."""
+    return torch.searchsorted(candidates, items)[torch.isin(items, candidates)]
+
+
+def _unknown(value: str) -> Unknown:
+    if value not in ("skip", "refuse"):
+        raise UserError(f"unknown ({value!r}) must be 'skip' or 'refuse'")
+    return value  # type: ignore[return-value]

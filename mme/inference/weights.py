@@ -1,0 +1,64 @@
+"""The weights of a checkpoint as whole tensors, read without a process group."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from mme.distributed.checkpoint_index import Index, damage, folder, from_the_best, read_index
+from mme.errors import UserError
+
+WEIGHTS = ("tables/", "decoder/")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """
+    Attributes:
+        step: of training.
+        numbering: SHA-256 of the numbering it was trained on, see `mme.data.numbering`; "": an old checkpoint.
+        weights: whole float32 tensors by name, such as `tables/item_0` and `decoder/blocks.0.uvqk`; no optimizer states.
+    """
+
+    step: int
+    numbering: str
+    weights: dict[str, Tensor]
+
+
+def read_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
+    """The weights of checkpoint ``step``; None: of the best by validation, or the next best where that one is damaged.
+
+    Raises:
+        UserError: there is no such checkpoint, or all candidates are damaged.
+    """
+    candidates = from_the_best(run) if step is None else [step]
+    flaw = ""
+    for candidate in candidates:
+        index = read_index(run, candidate)
+        flaw = index if isinstance(index, str) else damage(run, candidate, index.files) or ""
+        if not flaw and not isinstance(index, str):
+            return Checkpoint(candidate, index.progress.numbering, _whole_tensors(run, candidate, index))
+        if candidate != candidates[-1]:
+            print(f"checkpoint passed over: {flaw}", file=sys.stderr)
+    raise UserError(flaw)
+
+
+def _whole_tensors(run: Path, step: int, index: Index) -> dict[str, Tensor]:
+    names = {piece.name for entry in index.files for piece in entry.pieces}
+    weights: dict[str, Tensor] = {}
+    for entry in index.files:
+        with safe_open(folder(run, step) / entry.file, framework="pt") as file:
+            for piece in entry.pieces:
+                # An optimizer state has its weight's name before its own.
+                if not piece.name.startswith(WEIGHTS) or piece.name.rpartition("/")[0] in names:
+                    continue
+                if piece.name not in weights:
+                    weights[piece.name] = torch.empty(piece.shape)
+                place = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.local_shape, strict=True))
+                weights[piece.name][place] = file.get_tensor(piece.key)
+    return weights
