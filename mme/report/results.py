@@ -91,9 +91,16 @@ def read_run(folder: Path) -> Run:
     return Run(folder, config, read_text(folder / CONFIG_FILE, folder), records, dataset, results, oracle)
 
 
-def result_rows(run: Run) -> list[tuple[str, list[str]]]:
-    """(name, one text per metric) of each model, of the model's lift over popularity and of the oracle."""
-    rows = [(name, [figure(record, metric) for metric in METRICS]) for name, record in run.results.items()]
+def result_rows(run: Run, *, intervals: bool = True) -> list[tuple[str, list[str]]]:
+    """(name, one text per metric) of each model, of the model's lift over popularity and of the oracle.
+
+    Args:
+        intervals: with confidence intervals, where they are recorded.
+    """
+    rows = [
+        (name, [figure(record if intervals else {metric: record.get(metric)}, metric) for metric in METRICS])
+        for name, record in run.results.items()
+    ]
     if run.result and run.baseline:
         rows.append(("times popularity", [ratio(run.result.get(m), run.baseline.get(m)) for m in METRICS]))
     if run.oracle:
@@ -102,7 +109,7 @@ def result_rows(run: Run) -> list[tuple[str, list[str]]]:
 
 
 def results_table(run: Run) -> Table | None:
-    """`result_rows` for a terminal; None without results."""
+    """`result_rows` for a terminal, without intervals so that they fit 80 columns; None without results."""
     if not run.results:
         return None
     title = f"{run.folder}: {run.split} metrics at step {run.step:,}"
@@ -110,7 +117,7 @@ def results_table(run: Run) -> Table | None:
     table.add_column("")
     for metric in METRICS:
         table.add_column(metric.upper(), justify="right")
-    for name, values in result_rows(run):
+    for name, values in result_rows(run, intervals=False):
         table.add_row(escape(name), *values, style="bold" if name == run.model else None)
     return table
 

@@ -15,9 +15,10 @@ from tests.report.pages import EVALUATIONS, RUN, evaluation, train_records, writ
 
 
 def test_table_for_the_terminal_has_lift_and_oracle(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", [RUN, *EVALUATIONS])
+    errors = {"standard_errors": {"ndcg@10": 0.01}}
+    run = write_run(tmp_path / "run", [RUN, *(record | errors for record in EVALUATIONS)])
     (tmp_path / "data" / "dataset.json").write_text(json.dumps({"oracle": {"test": {"hr@10": 0.4321}}}))
-    console = Console(file=io.StringIO(), width=120)
+    console = Console(file=io.StringIO(), width=80)
     table = results_table(read_run(run))
     assert table is not None
     console.print(table)
