@@ -21,7 +21,7 @@ from mme.evaluation.segments import group_means, history_groups, popularity_grou
 from mme.evaluation.user_ranks import LIST_LENGTH, UNRANKED, UserRanks
 
 SEGMENTED = "ndcg@10"
-NUM_EXAMPLES = 6
+NUM_EXAMPLES = 5
 EXAMPLE_EVENTS = 5  # of a history and of a list
 
 
@@ -68,7 +68,7 @@ class CollectedUsers:
         return UserRanks(about, **arrays)
 
     def examples(self, dataset: PreparedDataset) -> list[dict[str, Any]]:
-        """The first users of rank 0's first batch, with raw item ids; users are named by their row."""
+        """Users of rank 0's first batch, from the best to the worst ranked target, with raw item ids; named by their row."""
         item_ids = read_item_ids(dataset.folder)
 
         def raw(items: list[int]) -> list[str]:
@@ -100,10 +100,12 @@ def segments(users: UserRanks) -> dict[str, dict[str, list[dict[str, Any]]]]:
 
 
 def _examples(batch: EvaluationBatch, ranks: Tensor, items: Tensor) -> list[dict[str, Any]]:
-    """Of rank 0's batch, which comes first among those of all ranks."""
+    """Of rank 0's batch, which comes first among those of all ranks; as far apart in the order of the ranks as can be."""
     found = []
     offsets = batch.sequences.seq_offsets.tolist()
-    for place in range(min(NUM_EXAMPLES, batch.targets.numel())):
+    order = torch.argsort(ranks[: batch.targets.numel()], stable=True).tolist()
+    count = min(NUM_EXAMPLES, len(order))
+    for place in (order[index * (len(order) - 1) // max(count - 1, 1)] for index in range(count)):
         start, end = offsets[place : place + 2]
         rank = int(ranks[place])
         found.append(

@@ -53,7 +53,7 @@ def _examples(examples: list[dict[str, Any]]) -> Rows:
         for example in examples
     ]
     head = ["newest events", "first items of the list", "target", "its rank"]
-    return Rows(rows, head=head, title="Example users", text=True)
+    return Rows(rows, head=head, title="Example users, from the best to the worst ranked target of a batch", text=True)
 
 
 def _rank(rank: int | None) -> str:
