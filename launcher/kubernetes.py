@@ -19,7 +19,7 @@ from mme.files import read_text
 from mme.shipped import own_or_shipped
 
 PORT = 29500
-WORKDIR = "/opt/mme"  # as in the Dockerfile
+WORKDIR, IMAGE_USER = "/opt/mme", 10001  # as in the Dockerfile
 CONFIG_FOLDER = "/etc/mme"
 DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?")  # with room for the number of a pod
 
@@ -117,10 +117,13 @@ def _pod(job: Job, name: str, image: str, claim: str, gpus_per_node: int) -> dic
             {"name": "shared", "mountPath": f"{WORKDIR}/runs", "subPath": "runs"},
         ],
     }
+    container["securityContext"] = {"allowPrivilegeEscalation": False}
     if gpus_per_node:
         container["resources"] = {"limits": {"nvidia.com/gpu": gpus_per_node}}
     return {
         "subdomain": name,
+        # The group lets the image's user write into the shared volume.
+        "securityContext": {"runAsNonRoot": True, "runAsUser": IMAGE_USER, "fsGroup": IMAGE_USER},
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": STOPS_WITHIN_S + 30,
         "containers": [container],

@@ -4,8 +4,10 @@
 # Settings, all optional, from the environment:
 # MME_STACK: cuda or cpu; default: the CUDA build where an NVIDIA driver answers, the CPU build elsewhere.
 # PYTHON: the interpreter to use (CPython 3.10 to 3.13); default: python3, else the newest of python3.13 … python3.10.
-# TORCH_INDEX_URL: a further package index to take torch from. The ordinary index serves torch for CUDA on Linux; with
-#   PyTorch's own CPU index here, the CPU build comes without gigabytes of CUDA packages.
+# TORCH_INDEX_URL: the package index to take torch, and nothing else, from. The ordinary index serves torch for CUDA on
+#   Linux; PyTorch's own CPU index serves the CPU build without gigabytes of CUDA packages.
+# TORCH_SHA256: of the torch wheel of that index, to be required. All other files are checked against
+#   requirements/locked/, which knows what PyPI serves.
 # Does nothing where .venv already holds exactly this.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -75,7 +77,7 @@ cpu | cuda) ;;
 *) fail "MME_STACK=$stack: expected cpu or cuda" ;;
 esac
 
-wanted="$stack $(cat requirements/*.txt setup.py scripts/setup_environment.sh | sha256sum | cut -d' ' -f1)"
+wanted="$stack $(cat requirements/*.txt requirements/locked/*.txt setup.py scripts/setup_environment.sh | sha256sum | cut -d' ' -f1)"
 if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && is_ours; then
     say_foreign_kernels
     exit 0
@@ -92,13 +94,28 @@ echo "$stack" >"$venv/stack"
 echo "setup: $("$venv/bin/python" -V), $stack build, into $venv; a few minutes"
 pip=("$venv/bin/python" -m pip --require-virtualenv --disable-pip-version-check --no-input)
 index=()
-if [ -n "${TORCH_INDEX_URL:-}" ]; then index=(--extra-index-url "$TORCH_INDEX_URL"); fi
+if [ -n "${TORCH_INDEX_URL:-}" ]; then index=(--index-url "$TORCH_INDEX_URL"); fi
+locked=requirements/locked
+hashed=("${pip[@]}" install --require-hashes --no-deps --no-build-isolation)
 
-step "pip and setuptools" "${pip[@]}" install -r requirements/build.txt
-# Alone and first: later packages would else bring a torch of their own choice.
-step "torch" "${pip[@]}" install "${index[@]}" -c requirements/common.txt "$(grep '^torch==' "requirements/$stack.txt")"
-step "libraries" "${pip[@]}" install --no-build-isolation -r requirements/common.txt -r requirements/dev.txt
-step "torchrec, fbgemm, triton, deepspeed" "${pip[@]}" install --no-deps --no-build-isolation -r "requirements/$stack.txt"
+step "pip and setuptools" "${hashed[@]}" -r $locked/build.txt
+torch=$(grep '^torch==' "requirements/$stack.txt")
+step "which torch the index serves" "${pip[@]}" install --dry-run --ignore-installed --no-deps --quiet \
+    --report "$venv/torch.json" "${index[@]}" "$torch"
+build=$("$venv/bin/python" -c 'import json, sys
+print(json.load(open(sys.argv[1]))["install"][0]["metadata"]["version"])' "$venv/torch.json")
+# Alone and first: later packages would otherwise bring a torch of their own choice. A build with a local version, such as
+# 2.13.0+cpu, is not PyPI's, and its sum is not in requirements/locked.
+if [[ $build != *+* ]]; then
+    step "torch $build" "${hashed[@]}" "${index[@]}" -r "$locked/torch-$stack.txt"
+elif [ -n "${TORCH_SHA256:-}" ]; then
+    echo "$torch --hash=sha256:$TORCH_SHA256" >"$venv/torch.txt"
+    step "torch $build" "${hashed[@]}" "${index[@]}" -r "$venv/torch.txt"
+else
+    step "torch $build, whose sum only TORCH_SHA256 would require" "${pip[@]}" install --no-deps "${index[@]}" "$torch"
+fi
+step "libraries" "${hashed[@]}" -r $locked/common.txt -r $locked/dev.txt
+step "torchrec, fbgemm, triton, deepspeed" "${hashed[@]}" -r "$locked/$stack.txt"
 step "mme" "${pip[@]}" install --no-deps --no-build-isolation -e .
 if [ "$stack" = cpu ]; then export DS_ACCELERATOR=cpu; fi
 step "a check that all of it loads" "$venv/bin/python" -c 'import torch, fbgemm_gpu, torchrec, triton, deepspeed, mme, launcher, kernels'

@@ -68,7 +68,7 @@ def test_settings_that_cannot_work_are_refused_in_one_line(
 
 
 def installed_stamp(stack: str) -> str:
-    command = "cat requirements/*.txt setup.py scripts/setup_environment.sh | sha256sum | cut -d' ' -f1"
+    command = "cat requirements/*.txt requirements/locked/*.txt setup.py scripts/setup_environment.sh | sha256sum | cut -d' ' -f1"
     done = subprocess.run(command, shell=True, cwd=REPOSITORY, capture_output=True, text=True, check=True)
     return f"{stack} {done.stdout}"
 
@@ -113,3 +113,29 @@ def test_every_requirement_is_pinned_and_covers_every_python(file: Path) -> None
     for name, found in markers.items():
         expected = [['< "3.11"']] if name in only_old_pythons else [["all"], ['< "3.11"', '>= "3.11"']]
         assert found in expected, name
+
+
+def pins_of(file: Path) -> list[str]:
+    lines = file.read_text().replace("\\\n", " ").splitlines()
+    return [line.split(" --hash=")[0].strip() for line in lines if line and not line.startswith("#")]
+
+
+@pytest.mark.parametrize("name", ["build", "common", "dev", "cpu", "cuda"])
+def test_every_pin_is_locked_with_the_sums_of_its_files(name: str) -> None:
+    requirements = REPOSITORY / "requirements"
+    pins = [pin for pin in pins_of(requirements / f"{name}.txt") if not pin.startswith("torch==")]
+    assert pins_of(requirements / "locked" / f"{name}.txt") == pins, "run scripts/lock_requirements.py"
+    if name in ("cpu", "cuda"):
+        torch = next(pin for pin in pins_of(requirements / f"{name}.txt") if pin.startswith("torch=="))
+        assert torch in pins_of(requirements / "locked" / f"torch-{name}.txt"), "run scripts/lock_requirements.py"
+    for file in (requirements / "locked").glob("*.txt"):
+        lines = file.read_text().replace("\\\n", " ").splitlines()
+        assert all(re.search(r" --hash=sha256:[0-9a-f]{64}", line) for line in lines if not line.startswith("#"))
+
+
+def test_every_install_but_that_of_torch_from_another_index_requires_hashes() -> None:
+    script = (REPOSITORY / SCRIPT).read_text()
+    installs = [line for line in script.splitlines() if '"${pip[@]}" install' in line]
+    without = [line for line in installs if "--require-hashes" not in line and "-e ." not in line]
+    assert len(without) == 2 and all("torch" in line for line in without), without
+    assert "--extra-index-url" not in script

@@ -76,6 +76,7 @@ def test_manifest_describes_an_indexed_job_whose_pods_know_each_other(tmp_path: 
     assert mounts == {volume["name"] for volume in pod["volumes"]}
     dockerfile = (REPOSITORY / "Dockerfile").read_text()
     assert f"WORKDIR {container['workingDir']}\n" in dockerfile
+    assert f"useradd --uid {pod['securityContext']['runAsUser']} " in dockerfile and "\nUSER mme\n" in dockerfile
 
 
 @pytest.mark.parametrize(
