@@ -407,6 +407,8 @@ def test_the_readers_environment_is_not_resolved_into_a_run(
     [
         ("model.moe.placement={}", "model.moe.placement: expected a list, found a mapping"),
         ("train.profile_ranks={a: 1}", "train.profile_ranks: expected a list, found a mapping"),
+        ("train.profile_ranks=[[1]]", "train.profile_ranks.0: expected a single value, found a list"),
+        ("model.moe.top_k={}", "model.moe.top_k: expected a single value, found a mapping"),
         ('data.path="a\\0b"', r"data.path: 'a\x00b' holds a NUL character: expected the path of a folder"),
         (
             f"output_dir=runs/{'x' * 256}",

@@ -153,8 +153,9 @@ def _parse_yaml(text: str, path: str) -> DictConfig:
 
 def _merge(base: Any, update: Any, source: str) -> Any:
     for key, node in _nodes("", update):
-        if isinstance(node, DictConfig) and isinstance(OmegaConf.select(base, key), ListConfig):
-            raise UserError(f"{source}: {key}: expected a list, found a mapping")
+        if isinstance(node, (DictConfig, ListConfig)) and (expected := _expected_instead(base, key, node)):
+            found = "a mapping" if isinstance(node, DictConfig) else "a list"
+            raise UserError(f"{source}: {key}: expected {expected}, found {found}")
     try:
         return OmegaConf.merge(base, update)
     except OmegaConfBaseException as error:
@@ -162,6 +163,23 @@ def _merge(base: Any, update: Any, source: str) -> Any:
         hint = _nearest_key(base, key) if type(error).__name__ == "ConfigKeyError" else ""
         reason = "unknown key" if hint is not None and type(error).__name__ == "ConfigKeyError" else first_line(error)
         raise UserError(f"{source}: {key}: {reason}{hint}") from error
+
+
+def _expected_instead(base: Any, key: str, node: Any) -> str | None:
+    """What ``key`` takes, if not such a container; OmegaConf would put it into the place of a number or text."""
+    if isinstance(node._get_parent(), ListConfig):
+        return "a single value"
+    try:
+        known = OmegaConf.select(base, key, throw_on_missing=False)
+    except OmegaConfBaseException:
+        return None  # an unknown key is named when the two are merged
+    if isinstance(known, (DictConfig, ListConfig)):
+        if isinstance(known, ListConfig) and isinstance(node, DictConfig):
+            return "a list"
+        return None
+    parent, _, name = key.rpartition(".")
+    section = OmegaConf.select(base, parent) if parent else base
+    return "a single value" if isinstance(section, DictConfig) and name in list(section) else None
 
 
 def _nodes(prefix: str, container: Any) -> Iterator[tuple[str, Any]]:
