@@ -26,6 +26,7 @@ class Recommender(Encoder):
 
     Args:
         feature_sizes: see `mme.model.feature_rows.FeatureRows`; None: the configuration names no features.
+        initialise_tables: False: weights of the tables are left unset, for a checkpoint to fill.
 
     Raises:
         UserError: `kernels.backend` cannot run on this device.
@@ -34,7 +35,12 @@ class Recommender(Encoder):
     world: World
 
     def __init__(
-        self, config: Config, num_items: int, world: World, feature_sizes: Mapping[str, int] | None = None
+        self,
+        config: Config,
+        num_items: int,
+        world: World,
+        feature_sizes: Mapping[str, int] | None = None,
+        initialise_tables: bool = True,
     ) -> None:
         try:
             resolve_backend(config.kernels.backend, world.device)
@@ -44,7 +50,7 @@ class Recommender(Encoder):
         self.num_items = num_items
         self.world = world
         self.rows = FeatureRows(config.model, num_items, feature_sizes or {})
-        self.tables = ItemTables(config, self.rows.num_rows, world)
+        self.tables = ItemTables(config, self.rows.num_rows, world, initialise_tables)
         torch.manual_seed(config.train.seed)  # the same decoder on every rank
         self.decoder = Decoder(config)
         if config.model.moe.num_experts:

@@ -33,6 +33,7 @@ from torchrec.distributed.planner.types import ParameterConstraints
 from torchrec.distributed.types import ShardingType
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
+from kernels.splitmix import derive
 from mme.config import Config
 from mme.distributed.touched_rows import EPS, TouchedRowsAdam, TouchedRowTables, replace_dense_tables
 from mme.distributed.world import World
@@ -40,7 +41,7 @@ from mme.errors import UserError
 
 FEATURE = "item"
 INIT_STD = 0.02
-INIT_ROWS = 65_536  # rows that one seed initialises, whatever the sharding
+INIT_ROWS = 8192  # initialised at once: their temporaries stay in a core's cache
 
 FUSED_OPTIMIZERS = {
     "adam": EmbOptimType.ADAM,
@@ -76,10 +77,11 @@ class Shard:
 class ItemTables:
     """Lookup and update of M sharded tables of shape (num_rows, d): items, then the values of features."""
 
-    def __init__(self, config: Config, num_rows: int, world: World) -> None:
+    def __init__(self, config: Config, num_rows: int, world: World, initialise: bool = True) -> None:
+        """``initialise``: draw initial weights; without, a checkpoint must fill them, or `initialise` be called."""
         logging.getLogger("torchrec").setLevel(logging.ERROR)
         model, train = config.model, config.train
-        self.num_rows = num_rows
+        self.num_rows, self.seed = num_rows, train.seed
         self.dim = model.view_dim
         self.device = world.device
         self.optimizer_name = train.table_optimizer
@@ -119,7 +121,8 @@ class ItemTables:
         touched_rows = replace_dense_tables(self.model.module) if train.table_optimizer == "adam" else []
         if on_cpu:
             _return_sequences_from_dense_cpu_tables(self.model.module)  # type: ignore[arg-type]
-        self._initialise(train.seed)
+        if initialise:
+            self.initialise()
         self.optimizer = self._unfused_optimizer(config, world, touched_rows)
 
     def lookup(self, ids: Tensor) -> Tensor:
@@ -210,21 +213,29 @@ class ItemTables:
                 "fewer processes, or data_parallel"
             )
 
-    def _initialise(self, seed: int) -> None:
-        """Truncated normal, the same values for every number of ranks and every sharding."""
+    @torch.no_grad()
+    def initialise(self, rows: Tensor | None = None) -> None:
+        """Draws initial weights of ``rows`` (num_rows,) bool, None: all, from a normal distribution cut at two deviations.
+
+        A weight follows from the seed, its table, row and column: the same for any number of ranks, sharding and device.
+        """
+        low = torch.special.ndtr(torch.tensor(-2.0)).item()
         for shard in self.weights():
-            rows, columns = shard.tensor.shape
-            first, left = shard.offsets
-            table = self.names.index(shard.name)
-            for chunk in range(first // INIT_ROWS, -(-(first + rows) // INIT_ROWS)):
-                generator = torch.Generator().manual_seed(mix_seed(seed, table, chunk))
-                start = chunk * INIT_ROWS
-                values = torch.empty(min(INIT_ROWS, self.num_rows - start), self.dim)
-                nn.init.trunc_normal_(values, std=INIT_STD, a=-2 * INIT_STD, b=2 * INIT_STD, generator=generator)
-                low, high = max(first, start), min(first + rows, start + values.shape[0])
-                shard.tensor[low - first : high - first].copy_(
-                    values[low - start : high - start, left : left + columns]
-                )
+            (first, left), (count, columns) = shard.offsets, shard.tensor.shape
+            table_key = torch.tensor([mix_seed(self.seed, self.names.index(shard.name))], device=self.device)
+            words = torch.arange(left // 2, -(-(left + columns) // 2), device=self.device)
+            for start in range(0, count, INIT_ROWS):
+                part = slice(start, min(start + INIT_ROWS, count))
+                keys = derive(table_key, torch.arange(first + part.start, first + part.stop, device=self.device))
+                bits = derive(keys[:, None], words).view(torch.int32)[:, left % 2 : left % 2 + columns]  # two a word
+                uniform = ((bits >> 8) + (2**23 + 0.5)) * 2.0**-24
+                values = torch.erfinv(2 * (low + (1 - 2 * low) * uniform) - 1) * (INIT_STD * 2**0.5)
+                values.clamp_(-2 * INIT_STD, 2 * INIT_STD)  # rounding at the ends
+                if rows is None:
+                    shard.tensor[part] = values
+                else:
+                    wanted = rows[first + part.start : first + part.stop].to(self.device)
+                    shard.tensor[part][wanted] = values[wanted]
 
     def _unfused_optimizer(
         self, config: Config, world: World, touched_rows: list[TouchedRowTables]

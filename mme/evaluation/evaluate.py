@@ -173,7 +173,9 @@ def load_trained(
     """
     dataset = PreparedDataset.open(config.data.path, config.data.cache_dir)
     features = config.model.feature_columns
-    recommender = Recommender(config, dataset.num_items, world, dataset.feature_sizes(features))
+    recommender = Recommender(
+        config, dataset.num_items, world, dataset.feature_sizes(features), initialise_tables=False
+    )
     return dataset, recommender, load_weights(run, checkpoint, recommender, dataset.numbering_sha256(features))
 
 

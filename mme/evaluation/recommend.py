@@ -125,7 +125,7 @@ def recommend(run: Path, users: Path, output: Path, options: Options) -> Summary
         )
         given = with_features(given, table, str(users), model, numbering)
         known = given.of_known_items()
-        recommender = Recommender(config, info["num_items"], world, sizes)
+        recommender = Recommender(config, info["num_items"], world, sizes, initialise_tables=False)
         load_weights(run, None, recommender, numbering_sha256(data, info, model.feature_columns))
         lists = _rank(recommender, config, known, options.top_k, options.seen or config.eval.seen)
         is_fallback = known.lengths == 0
