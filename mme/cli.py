@@ -27,7 +27,7 @@ from mme.run.exit_status import job_status, print_error, rank
 from mme.serve.command import serve
 from mme.tune.command import tune
 
-# typer reads the annotations and Python 3.10 shows Optional[X] and X | None to it alike.
+# typer reads the annotations at run time.
 # ruff: noqa: UP045
 
 app = typer.Typer(name="mme", add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
@@ -104,8 +104,8 @@ def train(
     """Train a model, evaluate it and write the report.
 
     Alone in one process, or as a worker under torchrun. The run's folder (output_dir) gets config.yaml, metrics.jsonl,
-    checkpoints, TensorBoard files, log.txt and report.html. Started again with the same output_dir, the run goes on
-    from its newest complete checkpoint (train.resume=false: from the beginning).
+    checkpoints, TensorBoard files, log.txt and report.html. Started again with the same output_dir, the run
+    resumes from its newest complete checkpoint (train.resume=false: from the beginning).
 
     Examples:
 

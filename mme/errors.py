@@ -9,7 +9,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # that fre
 
 
 class UserError(Exception):
-    """Wrong input or configuration: the commands print its one line and leave with status 2.
+    """Wrong input or configuration: commands print its one line and exit with status 2.
 
     The message names the file, row, key or value, what was found and what was expected, for example
     ``events.csv: no column 'timestamp' (found: userId, movieId, rating)``.
@@ -17,7 +17,7 @@ class UserError(Exception):
 
 
 class JobError(Exception):
-    """The job can't go on, and all ranks know it: rank 0 prints the one line, and all leave with status 1."""
+    """The job can't continue, and all ranks know it: rank 0 prints the one line and all exit with status 1."""
 
 
 class NonFiniteError(JobError):

@@ -1,7 +1,7 @@
-"""The arithmetic of the model, counted once: for balance, for predictions and for utilisation.
+"""FLOPs of the model, counted in one place for load balancing, predictions and utilisation.
 
-Multiply-adds of the matrix products that the definition asks for, over true jagged lengths: no padding, nothing above the
-diagonal, nothing that backward computes again. A multiply-add is two FLOPs; backward has twice those of forward.
+Counted are the multiply-adds of the matrix products in the definition, over true jagged lengths: no padding, no masked pairs,
+no recomputation in backward. A multiply-add is two FLOPs; backward has twice as many as forward.
 
 Legend: N max_seq_len, M views, D total width, d view width, H heads, E experts, k top_k, f hidden width, n negatives.
 """
@@ -24,7 +24,7 @@ def projections(model: ModelConfig) -> int:
 
 
 def attention_pair(model: ModelConfig) -> int:
-    """Multiply-adds of a FuXi block and view for a query and a key: its score, and three channels of its value."""
+    """Multiply-adds of a FuXi block and view for one query-key pair: the score, and three channels of the value."""
     qk, v = head_widths(model)
     return qk + 3 * v
 
@@ -39,8 +39,8 @@ def training_flops(config: Config, num_tokens: int, num_pairs: int, num_items: i
 
     Args:
         num_tokens: T.
-        num_pairs: queries and keys that see each other, Σ L (L + 1) / 2 over the sequences.
-        num_items: of the catalogue, which the full softmax scores.
+        num_pairs: query-key pairs, Σ L (L + 1) / 2 over the sequences.
+        num_items: items of the catalogue, all of which the full softmax scores.
     """
     model, loss = config.model, config.loss
     blocks, with_experts, top_k = model.num_blocks, len(model.expert_blocks), model.moe.top_k

@@ -1,4 +1,4 @@
-"""One optimizer step of Fuxi-MME, as the paper's algorithm reads.
+"""One optimizer step of Fuxi-MME, in the order of the paper's algorithm.
 
 Look up the rows of the batch's distinct items in the sharded tables once, pass all views through the shared decoder,
 score every next item against its negatives, add the routers' losses, and step tables and decoder if all gradients are
@@ -33,11 +33,11 @@ from mme.run.non_finite import is_spoiled
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did, over all ranks.
+    """The result of a step over all ranks.
 
     Attributes:
         loss: mean over the tokens of −log softmax at the target, without the routers' losses.
-        skipped: the loss or a gradient was not finite, and nothing was changed.
+        skipped: the loss or a gradient was not finite; the step changed nothing.
         votes: for each of the votes given, whether any rank gave it.
         tokens: target tokens.
         lr: the decoder's learning rate.
@@ -56,13 +56,13 @@ class StepResult:
 
 @dataclass(frozen=True)
 class Gradients:
-    """The gradients of one batch, not applied yet, and what else its forward gave (see `StepResult`).
+    """The gradients of one batch, not applied yet, and further results of its forward pass (see `StepResult`).
 
     Attributes:
-        finite: the loss and every gradient, on all ranks.
+        finite: whether the loss and every gradient are finite on all ranks.
         ids: (U,) the items and features of those rows.
-        looked_up: (U, M, d) the rows that this rank brought from the tables, with their history.
-        item_rows: (U, M, d) their gradient.
+        looked_up: (U, M, d) the rows that this rank fetched from the tables, attached to the autograd graph.
+        item_rows: (U, M, d) the gradient of ``looked_up``.
     """
 
     loss: float
@@ -108,10 +108,11 @@ class TrainStep:
     def __call__(self, step: int, batch: SequenceBatch, skipped: int = 0, votes: Sequence[bool] = ()) -> StepResult:
         """The ``step``-th step, from 0, on this rank's part of the batch; it may be empty.
 
-        ``skipped``: how many of the steps before were skipped. ``votes``: what this rank wants all ranks to know.
+        ``skipped``: number of steps skipped before. ``votes``: this rank's votes; the result says for each whether any rank
+        voted yes.
         """
         lr = self._set_lr(step)
-        # A lookup counts as a step of FBGEMM's Adam, also in an evaluation or where no update followed.
+        # FBGEMM's Adam counts every lookup as a step, even in an evaluation or without an update.
         self.recommender.tables.set_optimizer_step(step - skipped)
         gradients = self.backward(step, batch, votes)
         return StepResult(
@@ -125,7 +126,7 @@ class TrainStep:
         )
 
     def backward(self, step: int, batch: SequenceBatch, votes: Sequence[bool] = ()) -> Gradients:
-        """Everything up to the gradients of the global mean: the decoder's in the engine, the looked-up rows' returned."""
+        """Forward and backward: the gradients of the global mean, of the decoder in the engine, of the rows as a result."""
         world, train = self.recommender.world, self.config.train
         with region("data"):
             parts = [part.to(world.device) for part in batch.split(train.micro_batches)]
@@ -134,7 +135,7 @@ class TrainStep:
             items = self.sample_items(parts, seed, self._targets_of_all_ranks(parts))
             looked_up = self.recommender.tables.lookup(items[0].ids)
         self.engine.train()
-        # Backward stops here: the tables' own, which may update them at once, waits until all is known to be finite.
+        # Backward stops here. That of the tables may update them at once, so it waits until all gradients are known to be finite.
         item_rows = looked_up.detach().requires_grad_()
         done = []
         for number, (part, part_items) in enumerate(zip(parts, items, strict=True), 1):
@@ -187,7 +188,7 @@ class TrainStep:
             if part.trained is not None:
                 losses = losses.masked_fill(~part.trained, 0.0)
         counts = torch.stack([r.counts for r in output.routing]) if output.routing else part.seq_offsets.new_zeros(0)
-        # Experts see the users' tokens, too, which have no target.
+        # Users' tokens have no target, but are routed to experts too.
         routed = part.num_tokens + (part.num_sequences if rows.users.shape[1] else 0)
         sizes = counts.new_tensor([routed, part.num_tokens, batch.num_tokens, batch.num_targets])
         summed, sizes = world.sum(torch.cat([counts.flatten(), sizes])).split([counts.numel(), 4])
@@ -201,7 +202,7 @@ class TrainStep:
 
     @region("optimizer")
     def update(self, gradients: Gradients) -> bool:
-        """Steps decoder and tables; or, where a gradient is not finite, drops all and leaves every bit as it was."""
+        """Steps decoder and tables; if a gradient is not finite, drops all gradients and changes no bit."""
         recommender, limit = self.recommender, self.config.train.grad_clip
         if not gradients.finite:
             spoil_gradients(self.engine)
@@ -237,7 +238,7 @@ class TrainStep:
 
 
 def lr_factor(schedule: str, warmup_steps: int, step: int, total_steps: int) -> float:
-    """What the learning rates are multiplied by at ``step`` (from 0): linear warm-up, then constant or half a cosine."""
+    """The factor of the learning rates at ``step``, from 0: linear warm-up, then constant or half a cosine period."""
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if schedule == "constant":

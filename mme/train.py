@@ -1,4 +1,4 @@
-"""The training job: batches in, checkpoints and metrics out; one step is `mme.step`."""
+"""The training job: reads batches, runs steps (`mme.step`), writes checkpoints and metrics."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ from mme.run.same_job import require_same_job, require_shared_folder
 from mme.run.watchdog import Watchdog
 from mme.step import StepResult, TrainStep
 
-Batch = tuple[Progress, SequenceBatch, Progress]  # where training stands, what is next, where it stands then
+Batch = tuple[Progress, SequenceBatch, Progress]  # progress before the batch, the batch, progress after it
 
 
 def train(config: Config) -> list[dict[str, Any]]:
-    """Trains, evaluates and leaves a run's folder behind; returns the final test records of the model and the baseline.
+    """Trains and evaluates a model and writes a run's folder; returns the final test records of the model and the baseline.
 
     Raises:
-        UserError: configuration, data or checkpoint do not fit.
+        UserError: configuration, data or checkpoint do not match.
     """
-    # The watchdog is to notice before a collective has waited too long.
+    # The watchdog must notice a hang before a collective times out.
     patience_s = max(PATIENCE_S, config.train.hang_timeout_s + 120)
     with Preemption(Path(config.output_dir)) as preemption, process_group(patience_s) as world:
         validate_world_size(config, world.size)
@@ -61,7 +61,7 @@ def train(config: Config) -> list[dict[str, Any]]:
 
 
 class Training:
-    """One run: model, optimizers, data and what has been done so far."""
+    """One run: model, optimizers, data and progress."""
 
     def __init__(self, config: Config, dataset: PreparedDataset, world: World, preemption: Preemption) -> None:
         self.config, self.dataset, self.world, self.preemption = config, dataset, world, preemption
@@ -92,7 +92,7 @@ class Training:
         self._look_up_targets()
 
     def _look_up_targets(self) -> None:
-        """Before anything is trained: there must be some, and the data set may be replaced while the job runs."""
+        """Checks before training that each part has targets, and hashes them now: the data set may be replaced meanwhile."""
         for part in self.split.held_out:
             rows, _ = self.dataset.targets(self.split, part)
             if not rows.size:
@@ -127,7 +127,7 @@ class Training:
                     self.skipped_in_a_row = 0
                 self._record(monitor, at.step + 1, at.epoch, result)
                 stop, *votes = result.votes
-                writer.after_step(*votes)  # of the checkpoint before: of the next one, nothing is written yet
+                writer.after_step(*votes)  # votes on the previous checkpoint; the next one is not started yet
                 self._save_where_due(monitor, self._following(after), stop)
                 self.watchdog.beat(f"waiting for the batch of step {at.step + 2}")
                 self.pace.begin_step()
@@ -153,11 +153,11 @@ class Training:
                 monitor.note(line)
             progress = checkpoint.load_training(self.run_folder, self.recommender, self.engine, monitor.note)
         else:
-            self._begin_anew(monitor)
+            self._start_over(monitor)
         if progress is None:
             progress = Progress(0, 0, 0)
         else:
-            self._go_on(progress, monitor)
+            self._resume(progress, monitor)
         self.skipped = progress.skipped
         self.resumed_from = self.reached = progress.step
         if self.world.rank == 0:
@@ -178,15 +178,15 @@ class Training:
             )
         return progress
 
-    def _begin_anew(self, monitor: Monitor) -> None:
-        """Otherwise the newest and the best checkpoint would still be those of the run before."""
+    def _start_over(self, monitor: Monitor) -> None:
+        """Removes old checkpoints, which could otherwise be newer or better than those of this run."""
         if self.world.rank == 0:
             attempts.forget(self.run_folder)
         if self.world.rank == 0 and (removed := checkpoint.remove_all(self.run_folder)):
-            monitor.note(f"train.resume=false: {removed} checkpoints of the run before are removed")
+            monitor.note(f"train.resume=false: {removed} checkpoints of the previous run are removed")
         self.world.barrier()
 
-    def _go_on(self, progress: Progress, monitor: Monitor) -> None:
+    def _resume(self, progress: Progress, monitor: Monitor) -> None:
         if progress.dataset not in ("", self.dataset.sha256):
             raise UserError(
                 f"{checkpoint.folder(self.run_folder, progress.step)}: was trained on another data set than data.path="
@@ -195,31 +195,31 @@ class Training:
         self.writer.resumed_at(progress.step)
         self._keep_global_batches(progress, monitor)
         if self.world.rank == 0 and (changed := self._changed_settings()):
-            monitor.note(f"goes on with {', '.join(changed)}")
+            monitor.note(f"resumes with {', '.join(changed)}")
         if progress.step >= self.total_steps and not progress.evaluate:
             monitor.note(f"nothing is left to train: the checkpoint of step {progress.step} is tested again")
 
     def _changed_settings(self) -> list[str]:
-        """What differs from the configuration that the run had before, such as ``train.lr 0.01 (was 0.004)``."""
+        """What differs from the previous configuration of the run, such as ``train.lr 0.01 (was 0.004)``."""
         try:
             before = flat(load_saved_config(self.run_folder))
-        except UserError:  # none, or of a version with other keys
+        except UserError:  # there is none, or it was written by a version with other keys
             return []
         return [f"{key} {new} (was {before[key]})" for key, new in flat(self.config).items() if new != before[key]]
 
     def _keep_global_batches(self, progress: Progress, monitor: Monitor) -> None:
-        """As large as they were before, unless the configuration asks for another size now."""
+        """Keeps the size of global batches unless the configuration asks for another one now."""
         if progress.rank_batch == rank_batch(self.config):
             self.loader.set_shares(progress.shares)
         if self.loader.shares != self.world.size:
             monitor.note(
-                f"a global batch stays {progress.shares} × {progress.rank_batch}, now dealt over {self.world.size} "
-                "processes (another data.batch_size or data.tokens_per_batch would set it anew)"
+                f"a global batch stays {progress.shares} × {progress.rank_batch}, now dealt to {self.world.size} "
+                "processes (another data.batch_size or data.tokens_per_batch would change it)"
             )
         self.total_steps = self.step.total_steps = self._total_steps(progress)
 
     def _batches(self, progress: Progress) -> Iterator[Batch]:
-        """Where training stands, the batch to train on next, and where it stands then."""
+        """Yields each batch with the progress before and after it."""
         with closing(self.loader.stream(progress.epoch, progress.sequences)) as stream:
             for step, batch in zip(
                 range(progress.step, self.total_steps), each_in_region("data", stream), strict=False
@@ -230,7 +230,7 @@ class Training:
                 progress = after
 
     def _profiled(self, batches: Iterator[Batch], progress: Progress, monitor: Monitor) -> Iterator[Batch]:
-        """``batches``, with a profile of the steps that `train.profile` asks for on this rank."""
+        """``batches``; the steps that `train.profile` asks for on this rank are profiled."""
         train, ranks = self.config.train, self.config.train.profile_ranks
         if not train.profile or (ranks and self.world.rank not in ranks):
             return batches
@@ -261,17 +261,17 @@ class Training:
             monitor.experts(step, shares.tolist(), entropy, blocks, self._dropped(result), top_k=moe.top_k)
 
     def _dropped(self, result: StepResult) -> list[list[float]] | None:
-        """[block][view] share of the choices of all ranks that found their expert full; None where nothing is dropped."""
+        """[block][view] share of all ranks' choices that were dropped because their expert was full; None: no capacity is set."""
         dropped = [routing.dropped.sum(-1) for routing in result.routing if routing.dropped is not None]
         if not dropped:
             return None
         return (self.world.sum(torch.stack(dropped)) / result.counts.sum(-1).clamp(min=1)).tolist()
 
     def _on_non_finite(self, monitor: Monitor, step: int, batch: SequenceBatch, result: StepResult) -> None:
-        """Keeps the batch of a step that was skipped; stops the job, unless the configuration says to go on."""
+        """Saves the batch of a skipped step; stops the job unless `train.on_non_finite` is skip."""
         if self.skipped < MOST_KEPT:
             save_batch(self.run_folder, step, self.world.rank, batch)
-        self.world.barrier()  # all ranks' parts are there before the job ends
+        self.world.barrier()  # every rank has saved its part before the job ends
         self.skipped, self.skipped_in_a_row = self.skipped + 1, self.skipped_in_a_row + 1
         what = "a gradient" if math.isfinite(result.loss) else "the loss"
         found = f"{what} at step {step} is not finite; its batch is in {self.run_folder / NON_FINITE_FOLDER}/step_{step}_rank_*.parquet"
@@ -282,7 +282,7 @@ class Training:
         monitor.warn(f"{found}; the step is skipped")
 
     def _router_entropy(self, result: StepResult) -> Tensor:
-        """(blocks, M) mean entropy in nats of the routers' probabilities over the tokens of all ranks."""
+        """(blocks, M) entropy in nats of the routers' probabilities, averaged over the tokens of all ranks."""
         num_views = self.config.model.num_tables
         sums = [
             torch.special.entr(routing.probabilities.detach()).sum(-1).view(num_views, -1).sum(-1)
@@ -292,7 +292,7 @@ class Training:
         return self.world.sum(torch.stack(sums)) / rows.clamp(min=1)
 
     def _following(self, after: Progress) -> Progress:
-        """``after``, a step's, with whether it is to be evaluated there."""
+        """``after``, completed with what the next steps and a checkpoint need, such as whether an evaluation is due."""
         ends_epoch, every = after.sequences == 0, self.config.train.eval_every
         due = after.step % every == 0 if every else ends_epoch
         return replace(
@@ -319,7 +319,7 @@ class Training:
         self.watchdog.beat("saving before it stops")
         self.writer.save(progress)
         self.writer.wait()
-        raise Preempted(f"asked to stop: saved at step {progress.step}; the same command goes on from there")
+        raise Preempted(f"asked to stop: saved at step {progress.step}; the same command resumes from there")
 
     def _evaluate_and_save(self, monitor: Monitor, progress: Progress) -> None:
         try:
@@ -331,7 +331,7 @@ class Training:
         self.writer.save(replace(progress, evaluate=False, score=score))
 
     def _test(self, monitor: Monitor) -> list[dict[str, Any]]:
-        """The test metrics of the checkpoint that validation chose (the last one where there is no validation)."""
+        """The test metrics of the checkpoint with the best validation metrics (without validation, of the last one)."""
         step = checkpoint.load_weights(self.run_folder, None, self.recommender, self.numbering, monitor.note)
         records = self._evaluate("test", step, keep_ranks_in=self.run_folder)
         self._show(monitor, records)
@@ -345,17 +345,17 @@ class Training:
 
     @region("evaluation")
     def _evaluate(self, part: HeldOut, step: int, keep_ranks_in: Path | None = None) -> list[dict[str, Any]]:
-        """Raises Preempted, on all ranks, where one of them has been asked to stop."""
+        """Raises Preempted on all ranks if one of them has been asked to stop."""
 
         def before_batch() -> None:
             self.watchdog.beat(f"evaluating step {step}")
             if self.world.sum(torch.tensor(int(self.preemption.requested), device=self.world.device)):
-                raise Preempted(f"asked to stop while step {step} was evaluated; the same command goes on from there")
+                raise Preempted(f"asked to stop while step {step} was evaluated; the same command resumes from there")
 
         return evaluate(self.recommender, self.dataset, self.config, part, step, before_batch, keep_ranks_in)
 
     def _total_steps(self, progress: Progress) -> int:
-        """Steps until `train.steps` or `train.epochs` is reached, whichever is first, those up to ``progress`` included."""
+        """Steps of the whole run: up to ``progress``, then until `train.steps` or `train.epochs` is reached."""
         train = self.config.train
         if train.epochs is None:
             assert train.steps is not None
@@ -367,7 +367,7 @@ class Training:
 
 
 def rank_batch(config: Config) -> str:
-    """What `data` asks for on each process: ``64 sequences`` or ``4096 tokens``."""
+    """The batch size of each process, ``64 sequences`` or ``4096 tokens``."""
     tokens = config.data.tokens_per_batch
     return f"{config.data.batch_size} sequences" if tokens is None else f"{tokens} tokens"
 

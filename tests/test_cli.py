@@ -334,7 +334,7 @@ def test_interrupt_ends_with_one_line_and_the_same_command_goes_on(run: Path) ->
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130, errors
-    assert errors.splitlines()[-1] == "error: interrupted; the same command goes on from the newest checkpoint"
+    assert errors.splitlines()[-1] == "error: interrupted; the same command resumes from the newest checkpoint"
     assert "Traceback" not in errors
     done = run_mme("report", "--run", output)
     assert done.returncode == 0 and (output / "report.html").is_file()

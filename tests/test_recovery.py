@@ -132,7 +132,7 @@ def test_sigterm_saves_and_the_same_command_goes_on(data: Path, whole: Path, tmp
         assert not workers(run)
     (line,) = errors_of(run).splitlines()
     step = losses(run)[-1][0]
-    assert line == f"asked to stop: saved at step {step}; the same command goes on from there"
+    assert line == f"asked to stop: saved at step {step}; the same command resumes from there"
     assert (run / "checkpoints" / f"step_{step}" / "index.json").exists()
     with started(data, run) as job:
         assert job.wait(PATIENCE_S) == 0
@@ -163,7 +163,7 @@ def stop_while_it_evaluates(world: World, data: str, run: str) -> str:
 def test_sigterm_in_an_evaluation_leaves_it_to_the_next_start(data: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (message, _) = run_on(2, stop_while_it_evaluates, str(data), str(run))
-    assert message == "asked to stop: saved at step 14; the same command goes on from there"
+    assert message == "asked to stop: saved at step 14; the same command resumes from there"
     assert json.loads((run / "checkpoints" / "step_14" / "index.json").read_text())["progress"]["evaluate"]
     assert [line["step"] for line in metrics(run, "valid")] == [7, 7]
     with started(data, run) as job:

@@ -224,7 +224,7 @@ def test_a_run_that_begins_anew_leaves_nothing_of_the_run_before(data: Path, tmp
     assert train(data, run).returncode == 0
     done = train(data, run, "train.resume=false", "train.epochs=1", "train.seed=1")
     assert done.returncode == 0, done.stderr
-    assert "train.resume=false: 2 checkpoints of the run before are removed" in done.stdout
+    assert "train.resume=false: 2 checkpoints of the previous run are removed" in done.stdout
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_7"]
     assert [step for step, _ in losses(run)] == list(range(1, 8))
     assert metrics(run, "test")[0]["step"] == 7
@@ -236,7 +236,7 @@ def test_a_finished_run_says_what_is_asked_for_anew_and_that_nothing_is_trained(
     assert train(data, run, "train.epochs=1").returncode == 0
     again = train(data, run, "train.epochs=1", "train.lr=0.5")
     assert again.returncode == 0, again.stderr
-    assert "goes on with train.lr 0.5 (was 0.004)" in again.stdout
+    assert "resumes with train.lr 0.5 (was 0.004)" in again.stdout
     assert "nothing is left to train: the checkpoint of step 7 is tested again" in again.stdout
 
     prepare_synthetic("quickstart", tmp_path / "other", users=100, items=120, seed=4)

@@ -1,4 +1,4 @@
-"""What a sequence costs, and sequences dealt over the ranks so that none waits long for another."""
+"""The cost of a sequence, and how sequences are dealt to the ranks so that their loads are even."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ IntArray = NDArray[np.int64]
 
 
 def attention_equals_rest_at(model: ModelConfig) -> int:
-    """The length L, in tokens, at which attention costs a sequence as much as everything else in a block: the counts of
-    `mme.flops`, with as many keys for each query as the sequence is long.
+    """The length L, in tokens, at which attention costs as much as everything else in a block, by the counts of `mme.flops`
+    with L keys per query.
     """
     chosen = model.moe.top_k if model.moe.num_experts else 1
     return max(1, round((projections(model) + chosen * expert_row(model)) / attention_pair(model)))
 
 
 def sequence_cost(lengths: IntArray, equal_at: int) -> IntArray:
-    """What sequences of these lengths cost, in a unit of its own: L · (L + ``equal_at``)."""
+    """The cost of sequences of these lengths, in arbitrary units: L · (L + ``equal_at``)."""
     return lengths * (lengths + equal_at)
 
 
 def deal(costs: IntArray, world_size: int) -> IntArray:
-    """The rank of each sequence: from the costliest down, each goes to the rank that has least so far.
+    """The rank of each sequence: in descending order of cost, each goes to the rank with the lowest load so far.
 
-    No rank is left without a sequence where there are as many as ranks; of equal ranks the first is chosen.
+    Ties go to the lowest rank. If there are at least as many sequences as ranks, every rank gets one.
     """
     ranks = np.zeros(costs.size, dtype=np.int64)
     if world_size == 1:
@@ -36,8 +36,8 @@ def deal(costs: IntArray, world_size: int) -> IntArray:
     loads = np.zeros(world_size, dtype=np.int64)
     place = 0
     while place < order.size:
-        # Many at once, for with hundreds of ranks each has thousands to deal: the j-th next goes to the rank with the
-        # j-th smallest load, up to the first where one that has just been given a sequence has no more.
+        # Many at once, because with hundreds of ranks there are thousands of sequences: the j-th next one goes to the rank
+        # with the j-th lowest load, until a rank that has just received a sequence would have the lowest load again.
         lightest = loads.argsort(kind="stable")[: order.size - place]
         sequences = order[place : place + lightest.size]
         before, after = loads[lightest], loads[lightest] + costs[sequences]
@@ -50,6 +50,6 @@ def deal(costs: IntArray, world_size: int) -> IntArray:
 
 
 def straggler_share(costs: IntArray, ranks: IntArray, world_size: int) -> float:
-    """The share of the costliest rank's time that the ranks wait for it on average: (max − mean) / max."""
+    """The average share of time that ranks wait for the slowest one: (max − mean) / max of their loads."""
     load = np.bincount(ranks, weights=costs, minlength=world_size)
     return float(1 - load.mean() / load.max())

@@ -30,10 +30,10 @@ class SequenceBatch:
             seq_offsets[b] + b: the times of its tokens, then the time of the event to be predicted.
         target_ids: (T,) int64, the item that follows each token.
         user_rows: (B,) int64, the row of each sequence's user in the prepared data set.
-        trained: (T,) bool, tokens whose target is trained on, the others are only its context; None: all are.
-        event_features: (T, F) int64, the values of each token's event by `model.event_features`, 0: missing or unknown;
-            None: there are none. Those of the event to be predicted are not among them.
-        user_features: (B, G) int64, likewise of each user by `model.user_features`.
+        trained: (T,) bool, tokens whose target is trained on; the others are only context. None: all are trained on.
+        event_features: (T, F) int64, the values of each token's event, in the order of `model.event_features`; 0: missing or
+            unknown. None: no features. The features of the event to be predicted are never among them.
+        user_features: (B, G) int64, the values of each user, in the order of `model.user_features`.
     """
 
     item_ids: Tensor
@@ -67,14 +67,14 @@ class SequenceBatch:
         return [value for value in vars(self).values() if value is not None]
 
     def to(self, device: torch.device) -> SequenceBatch:
-        """The same batch on ``device``; to a GPU by way of pinned memory, so that the copy runs beside other work."""
+        """The batch on ``device``; copies to a GPU go through pinned memory, so that they overlap with other work."""
         moved = {name: _move(value, device) for name, value in vars(self).items() if value is not None}
         return replace(self, **moved)
 
     def split(self, num_parts: int) -> list[SequenceBatch]:
-        """As many batches of whole sequences, in order, with as equal numbers of them as can be; some may be empty."""
+        """``num_parts`` batches of whole sequences in order, with equal numbers of them up to one; some may be empty."""
         if num_parts == 1:
-            return [self]  # reads no offset, for which a GPU would have to be waited for
+            return [self]  # reading an offset would wait for the GPU
         borders = [self.num_sequences * part // num_parts for part in range(num_parts + 1)]
         parts = []
         for first, last in itertools.pairwise(borders):
@@ -96,7 +96,7 @@ class SequenceBatch:
 
 @dataclass(frozen=True)
 class EvaluationBatch:
-    """B histories, the item that each must rank first, and the items that it must not rank.
+    """B histories, the item that should rank first for each, and the items that are not ranked.
 
     Attributes:
         sequences: the newest ``max_seq_len`` events of each history; the last entry of each one's
@@ -121,7 +121,7 @@ class EvaluationBatch:
 
 
 def _move(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on ``device``, to a GPU by a copy that the host does not wait for."""
+    """The tensor on ``device``; the host does not wait for a copy to a GPU."""
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

@@ -35,7 +35,7 @@ from mme.errors import UserError
 from mme.files import PARTIAL, locked, make_folder, open_to_read, read_text, replacing
 
 RECORD = np.dtype([("item", "<i4"), ("timestamp", "<i8")])
-MOST_THREADS = 4  # that lay out parts beside each other
+MOST_THREADS = 4  # that write parts at the same time
 EVENTS_AT_ONCE = 1 << 18  # of a pass over all events
 NOTED_EVENTS = 10_000_000  # so many take seconds to lay out, and the user is told
 
@@ -43,7 +43,7 @@ Records = NDArray[np.void]
 
 
 class ReadError(Exception):
-    """The flat file can't be read any more, on this process at least. It is removed: the next start lays it out anew."""
+    """The flat file can no longer be read. It is removed, and the next start writes it again."""
 
 
 class EventFile:
@@ -73,7 +73,7 @@ class EventFile:
         view = records.view(np.uint8).data
         ranges = (np.stack([starts, lengths], 1) * self._record.itemsize).tolist()
         for start, size in ranges:
-            # The disk fetches all of them beside each other: cold, that gives several times the tokens a second.
+            # The disk fetches all ranges concurrently: with a cold cache this gives several times as many tokens per second.
             os.posix_fadvise(self._file.fileno(), start, size, os.POSIX_FADV_WILLNEED)
         place = 0
         for start, size in ranges:

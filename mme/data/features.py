@@ -1,4 +1,4 @@
-"""Columns of events beside item and time, such as an action or a rating: their values as small numbers.
+"""Further columns of events, such as an action or a rating: their values as small numbers.
 
 Each column has a vocabulary of its own: its values are numbered from 1 on as they come, 0 is a value that is missing or
 unknown. A value is a text; numbers and truth values count as the text they are written as, 4.0 as 4. What a set was

@@ -1,4 +1,4 @@
-"""Batches made ahead: assembled by reader threads, copied to the device beside the computation."""
+"""Prefetching: reader threads assemble batches and copy them to the device while it computes."""
 
 from __future__ import annotations
 
@@ -18,14 +18,13 @@ AHEAD = 2  # elements a reader makes that nobody has asked for yet
 def prefetch(
     makers: Iterable[Callable[[], Element]], readers: int = 1, device: torch.device | None = None
 ) -> Generator[Element, None, None]:
-    """What each of ``makers`` makes, in their order, whatever the number of threads that make them.
+    """The elements that ``makers`` return, in the order of the makers, for any number of threads.
 
-    At most `AHEAD` elements a reader wait to be taken. An exception of a maker is raised where its element would have
-    come. Closing the iterator, or letting go of it, ends the threads.
+    At most `AHEAD` elements per reader are waiting at any time. If a maker raises, its exception is raised in place of its
+    element. The threads end when the iterator is closed or collected.
 
     Args:
-        device: where the elements are wanted, which then have ``to`` and ``tensors`` as a `SequenceBatch` has; None:
-            where they are made.
+        device: copy the elements to this device; they must have ``to`` and ``tensors`` like `SequenceBatch`. None: no copy.
     """
     copies = _Copies(device) if device is not None and device.type == "cuda" else None
     waiting: deque[Future[Any]] = deque()
@@ -48,19 +47,19 @@ def prefetch(
 
 
 class _Copies:
-    """Copies from pinned memory on a stream of their own, so that no kernel of the training waits for one."""
+    """Copies from pinned memory on a separate stream, so that no training kernel waits for a copy."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._stream = device, torch.cuda.Stream(device)
 
     def start(self, make: Callable[[], Any]) -> tuple[Any, torch.cuda.Event]:
-        """In a reader: makes an element and begins its copy; the event tells when that is done."""
+        """In a reader: makes an element and starts its copy; the event is recorded when the copy is done."""
         made = make()
         with torch.cuda.stream(self._stream):
             return made.to(self._device), self._stream.record_event()
 
     def finish(self, copied: Any, event: torch.cuda.Event) -> Any:
-        """In the consumer: what its stream does from here on finds the copy done."""
+        """In the consumer: makes its stream wait for the copy."""
         stream = torch.cuda.current_stream(self._device)
         stream.wait_event(event)
         tensors: list[Tensor] = copied.tensors()

@@ -1,11 +1,11 @@
-"""Which stretches of the users' training events are the sequences that are trained on.
+"""Cuts the training events of users into the sequences that are trained on.
 
 A user with n training events has n - 1 targets, each an event with the one before it as its last token.
 
-    newest    one sequence a user: the newest min(n - 1, N) tokens; older targets are not trained on
+    newest    one sequence per user: the newest min(n - 1, N) tokens; older targets are not trained on
     sliding   every target once: the newest N tokens, then windows that end S tokens earlier each time, until the oldest
-              event is reached. With S < N a window begins with N - S tokens that only give context: their targets
-              belong to the window before, in which they have more history. The oldest window trains on all that it has.
+              event is reached. With S < N a window begins with N - S tokens that are only context: their targets are
+              trained in an older window, which gives them more history. The oldest window trains on all its tokens.
 
 N = 4, S = 2, tokens t0 … t6 (7 targets):
 
@@ -26,13 +26,13 @@ from mme.data.parts import IntArray
 
 
 class Sequences(NamedTuple):
-    """Some sequences, all (B,) int64.
+    """B sequences; all attributes are (B,) int64.
 
     Attributes:
-        rows: of the users.
-        starts: first token's place in the flat events.
-        lengths: tokens.
-        context: how many of them, the first ones, are not trained on.
+        rows: user rows.
+        starts: position of the first token in the flat events.
+        lengths: numbers of tokens.
+        context: how many tokens at the beginning are only context.
     """
 
     rows: IntArray
@@ -42,12 +42,12 @@ class Sequences(NamedTuple):
 
 
 class Windows:
-    """Numbers the sequences of a set, user after user, those of one user from the newest on."""
+    """Numbers the sequences of a training set: user by user, newest first within a user."""
 
     def __init__(self, begins: IntArray, ends: IntArray, max_seq_len: int, stride: int | None) -> None:
         """
         Args:
-            begins: (users,) place of each user's first training event in the flat events. ends: of the last one, excluded.
+            begins: (users,) position of each user's first training event in the flat events. ends: of the last one, exclusive.
             stride: S, from 1 to ``max_seq_len``; None: only the newest window.
         """
         self.begins, self.max_seq_len, self.stride = begins, max_seq_len, stride

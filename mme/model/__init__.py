@@ -1,1 +1,1 @@
-"""Fuxi-MME as single-device code: what is distributed is handed in."""
+"""Fuxi-MME as code for one device; distributed components are passed in."""

@@ -1,8 +1,8 @@
 """The blocks of SASRec and HSTU, the models that results are compared with.
 
-The blocks take the place of the FuXi block in the same decoder, over the same jagged tokens, by `model.block`. Their
-attention has no kernel of its own: sequences are padded in chunks of similar length, and a chunk's (n, n) scores are
-computed again in backward rather than kept.
+`model.block` puts these blocks in place of the FuXi block, in the same decoder and over the same jagged tokens. Their
+attention has no kernel: sequences of similar length are padded to chunks, and backward recomputes a chunk's (n, n) scores
+instead of keeping them.
 
 Legend: B sequences, N max_seq_len, T tokens, M views, d view width, H heads, G = M·H groups, S sequences of a chunk, n
 the longest of them.

@@ -1,8 +1,8 @@
-"""Where the values of events' and users' columns stand in the tables: behind the items, one block of rows a column.
+"""Rows of the tables for feature values: after the items, one block of rows per column.
 
-Every column has an embedding of its own in each of the M tables. As rows of the same tables they are sharded, updated and
-saved as the items are, whether a column has five values or a hundred million users, and the step's one lookup brings them
-with the items. Index 0 of each block is for a value that is missing or unknown.
+Every column has its own embeddings in each of the M tables. As rows of the same tables they are sharded, updated and saved
+like items, whether a column has five values or a hundred million users, and the single lookup of a step fetches them too.
+Index 0 of each block stands for a missing or unknown value.
 
 Legend: B sequences, T tokens, F event features, G user features.
 """
@@ -20,7 +20,7 @@ from mme.data.batch import SequenceBatch
 
 
 class InputRows(NamedTuple):
-    """The rows that make the tokens of a batch, all int64: of items (T,), of event features (T, F), of user features (B, G)."""
+    """The rows that the tokens of a batch are made of, all int64: of items (T,), of event features (T, F), of user features (B, G)."""
 
     items: Tensor
     events: Tensor

@@ -1,8 +1,8 @@
-"""From item rows to the M input views of a batch of sequences.
+"""The M input views of a batch of sequences, made from rows of the tables.
 
-X_m = √D · E_m[item] + pos_m[t], then dropout (Fuxi-MME, arXiv 2510.25285; FuXi-α, arXiv 2502.03036, for M = 1). An event's
-features are added to its item: √D · (E_m[item] + Σ_f E_m[value of f]). A user's features are the sum of their rows, as a
-token of its own before the history.
+X_m = √D · E_m[item] + pos_m[t], then dropout (Fuxi-MME, arXiv 2510.25285; FuXi-α, arXiv 2502.03036, for M = 1). The
+features of an event are added to its item: √D · (E_m[item] + Σ_f E_m[value of f]). The features of a user sum to a token
+before the history.
 
 Legend: B sequences, N max_seq_len, T tokens, M views, d view width, D = M·d, U distinct rows of a batch, F event features,
 G user features.
@@ -22,14 +22,14 @@ from kernels.dropout import dropout
 
 @dataclass(frozen=True)
 class UserTokens:
-    """B sequences that begin with a token of their user, T + B tokens in all.
+    """B sequences, each with a token of its user in front: T + B tokens in all.
 
     Worked example, lengths [2, 0, 3]: seq_offsets [0, 3, 4, 8], item_places [1, 2, 5, 6, 7].
 
     Attributes:
         seq_offsets: (B + 1,) int64, with the user's tokens.
-        timestamps: (T + 2B,) int64, each sequence's first time twice: the user's token has it too.
-        item_places: (T,) int64, where the tokens of items stand.
+        timestamps: (T + 2B,) int64, the first time of each sequence twice, since the user's token has it too.
+        item_places: (T,) int64, the places of item tokens.
     """
 
     seq_offsets: Tensor
@@ -38,7 +38,7 @@ class UserTokens:
 
     @classmethod
     def before(cls, seq_offsets: Tensor, timestamps: Tensor, num_tokens: int) -> UserTokens:
-        """Puts one before each sequence."""
+        """Puts a user's token in front of each sequence."""
         num_sequences = seq_offsets.numel() - 1
         number = torch.arange(num_sequences + 1, device=seq_offsets.device)
         repeats = torch.ones_like(timestamps)
@@ -52,10 +52,10 @@ class UserTokens:
 
 
 class InputViews(nn.Module):
-    """Scales the sum of each token's rows, adds a learned position to each view and drops out."""
+    """Scales the sum of each token's rows, adds a learned position to each view and applies dropout."""
 
     def __init__(self, num_views: int, view_dim: int, max_seq_len: int, dropout: float, positions: str) -> None:
-        """``positions``: "per_view", a position vector for each view; "shared", one for all."""
+        """``positions``: "per_view" for a position vector per view, "shared" for one for all views."""
         super().__init__()
         self.scale = (num_views * view_dim) ** 0.5
         self.dropout = dropout

@@ -1,12 +1,12 @@
-"""Mixture of gated experts: router, experts, and the seam at which tokens may travel to other ranks.
+"""Mixture of gated experts: router, experts, and the interface through which tokens may move to other ranks.
 
 p = softmax(z W_g) in float32, the k largest kept and (choice) renormalised to sum 1, y = Σ_k p_k · Expert_k(z). A
-router sees one view of a token, W_g (d, E), or (choice) all of them, W_g (M·d, M·E), and still decides for each by itself.
+router sees one view of a token, W_g (d, E), or (choice) all views, W_g (M·d, M·E); it decides for each view separately.
 Load-balance loss of the Switch Transformer (arXiv 2101.03961) and GShard (arXiv 2006.16668); router z-loss of ST-MoE
 (arXiv 2202.08906).
 
-The layer knows no process group: a dispatcher brings the rows to their experts and back. Where all experts
-are local none is needed; `mme.distributed.experts` has the one that crosses ranks.
+The layer knows no process group: a dispatcher takes rows to their experts and back. If all experts are local, none is
+needed; `mme.distributed.experts` has the dispatcher across ranks.
 
 Legend: R rows (tokens of all views), M views, d view width, E experts, k top_k, f hidden width of an expert.
 """
@@ -28,15 +28,15 @@ from mme.profiling.regions import region
 
 @dataclass(frozen=True)
 class Routing:
-    """What a router decided for the rows of one batch.
+    """The decisions of a router for the rows of one batch.
 
     Attributes:
         probabilities: (R, E) float32, softmax of the router's logits.
         logits: (R, E) float32.
         experts: (R, k) int64, the chosen experts.
         weights: (R, k) float32, their weights.
-        counts: (M, E) int64, how many choices each expert received from each view.
-        dropped: (M, E) int64, how many of them found the expert full; None where routing drops nothing.
+        counts: (M, E) int64, number of choices of each expert in each view.
+        dropped: (M, E) int64, how many of them exceeded the capacity; None: there is no capacity.
     """
 
     probabilities: Tensor
@@ -48,7 +48,7 @@ class Routing:
 
     @classmethod
     def of_parts(cls, parts: list[Routing]) -> Routing:
-        """What a router decided for a batch, from the parts of it."""
+        """The decisions for a batch, from those for its parts."""
         if len(parts) == 1:
             return parts[0]
         num_views = parts[0].counts.shape[0]
@@ -67,7 +67,7 @@ class Routing:
 
 
 class Dispatcher(Protocol):
-    """Brings rows sorted by expert to the ranks that own the experts, and the results back."""
+    """Sends rows sorted by expert to the ranks that own the experts, and returns the results."""
 
     num_local_experts: int
 
@@ -82,7 +82,7 @@ class Dispatcher(Protocol):
 
 
 class GatedExperts(nn.Module):
-    """num_experts gated FFNs of one shape, y = (SiLU(x W_1) ⊙ (x W_3)) W_2; one expert is the dense FFN."""
+    """num_experts gated FFNs of the same shape, y = (SiLU(x W_1) ⊙ (x W_3)) W_2; with one expert, the dense FFN."""
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int, backend: str = "auto") -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class GatedExperts(nn.Module):
 
 
 class DenseFFN(nn.Module):
-    """The same gated FFN for every row."""
+    """One gated FFN for all rows."""
 
     def __init__(self, dim: int, hidden_dim: int, backend: str = "auto") -> None:
         super().__init__()
@@ -124,11 +124,11 @@ class DenseFFN(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Every row goes to its k best experts.
+    """Sends every row to its k best experts.
 
-    No choice is dropped, unless ``capacity_factor`` c > 0 gives every expert room for ⌈c · R·k / E⌉ of a rank's R·k choices
-    (GShard, arXiv 2006.16668): first choices come before second ones, then rows in their order, and what an expert has no
-    room for adds nothing to its row.
+    No choice is dropped unless ``capacity_factor`` c > 0 limits every expert to ⌈c · R·k / E⌉ of a rank's R·k choices
+    (GShard, arXiv 2006.16668). First choices have priority over second ones, then earlier rows over later ones; a dropped
+    choice adds nothing to its row.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class MixtureOfExperts(nn.Module):
         capacity_factor: float = 0.0,
         views_seen: int = 1,
     ) -> None:
-        """``views_seen``: 1, a row is routed by itself; M, by all views of its token."""
+        """``views_seen``: 1 to route each row by itself, M to route it by all views of its token."""
         super().__init__()
         self.num_experts = num_experts
         self.views_seen = views_seen
@@ -181,7 +181,7 @@ class MixtureOfExperts(nn.Module):
             routing.experts.T.flatten(), self.num_experts, self._capacity(routing.experts.numel())
         )
         kept = kept.view(self.top_k, -1).T
-        expert = torch.where(kept, routing.experts, self.num_experts).flatten()  # what is dropped sorts last
+        expert = torch.where(kept, routing.experts, self.num_experts).flatten()  # dropped choices sort last
         order = torch.argsort(expert, stable=True)
         counts = torch.bincount(expert, minlength=self.num_experts + 1)[: self.num_experts]
         num_kept = int(counts.sum())
@@ -194,7 +194,7 @@ class MixtureOfExperts(nn.Module):
         return math.ceil(self.capacity_factor * num_choices / self.num_experts)
 
     def _by_view(self, experts: Tensor, num_views: int, chosen: Tensor | None = None) -> Tensor:
-        """(M, E) how many choices, of those ``chosen``, name each expert in each view."""
+        """(M, E) number of choices of each expert in each view, counting those marked ``chosen``."""
         view = torch.arange(num_views, device=experts.device).repeat_interleave(experts.numel() // num_views)
         bins = view * self.num_experts + experts.flatten()
         bins = bins if chosen is None else bins[chosen.flatten()]

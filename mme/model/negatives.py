@@ -1,14 +1,14 @@
-"""Where the negatives of sampled softmax come from, and how often each item is expected among them.
+"""How negatives are sampled, and how often each item is expected among them.
 
-With n negatives of a token, of which n_u are drawn from all I items alike and the others by a probability p, item i is
-expected q_i = n_u / I + (n − n_u) · p_i times. p is
+A token has n negatives: n_u are sampled uniformly from all I items, the others from a distribution p. The expected count of
+item i is q_i = n_u / I + (n − n_u) · p_i. p is
 
-    popularity   p_i ∝ (training events of i)^power, drawn from an alias table
+    popularity   p_i ∝ (training events of i)^power, sampled with an alias table
     in_batch     the targets of the global batch, each as likely as any other; over many batches that is p_i ∝ training events
 
-The log-Q correction subtracts ln q_i from the logit of a negative. The target is a candidate with certainty, so its own
-expected count is 1 and its logit stays. Then the sum of the softmax is on average that over the whole catalogue, whatever
-p, as long as every item has some chance:
+The log-Q correction subtracts ln q_i from the logit of a negative. The target is always a candidate: its expected count is 1
+and its logit is not changed. Then the denominator of the softmax is an unbiased estimate of that over the whole catalogue
+for any p that gives every item some probability:
 
     E[exp z_target + Σ_negatives exp z_i / q_i] = Σ_all exp z_i
 
@@ -36,10 +36,10 @@ from mme.data.batch import SequenceBatch
 
 
 class NegativeSampler:
-    """Draws negatives as `loss.sampling` says.
+    """Samples negatives as `loss.sampling` says.
 
     Args:
-        training_counts: (I,) how often each item occurs in the training events; None: not needed, see
+        training_counts: (I,) number of training events of each item; None where not needed, see
             `LossConfig.needs_training_counts`.
     """
 
@@ -77,7 +77,7 @@ class NegativeSampler:
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def negative_log_counts(self, ids: Tensor) -> Tensor:
-        """−ln q of each of ``ids``, float32; 0 for an item that is never drawn."""
+        """−ln q of each of ``ids``, float32; 0 for an item that is never sampled."""
         if self.expected_counts is None:  # all are uniform
             return torch.full(ids.shape, -math.log(self.num_uniform / self.num_items), device=ids.device)
         self.expected_counts = self.expected_counts.to(ids.device)
@@ -112,18 +112,18 @@ def token_places(batch: SequenceBatch, tokens: Tensor) -> Tensor:
 
 
 def build_alias_table(probabilities: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Two arrays (I,): item i, drawn with probability 1 / I, stays with probability keep[i], else becomes alias[i].
+    """Two arrays (I,): item i, drawn with probability 1 / I, is kept with probability keep[i] and otherwise becomes alias[i].
 
-    Light items (below 1 / I) are filled up by heavy ones, both in their order: what is owed up to a light item tells by
-    whom, and a heavy item that has given all it had to spare is filled up by the next one.
+    Light items (probability below 1 / I) are topped up by heavy ones, both in their order. The deficit summed over the light
+    items before one tells which heavy item tops it up; a heavy item that has spent its surplus is topped up by the next.
     """
     share = probabilities * probabilities.size
     light, heavy = np.flatnonzero(share < 1), np.flatnonzero(share >= 1)
-    owed = np.append(0, np.cumsum(1 - share[light]))  # up to and including each light item, after a 0
+    owed = np.append(0, np.cumsum(1 - share[light]))  # cumulative deficit of the light items, after a 0
     spare = np.cumsum(share[heavy] - 1)
     keep, alias = np.where(share < 1, share, 1.0), np.arange(share.size)
     alias[light] = heavy[np.searchsorted(spare, owed[:-1]).clip(max=heavy.size - 1)]
-    # The last heavy item has no next one: what rounding leaves there stays its own.
+    # The last heavy item has no successor: it keeps what rounding leaves.
     empty_after = np.searchsorted(owed, spare[:-1], side="right").clip(max=light.size)
     overdrawn = np.maximum(owed[empty_after] - spare[:-1], 0)
     keep[heavy[:-1]] = 1 - overdrawn

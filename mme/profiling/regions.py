@@ -1,8 +1,8 @@
-"""The parts of a training job that a profile tells apart, and the marks that say where they are in the code.
+"""The parts of a training job that a profile distinguishes, and the marks of these parts in the code.
 
-A mark costs two microseconds where no profile is recorded. It is innermost that counts: an exchange within the lookup is
-an exchange. What backward spends is attributed to the part whose forward made the operation, so marks stand in the
-forward pass alone (`mme.profiling.trace`).
+A mark costs two microseconds while no profile is recorded. The innermost mark counts: an exchange within the lookup is an
+exchange. An operation of backward belongs to the part of its forward operation, so only the forward pass has marks
+(`mme.profiling.trace`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ BACKWARD, EXCHANGE, OTHER = "backward", "exchange", "other"
 
 @contextmanager
 def region(name: str) -> Iterator[None]:
-    """Marks what runs inside, as a context or as a decorator, as the part ``name`` of `REGIONS`."""
+    """Marks code as the part ``name`` of `REGIONS`; a context manager or decorator."""
     if torch.autograd._profiler_enabled():
         with record_function(name):
             yield
@@ -43,7 +43,7 @@ def region(name: str) -> Iterator[None]:
 
 
 def each_in_region(name: str, source: Iterable[Element]) -> Iterator[Element]:
-    """The elements of ``source``; the wait for each is marked."""
+    """Yields the elements of ``source`` and marks the wait for each."""
     elements, end = iter(source), object()
     while True:
         with region(name):

@@ -1,6 +1,6 @@
-"""Where the time and the memory of profiled steps went, by part: read from the trace that PyTorch's profiler wrote.
+"""Time and memory of profiled steps by part, read from the trace that PyTorch's profiler wrote.
 
-A part is the innermost mark of `mme.profiling.regions` round an operation. Backward has no marks: autograd numbers the operations of
+The part of an operation is the innermost mark of `mme.profiling.regions` around it. Backward has no marks: autograd numbers the operations of
 forward, and each of its own steps carries the number of its operation, and with it its part.
 
 Each moment of the steps counts once, so that the parts add up to the whole:

@@ -82,7 +82,7 @@ def _summary(error: Exception) -> str:
 
 def _interrupted(folder: Path | None) -> str:
     if folder is not None and any(folder.glob("checkpoints/step_*")):
-        return "interrupted; the same command goes on from the newest checkpoint"
+        return "interrupted; the same command resumes from the newest checkpoint"
     return "interrupted"
 
 
