@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 
 from launcher.job import gpus
@@ -14,3 +15,6 @@ os.environ["NO_COLOR"] = "1"
 # deepspeed do too: a conftest deeper down would come too late.
 if not gpus():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # The server of all tests' processes starts once, with the imports done. (With GPUs it must not: CUDA may not be asked
+    # for in a process that forks.)
+    multiprocessing.set_forkserver_preload(["mme.train"])

@@ -22,8 +22,6 @@ def run_on(world_size: int, function: Callable[..., Any], *args: Any) -> list[An
         AssertionError: with the traceback of the first process that failed.
     """
     context = mp.get_context("forkserver")
-    if not torch.cuda.is_available():  # CUDA may not be asked for in a process that forks
-        context.set_forkserver_preload(["mme.train"])  # the imports, half of a short test, are done once
     results: Any = context.Queue()
     port = free_port()
     workers = [

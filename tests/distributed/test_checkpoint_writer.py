@@ -80,7 +80,6 @@ def load_and_save(world: World, run: str) -> Any:
 
 def test_a_writer_killed_in_the_middle_leaves_the_checkpoint_before(tmp_path: Path) -> None:
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["mme.train"])
     moments = random.Random(1)
     for attempt in range(3):
         run = tmp_path / str(attempt)
@@ -174,7 +173,6 @@ def save_on_and_on(run: Path, announced: Any) -> None:
 @pytest.mark.slow
 def test_killed_at_any_moment_nothing_announced_is_lost(tmp_path: Path) -> None:
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["mme.train"])
     moments = random.Random(2)
     for attempt in range(10):
         run = tmp_path / str(attempt)

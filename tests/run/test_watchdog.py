@@ -41,7 +41,6 @@ def fall_asleep() -> None:
 def test_the_rank_that_hangs_is_named(tmp_path: Path, hanging: str, doing: str) -> None:
     port = free_port()
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mme.train"])
     processes = [context.Process(target=work, args=(rank, port, tmp_path, hanging)) for rank in range(2)]
     for process in processes:
         process.start()
