@@ -86,3 +86,12 @@ def operator(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
 def dot_precision(dtype: torch.dtype) -> str:
     """`tl.dot`'s. float32 products follow torch.set_float32_matmul_precision: "highest" is exact, the others allow TF32."""
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+@torch.compiler.assume_constant_result
+def compute_capability(device: torch.device) -> int:
+    """Of a GPU, such as 80 or 90; in Triton's interpreter, on a CPU, that of an H100."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -20,6 +20,7 @@ class Variant:
         pairs: that a program covers in one pass of its innermost product loop: (query, key) pairs, slots × hidden units or
             tokens × items; 0: the loop is not counted.
         flops_per_pair: what the products of that loop need for a pair, 2 a multiply-add.
+        tiles_for: 80 or 90: only GPUs of this compute capability, or from 90 on, launch these tiles; 0: all GPUs do.
     """
 
     kernel: Any
@@ -31,3 +32,8 @@ class Variant:
     multiples_of_16: tuple[str, ...] = ()
     pairs: int = 0
     flops_per_pair: int = 0
+    tiles_for: int = 0
+
+    def serves(self, arch: int) -> bool:
+        """Whether GPUs of compute capability ``arch`` launch this variant."""
+        return self.tiles_for in (0, 90 if arch >= 90 else 80)

@@ -51,6 +51,7 @@ def expert_ffn(
     """
     _check(x, expert_offsets, w1, w3, w2)
     chosen = backend_for(backend, "x", x)
+    _check_slots(chosen, x.shape[0])
     if check_offsets and not torch.compiler.is_compiling():
         _check_values(expert_offsets, x.shape[0])
     if chosen == "torch":
@@ -103,11 +104,13 @@ def routed_expert_ffn(
     for name, tensor in (("order", order), ("choice_weights", choice_weights)):
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}; x is on {x.device}")
+    chosen = backend_for(backend, "x", x)
+    _check_slots(chosen, order.numel())
     if check_offsets and not torch.compiler.is_compiling():
         _check_values(expert_offsets, order.numel())
         if not torch.equal(order.sort().values, torch.arange(order.numel(), device=order.device)):
             raise ValueError(f"order must hold each of the {order.numel()} choices once")
-    if backend_for(backend, "x", x) == "triton":
+    if chosen == "triton":
         from kernels.expert_ffn.triton_form import WIDEST_BACKWARD, routed_expert_ffn_op
 
         if x.shape[1] <= WIDEST_BACKWARD:
@@ -141,6 +144,11 @@ def _check(x: Tensor, expert_offsets: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
     for name, tensor in ({"expert_offsets": expert_offsets} | weights).items():
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}; x is on {x.device}")
+
+
+def _check_slots(backend: str, slots: int) -> None:
+    if backend == "triton" and not torch.compiler.is_compiling() and slots >= 2**31:
+        raise ValueError(f"x has {slots} rows or choices; the triton backend takes fewer than 2**31")
 
 
 def _check_values(expert_offsets: Tensor, num_rows: int) -> None:

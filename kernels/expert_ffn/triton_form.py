@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.backend import dot_precision, operator
+from kernels.backend import compute_capability, dot_precision, operator
 from kernels.expert_ffn import triton_kernels, triton_wide_kernels
 from kernels.expert_ffn.autograd import like, register_pair, save_inputs
 
@@ -50,49 +50,75 @@ class LaunchConfig:
     product: Tiles
 
     @classmethod
-    def choose(cls, dim: int, itemsize: int, precision: str) -> LaunchConfig:
-        """Each entry is the largest of those tried that compiles for sm_80 and sm_90 without a spill
-        (`python -m kernels.aot`)."""
+    def choose(cls, dim: int, itemsize: int, precision: str, arch: int) -> LaunchConfig:
+        """For a GPU of compute capability ``arch``, such as 90. Each entry compiles without a spill and needs few
+        instructions a pair (`python -m kernels.aot`)."""
         width = max(16, triton.next_power_of_2(dim))
-        narrow, wide = (TILES_BF16, WIDE_BF16) if itemsize == 2 else (TILES_FP32, WIDE_FP32)
+        wide = WIDE_BF16 if itemsize == 2 else WIDE_FP32
         if itemsize == 4 and precision == "ieee":
             narrow, wide, width = TILES_RAGGED_EXACT if dim % 16 else TILES_EXACT, WIDE_EXACT, max(64, width)
-        elif width <= 256 and dim % 16:
-            narrow, width = TILES_RAGGED, max(64, width)
-        tiles = narrow.get(width, wide)
-        forward, rows, weights = tiles[:3]
+        else:
+            by_dtype = TILES_HOPPER if arch >= 90 else TILES_AMPERE
+            ragged = width <= 256 and dim % 16 > 0
+            narrow = by_dtype["ragged" if ragged else "bf16" if itemsize == 2 else "fp32"]
+            width = max(64, width) if ragged else width
+        forward, rows, weights, *_ = narrow.get(width, wide)
         return cls(Tiles(*forward), Tiles(*rows), Tiles(*weights), Tiles(*wide[3]))
 
 
-# By width: block, step, warps and stages of the three kernels.
+# By width: block, step, warps and stages of the three kernels. Hopper's instruction of the tensor cores takes 64 rows of
+# four warps: 8 warps want 128 rows, on 64 each half would compute the same. Ampere's takes 16 rows of one warp.
 WIDE_BF16 = ((128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 3), (128, 128, 8, 3))
 WIDE_FP32 = ((128, 64, 8, 2), (64, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2))
 WIDE_EXACT = (*WIDE_FP32[:2], (32, 64, 8, 2), WIDE_FP32[3])
-TILES_BF16 = {
-    16: ((128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 4, 2)),
-    32: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)),
-    64: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)),
-    128: ((128, 32, 8, 1), (64, 32, 8, 2), (32, 32, 8, 2)),
-    256: ((64, 32, 8, 2), *WIDE_BF16[1:3]),
+TILES_HOPPER = {
+    "bf16": {
+        16: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 2)),
+        32: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 2)),
+        64: ((128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 8, 2)),
+        128: ((128, 64, 8, 2), (128, 32, 8, 2), (128, 32, 8, 1)),
+        256: ((128, 32, 8, 2), *WIDE_BF16[1:3]),
+    },
+    "fp32": {
+        16: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)),
+        32: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)),
+        64: ((128, 64, 8, 2), (128, 32, 8, 1), (64, 32, 4, 1)),
+        128: ((128, 32, 8, 2), (64, 16, 4, 1), (32, 16, 4, 1)),
+        256: ((32, 32, 8, 1), *WIDE_FP32[1:3]),
+    },
+    # Rows that are no multiple of 16 columns are loaded an element at a time, with an address each.
+    "ragged": {
+        64: ((128, 64, 8, 2), (64, 32, 4, 1), (64, 32, 4, 1)),
+        128: ((128, 32, 8, 1), (128, 16, 8, 1), (64, 16, 4, 1)),
+        256: ((32, 16, 8, 1), *WIDE_FP32[1:3]),
+    },
 }
-TILES_FP32 = {
-    16: ((128, 64, 8, 3), (128, 64, 8, 3), (64, 32, 4, 2)),
-    32: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
-    64: ((64, 64, 8, 2), (64, 16, 8, 2), (32, 32, 4, 2)),
-    128: ((128, 32, 8, 2), (32, 32, 8, 1), (16, 16, 8, 1)),
-    256: ((32, 32, 8, 1), *WIDE_FP32[1:3]),
+TILES_AMPERE = {
+    "bf16": {
+        16: ((128, 64, 8, 3), (128, 64, 8, 2), (64, 32, 4, 2)),
+        32: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)),
+        64: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)),
+        128: ((128, 32, 8, 2), (64, 32, 4, 2), (128, 16, 8, 1)),
+        256: ((64, 32, 4, 2), *WIDE_BF16[1:3]),
+    },
+    "fp32": {
+        16: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 4, 2)),
+        32: ((128, 64, 8, 3), (128, 32, 8, 2), (64, 32, 8, 2)),
+        64: ((128, 32, 8, 2), (64, 16, 8, 2), (64, 16, 4, 1)),
+        128: ((128, 32, 8, 2), (32, 32, 8, 1), (64, 16, 8, 1)),
+        256: ((32, 32, 8, 1), *WIDE_FP32[1:3]),
+    },
+    "ragged": {
+        64: ((128, 32, 8, 2), (64, 16, 4, 1), (64, 32, 4, 1)),
+        128: ((64, 32, 4, 1), (128, 16, 8, 1), (64, 16, 4, 1)),
+        256: ((32, 16, 8, 1), *WIDE_FP32[1:3]),
+    },
 }
 # Exact float32 products run on vector units and keep their operands in registers.
 TILES_EXACT = {
     64: ((32, 32, 8, 1), (32, 16, 8, 1), (32, 32, 8, 1)),
     128: ((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
     256: ((16, 16, 4, 1), *WIDE_EXACT[1:3]),
-}
-# Rows that are no multiple of 16 columns are loaded an element at a time, with an address each.
-TILES_RAGGED = {
-    64: ((128, 64, 8, 2), (64, 16, 8, 1), (32, 32, 4, 2)),
-    128: ((32, 16, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
-    256: ((32, 16, 8, 1), *WIDE_FP32[1:3]),
 }
 TILES_RAGGED_EXACT = TILES_EXACT | {64: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32, 8, 1))}
 
@@ -115,8 +141,9 @@ class _Shape:
         top_k = 0 if choice_weights is None else choice_weights.shape[1]
         precision = dot_precision(x.dtype)
         constants = {"EXPERTS": triton.next_power_of_2(num_experts), "PRECISION": precision}
-        config = LaunchConfig.choose(dim, x.itemsize, precision)
-        return cls(x.shape[0] * max(1, top_k), top_k, dim, num_experts, hidden_dim, config, constants)
+        config = LaunchConfig.choose(dim, x.itemsize, precision, compute_capability(x.device))
+        num_slots = x.shape[0] * max(1, top_k)
+        return cls(num_slots, top_k, dim, num_experts, hidden_dim, config, constants)
 
     def nothing_to_do(self) -> bool:
         return 0 in (self.num_slots, self.dim, self.hidden_dim)

@@ -12,7 +12,7 @@ With routing, a slot's row is gathered as it is read, its result goes to the slo
 gradient falls out of dy W_2ᵀ: neither sorted copies nor unweighted results exist.
 
 A program finds its expert by itself, from the offsets: their values never reach the host. Slots of a chunk or
-block belong to one expert; programs past the true number of blocks end at once. Addresses are int64.
+block belong to one expert; programs past the true number of blocks end at once. Slots have int32 numbers, addresses int64.
 
 Legend: slots: rows, or with routing the R·k choices sorted by expert; d width, E experts, f hidden width; i_ indices, m_ masks, p_ pointers, b_ blocks of values.
 """
@@ -23,20 +23,22 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.fast_math import sigmoid_and_silu
+
 
 @triton.jit
 def locate(p_offsets, i_item, num_experts, block, EXPERTS: tl.constexpr):
     """Expert, first row and end of the expert's rows of the i-th block; expert ≥ num_experts: there is no such block."""
     i_expert = tl.arange(0, EXPERTS)
     m_expert = i_expert < num_experts
-    start = tl.load(p_offsets + i_expert, mask=m_expert, other=0)
-    end = tl.load(p_offsets + i_expert + 1, mask=m_expert, other=0)
+    start = tl.load(p_offsets + i_expert, mask=m_expert, other=0).to(tl.int32)
+    end = tl.load(p_offsets + i_expert + 1, mask=m_expert, other=0).to(tl.int32)
     blocks = (end - start + block - 1) // block
     expert = tl.sum((tl.cumsum(blocks, 0) <= i_item).to(tl.int32), 0)
     before = tl.sum(tl.where(i_expert < expert, blocks, 0), 0)
     safe = tl.minimum(expert, num_experts - 1)
-    first = tl.load(p_offsets + safe) + (i_item - before) * block
-    return expert, first, tl.load(p_offsets + safe + 1)
+    first = tl.load(p_offsets + safe).to(tl.int32) + (i_item - before) * block
+    return expert, first, tl.load(p_offsets + safe + 1).to(tl.int32)
 
 
 @triton.jit
@@ -54,17 +56,28 @@ def store_tile(p, value, row, m_row, column, columns_end, stride):
 
 
 @triton.jit
+def load_rows(p, row, m_row, column, D: tl.constexpr):
+    """As `load_tile`, of a (rows, D) matrix; the columns need no mask where tiles of them end with D."""
+    m_load = m_row[:, None]
+    if tl.constexpr(D) % column.shape[0]:
+        m_load &= column[None, :] < D
+    return tl.load(p + row[:, None].to(tl.int64) * D + column[None, :], mask=m_load, other=0.0)
+
+
+@triton.jit
 def load_weights(p, i_expert, i_column, i_hidden, hidden_dim, D: tl.constexpr):
     """(d, hidden) of W_1 or W_3."""
-    place = i_expert.to(tl.int64) * D * hidden_dim
-    return load_tile(p + place, i_column, i_column < D, i_hidden, hidden_dim, hidden_dim)
+    m_load = i_hidden[None, :] < hidden_dim
+    if tl.constexpr(D) % i_column.shape[0]:
+        m_load &= i_column[:, None] < D
+    p_load = p + i_expert.to(tl.int64) * D * hidden_dim + i_column[:, None] * hidden_dim + i_hidden[None, :]
+    return tl.load(p_load, mask=m_load, other=0.0)
 
 
 @triton.jit
 def load_weights_down(p, i_expert, i_hidden, i_column, hidden_dim, D: tl.constexpr):
     """(hidden, d) of W_2."""
-    place = i_expert.to(tl.int64) * D * hidden_dim
-    return load_tile(p + place, i_hidden, i_hidden < hidden_dim, i_column, D, D)
+    return load_rows(p + i_expert.to(tl.int64) * D * hidden_dim, i_hidden, i_hidden < hidden_dim, i_column, D)
 
 
 @triton.jit
@@ -74,23 +87,17 @@ def routed_rows(p_order, p_choice_weights, i_slot, m_slot, TOP_K: tl.constexpr):
     Without routing (TOP_K 0) a slot is a row. With it slot i holds choice order[i] = row · k + j.
     """
     if TOP_K:
-        i_choice = tl.load(p_order + i_slot, mask=m_slot, other=0)
+        i_choice = tl.load(p_order + i_slot, mask=m_slot, other=0).to(tl.int32)
         weight = tl.load(p_choice_weights + i_choice, mask=m_slot, other=0.0)
         return i_choice // TOP_K, i_choice, weight
     return i_slot, i_slot, tl.full(i_slot.shape, 1.0, tl.float32)
 
 
 @triton.jit
-def sigmoid(x):
-    return 1.0 / (1.0 + tl.exp(-x))
-
-
-@triton.jit
-def hidden_gradients(a, b, d_hidden):
+def hidden_gradients(a, b, d_hidden, APPROXIMATE: tl.constexpr):
     """(d a, d b, h) of h = SiLU(a) ⊙ b, float32."""
-    s = sigmoid(a)
-    silu = a * s
-    return d_hidden * b * (s + silu * (1.0 - s)), d_hidden * silu, silu * b
+    s, silu = sigmoid_and_silu(a, APPROXIMATE)
+    return d_hidden * b * (s + (silu - silu * s)), d_hidden * silu, silu * b
 
 
 @triton.jit
@@ -106,7 +113,7 @@ def forward_kernel(
     m_slot = i_slot < end
     source, target, weight = routed_rows(p_order, p_choice_weights, i_slot, m_slot, TOP_K)
     i_column = tl.arange(0, triton.next_power_of_2(max(D, 16)))
-    b_x = load_tile(p_x, source, m_slot, i_column, D, D)
+    b_x = load_rows(p_x, source, m_slot, i_column, D)
     b_y = tl.zeros([BLOCK, triton.next_power_of_2(max(D, 16))], tl.float32)
     for i_start in range(0, hidden_dim, STEP):
         i_hidden = i_start + tl.arange(0, STEP)
@@ -115,8 +122,8 @@ def forward_kernel(
         b_w2 = load_weights_down(p_w2, expert, i_hidden, i_column, hidden_dim, D)
         b_a = tl.dot(b_x, b_w1, input_precision=PRECISION)
         b_b = tl.dot(b_x, b_w3, input_precision=PRECISION)
-        b_h = (b_a * sigmoid(b_a) * b_b).to(b_x.dtype)
-        b_y = tl.dot(b_h, b_w2, b_y, input_precision=PRECISION)
+        _, b_silu = sigmoid_and_silu(b_a, b_x.dtype == tl.bfloat16)
+        b_y = tl.dot((b_silu * b_b).to(b_x.dtype), b_w2, b_y, input_precision=PRECISION)
     if TOP_K:
         b_y *= weight[:, None]
     store_tile(p_y, b_y, target, m_slot, i_column, D, D)
@@ -135,8 +142,8 @@ def backward_rows_kernel(
     m_slot = i_slot < end
     source, target, weight = routed_rows(p_order, p_choice_weights, i_slot, m_slot, TOP_K)
     i_column = tl.arange(0, triton.next_power_of_2(max(D, 16)))
-    b_x = load_tile(p_x, source, m_slot, i_column, D, D)
-    b_g = load_tile(p_grad, source, m_slot, i_column, D, D)
+    b_x = load_rows(p_x, source, m_slot, i_column, D)
+    b_g = load_rows(p_grad, source, m_slot, i_column, D)
     b_dx = tl.zeros([BLOCK, triton.next_power_of_2(max(D, 16))], tl.float32)
     d_choice = tl.zeros([BLOCK], tl.float32)
     for i_start in range(0, hidden_dim, STEP):
@@ -147,13 +154,14 @@ def backward_rows_kernel(
         b_a = tl.dot(b_x, b_w1, input_precision=PRECISION)
         b_b = tl.dot(b_x, b_w3, input_precision=PRECISION)
         b_dh = tl.dot(b_g, tl.trans(b_w2), input_precision=PRECISION)
+        b_da, b_db, b_h = hidden_gradients(b_a, b_b, b_dh, b_x.dtype == tl.bfloat16)
         if TOP_K:
             # ⟨dy, h W_2⟩ = ⟨dy W_2ᵀ, h⟩: the weight's gradient needs no result of forward.
-            d_choice += tl.sum(b_dh * b_a * sigmoid(b_a) * b_b, 1)
-            b_dh *= weight[:, None]
-        b_da, b_db, _ = hidden_gradients(b_a, b_b, b_dh)
+            d_choice += tl.sum(b_dh * b_h, 1)
         b_dx = tl.dot(b_da.to(b_x.dtype), tl.trans(b_w1), b_dx, input_precision=PRECISION)
         b_dx = tl.dot(b_db.to(b_x.dtype), tl.trans(b_w3), b_dx, input_precision=PRECISION)
+    if TOP_K:
+        b_dx *= weight[:, None]
     store_tile(p_dx, b_dx, target, m_slot, i_column, D, D)
     if TOP_K:
         tl.store(p_d_choice + target, d_choice, mask=m_slot)
@@ -179,29 +187,29 @@ def backward_weights_kernel(
     b_w2 = load_weights_down(p_w2, expert, i_hidden, i_column, hidden_dim, D)
     b_dw1 = tl.zeros([triton.next_power_of_2(max(D, 16)), STEP], tl.float32)
     b_dw3 = tl.zeros([triton.next_power_of_2(max(D, 16)), STEP], tl.float32)
-    b_dw2 = tl.zeros([STEP, triton.next_power_of_2(max(D, 16))], tl.float32)
-    for i_start in range(0, (end - first).to(tl.int32), BLOCK):
+    b_dw2 = tl.zeros([triton.next_power_of_2(max(D, 16)), STEP], tl.float32)
+    for i_start in range(0, end - first, BLOCK):
         i_slot = first + i_start + tl.arange(0, BLOCK)
         m_slot = i_slot < end
         source, _, weight = routed_rows(p_order, p_choice_weights, i_slot, m_slot, TOP_K)
-        b_x = load_tile(p_x, source, m_slot, i_column, D, D)
-        b_g = load_tile(p_grad, source, m_slot, i_column, D, D)
+        b_x = load_rows(p_x, source, m_slot, i_column, D)
+        b_g = load_rows(p_grad, source, m_slot, i_column, D)
         b_a = tl.dot(b_x, b_w1, input_precision=PRECISION)
         b_b = tl.dot(b_x, b_w3, input_precision=PRECISION)
         b_dh = tl.dot(b_g, tl.trans(b_w2), input_precision=PRECISION)
         if TOP_K:
             b_dh *= weight[:, None]
-        b_da, b_db, b_h = hidden_gradients(b_a, b_b, b_dh)
+        b_da, b_db, b_h = hidden_gradients(b_a, b_b, b_dh, b_x.dtype == tl.bfloat16)
         if TOP_K:
             b_h *= weight[:, None]
         b_dw1 = tl.dot(tl.trans(b_x), b_da.to(b_x.dtype), b_dw1, input_precision=PRECISION)
         b_dw3 = tl.dot(tl.trans(b_x), b_db.to(b_x.dtype), b_dw3, input_precision=PRECISION)
-        b_dw2 = tl.dot(tl.trans(b_h.to(b_x.dtype)), b_g, b_dw2, input_precision=PRECISION)
+        b_dw2 = tl.dot(tl.trans(b_g), b_h.to(b_x.dtype), b_dw2, input_precision=PRECISION)
     place = i_chunk.to(tl.int64) * D * hidden_dim
     m_column, m_hidden = i_column < D, i_hidden < hidden_dim
     store_tile(p_dw1 + place, b_dw1, i_column, m_column, i_hidden, hidden_dim, hidden_dim)
     store_tile(p_dw3 + place, b_dw3, i_column, m_column, i_hidden, hidden_dim, hidden_dim)
-    store_tile(p_dw2 + place, b_dw2, i_hidden, m_hidden, i_column, D, D)
+    store_tile(p_dw2 + place, tl.trans(b_dw2), i_hidden, m_hidden, i_column, D, D)
 
 
 @triton.jit

@@ -15,13 +15,14 @@ import triton.language as tl
 
 from kernels.expert_ffn.triton_kernels import (
     hidden_gradients,
+    load_rows,
     load_tile,
     load_weights,
     load_weights_down,
     locate,
-    sigmoid,
     store_tile,
 )
+from kernels.fast_math import sigmoid_and_silu
 
 
 @triton.jit
@@ -41,21 +42,23 @@ def hidden_kernel(
     b_dh = tl.zeros([BLOCK, STEP], tl.float32)
     for i_start in range(0, D, INNER):
         i_inner = i_start + tl.arange(0, INNER)
-        b_x = load_tile(p_x, i_row, m_row, i_inner, D, D)
+        b_x = load_rows(p_x, i_row, m_row, i_inner, D)
         b_w1 = load_weights(p_w1, expert, i_inner, i_hidden, hidden_dim, D)
         b_w3 = load_weights(p_w3, expert, i_inner, i_hidden, hidden_dim, D)
         b_a = tl.dot(b_x, b_w1, b_a, input_precision=PRECISION)
         b_b = tl.dot(b_x, b_w3, b_b, input_precision=PRECISION)
         if BACKWARD:
-            b_g = load_tile(p_grad, i_row, m_row, i_inner, D, D)
+            b_g = load_rows(p_grad, i_row, m_row, i_inner, D)
             b_w2 = load_weights_down(p_w2, expert, i_hidden, i_inner, hidden_dim, D)
             b_dh = tl.dot(b_g, tl.trans(b_w2), b_dh, input_precision=PRECISION)
+    approximate: tl.constexpr = p_x.dtype.element_ty == tl.bfloat16
     if BACKWARD:
-        b_da, b_db, b_h = hidden_gradients(b_a, b_b, b_dh)
+        b_da, b_db, b_h = hidden_gradients(b_a, b_b, b_dh, approximate)
         store_tile(p_da, b_da, i_row, m_row, i_hidden, hidden_dim, hidden_dim)
         store_tile(p_db, b_db, i_row, m_row, i_hidden, hidden_dim, hidden_dim)
     else:
-        b_h = b_a * sigmoid(b_a) * b_b
+        _, b_silu = sigmoid_and_silu(b_a, approximate)
+        b_h = b_silu * b_b
     store_tile(p_h, b_h, i_row, m_row, i_hidden, hidden_dim, hidden_dim)
 
 
@@ -104,7 +107,7 @@ def outer_kernel(
     i_left = (i_tile // right_steps) * STEP + tl.arange(0, STEP)
     i_right = (i_tile % right_steps) * STEP + tl.arange(0, STEP)
     b_sum = tl.zeros([STEP, STEP], tl.float32)
-    for i_start in range(0, (end - first).to(tl.int32), BLOCK):
+    for i_start in range(0, end - first, BLOCK):
         i_row = first + i_start + tl.arange(0, BLOCK)
         b_left = load_tile(p_left, i_row, i_row < end, i_left, left_dim, left_dim)
         b_right = load_tile(p_right, i_row, i_row < end, i_right, right_dim, right_dim)

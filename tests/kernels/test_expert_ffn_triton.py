@@ -252,6 +252,16 @@ def test_wrong_routing_is_named(backend: str, name: str, change: Callable[[Tenso
         routed_expert_ffn(**(arguments | {name: change(arguments[name])}), backend=backend)
 
 
+def test_more_slots_than_int32_numbers_are_refused() -> None:
+    x = torch.zeros(1, 4, device=DEVICE).expand(2**31, 4)
+    offsets = torch.tensor([0, 2**31], device=DEVICE)
+    weight = torch.zeros(1, 4, 4, device=DEVICE)
+    with pytest.raises(
+        ValueError, match=r"x has 2147483648 rows or choices; the triton backend takes fewer than 2\*\*31"
+    ):
+        expert_ffn(x, offsets, weight, weight, weight, backend="triton")
+
+
 def test_float64_runs_in_pytorch_unless_triton_is_named() -> None:
     offsets, (x, w1, w3, w2) = make_inputs([3, 4], 4, 5)
     assert expert_ffn(x, offsets, w1, w3, w2).dtype == torch.float64

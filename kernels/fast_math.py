@@ -1,0 +1,43 @@
+"""Functions for kernels in Triton: one special-function operation each where the compiler's own forms take several.
+
+    sigmoid_and_silu(x)   σ(x) = ½ + ½·tanh(x / 2) and x·σ(x); for bfloat16 operands by `tanh.approx.f32`
+
+`tanh.approx.f32` has a relative error of at most 2⁻¹¹, so σ is off by at most 2⁻¹². A value that is rounded to bfloat16
+afterwards is off by up to 2⁻⁹ of itself. For other dtypes σ is 1 / (1 + e⁻ˣ), exact to float32's rounding.
+
+Triton's interpreter runs no inline assembly. It computes tanh exactly and rounds it to 11 significant bits, which has the
+same error bound, so tests in the interpreter bear the error that a GPU would bring.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from kernels.backend import interpreting
+
+if interpreting():
+
+    @triton.jit
+    def tanh_approx(x):
+        exact = 2.0 / (1.0 + tl.exp(-2.0 * x)) - 1.0
+        bits = exact.to(tl.int32, bitcast=True)
+        return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+else:
+
+    @triton.jit
+    def tanh_approx(x):
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def sigmoid_and_silu(x, APPROXIMATE: tl.constexpr):
+    """(σ(x), x·σ(x)) of float32 values."""
+    if APPROXIMATE:
+        half = 0.5 * x
+        t = tanh_approx(half)
+        return 0.5 + 0.5 * t, half + half * t
+    s = 1.0 / (1.0 + tl.exp(-x))
+    return s, x * s
