@@ -149,7 +149,7 @@ def run_worker(arguments: list[str]) -> None:
             rates.append(measured.run(steps))
         if turn:
             padded.append(turn())
-        precision = getattr(torch, config.train.precision)
+        precision = getattr(torch, config.train.precision_on(world.device.type))
         matrix_flops = world.sum(torch.tensor(1e12 * matrix_rate(world.device, precision, 0.5)).to(world.device)).item()
         if world.rank == 0:
             counted = config.model.block == "fuxi"  # what `mme.flops` knows

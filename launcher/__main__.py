@@ -275,7 +275,9 @@ def plan(
     overrides: Overrides = None,
     nnodes: Nodes = 1,
     nproc_per_node: ClusterProcesses = 8,
-    gpu: Annotated[str, typer.Option(help="a100-80g or h100-80g; cpu: processes on a machine like this.")] = "h100-80g",
+    gpu: Annotated[
+        str, typer.Option(help="a100-80g, h100-80g, h200, b200 or l40s; cpu: processes on a machine like this.")
+    ] = "h100-80g",
     items: Items = None,
     as_configured: Annotated[
         bool, typer.Option("--as-configured", help="Take table sharding and expert-parallel size as they are set.")

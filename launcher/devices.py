@@ -74,6 +74,26 @@ _H100 = replace(
     local_bytes_per_s=450e9,  # NVLink 4
     network_bytes_per_s=50e9,  # NDR, 400 Gbit/s
 )
+# Rates without sparsity, from NVIDIA's data sheets; the driver's share of memory as on the A100.
+_H200 = replace(_H100, name="h200", memory=0.95 * 140e9, memory_bytes_per_s=4.8e12)
+_B200 = replace(
+    _H100,
+    name="b200",
+    memory=0.95 * 178e9,
+    float32_flops=75e12,
+    bfloat16_flops=2250e12,
+    memory_bytes_per_s=7.7e12,
+    local_bytes_per_s=900e9,  # NVLink 5
+)
+_L40S = replace(
+    _A100,
+    name="l40s",
+    memory=0.95 * 44 * GIB,  # 48 GB of GDDR6 with error correction
+    float32_flops=91.6e12,
+    bfloat16_flops=362e12,
+    memory_bytes_per_s=864e9,
+    local_bytes_per_s=32e9,  # PCIe 4.0 × 16: no NVLink
+)
 # One core with AVX2 and its share of the memory's bandwidth, gloo over the loopback and over a network of 10 Gbit/s.
 _CPU = Device(
     name="cpu",
@@ -93,7 +113,7 @@ _CPU = Device(
     host_step_s=5e-3,
     host_block_s=1e-3,
 )
-DEVICES = {device.name: device for device in (_A100, _H100, _CPU)}
+DEVICES = {device.name: device for device in (_A100, _H100, _H200, _B200, _L40S, _CPU)}
 
 
 def device_of(name: str, ranks_per_node: int) -> Device:

@@ -56,7 +56,10 @@ def show_plan(job: Job, gpu: str, items: int | None, *, choose: bool = True) -> 
     """
     device = device_of(gpu, job.nproc_per_node)
     config = job.load()
-    shape = Shape(config, job.nnodes * job.nproc_per_node, job.nproc_per_node, items or items_of(config))
+    shape = Shape(
+        config, job.nnodes * job.nproc_per_node, job.nproc_per_node, items or items_of(config),
+        "cuda" if device.is_gpu else "cpu",
+    )  # fmt: skip
     configured = _configured(shape)
     if not choose and configured is None:
         raise UserError("parallel.table_sharding (auto): TorchRec decides it at the start: leave out --as-configured")
@@ -140,7 +143,7 @@ def placement(shape: Shape) -> dict[str, str]:
 
 def assumptions(shape: Shape, device: Device) -> list[str]:
     """What the figures rest on, for the reader."""
-    precision = shape.config.train.precision
+    precision = shape.precision
     flops = device.bfloat16_flops if precision == "bfloat16" else device.float32_flops
     lines = [
         f"a cost model, not a measurement: nothing in its times was fitted to a GPU; {device.efficiency:.0%} of the peaks "

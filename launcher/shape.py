@@ -29,6 +29,7 @@ class Shape:
     ranks: int
     ranks_per_node: int
     items: int
+    device_type: str = "cpu"
 
     def __post_init__(self) -> None:
         if self.config.model.block != "fuxi":
@@ -39,9 +40,14 @@ class Shape:
         return math.ceil(self.ranks / self.ranks_per_node)
 
     @property
+    def precision(self) -> str:
+        """Of products in the decoder: ``float32`` or ``bfloat16``."""
+        return self.config.train.precision_on(self.device_type)
+
+    @property
     def number_bytes(self) -> int:
         """Of one number in the decoder."""
-        return 2 if self.config.train.precision == "bfloat16" else 4
+        return 2 if self.precision == "bfloat16" else 4
 
     @property
     def tokens(self) -> int:

@@ -88,3 +88,12 @@ def test_a_url_is_no_path(key: str, path: str) -> None:
         UserError, match=f"^{key}: {path}: {path.partition(':')[0]}:// is not supported: expected a path"
     ):
         load_config(None, [f"{name}={value}" for name, value in values.items()])
+
+
+@pytest.mark.parametrize(
+    "precision, on_gpu, on_cpu",
+    [("auto", "bfloat16", "float32"), ("float32", "float32", "float32"), ("bfloat16", "bfloat16", "bfloat16")],
+)
+def test_automatic_precision_follows_the_device(precision: str, on_gpu: str, on_cpu: str) -> None:
+    train = load_config(None, ["data.path=unused", f"train.precision={precision}"]).train
+    assert (train.precision_on("cuda"), train.precision_on("cpu")) == (on_gpu, on_cpu)

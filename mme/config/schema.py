@@ -302,10 +302,11 @@ class TrainConfig:
         "are accumulated. Less memory, the same step; the load-balancing loss is the mean over the parts.",
         above=0,
     )
-    precision: Literal["float32", "bfloat16"] = key(
-        "float32",
-        "Precision of matrix products in decoder and loss. Weights, gradients of weights, optimizer states, routers and "
-        "evaluation scores stay float32.",
+    precision: Literal["auto", "float32", "bfloat16"] = key(
+        "auto",
+        "Precision of matrix products in decoder and loss; `auto`: bfloat16 on GPUs, float32 on CPUs. Weights, gradients of "
+        "weights, optimizer states, routers and evaluation scores stay float32. On GPUs float32 products may round their "
+        "factors to TF32.",
     )
     recompute: Literal["none", "blocks"] = key(
         "none",
@@ -353,6 +354,12 @@ class TrainConfig:
         "Resume from the newest complete checkpoint in `output_dir`, if there is one; false: remove all checkpoints there "
         "and start from the beginning.",
     )
+
+    def precision_on(self, device_type: str) -> str:
+        """``float32`` or ``bfloat16``: what `precision` means on ``cuda`` or ``cpu``."""
+        if self.precision != "auto":
+            return self.precision
+        return "bfloat16" if device_type == "cuda" else "float32"
 
 
 @dataclass

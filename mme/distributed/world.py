@@ -96,6 +96,7 @@ def process_group(patience_s: float = PATIENCE_S) -> Iterator[World]:
         if processes > found:
             raise UserError(f"{processes} processes on a node with {found} GPUs: expected one GPU or more for each")
         torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _keep_freed_memory()
@@ -103,7 +104,10 @@ def process_group(patience_s: float = PATIENCE_S) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     patience = timedelta(seconds=patience_s)
     store = _group_store(rank, size, patience)
-    dist.init_process_group(backend, rank=rank, world_size=size, store=store, timeout=patience)
+    # With a device NCCL connects now, not in the first collective.
+    dist.init_process_group(
+        backend, rank=rank, world_size=size, store=store, timeout=patience, device_id=device if on_gpu else None
+    )
     import deepspeed  # reads DS_ACCELERATOR when it is imported
 
     # Else DeepSpeed compiles a collective of its own at the first start: a compiler, seconds, and a lock that a killed

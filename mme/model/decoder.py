@@ -42,7 +42,7 @@ class Decoder(nn.Module):
         super().__init__()
         model = config.model
         self.backend = config.kernels.backend
-        self.dtype = getattr(torch, config.train.precision)
+        self.precision_on = config.train.precision_on
         self.recompute = config.train.recompute == "blocks"
         self.max_seq_len = config.data.max_seq_len
         self.num_views, self.dropout = model.num_tables, model.dropout
@@ -83,7 +83,7 @@ class Decoder(nn.Module):
             keys = self._dropout_keys(dropout_keys, seq_offsets, num_tokens)
             x = self.inputs(
                 item_rows, item_index, seq_offsets, event_index, user_index, user_tokens, _site_keys(keys, 0)
-            ).to(self.dtype)
+            ).to(getattr(torch, self.precision_on(item_rows.device.type)))
         plan = None
         if self.plans_attention:
             with region("attention"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,18 @@ def test_features_have_rows_in_the_tables_too(tmp_path: Path) -> None:
     assert items_of(config) == FeatureRows(config.model, 1000, {"tab": 5, "user_id": 51}).num_rows
     unknown = launch("plan", "--config", CONFIG, f"data.path={tmp_path}", "model.event_features=[rating]")
     assert "dataset.json: rating is not in it" in the_error(unknown)
+
+
+def test_gpus_compute_in_bfloat16_unless_told_otherwise() -> None:
+    on_gpu = replace(shape(1), device_type="cuda")
+    assert (on_gpu.precision, on_gpu.number_bytes) == ("bfloat16", 2)
+    assert (shape(1).precision, shape(1).number_bytes) == ("float32", 4)
+    exact = replace(shape(1, "train.precision=float32"), device_type="cuda")
+    assert seconds(exact)["projections"] > seconds(on_gpu)["projections"]
+
+
+@pytest.mark.parametrize("name, faster_than", [("h200", "h100-80g"), ("b200", "h200"), ("h100-80g", "l40s")])
+def test_gpus_stand_in_their_order(name: str, faster_than: str) -> None:
+    quick, slow = (sum(seconds(shape(8), DEVICES[kind]).values()) for kind in (name, faster_than))
+    assert quick < slow
+    assert DEVICES[name].memory > DEVICES[faster_than].memory

@@ -59,3 +59,10 @@ def test_placement_says_which_blocks_have_experts() -> None:
 
 def test_positions_start_anew_in_each_sequence() -> None:
     assert positions_in_sequence(torch.tensor([0, 2, 2, 5]), 5).tolist() == [0, 1, 0, 1, 2]
+
+
+@pytest.mark.parametrize("precision, dtype", [("auto", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_computes_in_the_configured_precision_with_float32_weights(precision: str, dtype: torch.dtype) -> None:
+    model = decoder("model.num_tables=2", "model.moe.num_experts=4", f"train.precision={precision}")
+    assert model(*inputs([4, 3], 2)).hidden.dtype == dtype
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
