@@ -1,6 +1,7 @@
 """Functions for kernels in Triton: one special-function operation each where the compiler's own forms take several.
 
     sigmoid_and_silu(x)   σ(x) = ½ + ½·tanh(x / 2) and x·σ(x); for bfloat16 operands by `tanh.approx.f32`
+    exp2(x)               2ˣ by `ex2.approx.ftz.f32`, which rounds results below 2⁻¹²⁶ to zero
 
 `tanh.approx.f32` has a relative error of at most 2⁻¹¹, so σ is off by at most 2⁻¹². A value that is rounded to bfloat16
 afterwards is off by up to 2⁻⁹ of itself. For other dtypes σ is 1 / (1 + e⁻ˣ), exact to float32's rounding.
@@ -25,11 +26,21 @@ if interpreting():
         bits = exact.to(tl.int32, bitcast=True)
         return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
 
+    @triton.jit
+    def exp2(x):
+        return tl.exp2(x)
+
 else:
 
     @triton.jit
     def tanh_approx(x):
         return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+    @triton.jit
+    def exp2(x):
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
 
 
 @triton.jit

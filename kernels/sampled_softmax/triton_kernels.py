@@ -23,8 +23,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from kernels.fast_math import exp2
 from kernels.sampled_softmax.torch_form import MASKED_LOGIT
 
+_LOG2_E = tl.constexpr(1.4426950408889634)
+_LN_2 = tl.constexpr(0.6931471805599453)
 _MASKED = tl.constexpr(MASKED_LOGIT)
 _LOWEST = tl.constexpr(-1e38)  # of a running maximum: finite, so that the difference of two is a number
 
@@ -183,12 +186,36 @@ def _block_of_tokens(token_blocks, group_size, num_tokens, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _shared_tile(
-    b_first, b_second, i_row, i_target, m_tile, scale, b_offset, log_sum, PRECISION: tl.constexpr
+def _negatives(p_items, p_negatives, start, num_negatives, MASKED: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr):
+    """Which of STEP slots hold a negative, their items and these items' rows; all do unless MASKED."""
+    i_slot = start + tl.arange(0, STEP)
+    m_slot = i_slot < num_negatives if MASKED else tl.full([STEP], True, tl.int1)
+    i_row = tl.load(p_negatives + i_slot, mask=m_slot, other=0).to(tl.int32)
+    return m_slot, i_row, _load_rows(p_items, i_row, m_slot, D)
+
+
+@triton.jit
+def _forward_tile(
+    b_h, target, largest, total, p_items, p_negatives, p_bias, start, num_negatives, scale, offset,
+    MASKED: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Softmax's values of a tile whose rows and columns are (tokens, negatives), or the other way round; 0 where masked."""
-    z = tl.dot(b_first, tl.trans(b_second), input_precision=PRECISION) * scale + b_offset
-    return tl.where(m_tile & (i_row != i_target), tl.exp(z - log_sum), 0.0)
+    """Running maximum and sum of powers of two after STEP more negatives; ``scale`` and ``offset`` in powers of two."""
+    m_slot, i_row, b_e = _negatives(p_items, p_negatives, start, num_negatives, MASKED, D, STEP)
+    z = tl.dot(b_h, tl.trans(b_e), input_precision=PRECISION)
+    if p_bias is not None:
+        z = z * scale + _offsets(p_bias, i_row[None, :], m_slot[None, :], offset) * _LOG2_E
+    # The logit of a negative that is the target, -5e4, adds nothing in float32.
+    z = tl.where(i_row[None, :] != target[:, None], z, float("-inf"))
+    if MASKED:
+        z = tl.where(m_slot[None, :], z, float("-inf"))
+    if p_bias is None:
+        # One offset for all: the largest product tells the largest logit, so a value takes one multiply-add.
+        next_largest = tl.maximum(largest, tl.max(z, axis=1) * scale + offset)
+        z = z * scale - (next_largest - offset)[:, None]
+    else:
+        next_largest = tl.maximum(largest, tl.max(z, axis=1))
+        z -= next_largest[:, None]
+    return next_largest, total * exp2(largest - next_largest) + tl.sum(exp2(z), axis=1)
 
 
 @triton.jit
@@ -201,25 +228,54 @@ def forward_shared_kernel(
     b_h = _load_rows(p_hidden, i_token, m_token, D)
     target = tl.load(p_targets + i_token, mask=m_token, other=0).to(tl.int32)
     b_target = _load_rows(p_items, target, m_token, D)
+    scale *= _LOG2_E
+    if p_bias is None:
+        offset *= _LOG2_E
     z_target = tl.sum(b_h.to(tl.float32) * b_target.to(tl.float32), axis=1) * scale
     p_negatives += tl.cast(i_group, tl.int64) * num_negatives
     largest = z_target
     total = tl.full([BLOCK], 1.0, tl.float32)
-    for start in range(0, num_negatives, STEP):
-        i_slot = start + tl.arange(0, STEP)
-        m_slot = i_slot < num_negatives
-        i_row = tl.load(p_negatives + i_slot, mask=m_slot, other=0).to(tl.int32)
-        b_e = _load_rows(p_items, i_row, m_slot, D)
-        b_offset = _offsets(p_bias, i_row[None, :], m_slot[None, :], offset)
-        z = tl.dot(b_h, tl.trans(b_e), input_precision=PRECISION) * scale + b_offset
-        z = tl.where(i_row[None, :] == target[:, None], _MASKED, z)
-        z = tl.where(m_slot[None, :], z, float("-inf"))
-        next_largest = tl.maximum(largest, tl.max(z, axis=1))
-        total = total * tl.exp(largest - next_largest) + tl.sum(tl.exp(z - next_largest[:, None]), axis=1)
-        largest = next_largest
+    full = num_negatives // STEP * STEP
+    for start in range(0, full, STEP):
+        largest, total = _forward_tile(
+            b_h, target, largest, total, p_items, p_negatives, p_bias, start, num_negatives, scale, offset,
+            False, D, STEP, PRECISION,
+        )  # fmt: skip
+    if full < num_negatives:
+        largest, total = _forward_tile(
+            b_h, target, largest, total, p_items, p_negatives, p_bias, full, num_negatives, scale, offset,
+            True, D, STEP, PRECISION,
+        )  # fmt: skip
     log_total = tl.log(total)
-    tl.store(p_loss + i_token, (largest - z_target) + log_total, mask=m_token)
-    tl.store(p_log_sum + i_token, largest + log_total, mask=m_token)
+    tl.store(p_loss + i_token, (largest - z_target) * _LN_2 + log_total, mask=m_token)
+    tl.store(p_log_sum + i_token, largest * _LN_2 + log_total, mask=m_token)
+
+
+@triton.jit
+def _softmax_tile(b_first, b_second, i_row, i_target, scale, b_shift, PRECISION: tl.constexpr):
+    """Softmax's values of a tile whose rows and columns are (tokens, negatives), or the other way round.
+
+    ``scale`` and ``b_shift``, the token's log-sum less the negative's offset, are in powers of two: a value takes one
+    multiply-add and one exponential.
+    """
+    z = tl.dot(b_first, tl.trans(b_second), input_precision=PRECISION) * scale - b_shift
+    return tl.where(i_row != i_target, exp2(z), 0.0)
+
+
+@triton.jit
+def _backward_hidden_tile(
+    b_d, b_h, target, log_sum, p_items, p_negatives, p_bias, start, num_negatives, scale, offset,
+    MASKED: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    m_slot, i_row, b_e = _negatives(p_items, p_negatives, start, num_negatives, MASKED, D, STEP)
+    if p_bias is None:
+        b_shift = (log_sum - offset)[:, None]
+    else:
+        b_shift = log_sum[:, None] - _offsets(p_bias, i_row[None, :], m_slot[None, :], offset) * _LOG2_E
+    b_p = _softmax_tile(b_h, b_e, i_row[None, :], target[:, None], scale, b_shift, PRECISION)
+    if MASKED:
+        b_p = tl.where(m_slot[None, :], b_p, 0.0)
+    return tl.dot(b_p.to(b_e.dtype), b_e, b_d, input_precision=PRECISION)
 
 
 @triton.jit
@@ -231,23 +287,27 @@ def backward_hidden_shared_kernel(
     i_group, i_token, m_token = _block_of_tokens(token_blocks, group_size, num_tokens, BLOCK)
     b_h = _load_rows(p_hidden, i_token, m_token, D)
     target = tl.load(p_targets + i_token, mask=m_token, other=0).to(tl.int32)
-    log_sum = tl.load(p_log_sum + i_token, mask=m_token, other=0.0)
+    weight = tl.load(p_grad + i_token, mask=m_token, other=0.0) * scale
+    log_sum = tl.load(p_log_sum + i_token, mask=m_token, other=0.0) * _LOG2_E
+    scale *= _LOG2_E
+    if p_bias is None:
+        offset *= _LOG2_E
     p_negatives += tl.cast(i_group, tl.int64) * num_negatives
     # The target's part comes first: after the loop its rows would spill.
     b_target = _load_rows(p_items, target, m_token, D).to(tl.float32)
-    slope = tl.exp(tl.sum(b_h.to(tl.float32) * b_target, axis=1) * scale - log_sum) - 1.0
+    slope = exp2(tl.sum(b_h.to(tl.float32) * b_target, axis=1) * scale - log_sum) - 1.0
     b_d = slope[:, None] * b_target
-    for start in range(0, num_negatives, STEP):
-        i_slot = start + tl.arange(0, STEP)
-        m_slot = i_slot < num_negatives
-        i_row = tl.load(p_negatives + i_slot, mask=m_slot, other=0).to(tl.int32)
-        b_e = _load_rows(p_items, i_row, m_slot, D)
-        b_offset = _offsets(p_bias, i_row[None, :], m_slot[None, :], offset)
-        b_p = _shared_tile(
-            b_h, b_e, i_row[None, :], target[:, None], m_slot[None, :], scale, b_offset, log_sum[:, None], PRECISION
-        )
-        b_d = tl.dot(b_p.to(b_e.dtype), b_e, b_d, input_precision=PRECISION)
-    weight = tl.load(p_grad + i_token, mask=m_token, other=0.0) * scale
+    full = num_negatives // STEP * STEP
+    for start in range(0, full, STEP):
+        b_d = _backward_hidden_tile(
+            b_d, b_h, target, log_sum, p_items, p_negatives, p_bias, start, num_negatives, scale, offset,
+            False, D, STEP, PRECISION,
+        )  # fmt: skip
+    if full < num_negatives:
+        b_d = _backward_hidden_tile(
+            b_d, b_h, target, log_sum, p_items, p_negatives, p_bias, full, num_negatives, scale, offset,
+            True, D, STEP, PRECISION,
+        )  # fmt: skip
     _store_rows(p_d_hidden, b_d * weight[:, None], i_token, m_token, D)
 
 
@@ -265,20 +325,20 @@ def backward_negatives_kernel(
         tl.int32
     )
     b_e = _load_rows(p_items, i_row, m_slot, D)
-    b_offset = _offsets(p_bias, i_row[:, None], m_slot[:, None], offset)
+    b_offset = _offsets(p_bias, i_row[:, None], m_slot[:, None], offset) * _LOG2_E
     start = (i_split % splits) * split_tokens
     end = tl.minimum(tl.minimum(start + split_tokens, group_size), num_tokens - i_group * group_size)
     b_d = tl.zeros([BLOCK, triton.next_power_of_2(max(D, 16))], tl.float32)
     for first in range(start, end, STEP):
         i_local = first + tl.arange(0, STEP)
-        m_token = i_local < end
-        i_token = i_group * group_size + i_local
-        target = tl.load(p_targets + i_token, mask=m_token, other=0).to(tl.int32)
-        log_sum = tl.load(p_log_sum + i_token, mask=m_token, other=0.0)
-        b_h = _load_rows(p_hidden, i_token, m_token, D)
-        b_p = _shared_tile(
-            b_e, b_h, i_row[:, None], target[None, :], m_token[None, :], scale, b_offset, log_sum[None, :], PRECISION
-        )
-        b_w = b_p * tl.load(p_grad + i_token, mask=m_token, other=0.0)[None, :]
+        # Past the end the last token stands in with a gradient of 0, so that nothing but the gradient needs a mask.
+        i_token = i_group * group_size + tl.minimum(i_local, end - 1)
+        target = tl.load(p_targets + i_token).to(tl.int32)
+        log_sum = tl.load(p_log_sum + i_token) * _LOG2_E
+        grad = tl.load(p_grad + i_token, mask=i_local < end, other=0.0)
+        b_h = _load_rows(p_hidden, i_token, tl.full([STEP], True, tl.int1), D)
+        b_shift = log_sum[None, :] - b_offset
+        b_p = _softmax_tile(b_e, b_h, i_row[:, None], target[None, :], scale * _LOG2_E, b_shift, PRECISION)
+        b_w = b_p * grad[None, :]
         b_d = tl.dot(b_w.to(b_h.dtype), b_h, b_d, input_precision=PRECISION)
     _store_rows(p_partial, b_d * scale, tl.cast(i_split, tl.int64) * num_negatives + i_slot, m_slot, D)

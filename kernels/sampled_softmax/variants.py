@@ -79,4 +79,14 @@ def _variant(
             types[name] = "fp32"
         else:
             types[name] = "*fp32" if name.startswith("p_") else "i32"
-    return Variant(kernel, label, types, constants, num_warps=options["num_warps"], num_stages=options["num_stages"])
+    shared = kernel in SHARED_KERNELS
+    return Variant(
+        kernel,
+        label,
+        types,
+        constants,
+        num_warps=options["num_warps"],
+        num_stages=options["num_stages"],
+        pairs=options["BLOCK"] * options["STEP"] if shared else 0,
+        flops_per_pair=(2 if kernel is triton_kernels.forward_shared_kernel else 4) * width,
+    )

@@ -1,4 +1,4 @@
-"""Instructions a pair in the product loops of the expert FFN, as compiled for sm_90.
+"""Instructions a pair in the product loops of the expert FFN and of sampled softmax, as compiled for sm_90.
 
 The counts are exact: they change with the code and with Triton, not with the machine. A warp that computes what another
 one computes too, or a longer form of a function, shows as a higher count.
@@ -19,6 +19,7 @@ pytest.importorskip("triton")
 pytestmark = pytest.mark.slow
 
 EXPERTS = {"forward_kernel": 9.6, "backward_rows_kernel": 24, "backward_weights_kernel": 40}
+SOFTMAX = {"forward_shared_kernel": 12.25, "backward_hidden_shared_kernel": 9.25, "backward_negatives_kernel": 10.25}
 
 
 def compiled(only: str, path: Path) -> list[dict[str, Any]]:
@@ -32,6 +33,7 @@ def compiled(only: str, path: Path) -> list[dict[str, Any]]:
     "limits, variant",
     [
         pytest.param(EXPERTS, "bf16 d=128 top_k=2", id="experts"),
+        pytest.param(SOFTMAX, "sampled softmax bf16 D=64 ieee g=64", id="softmax"),
     ],
 )
 def test_counts(limits: dict[str, float], variant: str, tmp_path: Path) -> None:
