@@ -56,7 +56,7 @@ def main(
     variants = [variant for variant in variants if re.search(only, f"{variant.kernel.__name__} {variant.name}")]
     rows = []
     for variant in variants:
-        for one in filter(variant.serves, arch or sorted(SHARED_LIMIT_KIB)):
+        for one in filter(variant.runs_on, arch or sorted(SHARED_LIMIT_KIB)):
             rows.append(compile_variant(variant, one))
             print(" ".join(f"{name}={value}" for name, value in rows[-1].items()), file=sys.stderr, flush=True)
     text = json.dumps(rows, indent=1) + "\n"

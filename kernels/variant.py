@@ -17,10 +17,10 @@ class Variant:
         constants: the values of the constexpr arguments.
         num_warps, num_stages: of the launch.
         multiples_of_16: the integer arguments that are such in use, which lets loads be wide; Triton finds it at a launch.
+        archs: the compute capabilities whose tiles these are; 80 stands for all below 90, 90 for all from 90 on.
         pairs: that a program covers in one pass of its innermost product loop: (query, key) pairs, slots × hidden units or
             tokens × items; 0: the loop is not counted.
         flops_per_pair: what the products of that loop need for a pair, 2 a multiply-add.
-        tiles_for: 80 or 90: only GPUs of this compute capability, or from 90 on, launch these tiles; 0: all GPUs do.
     """
 
     kernel: Any
@@ -30,10 +30,10 @@ class Variant:
     num_warps: int
     num_stages: int
     multiples_of_16: tuple[str, ...] = ()
+    archs: tuple[int, ...] = (80, 90)
     pairs: int = 0
     flops_per_pair: int = 0
-    tiles_for: int = 0
 
-    def serves(self, arch: int) -> bool:
-        """Whether GPUs of compute capability ``arch`` launch this variant."""
-        return self.tiles_for in (0, 90 if arch >= 90 else 80)
+    def runs_on(self, arch: int) -> bool:
+        """Whether a GPU of this compute capability launches it."""
+        return (90 if arch >= 90 else 80) in self.archs

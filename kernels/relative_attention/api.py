@@ -5,8 +5,6 @@ Legend: B sequences, N max_seq_len, T tokens, G groups (views × heads).
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
@@ -14,9 +12,7 @@ from kernels.backend import backend_for, dot_precision, resolve_backend
 from kernels.relative_attention.plan import TilePlan, make_tile_plan
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS
 from kernels.relative_attention.torch_op import TiledAttention, tiled_op
-
-if TYPE_CHECKING:
-    from kernels.relative_attention.triton_form import WorkPlan
+from kernels.relative_attention.work_plan import WorkPlan, wide_sequences
 
 
 def plan_attention(
@@ -38,13 +34,14 @@ def plan_attention(
     """
     chosen = resolve_backend(backend, timestamps.device)
     _check_batch(seq_offsets, max_seq_len, timestamps)
-    _check_values(seq_offsets, max_seq_len, timestamps)
+    if torch.compiler.is_compiling():
+        return None if chosen == "torch" else WorkPlan(seq_offsets, timestamps, max_seq_len, any_wide=True)
     if chosen == "torch":
-        return None if torch.compiler.is_compiling() else make_tile_plan(seq_offsets, timestamps)
-    # Here, not above: the triton package need not be installed where it does not run.
-    from kernels.relative_attention.triton_form import WorkPlan
-
-    return WorkPlan(seq_offsets, timestamps.numel() - seq_offsets.numel() + 1, max_seq_len)
+        _check_values(seq_offsets, max_seq_len, timestamps)
+        return make_tile_plan(seq_offsets, timestamps)
+    wide = wide_sequences(seq_offsets, timestamps).any()
+    (any_wide,) = _check_values(seq_offsets, max_seq_len, timestamps, wide)
+    return WorkPlan(seq_offsets, timestamps, max_seq_len, bool(any_wide))
 
 
 def relative_attention(
@@ -96,12 +93,12 @@ def relative_attention(
         raise ValueError(f"plan is a {type(plan).__name__}, made for another backend than {chosen}")
     if isinstance(plan, TilePlan):
         return TiledAttention.apply(*operands, max_seq_len, plan)
+    # Here, not above: the triton package need not be installed where it does not run.
     from kernels.relative_attention.triton_form import LaunchConfig, attention_op
 
     precision = dot_precision(q.dtype)
-    lists = plan.lists(LaunchConfig.tile(q.shape[2], v.shape[2], q.itemsize, precision)[0])
-    work = (lists.query_items, lists.key_items, lists.counts)
-    return attention_op(*operands, seq_offsets, timestamps, *work, max_seq_len, precision)
+    lists = plan.lists(LaunchConfig.choose_block(q.shape[2], v.shape[2], q.itemsize, precision)).tensors()
+    return attention_op(*operands, seq_offsets, timestamps, lists, max_seq_len, plan.any_wide, precision)
 
 
 def _check_batch(seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor) -> None:
@@ -118,12 +115,12 @@ def _check_batch(seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor) -> N
         raise ValueError(f"max_seq_len ({max_seq_len}) must be at least 1")
 
 
-def _check_values(seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor) -> None:
-    if torch.compiler.is_compiling():
-        return
+def _check_values(seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor, *others: Tensor) -> list[int]:
+    """Raises unless the values fit. Returns the values of ``others``, scalars, which come in the same transfer."""
     lengths = seq_offsets.diff()
     shortest, longest = (lengths.min(), lengths.max()) if lengths.numel() else (seq_offsets[0], seq_offsets[0])
-    first, tokens, least, most = torch.stack([seq_offsets[0], seq_offsets[-1], shortest, longest]).tolist()
+    values = torch.stack([seq_offsets[0], seq_offsets[-1], shortest, longest, *others]).tolist()
+    first, tokens, least, most, *rest = values
     if first != 0:
         raise ValueError(f"seq_offsets must start at 0, not {first}")
     if least < 0:
@@ -132,6 +129,7 @@ def _check_values(seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor) -> 
         raise ValueError(f"seq_offsets has a sequence of {most} tokens; max_seq_len is {max_seq_len}")
     if timestamps.numel() != tokens + lengths.numel():
         raise ValueError(f"timestamps has {timestamps.numel()} entries; T + B is {tokens + lengths.numel()}")
+    return rest
 
 
 def _check_operands(

@@ -1,12 +1,11 @@
-"""Relative attention on Triton: the work lists, the launch configurations, the custom operators and their autograd.
+"""Relative attention on Triton: the launch configurations, the custom operators and their autograd.
 
 Legend: B sequences, N max_seq_len, T tokens, G groups (views × heads).
 """
 
 from __future__ import annotations
 
-import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,9 +13,24 @@ import triton
 from torch import Tensor
 
 from kernels.backend import operator
-from kernels.relative_attention import triton_kernels
+from kernels.relative_attention import triton_bias_kernels as bias
+from kernels.relative_attention import triton_semantic_kernels as semantic
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS
+from kernels.relative_attention.time_tables import code_thresholds, time_cells, time_thresholds
 from kernels.relative_attention.torch_form import sum_diagonals
+from kernels.relative_attention.work_plan import WorkLists
+
+
+@dataclass(frozen=True)
+class Launch:
+    """Of one kernel: the keys or queries that a program takes at a time, and Triton's options."""
+
+    step: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 @dataclass(frozen=True)
@@ -24,114 +38,89 @@ class LaunchConfig:
     """How the kernels are launched for one pair of widths.
 
     Attributes:
-        block: queries of a program of the forward and dq kernels, keys of one of the dk/dv kernel.
-        step: keys, or queries, that it takes at a time.
-        groups: views × heads that one forward or dk/dv program carries, sharing its masks, buckets, P and T.
-        num_warps, num_stages: Triton's, of the forward, dk/dv and dq kernels.
+        block: queries or keys of a program, and both sides of a tile of the plan.
+        columns: of v and its gradients, all groups side by side, that a program of a bias kernel carries.
+        forward, query, key: the semantic kernels.
+        bias_forward, bias_value: the bias kernels; tiles of their weights' gradients are (block, block).
+        gradient: the kernels of the weights' gradients.
     """
 
     block: int
-    step: int
-    groups: int
-    num_warps: int
-    num_stages: int
+    columns: int
+    forward: Launch
+    query: Launch
+    key: Launch
+    bias_forward: Launch
+    bias_value: Launch
+    gradient: Launch
 
     @classmethod
-    def choose(cls, num_groups: int, dqk: int, dv: int, itemsize: int, precision: str) -> LaunchConfig:
-        """Each branch is what compiles for sm_80 and sm_90 without a spill (`python -m kernels.aot`)."""
-        block, step = cls.tile(dqk, dv, itemsize, precision)
-        if max(dqk, dv) <= 16 and not (itemsize == 4 and precision == "ieee"):
-            # Three accumulators of (block, width) float32 a group. The tile of buckets, int64 differences and gathers
-            # wants most of the other registers: hence the short steps.
-            groups = min(triton.next_power_of_2(num_groups), 8 // itemsize)
-            return cls(block, step, groups, num_warps=4, num_stages=2 if itemsize == 2 else 1)
-        return cls(block, step, groups=1, num_warps=8, num_stages=1)
+    def choose(cls, num_groups: int, dqk: int, dv: int, itemsize: int, precision: str, arch: int) -> LaunchConfig:
+        """Each branch is what compiles for its compute capability without a spill (`python -m kernels.aot`)."""
+        block, width = cls.choose_block(dqk, dv, itemsize, precision), max(dqk, dv)
+        padded = triton.next_power_of_2(max(dv, 16))
+        columns = min(triton.next_power_of_2(num_groups) * padded, 128 if arch >= 90 else 64)
+        if itemsize == 4:
+            short = 16 if precision == "ieee" or width <= 64 else 32
+            semantic_launch, bias_launch = Launch(min(short, block), 8, 1), Launch(16, 4, 1)
+            return cls(block, min(columns, 64), *[semantic_launch] * 3, *[bias_launch] * 3)
+        if width > 128:
+            return cls(block, columns, *[Launch(32, 8, 1)] * 3, *[Launch(32, 4, 2)] * 3)
+        # On more than 4 warps, whose instructions have 16 rows each, tiles of 64 rows would be computed twice.
+        double, whole, half, quarter = (Launch(step, 4, 2) for step in (128, 64, 32, 16))
+        aligned = dqk % 16 == dv % 16 == 0  # otherwise masks of columns take registers too
+        if width <= 16:
+            launches = (double, double, whole)
+        elif arch >= 90:
+            launches = (whole, whole, half if width > 64 else whole) if aligned else (half, half, half)
+        elif aligned:
+            launches = (whole, half, quarter) if width > 64 else (whole, whole, half)
+        else:
+            launches = (half, half, Launch(16, 4, 1))
+        return cls(block, columns, *launches, whole, whole, whole if arch >= 90 else Launch(64, 4, 1))
 
     @staticmethod
-    def tile(dqk: int, dv: int, itemsize: int, precision: str) -> tuple[int, int]:
-        """``block`` and ``step``: compared, not computed, so that torch.compile takes sizes that it knows as symbols."""
+    def choose_block(dqk: int, dv: int, itemsize: int, precision: str) -> int:
+        """``block``: compared, not computed, so that torch.compile takes sizes that it knows as symbols."""
         width, aligned = max(dqk, dv), dqk % 16 == dv % 16 == 0
         if itemsize == 4 and precision == "ieee":  # exact products run on vector units, their operands in registers
-            return (32, 16) if width <= 64 and aligned else (16, 16)
-        if itemsize == 4 and width > 128:
-            return 16, 32
+            return 32 if width <= 64 and aligned else 16
+        if width > 128:
+            return 32 if itemsize == 2 else 16
         # Rows of float32 that are no multiple of 16 columns are loaded an element at a time, with an address each.
-        if width <= 64 and (itemsize == 2 or aligned or width <= 16):
-            return 64, 16
-        return (32, 32) if width <= 128 else (32, 16)
-
-    def launch(self, bias_gradient: bool = False) -> dict[str, int]:
-        """The launch options; the two kernels of bias gradients hold one small tile, and spill on 8 warps for sm_80."""
-        num_warps, num_stages = (4, 1) if bias_gradient else (self.num_warps, self.num_stages)
-        return {"num_warps": num_warps, "num_stages": num_stages}
+        return 64 if itemsize == 2 or (width <= 64 and aligned) or width <= 16 else 32
 
 
-@dataclass(frozen=True)
-class WorkLists:
-    """The programs' work, heaviest first, for blocks of one size; all on the tensors' device, made without a transfer.
-
-    Attributes:
-        query_items, key_items: (T // block + B, 2) int64, (sequence, block); a query item's work is its block number + 1
-            key blocks, a key item's the blocks from its own to the last. Sequence −1 pads the lists, whose true length
-            only the device knows.
-        counts: (ceil(N / block),) int32, the query items whose block number is at least the index.
-    """
-
-    query_items: Tensor
-    key_items: Tensor
-    counts: Tensor
+def capability(device: torch.device) -> int:
+    """Compute capability, such as 90; in the interpreter the newest that tiles are chosen for."""
+    if device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 @dataclass(frozen=True)
-class WorkPlan:
-    """The plan of the triton backend: work lists by block size."""
+class _Tables:
+    """P as Toeplitz tiles, and the time weights by cell and by code, of one call."""
 
-    seq_offsets: Tensor
-    num_tokens: int
-    max_seq_len: int
-    _lists: dict[int, WorkLists] = field(default_factory=dict, repr=False)
-
-    def lists(self, block: int) -> WorkLists:
-        if block not in self._lists:
-            self._lists[block] = make_work_lists(self.seq_offsets, self.num_tokens, self.max_seq_len, block)
-        return self._lists[block]
+    positions: Tensor
+    cells: Tensor
+    selects: Tensor
 
 
-def make_work_lists(seq_offsets: Tensor, num_tokens: int, max_seq_len: int, block: int) -> WorkLists:
-    """See `WorkLists`. Offsets [0, 70, 80], block 64 → query items (0, 1), (0, 0), (1, 0), then padding."""
-    device = seq_offsets.device
-    num_sequences = seq_offsets.numel() - 1
-    blocks = (seq_offsets.diff() + block - 1) // block
-    ends = blocks.cumsum(0)
-    item = torch.arange(num_tokens // block + num_sequences, device=device)
-    sequence = torch.searchsorted(ends, item, right=True)
-    real = sequence < num_sequences
-    sequence = sequence.clamp(max=max(num_sequences - 1, 0))
-    number = torch.where(real, item - (ends - blocks)[sequence], -1)
-    after = torch.where(real, blocks[sequence] - 1 - number, -1)
-    items = torch.stack([torch.where(real, sequence, -1), number], 1)
-    distances = torch.arange(triton.cdiv(max_seq_len, block), device=device)
-    counts = (blocks[None, :] - distances[:, None]).clamp(min=0).sum(1).to(torch.int32)
-    by_number = torch.sort(number, descending=True, stable=True).indices
-    by_after = torch.sort(after, descending=True, stable=True).indices
-    return WorkLists(items[by_number].contiguous(), items[by_after].contiguous(), counts)
-
-
-@functools.cache
-def time_thresholds(device: torch.device) -> Tensor:
-    """(129,) float32: entry b is the smallest float32 |Δ| whose time bucket is at least b.
-
-    Found by bisection over float32 with the formula of `reference.time_bucket` itself, on the CPU, so that every device
-    puts every Δ in the bucket that the CPU puts it in.
-    """
-    bucket = torch.arange(NUM_TIME_BUCKETS)
-    low = torch.zeros(NUM_TIME_BUCKETS, dtype=torch.int32)
-    high = torch.tensor([2.0**63]).view(torch.int32).expand(NUM_TIME_BUCKETS).clone()
-    for _ in range(32):
-        middle = low + (high - low) // 2
-        reached = (torch.log(middle.view(torch.float32).clamp(min=1)) / 0.301).long() >= bucket
-        high, low = torch.where(reached, middle, high), torch.where(reached, low, middle + 1)
-    return high.view(torch.float32).to(device)
+def _make_tables(ts_weights: Tensor, pos_weights: Tensor, max_seq_len: int, block: int, dtype: torch.dtype) -> _Tables:
+    device, num_blocks = ts_weights.device, triton.cdiv(max_seq_len, block)
+    lookup, thresholds = time_cells(device), code_thresholds(device)
+    tables = _Tables(
+        torch.empty(num_blocks, block, block, dtype=dtype, device=device),
+        torch.empty_like(lookup),
+        torch.empty(thresholds.numel(), 3, dtype=torch.int32, device=device),
+    )
+    bias.tables_kernel[(num_blocks + 1,)](
+        ts_weights, pos_weights, lookup, thresholds, tables.cells, tables.selects, tables.positions, max_seq_len,
+        num_blocks, BLOCK=block, num_warps=4, num_stages=1,
+    )  # fmt: skip
+    return tables
 
 
 @operator("kernels::relative_attention")
@@ -143,25 +132,33 @@ def attention_op(
     pos_weights: Tensor,
     seq_offsets: Tensor,
     timestamps: Tensor,
-    query_items: Tensor,
-    key_items: Tensor,
-    counts: Tensor,
+    lists: list[Tensor],
     max_seq_len: int,
+    any_wide: bool,
     precision: str,
 ) -> Tensor:
-    """(G, T, 3·dv); the lists are those of `LaunchConfig.choose`'s block for ``precision``, that of the products."""
+    """(G, T, 3·dv); ``lists``: those of `WorkLists` for the block of `LaunchConfig`."""
+    work = WorkLists(*lists)
     q, k, v, ts_weights, pos_weights = _contiguous(q, k, v, ts_weights, pos_weights)
     seq_offsets, timestamps = _contiguous(seq_offsets, timestamps)
     groups, num_tokens, dqk, dv = *q.shape, v.shape[2]
-    config = LaunchConfig.choose(groups, dqk, dv, q.itemsize, precision)
+    config = LaunchConfig.choose(groups, dqk, dv, q.itemsize, precision, capability(q.device))
     out = v.new_empty(groups, num_tokens, 3 * dv)
-    group_blocks = triton.cdiv(groups, config.groups)
-    if out.numel():
-        triton_kernels.forward_kernel[(query_items.shape[0] * group_blocks,)](
-            q, k, v, out, seq_offsets, timestamps, ts_weights, pos_weights, time_thresholds(q.device), query_items,
-            num_tokens, max_seq_len, groups, group_blocks,
-            DQK=dqk, DV=dv, GROUPS=config.groups, BLOCK=config.block, STEP=config.step, PRECISION=precision,
-            **config.launch(),
+    if not out.numel():
+        return out
+    block, num_items = config.block, work.query_items.shape[0]
+    semantic.semantic_forward_kernel[(num_items * groups,)](
+        q, k, v, out, seq_offsets, work.query_items, num_tokens, max_seq_len, groups,
+        DQK=dqk, DV=dv, BLOCK=block, STEP=config.forward.step, PRECISION=precision, **config.forward.options(),
+    )  # fmt: skip
+    tables = _make_tables(ts_weights, pos_weights, max_seq_len, block, q.dtype)
+    num_columns = column_blocks(groups, dv, config)
+    for times in (work.seconds, timestamps)[: 1 + any_wide]:
+        bias.bias_forward_kernel[(num_items * num_columns,)](
+            v, out, seq_offsets, times, ts_weights, tables.cells, tables.selects, work.codes, tables.positions,
+            work.query_items, num_tokens, groups, num_columns, work.codes.shape[1],
+            DV=dv, COLUMNS=config.columns, BLOCK=block, STEP=config.bias_forward.step, PRECISION=precision,
+            **config.bias_forward.options(),
         )  # fmt: skip
     return out
 
@@ -181,47 +178,59 @@ def attention_backward_op(
     pos_weights: Tensor,
     seq_offsets: Tensor,
     timestamps: Tensor,
-    query_items: Tensor,
-    key_items: Tensor,
-    counts: Tensor,
+    lists: list[Tensor],
     max_seq_len: int,
+    any_wide: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, ts_weights and pos_weights."""
+    work = WorkLists(*lists)
     grad, q, k, v, seq_offsets, timestamps = _contiguous(grad, q, k, v, seq_offsets, timestamps)
     ts_weights, pos_weights = _contiguous(ts_weights, pos_weights)
     groups, num_tokens, dqk, dv = *q.shape, v.shape[2]
     dq, dk, d_values = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if not grad.numel():
         return dq, dk, d_values, torch.zeros_like(ts_weights), torch.zeros_like(pos_weights)
-    config = LaunchConfig.choose(groups, dqk, dv, q.itemsize, precision)
-    block, thresholds = config.block, time_thresholds(q.device)
-    launch, bias_launch = config.launch(), config.launch(bias_gradient=True)
-    num_items, group_blocks = query_items.shape[0], triton.cdiv(groups, config.groups)
-    triton_kernels.backward_query_kernel[(num_items * groups,)](
-        q, k, v, grad, dq, seq_offsets, query_items, num_tokens, max_seq_len, groups,
-        DQK=dqk, DV=dv, BLOCK=block, STEP=config.step, PRECISION=precision, **launch,
+    config = LaunchConfig.choose(groups, dqk, dv, q.itemsize, precision, capability(q.device))
+    block, num_items, num_columns = config.block, work.query_items.shape[0], column_blocks(groups, dv, config)
+    times_of_launches = (work.seconds, timestamps)[: 1 + any_wide]
+    semantic.semantic_query_kernel[(num_items * groups,)](
+        q, k, v, grad, dq, seq_offsets, work.query_items, num_tokens, max_seq_len, groups,
+        DQK=dqk, DV=dv, BLOCK=block, STEP=config.query.step, PRECISION=precision, **config.query.options(),
     )  # fmt: skip
-    triton_kernels.backward_key_kernel[(num_items * group_blocks,)](
-        q, k, v, grad, dk, d_values, seq_offsets, timestamps, ts_weights, pos_weights, thresholds, key_items,
-        num_tokens, max_seq_len, groups, group_blocks,
-        DQK=dqk, DV=dv, GROUPS=config.groups, BLOCK=block, STEP=config.step, PRECISION=precision, **launch,
+    tables = _make_tables(ts_weights, pos_weights, max_seq_len, block, q.dtype)
+    bias_dv = torch.empty(v.shape, dtype=torch.float32, device=v.device)
+    for times in times_of_launches:
+        bias.bias_value_kernel[(num_items * num_columns,)](
+            grad, bias_dv, seq_offsets, times, ts_weights, tables.cells, tables.selects, work.codes, tables.positions,
+            work.key_items, num_tokens, groups, num_columns, work.codes.shape[1],
+            DV=dv, COLUMNS=config.columns, BLOCK=block, STEP=config.bias_value.step, PRECISION=precision,
+            **config.bias_value.options(),
+        )  # fmt: skip
+    semantic.semantic_key_kernel[(num_items * groups,)](
+        q, k, v, grad, bias_dv, dk, d_values, seq_offsets, work.key_items, num_tokens, max_seq_len, groups,
+        DQK=dqk, DV=dv, BLOCK=block, STEP=config.key.step, PRECISION=precision, **config.key.options(),
     )  # fmt: skip
+    columns = {"DV": dv, "COLUMNS": config.columns, "BLOCK": block}
+    sums = torch.empty(num_items, num_columns * config.columns, dtype=torch.float32, device=v.device)
+    bias.value_sums_kernel[(num_items * num_columns,)](
+        v, sums, seq_offsets, work.query_items, num_tokens, groups, num_columns, **columns, **config.gradient.options()
+    )
+    options = {**columns, "COLUMN_BLOCKS": num_columns, "PRECISION": precision, **config.gradient.options()}
     time_partial = torch.empty(num_items, NUM_TIME_BUCKETS, dtype=torch.float32, device=q.device)
-    triton_kernels.backward_time_kernel[(num_items,)](
-        v, grad, time_partial, seq_offsets, timestamps, thresholds, query_items, num_tokens, groups,
-        DV=dv, BLOCK=block, STEP=config.step, PRECISION=precision,
-        **bias_launch,
-    )  # fmt: skip
-    distances = counts.numel()
+    for times in times_of_launches:
+        bias.time_gradient_kernel[(num_items,)](
+            v, grad, sums, time_partial, seq_offsets, times, time_thresholds(q.device),
+            work.codes, work.tiles, work.tile_counts, work.query_items, num_tokens, groups, work.codes.shape[1], **options,
+        )  # fmt: skip
+    distances = work.counts.numel()
     # Enough programs to fill a GPU at short lengths, and at long ones to share the many tiles next to the diagonal; the
     # partial sums take distances · splits · 16 KiB.
     splits = min(num_items, max(16, 512 // distances))
     position_partial = torch.empty(distances, splits, block, block, dtype=torch.float32, device=q.device)
-    triton_kernels.backward_position_kernel[(distances * splits,)](
-        v, grad, position_partial, seq_offsets, query_items, counts, num_tokens, groups, splits,
-        DV=dv, BLOCK=block, PRECISION=precision, **bias_launch,
-    )  # fmt: skip
+    bias.position_gradient_kernel[(distances * splits,)](
+        v, grad, position_partial, seq_offsets, work.query_items, work.counts, num_tokens, groups, splits, **options
+    )
     d_ts_weights = time_partial.sum(0, dtype=torch.float64).to(ts_weights.dtype)
     # The tile at distance D stands D blocks left of the last columns of the widest position tile.
     widest = position_partial.sum(1).flip(0).transpose(0, 1).reshape(block, distances * block)
@@ -235,16 +244,22 @@ def _(grad: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.max_seq_len, ctx.precision = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, lists, ctx.max_seq_len, ctx.any_wide, ctx.precision = inputs
+    ctx.save_for_backward(*tensors, *lists)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = attention_backward_op(grad, *ctx.saved_tensors, ctx.max_seq_len, ctx.precision)
-    return *gradients, None, None, None, None, None, None, None
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    tensors, lists = ctx.saved_tensors[:7], list(ctx.saved_tensors[7:])
+    gradients = attention_backward_op(grad, *tensors, lists, ctx.max_seq_len, ctx.any_wide, ctx.precision)
+    return *gradients, None, None, [None] * len(lists), None, None, None
 
 
 attention_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def column_blocks(groups: int, dv: int, config: LaunchConfig) -> int:
+    """How many programs of a bias kernel share an item."""
+    return triton.cdiv(groups * triton.next_power_of_2(max(dv, 16)), config.columns)
 
 
 def _contiguous(*tensors: Tensor) -> list[Tensor]:

@@ -5,17 +5,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from kernels.relative_attention import triton_kernels
-from kernels.relative_attention.triton_form import LaunchConfig
+from kernels.relative_attention import triton_bias_kernels as bias
+from kernels.relative_attention import triton_semantic_kernels as semantic
+from kernels.relative_attention.triton_form import Launch, LaunchConfig, column_blocks
 from kernels.variant import Variant
 
-BIAS_GRADIENT_KERNELS = (triton_kernels.backward_time_kernel, triton_kernels.backward_position_kernel)
-KERNELS = (
-    triton_kernels.forward_kernel,
-    triton_kernels.backward_query_kernel,
-    triton_kernels.backward_key_kernel,
-    *BIAS_GRADIENT_KERNELS,
-)
 # (dtype, bytes, precision of products, groups, dqk, dv): 4 views of 16, one table of 50 (FuXi-α's) and heads of 64, 128
 # and 256 columns; float32 with TF32 and with exact products; one float16, whose widths differ.
 SHAPES = (
@@ -35,55 +29,74 @@ SHAPES = (
     ("fp32", 4, "ieee", 1, 64, 64),
     ("fp32", 4, "ieee", 1, 128, 128),
 )
-OF_DTYPE = ("p_q", "p_k", "p_v", "p_out", "p_grad", "p_dq", "p_dk", "p_dv")
-INT64 = ("p_offsets", "p_times", "p_items")
+OF_DTYPE = ("p_q", "p_k", "p_v", "p_out", "p_grad", "p_dq", "p_dk", "p_dv", "p_positions")
+INTEGERS = {
+    "p_offsets": "*i64",
+    "p_items": "*i64",
+    "p_cells": "*i64",
+    "p_lookup": "*i64",
+    "p_times": "*i32",
+    "p_selects": "*i32",
+    "p_code_thresholds": "*i32",
+    "p_counts": "*i32",
+    "p_tile_counts": "*i32",
+    "p_codes": "*i16",
+    "p_tiles": "*i16",
+}
+# Launched a second time for sequences whose times span 2³¹ s.
+OF_TIMES = (bias.bias_forward_kernel, bias.bias_value_kernel, bias.time_gradient_kernel)
 
 
 def aot_variants() -> list[Variant]:
-    """Every kernel for every shape."""
-    return [_variant(kernel, *shape) for shape in SHAPES for kernel in KERNELS]
+    """Every kernel for every shape and compute capability."""
+    return [variant for shape in SHAPES for arch in (80, 90) for variant in _variants(arch, *shape)]
 
 
-def _variant(kernel: Any, dtype: str, itemsize: int, precision: str, groups: int, dqk: int, dv: int) -> Variant:
-    config = LaunchConfig.choose(groups, dqk, dv, itemsize, precision)
-    values = {
-        "DQK": dqk,
-        "DV": dv,
-        "GROUPS": config.groups,
-        "BLOCK": config.block,
-        "STEP": config.step,
-        "PRECISION": precision,
-    }
-    types: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    for name in kernel.arg_names:
-        if name in values:
-            constants[name] = values[name]
-        elif name in OF_DTYPE:
-            types[name] = f"*{dtype}"
-        elif name in INT64:
-            types[name] = "*i64"
-        elif name == "p_counts":
-            types[name] = "*i32"
-        else:
-            types[name] = "*fp32" if name.startswith("p_") else "i32"
-    launch = config.launch(bias_gradient=kernel in BIAS_GRADIENT_KERNELS)
+def _variants(arch: int, dtype: str, itemsize: int, precision: str, groups: int, dqk: int, dv: int) -> list[Variant]:
+    config = LaunchConfig.choose(groups, dqk, dv, itemsize, precision, arch)
     exact = " exact" if dtype == "fp32" and precision == "ieee" else ""
     name = f"{dtype}{exact} G={groups} dqk={dqk} dv={dv}"
-    pairs = config.block * (config.block if kernel is triton_kernels.backward_position_kernel else config.step)
-    return Variant(
-        kernel, name, types, constants, launch["num_warps"], launch["num_stages"],
-        pairs=pairs, flops_per_pair=_flops_per_pair(kernel, config.groups, dqk, dv),
-    )  # fmt: skip
+    columns, gradient = config.columns, config.gradient
+    # Kernel, launch, columns of products.
+    launches: list[tuple[Any, Launch, int]] = [
+        (bias.tables_kernel, Launch(config.block, 4, 1), 0),
+        (bias.value_sums_kernel, gradient, 0),
+        (semantic.semantic_forward_kernel, config.forward, dqk + dv),
+        (semantic.semantic_query_kernel, config.query, 2 * dqk + dv),
+        (semantic.semantic_key_kernel, config.key, 2 * dqk + 2 * dv),
+        (bias.bias_forward_kernel, config.bias_forward, 2 * columns),
+        (bias.bias_value_kernel, config.bias_value, 2 * columns),
+        (bias.time_gradient_kernel, gradient, column_blocks(groups, dv, config) * columns),
+        (bias.position_gradient_kernel, gradient, column_blocks(groups, dv, config) * columns),
+    ]
+    variants = []
+    for kernel, launch, width in launches:
+        values: dict[str, Any] = {
+            "DQK": dqk,
+            "DV": dv,
+            "COLUMNS": columns,
+            "COLUMN_BLOCKS": column_blocks(groups, dv, config),
+            "BLOCK": config.block,
+            "STEP": launch.step,
+            "PRECISION": precision,
+        }
+        constants = {argument: value for argument, value in values.items() if argument in kernel.arg_names}
+        step = constants.get("STEP", config.block)
+        for wide in (False, True) if kernel in OF_TIMES else (False,):
+            types = _types(kernel, dtype, constants) | ({"p_times": "*i64"} if wide else {})
+            variant = Variant(
+                kernel, f"{name} wide" if wide else name, types, constants, launch.num_warps, launch.num_stages,
+                archs=(arch,), pairs=config.block * step if width else 0, flops_per_pair=2 * width,
+            )  # fmt: skip
+            variants.append(variant)
+    return variants
 
 
-def _flops_per_pair(kernel: Any, groups: int, dqk: int, dv: int) -> int:
-    """Of the products in one pass of the kernel's innermost loop, for all groups of a program."""
-    if kernel in BIAS_GRADIENT_KERNELS:
-        return 2 * dv
-    columns = {
-        triton_kernels.forward_kernel: groups * (dqk + 3 * dv),
-        triton_kernels.backward_query_kernel: 2 * dqk + dv,
-        triton_kernels.backward_key_kernel: groups * (2 * dqk + 4 * dv),
-    }
-    return 2 * columns[kernel]
+def _types(kernel: Any, dtype: str, constants: dict[str, Any]) -> dict[str, str]:
+    types = {}
+    for name in kernel.arg_names:
+        if name in OF_DTYPE:
+            types[name] = f"*{dtype}"
+        elif name not in constants:
+            types[name] = INTEGERS.get(name, "*fp32" if name.startswith("p_") else "i32")
+    return types
