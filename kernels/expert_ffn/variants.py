@@ -109,5 +109,5 @@ def _variant(
     sizes = () if case.dim % 16 else SIZES
     return Variant(
         kernel, case.name + name, types, used, tiles.num_warps, tiles.num_stages, sizes,
-        pairs=pairs, flops_per_pair=flops_per_pair, archs=(case.arch,) if case.arch else (80, 90),
+        pairs=pairs, flops_per_pair=flops_per_pair, archs=(case.arch,),
     )  # fmt: skip
