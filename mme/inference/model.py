@@ -286,6 +286,8 @@ class TrainedModel:
         self, batch: SequenceBatch, excluded: list[Tensor], k: int, candidates: tuple[int, ...] | None
     ) -> tuple[NDArray[np.int64], FloatArray]:
         """(B, k) item indices, −1 where none is left, and scores."""
+        if candidates == ():
+            return np.full((len(excluded), k), -1, np.int64), np.zeros((len(excluded), k), np.float32)
         ranker, chosen = self._ranker, None
         if candidates is not None:
             chosen = torch.tensor(candidates, dtype=torch.int64)
@@ -295,7 +297,7 @@ class TrainedModel:
         found, values = ranker.top_k(batch, torch.cat(excluded).to(self.device), offsets.to(self.device), k)
         found = found.cpu()
         if chosen is not None:
-            found = torch.where(found >= 0, chosen[found.clamp(min=0)] if chosen.numel() else found, found)
+            found = torch.where(found >= 0, chosen[found.clamp(min=0)], found)
         return found.numpy(), values.cpu().numpy()
 
     def _most_popular(self, checked: _Checked) -> NDArray[np.int64]:

@@ -85,6 +85,9 @@ def as_table(histories: Any) -> pa.Table:
             )
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
         raise UserError(f"{SOURCE}: {first_line(error)}") from error
+    for place, field in enumerate(table.schema):
+        if pa.types.is_list(field.type) and pa.types.is_null(field.type.value_type):  # only empty lists tell no type
+            table = table.set_column(place, field.name, table[field.name].cast(pa.list_(pa.int64())))
     if table.num_rows == 0:
         raise UserError(f"{SOURCE}: no rows, expected one history per row")
     return table

@@ -90,7 +90,9 @@ class Decoder(nn.Module):
                 plan = plan_attention(seq_offsets, self.max_seq_len, timestamps, backend=self.backend)
         routing = []
         for index, block in enumerate(self.blocks):
-            inputs = x, seq_offsets, timestamps, plan, _site_keys(keys, index + 1)
+            with region("attention"):
+                site_keys = _site_keys(keys, index + 1)
+            inputs = x, seq_offsets, timestamps, plan, site_keys
             if self.recompute and self.training:
                 x, block_routing = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
             else:

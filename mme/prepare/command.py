@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -212,7 +211,7 @@ def prepare(
 
 
 def _tell(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(text, flush=True)
 
 
 def _given(options: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,6 @@ interrupted run leaves the events that it had read to the next (`unfinished`).
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -270,10 +269,7 @@ def _choose(
                 work.keep(reading.state())
             else:
                 reading.restore(work.found)
-                print(
-                    f"{output}: resumes with the {reading.rows:,} rows that an interrupted run had read",
-                    file=sys.stderr,
-                )
+                print(f"{output}: resumes with the {reading.rows:,} rows that an interrupted run had read")
             reading.check()
             if prior is not None:
                 store.load_prior(prior.user_rows(), prior.raw_items, prior.has_fractions)

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from mme.distributed import checkpoint
+from mme.distributed import checkpoint, checkpoint_index
 from mme.distributed.checkpoint import Progress
 from mme.distributed.checkpoint_writer import CheckpointError, CheckpointWriter
 from mme.distributed.engine import initialize_engine
@@ -191,7 +191,7 @@ def test_killed_at_any_moment_nothing_announced_is_lost(tmp_path: Path) -> None:
         newest = checkpoint.steps(run)[-1]
         assert newest >= announced
         for step in checkpoint.steps(run):
-            index = json.loads((checkpoint.folder(run, step) / checkpoint.INDEX).read_text())
+            index = json.loads((checkpoint.folder(run, step) / checkpoint_index.INDEX).read_text())
             assert index["progress"]["step"] == step
             for entry in index["files"]:
                 assert sha256(checkpoint.folder(run, step) / entry["file"]) == entry["sha256"]

@@ -195,6 +195,7 @@ def test_sampled_negatives_are_the_same_on_any_split(split: list[list[int]], sam
     """Each token draws its own, whichever process and part of a batch it is in."""
     sampled = ["loss.kind=sampled_softmax", "loss.num_negatives=8", f"loss.sampling={sampling}"]
     sampled += ["model.moe.load_balance_coef=0"]  # which is of each part's own counts
+    sampled += ["train.seed=7"]  # leaves no gradient so near zero that Adam magnifies its rounding
     ((loss, gradients, weights),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], sampled)
     check((loss, whole([gradients]), whole([weights])), split, *sampled, "train.micro_batches=2")
 

@@ -134,7 +134,7 @@ def test_unknown_items_are_left_out_or_refused(model: TrainedModel) -> None:
         ([{"item_ids": [], "timestamps": []}], "row 0: no item_ids"),
         ([{"item_ids": [1000, "a"], "timestamps": [1, 2]}], "histories: "),
         ([{"item_ids": [1000, 1001], "timestamps": [1_700_000_000, 1_600_000_000]}], "row 0: timestamp 1600000000 follows"),
-        ([{"item_ids": [1000], "timestamps": [1_600_000_000_000]}], "it looks like milliseconds"),
+        ([{"item_ids": [1000], "timestamps": [1_700_050_000_000]}], "it looks like milliseconds"),
     ],
 )  # fmt: skip
 def test_wrong_histories_are_refused_with_their_row(model: TrainedModel, histories: Any, message: str) -> None:

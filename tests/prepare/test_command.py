@@ -33,11 +33,11 @@ def test_prepare_then_add_days(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["prepare", str(days[1]), str(days[2]), "--add-to", out]) == 0
     captured = capsys.readouterr()
     printed = captured.out
-    assert captured.err.startswith(
+    assert printed.startswith(
         f"{days[0]}: CSV, separated by comma, with a header\n  user: column user_id (integer ids)\n"
         "  item: column item_id (integer ids)\n  timestamp: column timestamp (seconds since 1970)\n  rating: column stars\n"
     )
-    assert f"{days[1]} and 1 more files: CSV" in captured.err
+    assert f"{days[1]} and 1 more files: CSV" in printed
     assert "1 additions" in printed and "without the feedback asked for" in printed
     info = json.loads((tmp_path / "set" / "dataset.json").read_text())
     assert (info["num_users"], info["num_events"], info["unwanted"]) == (3, 27, {"rating below 1": 9})
@@ -106,6 +106,6 @@ def test_interrupted_while_duckdb_works(tmp_path: Path) -> None:
     while not read.exists() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert (process.returncode, out, err.splitlines()[-1]) == (130, "", "error: interrupted")
-    assert len(err.splitlines()) == 5 and not (tmp_path / "set").exists()
+    _, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (130, "error: interrupted\n")
+    assert not (tmp_path / "set").exists()

@@ -181,7 +181,7 @@ def test_every_operation_of_the_decoder_is_in_a_region(tmp_path: Path) -> None:
     seq_offsets, timestamps = torch.tensor([0, 3, 3, 8]), torch.arange(11)
     profile = StepProfile(2, 2, tmp_path, 0, torch.device("cpu"), lambda _: None)
     for _ in profile.each(range(5)):
-        output = decoder(rows, item_index, seq_offsets, timestamps, events, users)
+        output = decoder(rows, item_index, seq_offsets, timestamps, events, users, torch.arange(3))
         with region("loss"):
             loss = output.hidden.square().sum()
         with region("backward"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mme.distributed import checkpoint
+from mme.distributed import checkpoint_index as checkpoint
 from mme.run.attempts import FILE, forget, go_back, record_failure
 from tests.test_train import data, losses, records, train
 
