@@ -19,9 +19,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastapi import FastAPI, HTTPException, Request, Response
+from fastapi.exception_handlers import http_exception_handler
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from mme import __version__
 from mme.errors import UserError
@@ -122,6 +124,14 @@ def create_app(holder: ModelHolder, settings: ServeSettings) -> FastAPI:
         await asyncio.gather(*tasks, return_exceptions=True)
 
     app = FastAPI(title="mme", version=__version__, summary="Recommendations of a trained model", lifespan=lifespan)
+
+    @app.exception_handler(StarletteHTTPException)
+    async def undecodable(request: Request, error: StarletteHTTPException) -> Response:
+        """FastAPI answers 400 to a body that is not UTF-8; it is as wrong as one that is not JSON."""
+        if error.status_code == 400:
+            detail = [{"loc": ["body"], "msg": str(error.detail), "type": "json_invalid"}]
+            return JSONResponse({"detail": detail}, status_code=422)
+        return await http_exception_handler(request, error)
 
     @app.middleware("http")
     async def measure(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
