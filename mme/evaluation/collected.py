@@ -68,7 +68,12 @@ class CollectedUsers:
         return UserRanks(about, **arrays)
 
     def examples(self, dataset: PreparedDataset) -> list[dict[str, Any]]:
-        """Users of rank 0's first batch, from the best to the worst ranked target, with raw item ids; named by their row."""
+        """Users of rank 0's first batch, from the best to the worst ranked target, with raw item ids; named by their row.
+
+        None where the data set's folder has been removed since the job started: it alone knows the raw ids.
+        """
+        if not dataset.folder.is_dir():
+            return []
         item_ids = read_item_ids(dataset.folder)
 
         def raw(items: list[int]) -> list[str]:
