@@ -72,10 +72,10 @@ class FuxiBlock(nn.Module):
         """
         num_views, num_tokens, dim = x.shape
         dropout = self.dropout if self.training else 0.0
-        gate_keys = ffn_keys = None
-        if dropout and dropout_keys is not None:
-            gate_keys, ffn_keys = (derive(dropout_keys.flatten(), site) for site in (0, 1))
         with region("attention"):
+            gate_keys = ffn_keys = None
+            if dropout and dropout_keys is not None:
+                gate_keys, ffn_keys = (derive(dropout_keys.flatten(), site) for site in (0, 1))
             rows = x.reshape(-1, dim)
             normed = rms_norm(rows, backend=self.backend)
             projected = normed @ self.uvqk.to(rows.dtype)

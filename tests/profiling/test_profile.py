@@ -178,10 +178,10 @@ def test_every_operation_of_the_decoder_is_in_a_region(tmp_path: Path) -> None:
     decoder = Decoder(config).train()
     rows = torch.randn(12, 2, 16, requires_grad=True)
     item_index, events, users = torch.arange(8), torch.full((8, 1), 9), torch.full((3, 1), 10)
-    seq_offsets, timestamps = torch.tensor([0, 3, 3, 8]), torch.arange(11)
+    seq_offsets, timestamps, keys = torch.tensor([0, 3, 3, 8]), torch.arange(11), torch.arange(3)
     profile = StepProfile(2, 2, tmp_path, 0, torch.device("cpu"), lambda _: None)
     for _ in profile.each(range(5)):
-        output = decoder(rows, item_index, seq_offsets, timestamps, events, users, torch.arange(3))
+        output = decoder(rows, item_index, seq_offsets, timestamps, events, users, keys)
         with region("loss"):
             loss = output.hidden.square().sum()
         with region("backward"):
