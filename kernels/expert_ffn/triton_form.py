@@ -51,7 +51,7 @@ class LaunchConfig:
 
     @classmethod
     def choose(cls, dim: int, itemsize: int, precision: str, arch: int) -> LaunchConfig:
-        """For a GPU of compute capability ``arch``, such as 90. Each entry compiles without a spill and needs few
+        """For a GPU of compute capability ``arch``, such as 90. Each entry compiles without a spill in bfloat16 and needs few
         instructions a pair (`python -m kernels.aot`)."""
         width = max(16, triton.next_power_of_2(dim))
         wide = WIDE_BF16 if itemsize == 2 else WIDE_FP32
