@@ -9,7 +9,7 @@ import pytest
 
 from mme.distributed import checkpoint_index as checkpoint
 from mme.run.attempts import FILE, forget, go_back, record_failure
-from tests.test_train import data, losses, records, train
+from tests.test_train import data
 
 __all__ = ["data"]  # a fixture
 JOB = "hash of the configuration"
@@ -63,27 +63,3 @@ def test_a_damaged_count_is_no_count(tmp_path: Path) -> None:
     forget(tmp_path)
     forget(tmp_path)
     assert not (tmp_path / FILE).exists()
-
-
-@pytest.mark.slow
-def test_finite_weights_that_overflow_are_not_resumed_for_ever(data: Path, tmp_path: Path) -> None:
-    """Plain gradient descent at a rate of 1e30 leaves weights of 1e28, whose squares are infinite in the next step."""
-    run, descent = tmp_path / "run", "train.table_optimizer=sgd"
-    assert train(data, run, descent, "train.epochs=1").returncode == 0
-    far = [descent, "train.table_lr=1e30", "train.checkpoint_every=1", "train.eval_every=100"]
-    messages = []
-    for _ in range(4):
-        done = train(data, run, *far)
-        assert done.returncode == 1
-        (line,) = done.stderr.splitlines()
-        messages.append((line, done.stdout))
-    for line, _ in messages:
-        assert "not finite" in line
-    assert "resumed at step 7" in messages[0][1]
-    assert ["resumed at step 8" in output for _, output in messages[1:3]] == [True, True]
-    assert "goes back to step 7" in messages[3][1] and "resumed at step 7" in messages[3][1]
-    assert checkpoint.steps(run)[0] == 7
-    evaluated = [line for line in records(run, "eval") if line["model"] == "fuxi-mme"]
-    assert {line["step"] for line in evaluated} == {7}
-    assert max(line["hr@10"] for line in evaluated) < 0.5
-    assert losses(run)
