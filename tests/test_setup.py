@@ -8,9 +8,12 @@ import shutil
 import subprocess
 import sys
 import venv
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPT = "scripts/setup_environment.sh"
@@ -131,6 +134,19 @@ def test_every_pin_is_locked_with_the_sums_of_its_files(name: str) -> None:
     for file in (requirements / "locked").glob("*.txt"):
         lines = file.read_text().replace("\\\n", " ").splitlines()
         assert all(re.search(r" --hash=sha256:[0-9a-f]{64}", line) for line in lines if not line.startswith("#"))
+
+
+def test_what_a_pinned_package_requires_is_pinned() -> None:
+    requirements = REPOSITORY / "requirements"
+    pinned = {canonicalize_name(pin.split("==")[0]) for file in requirements.rglob("*.txt") for pin in pins_of(file)}
+    for name in pinned:
+        try:
+            required = map(Requirement, distribution(name).requires or [])
+        except PackageNotFoundError:  # of the other stack, or of another Python
+            continue
+        for each in required:
+            if each.marker is None or each.marker.evaluate({"extra": ""}):
+                assert canonicalize_name(each.name) in pinned, f"{name} requires {each}"
 
 
 def test_every_install_but_that_of_torch_from_another_index_requires_hashes() -> None:
