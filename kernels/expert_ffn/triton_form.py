@@ -21,7 +21,6 @@ from kernels.expert_ffn.autograd import like, register_pair, save_inputs
 WIDEST_FORWARD, WIDEST_BACKWARD = 256, 128
 WIDE_INNER = 32  # columns of the inner sum at a time in the wide kernels
 PROGRAMS = 512  # of the weight gradients' kernel: some for each of an H100's 132 processors
-SUM_BLOCK = 1024
 
 
 @dataclass(frozen=True)
@@ -35,6 +34,9 @@ class Tiles:
 
     def launch(self) -> dict[str, int]:
         return {"BLOCK": self.block, "STEP": self.step, "num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+SUM_TILES = Tiles(1024, 0, 4, 1)  # elements of the weights that a program of the sum takes
 
 
 @dataclass(frozen=True)
@@ -370,9 +372,10 @@ def _outer(shape: _Shape, left: Tensor, right: Tensor, offsets: Tensor, weight: 
 def _sum_chunks(shape: _Shape, partial: Tensor, offsets: Tensor, chunk: int, weight: Tensor) -> Tensor:
     total = torch.empty_like(weight)
     size = weight[0].numel()
-    num_parts = triton.cdiv(size, SUM_BLOCK)
+    num_parts = triton.cdiv(size, SUM_TILES.block)
     triton_kernels.sum_chunks_kernel[(shape.num_experts * num_parts,)](
         partial, total, offsets, shape.num_experts, size, chunk, num_parts,
-        EXPERTS=shape.constants["EXPERTS"], BLOCK=SUM_BLOCK, num_warps=4,
+        EXPERTS=shape.constants["EXPERTS"], BLOCK=SUM_TILES.block, num_warps=SUM_TILES.num_warps,
+        num_stages=SUM_TILES.num_stages,
     )  # fmt: skip
     return total

@@ -25,6 +25,10 @@ import triton.language as tl
 
 from kernels.fast_math import sigmoid_and_silu
 
+# Integers that vary from batch to batch, or gain nothing from being multiples of 16: a second compilation for them would
+# stall training. hidden_dim, size and the strides stay specialised: multiples of 16 make loads wide.
+COUNTS = ["num_experts", "chunk", "num_steps", "num_parts", "left_steps", "right_steps"]
+
 
 @triton.jit
 def locate(p_offsets, i_item, num_experts, block, EXPERTS: tl.constexpr):
@@ -100,7 +104,7 @@ def hidden_gradients(a, b, d_hidden, APPROXIMATE: tl.constexpr):
     return d_hidden * b * (s + (silu - silu * s)), d_hidden * silu, silu * b
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def forward_kernel(
     p_x, p_y, p_order, p_choice_weights, p_offsets, p_w1, p_w3, p_w2, num_experts, hidden_dim,
     D: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
@@ -129,7 +133,7 @@ def forward_kernel(
     store_tile(p_y, b_y, target, m_slot, i_column, D, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_rows_kernel(
     p_x, p_grad, p_dx, p_d_choice, p_order, p_choice_weights, p_offsets, p_w1, p_w3, p_w2, num_experts, hidden_dim,
     D: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
@@ -167,7 +171,7 @@ def backward_rows_kernel(
         tl.store(p_d_choice + target, d_choice, mask=m_slot)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def backward_weights_kernel(
     p_x, p_grad, p_dw1, p_dw3, p_dw2, p_order, p_choice_weights, p_offsets, p_w1, p_w3, p_w2,
     num_experts, hidden_dim, chunk, num_steps,
@@ -212,7 +216,7 @@ def backward_weights_kernel(
     store_tile(p_dw2 + place, tl.trans(b_dw2), i_hidden, m_hidden, i_column, D, D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def sum_chunks_kernel(
     p_partial, p_sum, p_offsets, num_experts, size, chunk, num_parts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from kernels.expert_ffn.triton_kernels import (
+    COUNTS,
     hidden_gradients,
     load_rows,
     load_tile,
@@ -25,7 +26,7 @@ from kernels.expert_ffn.triton_kernels import (
 from kernels.fast_math import sigmoid_and_silu
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def hidden_kernel(
     p_x, p_grad, p_h, p_da, p_db, p_offsets, p_w1, p_w3, p_w2, num_experts, hidden_dim, num_steps,
     D: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, INNER: tl.constexpr,
@@ -62,7 +63,7 @@ def hidden_kernel(
     store_tile(p_h, b_h, i_row, m_row, i_hidden, hidden_dim, hidden_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def product_kernel(
     p_left, p_left2, p_out, p_offsets, p_right, p_right2, num_experts, inner_dim, out_dim, inner_stride, out_stride,
     num_steps,
@@ -93,7 +94,7 @@ def product_kernel(
     store_tile(p_out, b_out, i_row, m_row, i_out, out_dim, out_dim)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=COUNTS)
 def outer_kernel(
     p_left, p_right, p_partial, p_offsets, num_experts, left_dim, right_dim, chunk, left_steps, right_steps,
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,

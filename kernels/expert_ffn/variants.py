@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kernels.expert_ffn import triton_kernels, triton_wide_kernels
-from kernels.expert_ffn.triton_form import SUM_BLOCK, WIDE_INNER, WIDEST_BACKWARD, WIDEST_FORWARD, LaunchConfig, Tiles
+from kernels.expert_ffn.triton_form import SUM_TILES, WIDE_INNER, WIDEST_BACKWARD, WIDEST_FORWARD, LaunchConfig, Tiles
 from kernels.variant import Variant
 
 NUM_EXPERTS = 8
@@ -19,7 +19,7 @@ SHAPES = (
     ("fp16", 2, "ieee", (64, 512)),
 )
 FLOAT32 = ("p_partial", "p_choice_weights", "p_d_choice")
-SIZES = ("hidden_dim", "inner_dim", "out_dim", "inner_stride", "out_stride", "left_dim", "right_dim")
+SIZES = ("hidden_dim", "size", "inner_dim", "out_dim", "inner_stride", "out_stride", "left_dim", "right_dim")
 NARROW = (triton_kernels.forward_kernel, triton_kernels.backward_rows_kernel, triton_kernels.backward_weights_kernel)
 
 
@@ -45,9 +45,9 @@ def aot_variants() -> list[Variant]:
                 config = LaunchConfig.choose(dim, itemsize, precision, arch)
                 case = _Case(name, dtype, dim, {"D": dim, "PRECISION": precision}, config, arch)
                 variants += _narrow_variants(case) + _wide_variants(case)
-    for dtype in ("bf16", "fp32"):
-        case = _Case(dtype, dtype, 0, {}, config, 0)
-        variants.append(_variant(case, triton_kernels.sum_chunks_kernel, "", {}, Tiles(SUM_BLOCK, 0, 4, 1), 0, 0))
+        for dtype in ("bf16", "fp16", "fp32"):
+            case = _Case(dtype, dtype, 0, {}, config, arch)
+            variants.append(_variant(case, triton_kernels.sum_chunks_kernel, "", {}, SUM_TILES, 0, 0))
     return variants
 
 
@@ -77,7 +77,9 @@ def _wide_variants(case: _Case) -> list[Variant]:
     for backward in (False, True) if dim > WIDEST_FORWARD else (True,):
         name = " backward" if backward else " forward"
         # A launch makes a stride of 1 a constant.
-        constants = {"INNER": WIDE_INNER, "BACKWARD": backward, "PAIR": backward}
+        constants: dict[str, Any] = {"INNER": WIDE_INNER, "BACKWARD": backward, "PAIR": backward}
+        if not backward:
+            constants |= {"p_grad": None, "p_da": None, "p_db": None}
         constants["inner_stride" if backward else "out_stride"] = 1
         kernels = (
             (triton_wide_kernels.hidden_kernel, config.rows if backward else config.forward, 6 if backward else 4),
@@ -94,7 +96,7 @@ def _variant(
 ) -> Variant:
     values = case.constants | constants | {"EXPERTS": NUM_EXPERTS, "BLOCK": tiles.block, "STEP": tiles.step}
     if not values.get("TOP_K"):
-        values |= {"p_order": None, "p_choice_weights": None, "p_d_choice": None}
+        values |= {"p_order": None, "p_choice_weights": None}
     types = {}
     for argument in kernel.arg_names:
         if argument in values:

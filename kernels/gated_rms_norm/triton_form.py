@@ -46,7 +46,7 @@ def _stays(keys, WIDTH: tl.constexpr, DROPPED: tl.constexpr):
     return (lanes ^ 0x8000) >= DROPPED  # as an int16 the lane is so much less
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def norm_kernel(
     p_a, p_u, p_keys, p_y, p_inverse, num_rows, eps,
     W: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DROPPED: tl.constexpr, GATED: tl.constexpr,
@@ -67,7 +67,7 @@ def norm_kernel(
     tl.store(p_inverse + i_row, inverse, mask=i_row < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def norm_backward_kernel(
     p_grad, p_a, p_u, p_keys, p_inverse, p_da, p_du, num_rows,
     W: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, DROPPED: tl.constexpr, GATED: tl.constexpr,
@@ -94,7 +94,8 @@ def _launch(width: int, dropped: int, gated: bool) -> dict[str, Any]:
     padded = max(16, triton.next_power_of_2(width))
     rows = max(1, min(64, TILE // padded))
     num_warps = 4 if padded < 1024 else 8
-    return {"W": width, "ROWS": rows, "WIDTH": padded, "DROPPED": dropped, "GATED": gated, "num_warps": num_warps}
+    constants = {"W": width, "ROWS": rows, "WIDTH": padded, "DROPPED": dropped, "GATED": gated}
+    return constants | {"num_warps": num_warps, "num_stages": 1}
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -179,10 +180,10 @@ def aot_variants() -> list[Variant]:
 
 def _variant(kernel: Any, dtype: str, width: int, dropped: int, gated: bool) -> Variant:
     launch = _launch(width, dropped, gated)
-    num_warps = launch.pop("num_warps")
+    num_warps, num_stages = launch.pop("num_warps"), launch.pop("num_stages")
     constants = launch | ({} if gated else {"p_u": None}) | ({} if dropped else {"p_keys": None})
     types = {"p_keys": "*i64", "p_inverse": "*fp32", "num_rows": "i32", "eps": "fp32"}
     types |= dict.fromkeys(("p_a", "p_u", "p_y", "p_grad", "p_da", "p_du"), f"*{dtype}")
     types = {name: kind for name, kind in types.items() if name in kernel.arg_names and name not in constants}
     name = f"{dtype} w={width}{' gated' if gated else ''}{' dropout' if dropped else ''}"
-    return Variant(kernel, name, types, constants, num_warps, 1)
+    return Variant(kernel, name, types, constants, num_warps, num_stages)

@@ -55,7 +55,7 @@ def _part_backward(p_projected, p_part, p_d_projected, i_view, num_tokens, token
     tl.store(p_d_projected + projected, grad.to(p_d_projected.dtype.element_ty), mask=m_tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def split_kernel(
     p_projected, p_u, p_v, p_q, p_k, num_tokens, num_blocks,
     HEADS: tl.constexpr, DV: tl.constexpr, DQK: tl.constexpr, ROWS: tl.constexpr,
@@ -77,7 +77,7 @@ def split_kernel(
         _part(p_projected, p_k, i_view, num_tokens, token, k, columns, HEADS, DQK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def split_backward_kernel(
     p_projected, p_du, p_dv, p_dq, p_dk, p_d_projected, num_tokens, num_blocks,
     HEADS: tl.constexpr, DV: tl.constexpr, DQK: tl.constexpr, ROWS: tl.constexpr,
@@ -100,7 +100,7 @@ def split_backward_kernel(
 
 def _launch(num_heads: int, dv: int, dqk: int) -> dict[str, Any]:
     rows = max(1, min(64, TILE // triton.next_power_of_2(3 * num_heads * dv)))
-    return {"HEADS": num_heads, "DV": dv, "DQK": dqk, "ROWS": rows, "num_warps": 4}
+    return {"HEADS": num_heads, "DV": dv, "DQK": dqk, "ROWS": rows, "num_warps": 4, "num_stages": 1}
 
 
 @operator("kernels::silu_split")
@@ -176,8 +176,8 @@ def aot_variants() -> list[Variant]:
 
 def _variant(kernel: Any, dtype: str, num_heads: int, width: int) -> Variant:
     constants = _launch(num_heads, width, width)
-    num_warps = constants.pop("num_warps")
+    num_warps, num_stages = constants.pop("num_warps"), constants.pop("num_stages")
     types = {
         name: f"*{dtype}" if name.startswith("p_") else "i32" for name in kernel.arg_names if name not in constants
     }
-    return Variant(kernel, f"{dtype} H={num_heads} dqk=dv={width}", types, constants, num_warps, 1)
+    return Variant(kernel, f"{dtype} H={num_heads} dqk=dv={width}", types, constants, num_warps, num_stages)
