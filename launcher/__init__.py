@@ -1,1 +1,1 @@
-"""Starts the training job: on this node, through Slurm or on Kubernetes; checks the nodes; predicts memory and time."""
+"""Starts training jobs on this node, through Slurm or on Kubernetes; checks nodes; predicts memory and step time."""

@@ -1,6 +1,7 @@
-"""``python -m launcher`` (console script ``mme-launch``): one training job on one node, many nodes or a cluster.
+"""``python -m launcher`` (console script ``mme-launch``) starts a training job on one node, several nodes or a cluster.
 
-0: done. 1: the job, or a check of preflight, failed. 2: the input or the configuration is wrong. 128 + n: signal n.
+Exit status: 0 on success; 1 if the job or a preflight check failed; 2 if the input or the configuration is wrong;
+128 + n after signal n.
 """
 
 from __future__ import annotations
@@ -15,13 +16,13 @@ from typing import Annotated, Optional
 import typer
 
 from launcher import kubernetes as kubernetes_job
+from launcher import rendezvous, torchrun
 from launcher import slurm as slurm_job
-from launcher import torchrun
 from launcher.job import NODES_MEET_WITHIN_S, Job, default_processes, require_dataset
 from mme.errors import UserError, one_line
 from mme.files import write_text
 
-# typer reads the annotations and Python 3.10 shows Optional[X] and X | None to it alike.
+# typer reads these annotations at run time; on Python 3.10 it needs Optional[X] for a value that may be missing.
 # ruff: noqa: UP045
 
 app = typer.Typer(name="launcher", add_completion=False, no_args_is_help=True, rich_markup_mode="markdown")
@@ -31,37 +32,38 @@ Config = Annotated[
 ]
 Overrides = Annotated[
     Optional[list[str]],
-    typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace those of the file, such as train.lr=0.002."),
+    typer.Argument(metavar="KEY.PATH=VALUE", help="Override values of the file, such as train.lr=0.002."),
 ]
 Nodes = Annotated[int, typer.Option("--nnodes", min=1, help="Number of nodes.")]
 Processes = Annotated[
     Optional[int],
-    typer.Option("--nproc-per-node", min=1, help="Processes of a node; default: one a GPU, or 2 without GPUs."),
+    typer.Option("--nproc-per-node", min=1, help="Processes per node. Default: one per GPU, or 2 without GPUs."),
 ]
 ClusterProcesses = Annotated[
-    int, typer.Option("--nproc-per-node", min=1, help="Processes of a node, one a GPU (see --gpus-per-node).")
+    int, typer.Option("--nproc-per-node", min=1, help="Processes per node, one per GPU (see --gpus-per-node).")
 ]
 ClusterGpus = Annotated[
     Optional[int],
-    typer.Option(min=0, help="GPUs to ask for on each node; default: one a process; 0: a cluster without GPUs."),
+    typer.Option(min=0, help="GPUs to request per node. Default: one per process; 0 for a cluster without GPUs."),
 ]
 Endpoint = Annotated[
     Optional[str],
-    typer.Option(metavar="HOST:PORT", help="Where the nodes meet: a free port of one of them, the same on every node."),
+    typer.Option(metavar="HOST:PORT", help="Rendezvous: a free port on one of the nodes. Give all nodes the same."),
 ]
 EndpointTimeout = Annotated[
-    int, typer.Option("--rdzv-timeout", min=1, help="Seconds that nodes wait for each other, also after a restart.")
+    int,
+    typer.Option("--rdzv-timeout", min=1, help="Seconds that nodes wait for each other, at first and after a restart."),
 ]
 Restarts = Annotated[
-    int, typer.Option(min=0, help="How often the workers start again, from the last checkpoint, after one has died.")
+    int, typer.Option(min=0, help="How often the workers restart from the last checkpoint after one of them died.")
 ]
 Items = Annotated[
-    Optional[int], typer.Option(min=1, help="Items of the catalogue; default: as data.path/dataset.json says.")
+    Optional[int], typer.Option(min=1, help="Number of items in the catalogue. Default: read data.path/dataset.json.")
 ]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print exactly what would be run or written, and end.")]
-Submit = Annotated[bool, typer.Option("--submit", help="Hand it to the cluster at once.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print exactly what would be run or written, then exit.")]
+Submit = Annotated[bool, typer.Option("--submit", help="Submit the job after writing the file.")]
 Output = Annotated[
-    Optional[Path], typer.Option(metavar="FILE", help="File to write; default: beside the run's folder.")
+    Optional[Path], typer.Option(metavar="FILE", help="File to write. Default: a file beside the run's folder.")
 ]
 
 
@@ -73,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except typer.TyperException as error:
         message = " ".join(error.format_message().split()).rstrip(".")
-        if message:  # without arguments it is the help, which is printed already
+        if message:  # empty when the command line has no arguments: typer has printed the help already
             _print_error(f"{message} (see `mme-launch --help`)")
         return error.exit_code
     except typer.Abort:
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def launcher() -> None:
     """Start a training job on this node, on several nodes, through Slurm or on Kubernetes.
 
-    Every command takes `--dry-run`, which prints exactly what it would do.
+    Every command accepts `--dry-run`, which prints exactly what the command would do.
 
         mme-launch run --config configs/quickstart.yaml
 
@@ -108,8 +110,8 @@ def run(
 ) -> None:
     """Train on this node, as one of --nnodes, through torchrun.
 
-    When a worker dies, all start again and go on from the last complete checkpoint. A mistake in the input or the
-    configuration ends the job at once, with status 2.
+    When a worker dies, all workers restart and resume from the last complete checkpoint. A mistake in the input or the
+    configuration ends the job immediately with status 2.
 
     Examples:
 
@@ -129,11 +131,11 @@ def run(
         )
         settings = job.load()
         if dry_run:
-            torchrun.require_endpoint_given(job)
+            rendezvous.require_endpoint_given(job)
             print(torchrun.command_line(job))
             return
         require_dataset(settings)
-        torchrun.require_endpoint(job)
+        rendezvous.require_endpoint(job)
         raise typer.Exit(torchrun.run(job, resumes=settings.train.resume, run_folder=Path(settings.output_dir)))
 
 
@@ -153,10 +155,10 @@ def slurm(
     submit: Submit = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write the sbatch script of a job; with --submit, hand it to Slurm.
+    """Write the sbatch script of a job; with --submit, also submit it to Slurm.
 
-    The script starts `mme-launch run` once on each node, in the folder it is submitted from, which all nodes must
-    share, as they must share data.path and output_dir.
+    The script starts `mme-launch run` once on each node, in the folder from which it is submitted. All nodes must share
+    that folder, data.path and output_dir.
 
     Example:
 
@@ -186,18 +188,18 @@ def kubernetes(
     max_restarts: Restarts = 3,
     name: Annotated[str, typer.Option(help="Name of the job, its service and its configuration.")] = "mme",
     image: Annotated[str, typer.Option(help="Image to run, built from this project's Dockerfile.")] = "mme:latest",
-    namespace: Annotated[Optional[str], typer.Option(help="Namespace; default: the current one.")] = None,
+    namespace: Annotated[Optional[str], typer.Option(help="Namespace. Default: the current one.")] = None,
     claim: Annotated[
-        str, typer.Option(help="PersistentVolumeClaim (ReadWriteMany) with the folders datasets and runs.")
+        str, typer.Option(help="PersistentVolumeClaim (ReadWriteMany) that holds the folders datasets and runs.")
     ] = "mme",
     output: Output = None,
     submit: Submit = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write the manifest of a job (Indexed Job and headless Service); with --submit, apply it by kubectl.
+    """Write the manifest of a job (Indexed Job and headless Service); with --submit, also apply it with kubectl.
 
-    Relative paths (data.path, output_dir) are relative to the image's working folder, where the claim's folders
-    datasets and runs are mounted.
+    Relative values of data.path and output_dir start at the image's working folder, where the claim's folders datasets
+    and runs are mounted.
 
     Example:
 
@@ -228,21 +230,21 @@ def preflight(
         Optional[Path],
         typer.Option(
             metavar="DIR",
-            help="Folder that takes the runs; on several nodes, a shared one. Default: that of --config, or runs.",
+            help="Folder for runs; several nodes need a shared one. Default: output_dir of --config, or runs.",
         ),
     ] = None,
     config: Annotated[
         Optional[Path],
-        typer.Option(metavar="FILE", help="The job that is to run here: memory and disk are checked for it."),
+        typer.Option(metavar="FILE", help="Configuration of a job: check that its memory and checkpoints fit."),
     ] = None,
     items: Items = None,
     dry_run: DryRun = False,
 ) -> None:
     """Check this node and, when started on all nodes, the group.
 
-    Versions and whether the libraries load, GPUs, memory, disk, the folder for checkpoints, a matrix product against
-    float64; then between the processes the links, all-reduce and all-to-all, clocks and the shared folder.
-    Each finding that is not in order says what to do. Status 1 when one failed.
+    The checks of a node cover package versions, loading of the libraries, GPUs, memory, disk, the checkpoint folder and
+    a matrix product compared with float64. The checks of the group cover links, all-reduce, all-to-all, clocks and the
+    shared folder. Each warning or failure says what to do. The exit status is 1 if a check failed.
 
     Examples:
 
@@ -259,13 +261,13 @@ def preflight(
         processes = nproc_per_node or default_processes()
         job = Job(config or Path(), tuple(overrides or ()), nnodes, processes, 0, rdzv_endpoint)
         if overrides and config is None:
-            raise UserError(f"{overrides[0]}: values of a configuration need --config FILE")
+            raise UserError(f"{overrides[0]}: overrides need a configuration, expected --config FILE")
         folder = output_dir or (Path(job.load().output_dir) if config is not None else Path("runs"))
         if dry_run:
-            torchrun.require_endpoint_given(job)
+            rendezvous.require_endpoint_given(job)
             print("\n".join(shlex.join(line) for line in commands(job, folder)))
             return
-        torchrun.require_endpoint(job)
+        rendezvous.require_endpoint(job)
         raise typer.Exit(check(job, folder, needs_of(job, items) if config is not None else None))
 
 
@@ -276,17 +278,17 @@ def plan(
     nnodes: Nodes = 1,
     nproc_per_node: ClusterProcesses = 8,
     gpu: Annotated[
-        str, typer.Option(help="a100-80g, h100-80g, h200, b200 or l40s; cpu: processes on a machine like this.")
+        str, typer.Option(help="a100-80g, h100-80g, h200, b200, l40s, or cpu for processes on a machine like this.")
     ] = "h100-80g",
     items: Items = None,
     as_configured: Annotated[
-        bool, typer.Option("--as-configured", help="Take table sharding and expert-parallel size as they are set.")
+        bool, typer.Option("--as-configured", help="Keep the configured table sharding and expert-parallel size.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="The same: plan starts nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Changes nothing, because plan starts nothing.")] = False,
 ) -> None:
-    """Choose table sharding and expert placement; predict memory per rank and time per step, by part; no GPU needed.
+    """Choose table sharding and expert placement; predict memory per rank and time per step, by part.
 
-    What fits nowhere is refused with status 2, and by how much.
+    No GPU is needed. If no layout fits, the command says by how much and exits with status 2.
 
     Example:
 
@@ -306,7 +308,7 @@ def _user_errors() -> Iterator[None]:
     except UserError as error:
         _print_error(str(error))
         raise typer.Exit(2) from error
-    except torchrun.LaunchError as error:
+    except rendezvous.LaunchError as error:
         _print_error(str(error))
         raise typer.Exit(1) from error
 
@@ -321,16 +323,18 @@ def _write_and_submit(text: str, path: Path, submission: list[str], submit: bool
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, text)
     except OSError as error:
-        raise UserError(f"{path}: not written: {error.strerror}") from error
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     if not submit:
-        print(f"wrote {path}; to submit it: {shlex.join(submission)}")
+        print(f"wrote {path}; submit it with: {shlex.join(submission)}")
         return
     import subprocess
 
     try:
         raise typer.Exit(1 if subprocess.run(submission, check=False).returncode else 0)
     except FileNotFoundError as error:
-        raise UserError(f"--submit: no command {submission[0]} on this machine; the job is in {path}") from error
+        raise UserError(
+            f"--submit: {submission[0]} is not installed on this machine; wrote the job to {path}"
+        ) from error
 
 
 def _print_error(text: str) -> None:

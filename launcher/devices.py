@@ -1,6 +1,7 @@
-"""The kinds of device that `plan` knows: published peaks, and the shares of them that it takes training to reach.
+"""The devices that `plan` knows: their published peaks and the share of a peak that training is assumed to reach.
 
-Nothing here was fitted to a GPU. The figures of the CPU are orders of magnitude, but for the shares of the heap, which were measured.
+Nothing here was fitted to a GPU. The CPU's figures are orders of magnitude, except for the heap shares, which were
+measured.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ from mme.errors import UserError
 
 @dataclass(frozen=True)
 class Device:
-    """One device, a rank's, and its links. Rates are published peaks, each way; ``efficiency`` is the share reached.
+    """The device of one rank and its links. Rates are published peaks in one direction.
 
     Attributes:
         memory: bytes that a rank may fill.
-        runtime: bytes taken before the model: libraries, the driver's context, NCCL's buffers.
-        heap_share: what the allocator keeps in pieces too small to be used, as a share of what a step takes and frees.
-        heap_share_of_rows: the same for what is as long as the rows looked up, or as tables: there are few of these, and
-            their length changes, so that what one step frees does not hold what the next one takes.
-        local_bytes_per_s, network_bytes_per_s: between ranks of a node; of a rank to other nodes.
-        local_latency_s, network_latency_s: of one message.
-        message_s: what each further message of the same exchange costs.
-        host_step_s, host_block_s: Python, TorchRec, DeepSpeed and kernel launches, a step and a block.
+        runtime: bytes used before the model is built: libraries, the driver's context, NCCL's buffers.
+        heap_share: memory lost to fragmentation, as a share of what a step allocates and frees.
+        heap_share_of_rows: the same share for tensors as long as the looked-up rows or the tables. These are few and
+            their lengths vary, so that a freed block rarely fits the next step's tensor.
+        local_bytes_per_s: rate between ranks of one node.
+        network_bytes_per_s: rate of one rank to other nodes.
+        local_latency_s, network_latency_s: latency of one message.
+        message_s: cost of each further message of the same exchange.
+        host_step_s, host_block_s: time in Python, TorchRec, DeepSpeed and kernel launches, per step and per block.
+        efficiency: assumed share of a peak that is reached.
     """
 
     name: str
@@ -50,7 +53,7 @@ GIB = 2**30
 _A100 = Device(
     name="a100-80g",
     is_gpu=True,
-    memory=0.95 * 79 * GIB,  # of 80 GiB the driver leaves 79; the twentieth is for what the model leaves out
+    memory=0.95 * 79 * GIB,  # the driver leaves 79 of 80 GiB; 5% is a reserve for what the cost model leaves out
     runtime=2e9,
     heap_share=0.1,
     heap_share_of_rows=0.2,
@@ -74,7 +77,7 @@ _H100 = replace(
     local_bytes_per_s=450e9,  # NVLink 4
     network_bytes_per_s=50e9,  # NDR, 400 Gbit/s
 )
-# Rates without sparsity, from NVIDIA's data sheets; the driver's share of memory as on the A100.
+# Rates without sparsity, from NVIDIA's data sheets. The driver is assumed to take the same share as on the A100.
 _H200 = replace(_H100, name="h200", memory=0.95 * 140e9, memory_bytes_per_s=4.8e12)
 _B200 = replace(
     _H100,
@@ -94,11 +97,11 @@ _L40S = replace(
     memory_bytes_per_s=864e9,
     local_bytes_per_s=32e9,  # PCIe 4.0 × 16: no NVLink
 )
-# One core with AVX2 and its share of the memory's bandwidth, gloo over the loopback and over a network of 10 Gbit/s.
+# One core with AVX2 and its share of the memory bandwidth; gloo over the loopback and over a 10 Gbit/s network.
 _CPU = Device(
     name="cpu",
     is_gpu=False,
-    memory=0,  # this machine's, by the ranks of a node: see `device_of`
+    memory=0,  # `device_of` divides this machine's memory among the ranks of a node
     runtime=0.45e9,
     heap_share=0.35,  # both measured on 1 and 2 processes, see docs/multi-node.md
     heap_share_of_rows=0.75,
@@ -117,10 +120,10 @@ DEVICES = {device.name: device for device in (_A100, _H100, _H200, _B200, _L40S,
 
 
 def device_of(name: str, ranks_per_node: int) -> Device:
-    """The kind of device called ``name``; a CPU rank has its share of this machine's memory.
+    """The device called ``name``. A CPU rank gets an equal share of this machine's memory.
 
     Raises:
-        UserError: there is none of that name.
+        UserError: no device has that name.
     """
     if name not in DEVICES:
         raise UserError(f"--gpu {name}: expected {', '.join(DEVICES)}")

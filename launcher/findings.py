@@ -1,4 +1,4 @@
-"""What a check found, as a line that one process writes and another reads."""
+"""The result of a check, as a line that one process writes and another reads."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MARK = "finding: "
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: ``found`` says what is, ``advice`` what to do where it is not in order."""
+    """One check: ``found`` is what it saw, ``advice`` what to do after a warning or failure."""
 
     check: str
     status: Literal["ok", "warning", "failed"]
@@ -23,12 +23,12 @@ class Finding:
 
 
 def read_lines(output: str) -> list[Finding]:
-    """The findings among whatever else a process printed."""
+    """The findings in the output of a process, which may print other lines too."""
     return [Finding(**json.loads(line.removeprefix(MARK))) for line in output.splitlines() if line.startswith(MARK)]
 
 
 def in_words(num_bytes: float) -> str:
-    """A size in the unit that suits it: 1536 · 2**20 → "1.5 GiB"."""
+    """A size in a readable unit: 1536 · 2**20 → "1.5 GiB"."""
     for unit in ("B", "KiB", "MiB"):
         if num_bytes < 1024:
             return f"{num_bytes:.0f} {unit}"

@@ -1,6 +1,6 @@
-"""Checks between all processes of a group, started by preflight under torchrun: ``… OUTPUT_DIR``.
+"""Checks between all processes of a group. Preflight starts this module under torchrun with the argument OUTPUT_DIR.
 
-The group is formed as training forms it. The first process of each node prints what was found, and every process what
+The group forms as in training. The first process of each node prints the findings. Any process prints the error that
 ends it.
 """
 
@@ -31,11 +31,11 @@ from mme.errors import first_line
 
 REPEATS = 5
 BYTES = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}  # sent by each process
-SLOW_GPU_GB_PER_S = 2.0  # below it NCCL goes through ordinary sockets
+SLOW_GPU_GB_PER_S = 2.0  # a lower rate suggests that NCCL uses ordinary sockets
 CLOCK_TOLERANCE_S = 1.0
-FOLDER_PATIENCE_S = 30.0  # network file systems show a new file to other nodes with delay
-ANSWERS_WITHIN_S = 120.0  # a collective
-LAST_WORDS_S = 5.0  # between SIGTERM and the end
+FOLDER_PATIENCE_S = 30.0  # network file systems show a new file to other nodes with a delay
+ANSWERS_WITHIN_S = 120.0  # timeout of a collective
+LAST_WORDS_S = 5.0  # between SIGTERM and the exit
 
 
 class Place(NamedTuple):
@@ -58,13 +58,13 @@ class Group:
 
     @property
     def spread(self) -> list[int]:
-        """One rank of each node, its first; on one node, all."""
+        """The first rank of each node; on a single node, all ranks."""
         nodes = [place.node for place in self.places]
         return [rank for rank, node in enumerate(nodes) if len(set(nodes)) == 1 or node not in nodes[:rank]]
 
     @property
     def peers(self) -> list[int]:
-        """The ranks to which this one's links to other nodes lead, and this one: those of its local rank; on one node, all."""
+        """This rank and the ranks it measures links to: those with its local rank; on a single node, all ranks."""
         several = len(self.spread) < len(self.places)
         own = self.places[self.world.rank].local_rank
         return [rank for rank, place in enumerate(self.places) if not several or place.local_rank == own]
@@ -91,20 +91,23 @@ def main() -> None:
         name = "group"
         with process_group(ANSWERS_WITHIN_S) as world:
             group = group_of(world)
-            for name, check in checks.items():  # noqa: B007  (the name is for what ends it)
+            for name, check in checks.items():  # noqa: B007  (the error handler uses the name)
                 finding = check(group)
                 if group.places[world.rank].local_rank == 0:
                     finding.print_line()
-    except RuntimeError as error:  # of the process group: a process that has gone, or a link that is dead
+    except RuntimeError as error:  # from the process group: a process or a link has failed
         said = first_line(error)
         found = f"rank {os.environ.get('RANK', '0')} on {platform.node()}: {said}"
-        Finding(name, "failed", found, f"a process or a link is dead: {OPEN_PORTS}").print_line()
+        Finding(name, "failed", found, f"a process or a link has failed: {OPEN_PORTS}").print_line()
         raise SystemExit(1) from error
 
 
 def _outlive_sigterm() -> None:
-    """Ends this process a few seconds after SIGTERM, which torchrun sends as soon as another one has died: it may be about
-    to say so. By a thread, for the main one may hang in a collective, where Python hears no signal."""
+    """Delays the exit after SIGTERM by a few seconds.
+
+    torchrun sends SIGTERM as soon as another process dies, and this one may be about to report that failure. A thread
+    handles the signal because the main thread may hang in a collective, where Python runs no signal handler.
+    """
     woken, wakes = socket.socketpair()
     wakes.setblocking(False)
 
@@ -125,7 +128,7 @@ def group_of(world: World) -> Group:
 
 
 def _members(group: Group) -> Finding:
-    """All processes run the same versions on devices of one kind."""
+    """Checks that all processes run the same versions on the same kind of device."""
     versions = {name: version(name) for name in ("torch", "triton", "torchrec", "deepspeed")}
     versions["Python"] = platform.python_version()
     if group.world.device.type == "cuda":
@@ -143,9 +146,7 @@ def _members(group: Group) -> Finding:
     )
     found = f"{group.world.size} processes on {', '.join(nodes)}, {dist.get_backend()}"
     if different:
-        advice = (
-            "run `make setup` on every node, and take nodes with another kind of GPU out of the job: all must be alike"
-        )
+        advice = "run `make setup` on every node and exclude nodes with another kind of GPU: all nodes must be the same"
         return Finding("group", "failed", "; ".join(different), advice)
     return Finding("group", "ok", found)
 
@@ -158,7 +159,7 @@ def _all_reduce(group: Group) -> Finding:
     seconds = _median_time(world, lambda: work.copy_(values), lambda: dist.all_reduce(work))
     right = bool((work == expected).all())
     latency_s = _median_time(world, lambda: None, lambda: dist.all_reduce(one))
-    # Each process sends and receives 2 (n - 1) / n of the bytes: the rate of its link, whatever n.
+    # Each process sends and receives 2 (n - 1) / n of the bytes, so this rate does not depend on n.
     rate = 2 * (world.size - 1) / world.size * values.nbytes / seconds / 1e9
     return _rated("all-reduce", world, right, rate, seconds, latency_s, values.nbytes)
 
@@ -180,12 +181,12 @@ def _rated(
     name: str, world: World, right: bool, rate: float, seconds: float, latency_s: float, num_bytes: int
 ) -> Finding:
     found = (
-        f"{rate:.2f} GB/s a process ({num_bytes / 2**20:.0f} MiB in {1e3 * seconds:.1f} ms), a number in "
+        f"{rate:.2f} GB/s per process ({num_bytes / 2**20:.0f} MiB in {1e3 * seconds:.1f} ms), latency "
         f"{1e6 * latency_s:.0f} µs"
     )
     if not all(gather(world, right)):
         return Finding(
-            name, "failed", "wrong values received", "NCCL_DEBUG=INFO shows the links; take nodes out in turn"
+            name, "failed", "wrong values received", "NCCL_DEBUG=INFO shows the links; exclude one node after another"
         )
     if world.device.type == "cuda" and rate < SLOW_GPU_GB_PER_S and world.size > 1:
         return Finding(name, "warning", f"slow for GPUs: {found}", CHOOSE_INTERFACE)
@@ -201,9 +202,9 @@ def _links(group: Group) -> Finding:
 
 
 def clocks(group: Group, clock: Callable[[], float] = time.time) -> Finding:
-    """Each node's clock against the median of all, by the quickest of several questions and answers of rank 0.
+    """Compares each node's clock with the median of all. Rank 0 asks several times and uses the fastest answer.
 
-    What the way of a message may account for is not held against a clock.
+    An offset within half the round trip plus `CLOCK_TOLERANCE_S` is accepted.
     """
     offsets = {0: (0.0, 0.0)}
     for rank in group.spread[1:]:
@@ -215,7 +216,7 @@ def clocks(group: Group, clock: Callable[[], float] = time.time) -> Finding:
     offsets = gather(group.world, offsets)[0]
     median = statistics.median(offset for offset, _ in offsets.values())
     if len(offsets) == 2:
-        median = 0.0  # of two clocks none is the right one
+        median = 0.0  # with two clocks, nothing shows which is right: compare with rank 0's
     off = {
         rank: offset - median
         for rank, (offset, way_s) in offsets.items()
@@ -223,10 +224,10 @@ def clocks(group: Group, clock: Callable[[], float] = time.time) -> Finding:
     }
     widest = max(offset for offset, _ in offsets.values()) - min(offset for offset, _ in offsets.values())
     if not off:
-        return Finding("clocks", "ok", f"apart by at most {1e3 * widest:.1f} ms")
+        return Finding("clocks", "ok", f"differ by at most {1e3 * widest:.1f} ms")
     against = "rank 0's" if len(offsets) == 2 else "the others'"
     found = "; ".join(
-        f"that of {group.name(rank)} is {abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} {against}"
+        f"the clock of {group.name(rank)} is {abs(offset):.1f} s {'ahead of' if offset > 0 else 'behind'} {against}"
         for rank, offset in off.items()
     )
     advice = "start the NTP service there (chrony or systemd-timesyncd): `timedatectl` shows its state"
@@ -234,7 +235,7 @@ def clocks(group: Group, clock: Callable[[], float] = time.time) -> Finding:
 
 
 def _ask(rank: int, clock: Callable[[], float]) -> tuple[float, float]:
-    """How far the clock of ``rank`` is ahead, and half of the time that question and answer took."""
+    """Seconds by which the clock of ``rank`` is ahead, and half the round-trip time."""
     answer = torch.zeros(1, dtype=torch.float64)
     asked, started = clock(), time.perf_counter()
     dist.send(answer, rank)
@@ -249,7 +250,7 @@ def _answer(clock: Callable[[], float]) -> None:
 
 
 def shared_folder(group: Group, output_dir: Path, patience_s: float = FOLDER_PATIENCE_S) -> Finding:
-    """Every process reads, in its folder for runs, what each of the others has written into its own."""
+    """Checks that every process can read in the folder for runs what the first process of each node wrote there."""
     world = group.world
     token = gather(world, uuid.uuid4().hex)[0]
     names = [f".preflight-{token}-{rank}" for rank in range(world.size)]
@@ -269,13 +270,13 @@ def shared_folder(group: Group, output_dir: Path, patience_s: float = FOLDER_PAT
             break
         time.sleep(0.05 if unseen else 0)
     if unseen:
-        problem = f"{output_dir.resolve()} of {group.name(world.rank)} does not hold what {group.name(min(unseen))} wrote into its own"
+        problem = f"{group.name(world.rank)} does not see in {output_dir.resolve()} what {group.name(min(unseen))} wrote there"
     problems = [text for text in gather(world, problem) if text]
     own.unlink(missing_ok=True)
     if problems:
         advice = (
-            "checkpoints need one folder that all nodes share and may write to (NFS, Lustre, …): give its path by "
-            "--output-dir here and output_dir there"
+            "checkpoints need a folder that all nodes share and can write to (NFS, Lustre, …): give its path as "
+            "--output-dir here and as output_dir in the configuration"
         )
         return Finding("shared folder", "failed", problems[0], advice)
     return Finding("shared folder", "ok", f"{output_dir.resolve()}: read by all {world.size} processes")
@@ -289,7 +290,7 @@ def _read(path: Path) -> str | None:
 
 
 def _median_time(world: World, prepare: Callable[[], Any], work: Callable[[], Any]) -> float:
-    """Median seconds of ``work``, after one try that counts for nothing."""
+    """Median seconds of ``work``, after one warm-up."""
     seconds = []
     for _ in range(REPEATS + 1):
         prepare()

@@ -1,4 +1,4 @@
-"""One training job, whoever starts it: what is asked for, and the checks that need no process group."""
+"""A training job as the user asked for it, and the checks that need no process group."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mme.config import USER_ID, Config, flat, load_config, settings_sha256, vali
 from mme.errors import UserError
 from mme.files import read_json
 
-CPU_PROCESSES = 2  # processes of a node without a GPU, unless asked otherwise
-NODES_MEET_WITHIN_S = 900  # nodes of a cluster start minutes apart
+CPU_PROCESSES = 2  # default processes of a node without a GPU
+NODES_MEET_WITHIN_S = 900  # nodes of a cluster can start minutes apart
 
 
 @dataclass(frozen=True)
@@ -25,19 +25,19 @@ class Job:
     nnodes: int
     nproc_per_node: int
     max_restarts: int
-    rdzv_endpoint: str | None = None  # HOST:PORT where the nodes meet; None: this node alone, on a free port
+    rdzv_endpoint: str | None = None  # HOST:PORT of the rendezvous; None: one node, which meets in a local file
     rdzv_timeout_s: int = NODES_MEET_WITHIN_S  # how long nodes wait for each other, at first and after a restart
 
     @property
     def train_arguments(self) -> list[str]:
-        """What follows ``python -m`` on each worker."""
+        """The arguments of ``python -m`` on each worker."""
         return ["mme", "train", "--config", str(self.config), *self.overrides]
 
     @property
     def rendezvous_id(self) -> str:
-        """The same on all nodes of this job and on no other's: a hash of configuration, output folder and data set.
+        """A hash of configuration, output folder and data set, equal on all nodes of a job.
 
-        Two jobs that are started at one endpoint don't mix.
+        It keeps two jobs apart that are started at the same endpoint.
         """
         config = self.load()
         description = Path(config.data.path) / "dataset.json"
@@ -45,10 +45,10 @@ class Job:
         return f"mme-{settings_sha256({**flat(config), 'dataset.json': data})[:16]}"
 
     def load(self) -> Config:
-        """The configuration, found to fit the number of processes.
+        """The configuration, checked against the number of processes.
 
         Raises:
-            UserError: it does not, or is wrong in itself.
+            UserError: the configuration is wrong or does not fit the number of processes.
         """
         config = load_config(self.config, list(self.overrides))
         validate_world_size(config, self.nnodes * self.nproc_per_node)
@@ -64,38 +64,36 @@ def require_dataset(config: Config) -> None:
     try:
         read_json(description, folder)
     except FileNotFoundError as error:
-        raise UserError(f"data.path: {folder}: no dataset.json in it, expected a folder of `mme prepare`") from error
+        raise UserError(f"data.path: {folder}: no dataset.json, expected a folder written by `mme prepare`") from error
     except OSError as error:
-        raise UserError(f"{description}: {error.strerror}: expected a folder of `mme prepare`") from error
+        raise UserError(f"{description}: {error.strerror}, expected a folder written by `mme prepare`") from error
     except ValueError as error:
         raise UserError(f"{description}: not JSON ({error}): run `mme prepare` again") from error
 
 
 def items_of(config: Config) -> int:
-    """The rows of each table, as the data set says: its items, and the values of the features that the model reads.
+    """Rows per table according to the data set: its items and the values of the features that the model reads.
 
     Raises:
-        UserError: there is no data set that does.
+        UserError: ``data.path`` holds no data set that gives these numbers.
     """
     path, model = Path(config.data.path) / "dataset.json", config.model
     try:
         info = read_json(path, path.parent)
         sizes = {**info.get("features", {}), USER_ID: info["num_users"]} if model.feature_columns else {}
-        # Beside its values each feature has a row for one that is missing.
+        # Each feature has one more row, for a missing value.
         return int(info["num_items"]) + sum(sizes[name] + 1 for name in (*model.event_features, *model.user_features))
     except KeyError as error:
-        raise UserError(
-            f"{path}: {error.args[0]} is not in it: prepare the data set with it, or give --items N"
-        ) from error
+        raise UserError(f"{path}: has no {error.args[0]}: prepare the data set with it, or give --items N") from error
     except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: no num_items to be read there: prepare the data set, or give --items N") from error
+        raise UserError(f"{path}: num_items cannot be read: prepare the data set, or give --items N") from error
 
 
 def split_endpoint(endpoint: str) -> tuple[str, int]:
     """``host:port`` → (host, port).
 
     Raises:
-        UserError: it is not of that form.
+        UserError: ``endpoint`` does not have that form.
     """
     host, _, port = endpoint.rpartition(":")
     if not host or not port.isdigit() or not 0 < int(port) < 65536:
@@ -104,12 +102,12 @@ def split_endpoint(endpoint: str) -> tuple[str, int]:
 
 
 def default_processes() -> int:
-    """One process a GPU of this node, or 2 where there is none."""
+    """One process per GPU of this node, or 2 on a node without GPUs."""
     return len(gpus()) or CPU_PROCESSES
 
 
 def gpus() -> list[str]:
-    """The GPUs of this node that a process sees, one line each, as the NVIDIA driver names them."""
+    """The GPUs of this node that CUDA_VISIBLE_DEVICES leaves visible, one line of `nvidia-smi -L` each."""
     try:
         answer = subprocess.run(
             ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=60, check=False

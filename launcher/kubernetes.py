@@ -1,8 +1,8 @@
-"""The manifest of a job: an Indexed Job of one pod a node, a headless Service for their names, a NetworkPolicy that
-admits the job's own pods alone, and the configuration.
+"""The Kubernetes manifest of a job.
 
-Pod 0 is where the nodes meet: an Indexed Job names its pods' hosts NAME-0, NAME-1, …, and the headless Service makes
-NAME-0.NAME known to all of them.
+It has an Indexed Job with one pod per node, a headless Service for the pods' names, a NetworkPolicy that admits only the
+job's own pods, and a ConfigMap with the configuration. The rendezvous is on pod 0: an Indexed Job names its pods' hosts
+NAME-0, NAME-1, …, and the headless Service resolves NAME-0.NAME for all of them.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from mme.shipped import own_or_shipped
 PORT = 29500
 WORKDIR, IMAGE_USER = "/opt/mme", 10001  # as in the Dockerfile
 CONFIG_FOLDER = "/etc/mme"
-DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?")  # with room for the number of a pod
+DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?")  # leaves room for a pod's number
 
 
 def manifest(job: Job, *, name: str, image: str, namespace: str | None, claim: str, gpus_per_node: int) -> str:
     """The manifest as YAML: ConfigMap, Service, NetworkPolicy and Job.
 
     Raises:
-        UserError: ``name`` is no DNS label, or the configuration can't be read.
+        UserError: ``name`` is not a DNS label, or the configuration cannot be read.
     """
     if not DNS_LABEL.fullmatch(name):
-        raise UserError(f"--name {name!r}: expected at most 50 of a-z, 0-9 and -, the first and last none of -")
+        raise UserError(f"--name {name!r}: expected at most 50 of a-z, 0-9 and -, with no - at either end")
     try:
         configuration = read_text(own_or_shipped(job.config))
     except (OSError, UnicodeDecodeError) as error:
@@ -50,14 +50,14 @@ def manifest(job: Job, *, name: str, image: str, namespace: str | None, claim: s
             "metadata": metadata,
             "spec": {
                 "clusterIP": "None",
-                # The nodes meet before any of them is ready.
+                # The pods need each other's names before any of them is ready.
                 "publishNotReadyAddresses": True,
                 "selector": {"job-name": name},
                 "ports": [{"name": "rendezvous", "port": PORT}],
             },
         },
         {
-            # The ranks trust whoever reaches their ports.
+            # Ranks do not authenticate connections to their ports.
             "apiVersion": "networking.k8s.io/v1",
             "kind": "NetworkPolicy",
             "metadata": metadata,
@@ -76,8 +76,8 @@ def manifest(job: Job, *, name: str, image: str, namespace: str | None, claim: s
                 "completions": job.nnodes,
                 "parallelism": job.nnodes,
                 "backoffLimit": job.max_restarts * job.nnodes,
-                # A wrong configuration stays wrong: the job fails at once. A pod that was asked to stop has saved all,
-                # and is no failure.
+                # A wrong configuration fails the job immediately, because retries cannot help. A pod that was asked to
+                # stop has saved a checkpoint and does not count as a failure.
                 "podFailurePolicy": {
                     "rules": [
                         {
@@ -108,7 +108,7 @@ def _pod(job: Job, name: str, image: str, claim: str, gpus_per_node: int) -> dic
         "name": "mme",
         "image": image,
         "workingDir": WORKDIR,
-        "command": [word.replace("$(", "$$(") for word in command],  # $(NAME) would be replaced by the pod's variable
+        "command": [word.replace("$(", "$$(") for word in command],  # Kubernetes would expand $(NAME)
         "volumeMounts": [
             {"name": "config", "mountPath": CONFIG_FOLDER},
             # NCCL and the workers of one node exchange data through shared memory.
@@ -122,7 +122,7 @@ def _pod(job: Job, name: str, image: str, claim: str, gpus_per_node: int) -> dic
         container["resources"] = {"limits": {"nvidia.com/gpu": gpus_per_node}}
     return {
         "subdomain": name,
-        # The group lets the image's user write into the shared volume.
+        # fsGroup lets the image's user write to the shared volume.
         "securityContext": {"runAsNonRoot": True, "runAsUser": IMAGE_USER, "fsGroup": IMAGE_USER},
         "restartPolicy": "Never",
         "terminationGracePeriodSeconds": STOPS_WITHIN_S + 30,
@@ -136,7 +136,7 @@ def _pod(job: Job, name: str, image: str, claim: str, gpus_per_node: int) -> dic
 
 
 class _Dumper(yaml.SafeDumper):
-    """Writes a mapping that occurs twice twice, instead of referring to it, and a text of several lines as it is."""
+    """Writes repeated mappings in full, without aliases, and multi-line texts as literal blocks."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True

@@ -1,7 +1,7 @@
-"""Who can reach whom, and how fast: the links between nodes, two at a time.
+"""Checks the links between nodes, pair by pair: whether they connect, and how fast they are.
 
-Reachability is tried by plain TCP before a process group is formed, since a group with a dead link is never formed and says
-little. The rates are measured in the group, by the transport that training uses.
+Connections are tested by plain TCP before a process group forms, because a dead link keeps the group from forming and
+gives no useful message. Rates are measured within the group, over the transport that training uses.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ import torch
 import torch.distributed as dist
 
 from launcher.findings import Finding
-from launcher.torchrun import local_address
+from launcher.rendezvous import local_address
 
-ANSWERS_WITHIN_S = 20.0  # a node's TCP connection
-NODES_COME_WITHIN_S = 120.0  # after the rendezvous, which they have all passed
+ANSWERS_WITHIN_S = 20.0  # timeout of a TCP connection
+NODES_COME_WITHIN_S = 120.0  # timeout for another node's message, after all nodes have passed the rendezvous
 REPEATS = 5
 PAIR_BYTES = {"cuda": 64 * 2**20, "cpu": 4 * 2**20}
-SLOWEST_GB_PER_S = {
-    "cuda": 2.0,
-    "cpu": 0.02,
-}  # below them NCCL goes through ordinary sockets, or a link runs at 100 Mbit/s
-OUTLIER = 4.0  # times slower than the fastest pair; a slow node among three makes most pairs slow
+# A slower link suggests that NCCL uses ordinary sockets, or that the network runs at 100 Mbit/s.
+SLOWEST_GB_PER_S = {"cuda": 2.0, "cpu": 0.02}
+OUTLIER = 4.0  # times slower than the fastest pair, not the median: one slow node of three makes most pairs slow
 
-OPEN_PORTS = "all TCP ports must be open between the nodes, both ways: see firewall, security group and routes"
+OPEN_PORTS = (
+    "all TCP ports must be open between the nodes in both directions: check firewalls, security groups and routes"
+)
 CHOOSE_INTERFACE = (
     "NCCL_DEBUG=INFO shows which link is used; NCCL_SOCKET_IFNAME, NCCL_IB_HCA and GLOO_SOCKET_IFNAME choose it; test the "
-    "cable and the port of the node that is named"
+    "cable and the port of the named node"
 )
 
 
 @dataclass(frozen=True)
 class Pair:
-    """What two ranks measured between them: one way of a small message, and of a large one."""
+    """The link between two ranks: one-way latency of a small message and rate of a large one."""
 
     first: int
     second: int
@@ -51,9 +51,9 @@ class Pair:
 
 
 def board() -> dist.Store:
-    """What the processes tell each other before they form a group: the store that the group will use, too.
+    """The store through which processes communicate before they form a group, and which the group then uses.
 
-    Rank 0 serves it, where torchrun does not, as long as this lives.
+    Rank 0 serves it, for as long as the returned object lives, unless torchrun does.
     """
     served_by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     here = os.environ["RANK"] == "0" and not served_by_torchrun
@@ -63,7 +63,7 @@ def board() -> dist.Store:
 
 
 def dead_links(store: dist.Store) -> Finding | None:
-    """What the first process of each node finds when it connects to all the others; None where all answer."""
+    """Lets the first process of each node connect to all other nodes; None if all answer."""
     nodes, node = int(os.environ["GROUP_WORLD_SIZE"]), int(os.environ["GROUP_RANK"])
     if os.environ["LOCAL_RANK"] != "0":
         return None
@@ -73,7 +73,7 @@ def dead_links(store: dist.Store) -> Finding | None:
         others = {other: _told(store, f"address/{other}") for other in range(nodes) if other != node}
         here = f"{socket.gethostname()} ({address[0]})"
         store.set(f"dead/{node}", json.dumps(unreachable(here, others)))
-        # All have tried before any listener closes.
+        # Wait until all nodes have tried before closing the listener.
         dead = [line for other in range(nodes) for line in _told(store, f"dead/{other}") or ()]
         store.set(f"read/{node}", "true")
         if node == 0:  # its process serves the store
@@ -86,11 +86,11 @@ def dead_links(store: dist.Store) -> Finding | None:
 
 
 def unreachable(here: str, others: dict[int, Any]) -> list[str]:
-    """A line for each of the other nodes (name, address, port; None: it did not come) that does not answer."""
+    """A line for each node that does not answer; ``others`` maps nodes to (name, address, port), or None if unknown."""
     found = []
     for node, told in others.items():
         if told is None:
-            found.append(f"node {node} did not tell its address within {NODES_COME_WITHIN_S:.0f} s")
+            found.append(f"node {node} did not publish its address within {NODES_COME_WITHIN_S:.0f} s")
             continue
         name, address, port = told
         try:
@@ -102,7 +102,7 @@ def unreachable(here: str, others: dict[int, Any]) -> list[str]:
 
 @contextmanager
 def listener(host: str) -> Iterator[tuple[str, int]]:
-    """A port of this node that accepts connections, without anyone looking at them."""
+    """Opens a port on this node on which the kernel accepts connections; yields (address, port)."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, 0), family=family, backlog=1024) as server:
         yield server.getsockname()[:2]
@@ -117,7 +117,7 @@ def _told(store: Any, key: str) -> Any:
 
 
 def tournament(players: list[int]) -> Iterator[list[tuple[int, int]]]:
-    """Rounds of disjoint pairs in which everyone meets everyone once: [0, 1, 2] → (1, 2); (0, 2); (0, 1)."""
+    """Rounds of disjoint pairs in which every two players meet once: [0, 1, 2] → (1, 2); (0, 2); (0, 1)."""
     seats: list[int | None] = [*players] if len(players) % 2 == 0 else [None, *players]
     for _ in range(len(seats) - 1):
         halves = zip(seats, reversed(seats), strict=True)
@@ -126,9 +126,9 @@ def tournament(players: list[int]) -> Iterator[list[tuple[int, int]]]:
 
 
 def measure_pairs(rank: int, players: list[int], exchange: Callable[[int, int, int], None], device: str) -> list[Pair]:
-    """The pairs in which ``rank`` is the first, each measured while the others of its round are.
+    """Measures the links of ``rank`` and returns those in which it is first. Pairs of a round run at the same time.
 
-    ``exchange(partner, num_bytes, times)`` sends so many bytes and receives as many, so often.
+    ``exchange(partner, num_bytes, times)`` sends and receives ``num_bytes``, ``times`` times.
     """
     found = []
     for pairs in tournament(players):
@@ -137,7 +137,7 @@ def measure_pairs(rank: int, players: list[int], exchange: Callable[[int, int, i
                 continue
             partner = second if rank == first else first
             small, large = 8, PAIR_BYTES[device]
-            exchange(partner, small, 1)  # the first one makes the connection
+            exchange(partner, small, 1)  # the first exchange opens the connection
             latency_s = _seconds_of(lambda: exchange(partner, small, REPEATS)) / REPEATS / 2  # noqa: B023
             exchange(partner, large, 1)
             seconds = _seconds_of(lambda: exchange(partner, large, 1)) / 2  # noqa: B023
@@ -147,7 +147,7 @@ def measure_pairs(rank: int, players: list[int], exchange: Callable[[int, int, i
 
 
 def there_and_back(rank: int, device: torch.device) -> Callable[[int, int, int], None]:
-    """An `exchange` by the process group: the lower rank sends first."""
+    """An ``exchange`` for `measure_pairs` through the process group. The lower rank sends first."""
 
     def exchange(partner: int, num_bytes: int, times: int) -> None:
         data = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
@@ -164,7 +164,7 @@ def there_and_back(rank: int, device: torch.device) -> Callable[[int, int, int],
 
 
 def judge(pairs: list[Pair], name: Callable[[int], str], device: str) -> Finding:
-    """What the pairs of all ranks say; the slow one is named, or the rank that all the slow ones have in common."""
+    """The finding for the pairs of all ranks. It names the slowest pair and a rank that all slow pairs share."""
     slowest = min(pairs, key=lambda pair: pair.gb_per_s)
     median = statistics.median(pair.gb_per_s for pair in pairs)
     latency_s = statistics.median(pair.latency_s for pair in pairs)
@@ -179,9 +179,9 @@ def judge(pairs: list[Pair], name: Callable[[int], str], device: str) -> Finding
     common = set.intersection(*({pair.first, pair.second} for pair in slow))
     if len(slow) > 1 and len(common) == 1:
         (rank,) = common
-        found += f"; all {len(slow)} slow ones are those of {name(rank)}"
+        found += f"; all {len(slow)} slow pairs include {name(rank)}"
     elif len(slow) > 1:
-        found += f"; {len(slow)} are slow"
+        found += f"; {len(slow)} pairs are slow"
     return Finding("links", "warning", found, CHOOSE_INTERFACE)
 
 

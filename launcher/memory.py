@@ -1,8 +1,8 @@
-"""What a rank holds in a training step, part by part, at the moment when it holds most.
+"""A model of a rank's peak memory in a training step, part by part.
 
-Counted are the tensors that the step keeps: what stays from step to step, and what one phase of a step needs beside it.
-On a CPU that is checked against measured runs (`tests/launcher/test_plan_memory.py`); on GPUs the same counts are taken
-with what the Triton kernels keep instead, and are checked against nothing.
+It counts the tensors that last from step to step and those that one phase of a step needs in addition. The CPU's figures
+are checked against measured runs (`tests/launcher/test_plan_memory.py`). The GPUs' figures follow the same counts with
+the Triton kernels' tensors and have not been checked.
 
 Legend: as in `launcher.shape`; R = M·T rows, P = H·(4·dv + 2·dqk) columns of a block's projection.
 """
@@ -16,7 +16,7 @@ from launcher.devices import Device
 from launcher.shape import Shape
 from mme.config import Config
 
-FLOAT = 4  # bytes: weights, their gradients and optimizer states are float32
+FLOAT = 4  # bytes; weights, gradients and optimizer states are float32
 INT64 = 8
 TABLE_STATES = {
     "adam": 2.0,
@@ -26,12 +26,12 @@ TABLE_STATES = {
     "sgd": 0.0,
 }  # copies of the weights
 WRITTEN = 3  # copies of the decoder's size in a checkpoint: weights and Adam's two moments
-DENSE_STATES = 3  # ZeRO's own copy of the weights and Adam's two moments
-ADAM_TEMPORARIES = 3  # of one parameter, while PyTorch's Adam updates it
-NARROW_EXPERTS = 128  # the Triton kernels gather and weigh rows of up to this width by themselves
-ATTENTION_SCORES = 1 << 18  # query-key pairs of one group that the CPU's attention works on at once
+DENSE_STATES = 3  # copies of the weights' size: ZeRO's float32 weights and Adam's two moments
+ADAM_TEMPORARIES = 3  # copies of one parameter while PyTorch's Adam updates it
+NARROW_EXPERTS = 128  # up to this width the Triton kernels gather and weight rows without making copies
+ATTENTION_SCORES = 1 << 18  # query-key pairs of one group in a chunk of the CPU's attention
 ATTENTION_ROWS = 64
-OWN_NEGATIVE_BYTES = 24  # of a scored item, while their gradients are sorted by item
+OWN_NEGATIVE_BYTES = 24  # per scored item, while gradients of per-token negatives are sorted by item
 
 ATTENTION, FFN, LOSS = "activations: attention", "activations: FFN, experts", "activations: loss"
 ROWS, TABLE_GRADIENT = "rows of the step's items", "tables' gradient"
@@ -40,7 +40,7 @@ TABLE_OPTIMIZER, OPTIMIZER = "buffers: tables' optimizer", "buffers: optimizer"
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part in the fullest ``phase`` of a step."""
+    """Bytes by part in the ``phase`` of a step that needs most."""
 
     parts: dict[str, float]
     phase: str
@@ -51,19 +51,19 @@ class Memory:
 
 
 def memory_of(shape: Shape, device: Device) -> Memory:
-    """What the fullest rank of ``shape`` holds on ``device``."""
+    """The peak memory of the fullest rank on ``device``."""
     lasting = lasting_parts(shape)
     phases = {name: parts | {"allocator": _in_pieces(parts, device)} for name, parts in _phases(shape, device).items()}
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     parts = {**lasting, **phases[phase]}
-    if not device.is_gpu:  # the place of the weights as they were made, before DeepSpeed laid them out flat
+    if not device.is_gpu:  # the original weights' memory, which DeepSpeed's flat copy leaves behind
         parts["allocator"] += lasting["decoder"] + lasting["experts"]
     parts["libraries, driver" if device.is_gpu else "libraries"] = device.runtime
     return Memory({part: size for part, size in parts.items() if size}, phase)
 
 
 def lasting_parts(shape: Shape) -> dict[str, float]:
-    """Weights and optimizer states: what a rank holds between steps."""
+    """Weights and optimizer states, which a rank holds between steps."""
     table = shape.table_elements * FLOAT
     optimizer = shape.config.train.table_optimizer
     row_width = shape.table_parts[2]
@@ -79,16 +79,17 @@ def lasting_parts(shape: Shape) -> dict[str, float]:
 
 
 def checkpoint_bytes(shape: Shape) -> float:
-    """What the fullest rank copies into host memory for a checkpoint, and writes: weights and optimizer states.
+    """Bytes that rank 0 copies to host memory and writes for a checkpoint: weights and optimizer states.
 
-    Rank 0, which is counted, also writes what every rank has; ZeRO's own copy of the weights is not written.
+    Rank 0 writes most, because it also writes the weights that all ranks share. ZeRO's float32 copy of the weights is
+    not written.
     """
     parts = lasting_parts(shape)
     return parts["item tables"] + parts["tables' optimizer"] + WRITTEN * (parts["decoder"] + parts["experts"])
 
 
 def whole_checkpoint_bytes(shape: Shape) -> float:
-    """Of the files of all ranks."""
+    """Bytes of the checkpoint files of all ranks together."""
     parts = lasting_parts(replace(shape, ranks=1, ranks_per_node=1, config=_on_one_rank(shape)))
     return parts["item tables"] + parts["tables' optimizer"] + WRITTEN * (parts["decoder"] + parts["experts"])
 
@@ -98,19 +99,19 @@ def _on_one_rank(shape: Shape) -> Config:
 
 
 def has_dense_gradient(shape: Shape) -> bool:
-    """Whether the tables have a gradient of all their rows, for an optimizer of torch.optim."""
+    """Whether the tables' gradient covers all rows, as optimizers of torch.optim need it."""
     optimizer = shape.config.train.table_optimizer
     return optimizer == "dense_adam" or (not shape.is_sharded and optimizer != "adam")
 
 
 def _in_pieces(passing: dict[str, float], device: Device) -> float:
-    """What the allocator keeps beside the parts that a phase takes and frees."""
+    """Bytes lost to fragmentation by the parts that a phase allocates and frees."""
     as_long_as_rows = sum(passing.get(part, 0.0) for part in (ROWS, TABLE_GRADIENT, TABLE_OPTIMIZER))
     return device.heap_share * (sum(passing.values()) - as_long_as_rows) + device.heap_share_of_rows * as_long_as_rows
 
 
 def _phases(shape: Shape, device: Device) -> dict[str, dict[str, float]]:
-    """By phase, what is taken for it beside what lasts."""
+    """Bytes by phase and part, in addition to what lasts between steps."""
     batch = _kept_for_backward(shape, device)
     gradients = {"buffers: gradients": FLOAT * float(shape.dense_parameters + shape.expert_parameters)}
     after_last_ffn = {FFN: batch[FFN] - _kept_by_experts(shape, device) * (shape.expert_blocks > 0)}
@@ -129,10 +130,10 @@ def _phases(shape: Shape, device: Device) -> dict[str, dict[str, float]]:
 
 
 def _kept_for_backward(shape: Shape, device: Device) -> dict[str, float]:
-    """What forward keeps for backward, of the whole decoder and of the loss.
+    """Bytes that forward keeps for backward in the decoder and the loss.
 
-    A block keeps x, x̂, uvqk before and after SiLU, the attention, u ⊙ its norm, o and z. Blocks that backward computes
-    again keep their input alone, and one of them at a time all of this.
+    A block keeps x, x̂, uvqk before and after SiLU, the attention, u ⊙ its norm, o and z. With recomputation a block
+    keeps only its input, and backward holds all of this for one block at a time.
     """
     config, model = shape.config, shape.config.model
     d, v, dropout = model.view_dim, shape.v_width, model.dropout > 0
@@ -148,16 +149,16 @@ def _kept_for_backward(shape: Shape, device: Device) -> dict[str, float]:
         ffn = experts * min(1, shape.expert_blocks)
     else:
         attention, ffn = block * model.num_blocks, experts * shape.expert_blocks
-    # The rows, their gradient, and the rows normalised.
+    # The rows, their gradient and the normalised rows.
     kept = {ROWS: float(shape.looked_up * (2 * FLOAT + number)), ATTENTION: attention + inputs, FFN: ffn}
     kept[LOSS] = _kept_by_loss(shape, device)
-    if shape.expert_blocks and shape.expert_parallel_size > 1:  # what was exchanged last stays with the process group
+    if shape.expert_blocks and shape.expert_parallel_size > 1:  # the process group keeps the last exchange's buffers
         kept["buffers: exchange"] = 2.0 * shape.rows * shape.top_k * d * number
     return kept
 
 
 def _kept_by_experts(shape: Shape, device: Device) -> float:
-    """By one mixture: the router's logits and probabilities, the choices, and the rows that go to experts and come back."""
+    """Bytes kept by one mixture: the router's logits, probabilities and choices, and the rows sent to experts and back."""
     model = shape.config.model
     rows = shape.rows / shape.config.train.micro_batches
     router = rows * (2 * FLOAT * model.moe.num_experts + 4 * INT64 * shape.top_k)
@@ -167,7 +168,7 @@ def _kept_by_experts(shape: Shape, device: Device) -> float:
 
 
 def _kept_by_loss(shape: Shape, device: Device) -> float:
-    """Normalised states, twice; the negatives of the whole batch, and rows and slopes of each softmax, which GPUs do not keep."""
+    """Bytes of two copies of the normalised states, the batch's negatives and, on a CPU, each softmax's rows and slopes."""
     tokens = shape.tokens / shape.config.train.micro_batches
     states = 2 * tokens * shape.config.model.embedding_dim * FLOAT
     loss = shape.config.loss
@@ -179,8 +180,8 @@ def _kept_by_loss(shape: Shape, device: Device) -> float:
 
 
 def _loss_backward(shape: Shape) -> dict[str, float]:
-    """Gradients of the states, sorting the negatives by item or the logits of a chunk, and the norm's backward over all
-    rows, which comes after that."""
+    """Gradients of the states, and the larger of two consecutive needs: negatives sorted by item (or the logits of a
+    chunk), then the norm's backward over all rows."""
     tokens = shape.tokens / shape.config.train.micro_batches
     states = 2 * tokens * shape.config.model.embedding_dim * FLOAT
     one = float(shape.looked_up * FLOAT)
@@ -196,7 +197,7 @@ def _loss_backward(shape: Shape) -> dict[str, float]:
 
 
 def _ffn_backward(shape: Shape, device: Device) -> float:
-    """Of the last block's: gradients of its rows and, an expert after another on a CPU, six times its hidden rows."""
+    """Bytes for the last block: gradients of its rows and, on a CPU, six times the hidden rows of one expert."""
     model = shape.config.model
     rows, number = shape.rows / shape.config.train.micro_batches, shape.number_bytes
     gradients = 2 * rows * model.view_dim * number
@@ -207,14 +208,14 @@ def _ffn_backward(shape: Shape, device: Device) -> float:
     if device.is_gpu:
         hidden = 0.0 if model.view_dim <= NARROW_EXPERTS else 3.0
     else:
-        # One expert after another: a rank's share what the ranks of its group send, as much as each of these has.
+        # Experts run one after another. A rank receives as many rows as it sends, divided among its experts.
         hidden = 6.0 / (model.moe.num_experts // shape.expert_parallel_size if shape.expert_blocks else 1)
     return gradients + hidden * rows * choices * shape.hidden * number
 
 
 def _attention_backward(shape: Shape, device: Device) -> float:
-    """Gradients of u, v, q, k and the three channels, on a CPU also padded copies and the scores of one chunk; less what
-    the block kept for its later part: o, z, the attention and u ⊙ its norm."""
+    """Gradients of u, v, q, k and the three channels, and on a CPU padded copies and one chunk's scores. Subtracts what
+    the block kept for its later part and has freed by then: o, z, the attention and u ⊙ its norm."""
     rows, number = shape.rows / shape.config.train.micro_batches, shape.number_bytes
     v, qk, d = shape.v_width, shape.qk_width, shape.config.model.view_dim
     if device.is_gpu:
@@ -227,18 +228,18 @@ def _attention_backward(shape: Shape, device: Device) -> float:
 
 
 def _table_update(shape: Shape) -> dict[str, float]:
-    """Gradients of the rows, and of whole tables where an ordinary optimizer steps them."""
+    """Gradients of the rows, or of whole tables if a torch.optim optimizer updates them."""
     rows = {ROWS: 3.0 * shape.looked_up * FLOAT}
     table = float(shape.table_elements * FLOAT)
     if not has_dense_gradient(shape):
         return rows
     if not shape.is_sharded:
-        return rows | {TABLE_GRADIENT: 2 * table}  # DDP reduces it in buffers of its own
+        return rows | {TABLE_GRADIENT: 2 * table}  # DDP adds buffers of the same size
     parts = math.ceil(shape.table_parts[0] / shape.ranks)
     return rows | {TABLE_GRADIENT: table, TABLE_OPTIMIZER: ADAM_TEMPORARIES * table / parts}
 
 
 def _decoder_update(shape: Shape) -> dict[str, float]:
-    """DeepSpeed's flat gradient of a partition, and Adam's temporaries for it."""
+    """DeepSpeed's flat gradient of a partition and Adam's temporaries for it."""
     dense, experts = shape.dense_parameters / shape.ranks, shape.expert_parameters / shape.expert_copies
     return {ROWS: 2.0 * shape.looked_up * FLOAT, OPTIMIZER: FLOAT * (dense + experts + 2 * max(dense, experts))}

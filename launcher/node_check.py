@@ -1,7 +1,7 @@
-"""Loads the training stack of this node and calculates with it; a process of its own, started by preflight.
+"""Loads the training stack on this node and computes with it, in a separate process that preflight starts.
 
-A library that was built against another one can end the process without a word: preflight survives that, and says what
-was being loaded.
+A library built against another version can crash the process without a message. Preflight then still reports which
+library was being loaded.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ PROJECT = Path(__file__).resolve().parents[1]
 OURS = ("mme", "kernels", "launcher")
 LIBRARIES = ["torch", "triton", "fbgemm_gpu", "torchrec", "deepspeed", "mme", "kernels"]
 REPEATS = 3
-SIZE = 1024  # of the square matrices that are multiplied
-# A float32 product of such matrices is off by about 1e-6 of its largest entry, bfloat16 by 1e-2: ten times that is a fault.
+SIZE = 1024  # rows and columns of the matrices that are multiplied
+# The error of such a product, relative to its largest entry, is about 1e-6 in float32 and 1e-2 in bfloat16. Ten times
+# that indicates a fault.
 TOLERANCES = {"float64": 1e-13, "float32": 1e-5, "bfloat16": 1e-1}
 
 
@@ -43,11 +44,11 @@ def main() -> None:
                 name = check.__name__.replace("_", " ")
                 Finding(f"{name} on {device}", "failed", _first_line(error), _REINSTALL).print_line()
     if shutil.which("cc") is None and shutil.which("gcc") is None:
-        advice = "install gcc: Triton and torch.compile build their launchers with it"
+        advice = "install gcc: Triton and torch.compile use it to build their launchers"
         Finding("C compiler", "failed" if len(devices) > 1 else "warning", "none", advice).print_line()
 
 
-_REINSTALL = "remove .venv and run `make setup`: these libraries must be of the pinned versions, built for each other"
+_REINSTALL = "remove .venv and run `make setup`: only the pinned versions of these libraries are built for each other"
 
 
 def _load(name: str) -> None:
@@ -59,7 +60,7 @@ def _load(name: str) -> None:
         raise SystemExit(1) from error
     file = Path(module.__file__ or "")
     if name in OURS and not file.resolve().is_relative_to(PROJECT):
-        advice = f"it hides this project's own: uninstall it, or run in {PROJECT}"
+        advice = f"it shadows this project's package: uninstall it, or run in {PROJECT}"
         Finding(
             f"load {name}", "failed", f"a foreign package {name} is imported, from {file.parent}", advice
         ).print_line()
@@ -76,16 +77,16 @@ def _gpus_seen(seen: int) -> Finding:
         return Finding("GPUs of PyTorch", "ok", f"{seen}, as the driver lists")
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     advice = (
-        "the driver is too old for this CUDA, or a GPU is lost: see `nvidia-smi` and its log"
+        "the driver is too old for this CUDA version, or a GPU has failed: see `nvidia-smi` and the kernel log"
         if torch.version.cuda
-        else "this PyTorch has no CUDA: remove .venv and run `make setup` on this machine"
+        else "this PyTorch is built without CUDA: remove .venv and run `make setup` on this machine"
     )
     found = f"PyTorch {torch.__version__} ({build}) sees {seen} of the {listed} GPUs that the driver lists"
     return Finding("GPUs of PyTorch", "failed", found, advice)
 
 
 def table_lookup(device: Any) -> Finding:
-    """A lookup and an update in a table of FBGEMM's, which TorchRec's are made of: that the builds fit each other."""
+    """A lookup and an update in an FBGEMM table, which TorchRec builds on: shows that torch and FBGEMM fit together."""
     import torch
     from fbgemm_gpu.split_embedding_configs import EmbOptimType
     from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
@@ -114,7 +115,7 @@ def table_lookup(device: Any) -> Finding:
 
 
 def triton_kernel(device: Any) -> Finding:
-    """One of the project's kernels against its PyTorch form: that Triton compiles for this GPU and this driver."""
+    """Compares one Triton kernel with its PyTorch form: shows that Triton works with this GPU and driver."""
     import torch
 
     from kernels import rms_norm
@@ -122,12 +123,12 @@ def triton_kernel(device: Any) -> Finding:
     x = torch.randn(SIZE, 64, device=device)
     error = float((rms_norm(x, backend="triton") - rms_norm(x, backend="torch")).abs().max())
     right = error < 1e-4
-    advice = "" if right else "the kernel computes wrongly: `make setup`, another driver, or take this GPU out"
+    advice = "" if right else "the kernel's result is wrong: run `make setup`, change the driver, or exclude this GPU"
     return Finding(f"Triton kernel on {device}", "ok" if right else "failed", f"error {error:.1e}", advice)
 
 
 def matrix_product(device: Any, multiply: Callable[[Any, Any], Any] = operator.matmul) -> Finding:
-    """Products of one seeded pair of matrices on the device, against float64 on the CPU, and against each other."""
+    """Compares repeated products of one seeded pair of matrices with float64 on the CPU, and with each other."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -148,7 +149,7 @@ def matrix_product(device: Any, multiply: Callable[[Any, Any], Any] = operator.m
         errors[name] = float((product.cpu().double() - reference).abs().max() / reference.abs().max())
     wrong = [name for name, error in errors.items() if not error <= TOLERANCES[name]]
     found = ", ".join(f"{name}: error {error:.1e}, {1e3 * times[name]:.1f} ms" for name, error in errors.items())
-    out = "the device is broken: take this node out of the job, and have it tested (dcgmi diag, memtest)"
+    out = "the device is broken: exclude this node from the job and test it (dcgmi diag, memtest)"
     if wrong:
         reason = f"{wrong[0]} is off by more than {TOLERANCES[wrong[0]]:.0e}"
         return Finding(f"matrix product on {device}", "failed", f"{reason}; {found}", out)

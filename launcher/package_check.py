@@ -1,4 +1,4 @@
-"""The installed packages against the pinned ones: versions, and packages that overwrite each other's modules."""
+"""Compares installed packages with the pins and finds packages that overwrite each other's modules."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ MODULES = ("torch", "triton", "fbgemm_gpu", "torchrec", "deepspeed")
 
 
 def check_packages(stack: str) -> list[Finding]:
-    """``stack``: cpu or cuda, whose pins are to hold."""
+    """Checks the packages against the pins of ``stack``: cpu or cuda."""
     pins = (line.partition("==") for line in shipped(f"requirements/{stack}.txt").read_text().splitlines())
     findings = [_version(name, pinned, f"requirements/{stack}.txt") for name, _, pinned in pins if pinned]
     return [*findings, *_overwritten(), _foreign_kernels()]
 
 
 def _version(name: str, pinned: str, source: str) -> Finding:
-    """Another release of the same series may do; another series is built against other libraries, and untested."""
+    """Another release of the same series is a warning. Another series fails: it is untested and linked differently."""
     try:
         found = version(name)
     except PackageNotFoundError:
@@ -27,18 +27,18 @@ def _version(name: str, pinned: str, source: str) -> Finding:
     if release == pinned:
         return Finding(name, "ok", found)
     same_series = release.split(".")[:2] == pinned.split(".")[:2]
-    advice = f"`make setup` installs the version that the others are built and tested with ({source})"
+    advice = f"`make setup` installs the tested version, which the other packages are built for ({source})"
     return Finding(name, "warning" if same_series else "failed", f"{found}, expected {pinned}", advice)
 
 
 def _overwritten() -> list[Finding]:
-    """Modules that more than one installed package brings, such as fbgemm-gpu and fbgemm-gpu-cpu: their files are mixed."""
+    """Modules that several installed packages provide, such as fbgemm-gpu and fbgemm-gpu-cpu, whose files then mix."""
     owners = {module: sorted(set(names)) for module, names in packages_distributions().items() if module in MODULES}
     return [
         Finding(
             module,
             "failed",
-            f"{' and '.join(f'{name} {version(name)}' for name in names)} have both been installed as {module}",
+            f"{' and '.join(f'{name} {version(name)}' for name in names)} both install the module {module}",
             f"their files are mixed: `python -m pip uninstall {' '.join(names)}`, then `make setup`",
         )
         for module, names in owners.items()
@@ -51,5 +51,5 @@ def _foreign_kernels() -> Finding:
         found = version("kernels")
     except PackageNotFoundError:
         return Finding("kernels", "ok", "no foreign package of that name")
-    advice = "it hides this project's own package kernels: `python -m pip uninstall kernels`"
+    advice = "it shadows this project's package kernels: `python -m pip uninstall kernels`"
     return Finding("kernels", "failed", f"foreign package kernels {found}", advice)

@@ -1,7 +1,7 @@
-"""`plan`: what a job will take on GPUs that nobody has to own yet, and how to lay it out there.
+"""`plan` predicts the memory and time of a job on given GPUs and chooses its layout, without needing the GPUs.
 
-Every table sharding and every expert-parallel size that the job allows is put through the models of memory
-(`launcher.memory`) and time (`launcher.step_time`); the fastest that fits is chosen and shown part by part.
+It evaluates the models of memory (`launcher.memory`) and time (`launcher.step_time`) for every table sharding and
+expert-parallel size that the job allows, chooses the fastest that fits and shows it part by part.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from launcher.step_time import Part, time_parts, total_s
 from mme.errors import UserError
 
 SHARDINGS = ("row_wise", "column_wise", "table_wise", "data_parallel")
-SHOWN = 8  # layouts of the table of choices
-WORTH_CHANGING = 0.95  # of the configured layout's time: smaller gains are beyond the model
+SHOWN = 8  # layouts in the printed table
+WORTH_CHANGING = 0.95  # another layout must take less than this share of the configured one's time
 MOST_NODES = 1024
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A table sharding and an expert-parallel size, with what they are predicted to take."""
+    """A table sharding and an expert-parallel size, with their predicted memory and time."""
 
     shape: Shape
     memory: Memory
@@ -47,12 +47,12 @@ class Layout:
 
 
 def show_plan(job: Job, gpu: str, items: int | None, *, choose: bool = True) -> None:
-    """Prints layout, memory, time and assumptions of ``job`` on devices of the kind named.
+    """Prints layout, memory, time and assumptions of ``job`` on devices called ``gpu``.
 
-    ``choose``: the best layout that fits, else the configuration's own.
+    With ``choose`` this is the best layout that fits, otherwise the configured one.
 
     Raises:
-        UserError: an unknown device, neither ``items`` nor a data set that says how many there are, or nothing fits.
+        UserError: the device is unknown, neither ``items`` nor a data set gives the number of items, or nothing fits.
     """
     device = device_of(gpu, job.nproc_per_node)
     config = job.load()
@@ -62,7 +62,7 @@ def show_plan(job: Job, gpu: str, items: int | None, *, choose: bool = True) -> 
     )  # fmt: skip
     configured = _configured(shape)
     if not choose and configured is None:
-        raise UserError("parallel.table_sharding (auto): TorchRec decides it at the start: leave out --as-configured")
+        raise UserError("parallel.table_sharding (auto): TorchRec chooses it at the start; leave out --as-configured")
     found = layouts(shape, device) if choose or configured is None else [predict(configured, device)]
     best = choice(found, configured, device)
     console = Console()
@@ -70,7 +70,7 @@ def show_plan(job: Job, gpu: str, items: int | None, *, choose: bool = True) -> 
     if len(found) > 1:
         console.print(_choices(found, best, configured, device))
     console.print(_table("Placement", {key: (value,) for key, value in placement(best.shape).items()}))
-    title = f"Memory of the fullest rank, at most in the {best.memory.phase}"
+    title = f"Peak memory of the fullest rank, during the {best.memory.phase}"
     console.print(_table(title, _shares(best.memory.parts, in_words)))
     seconds = {name: part.seconds for name, part in best.time.items()}
     times = _shares(seconds, lambda value: f"{1e3 * value:.2f} ms")
@@ -85,7 +85,7 @@ def show_plan(job: Job, gpu: str, items: int | None, *, choose: bool = True) -> 
     if best.memory.total > device.memory:
         raise UserError(_refusal(best, device))
     if choose:
-        console.print(f"to train so: {best.overrides}", highlight=False, soft_wrap=True)
+        console.print(f"to train with this layout: {best.overrides}", highlight=False, soft_wrap=True)
 
 
 def predict(shape: Shape, device: Device) -> Layout:
@@ -93,7 +93,7 @@ def predict(shape: Shape, device: Device) -> Layout:
 
 
 def layouts(shape: Shape, device: Device) -> list[Layout]:
-    """All that ``shape`` can be laid out as, the fastest first."""
+    """All possible layouts of ``shape``, fastest first."""
     experts = shape.config.model.moe.num_experts
     most = math.gcd(experts, shape.ranks) if experts else 1
     found = [
@@ -107,7 +107,7 @@ def layouts(shape: Shape, device: Device) -> list[Layout]:
 
 
 def choice(found: list[Layout], configured: Shape | None, device: Device) -> Layout:
-    """The fastest of ``found`` that fits, or the configured one where hardly slower; the smallest where none fits."""
+    """The fastest layout that fits, or the configured one if it is hardly slower. If none fits, the smallest."""
     fitting = [layout for layout in found if layout.memory.total <= device.memory]
     if not fitting:
         return min(found, key=lambda layout: layout.memory.total)
@@ -117,7 +117,7 @@ def choice(found: list[Layout], configured: Shape | None, device: Device) -> Lay
 
 
 def placement(shape: Shape) -> dict[str, str]:
-    """What lies where."""
+    """Where tables, decoder and experts are placed."""
     model, size = shape.config.model, shape.expert_parallel_size
     parts, rows, columns = shape.table_parts
     sharding = shape.config.parallel.table_sharding
@@ -136,35 +136,35 @@ def placement(shape: Shape) -> dict[str, str]:
         found["experts"] = (
             f"{model.moe.num_experts} in each of {shape.expert_blocks} blocks: {each} on each of {size} ranks, "
             f"{shape.expert_copies} copies"
-            + (f"; rank r holds experts {each}·(r mod {size}) and on, exchanged {reach}" if size > 1 else "")
+            + (f"; rank r holds {each} from expert {each}·(r mod {size}) on, exchanged {reach}" if size > 1 else "")
         )
     return found
 
 
 def assumptions(shape: Shape, device: Device) -> list[str]:
-    """What the figures rest on, for the reader."""
+    """The assumptions behind the figures, as lines for the reader."""
     precision = shape.precision
     flops = device.bfloat16_flops if precision == "bfloat16" else device.float32_flops
     lines = [
-        f"a cost model, not a measurement: nothing in its times was fitted to a GPU; {device.efficiency:.0%} of the peaks "
+        f"this is a cost model; its times were not fitted to a GPU. It assumes {device.efficiency:.0%} of the peaks "
         f"({flops / 1e12:.1f} TFLOP/s {precision}, {device.memory_bytes_per_s / 1e12:.2f} TB/s, "
         f"{device.local_bytes_per_s / 1e9:.0f} GB/s in a node, {device.network_bytes_per_s / 1e9:.0f} GB/s between nodes)",
-        f"every rank has {shape.tokens:,} tokens (sequences of full length: the worst case), experts are evenly loaded, "
-        f"{shape.distinct_items:,} distinct items a step (uniform draws)",
-        "parts follow one another: nothing of the network, and no data loading, is hidden behind arithmetic or waited for",
+        f"every rank has {shape.tokens:,} tokens (worst case: all sequences have full length), experts are evenly loaded, "
+        f"and a step has {shape.distinct_items:,} distinct items (drawn uniformly)",
+        "parts do not overlap: no communication is hidden behind arithmetic; data loading takes no time",
         f"a message takes {1e6 * device.local_latency_s:.0f} µs in a node and {1e6 * device.network_latency_s:.0f} µs "
-        f"between nodes; the host {1e3 * device.host_step_s:.0f} ms a step and {1e3 * device.host_block_s:.0f} ms a block "
-        "(guesses)",
+        f"between nodes; the host takes {1e3 * device.host_step_s:.0f} ms per step and {1e3 * device.host_block_s:.0f} ms "
+        "per block (guesses)",
     ]
     if not device.is_gpu:
         lines.append(
-            "a rank is one core of this machine's kind; memory was checked against measured runs, time was not"
+            "a rank is one core of a machine like this; memory was checked against measured runs, time was not"
         )
-    return [*lines, "docs/multi-node.md has the models whole"]
+    return [*lines, "docs/multi-node.md describes both models in full"]
 
 
 def _refusal(layout: Layout, device: Device) -> str:
-    """What does not fit, by how much, what takes most, and what would help."""
+    """Says by how much the layout does not fit, which part is largest, and what would fit."""
     shape, memory = layout.shape, layout.memory
     largest = max(memory.parts, key=memory.parts.__getitem__)
     helps = []
@@ -179,16 +179,16 @@ def _refusal(layout: Layout, device: Device) -> str:
             break
         nodes *= 2
     if not helps:
-        helps.append(f"not even {MOST_NODES} nodes do: a narrower model or another train.table_optimizer might")
+        helps.append(f"nothing up to {MOST_NODES} nodes; try a narrower model or another train.table_optimizer")
     return (
-        f"does not fit: the fullest rank needs {in_words(memory.total)} of {in_words(device.memory)}, "
-        f"{in_words(memory.total - device.memory)} too much, most of it for {largest} "
+        f"does not fit: the fullest rank needs {in_words(memory.total)}, {in_words(memory.total - device.memory)} more "
+        f"than the {in_words(device.memory)} of a device; the largest part is {largest} "
         f"({in_words(memory.parts[largest])}); what fits: {' or '.join(helps)}"
     )
 
 
 def _smaller_batch(shape: Shape, device: Device) -> str | None:
-    """The override for the largest batch, of the halves of this one, that fits."""
+    """The override for the largest batch that fits, found by halving the configured one; None if there is none."""
     data = shape.config.data
     key, value, least = "batch_size", data.batch_size, 1
     if data.tokens_per_batch is not None:
@@ -202,7 +202,7 @@ def _smaller_batch(shape: Shape, device: Device) -> str | None:
 
 
 def _configured(shape: Shape) -> Shape | None:
-    """The layout that training would take; None where TorchRec's planner is to choose it."""
+    """The layout that training would use; None if TorchRec's planner chooses it."""
     sharding = shape.config.parallel.table_sharding
     return None if sharding == "auto" else _laid_out(shape, sharding, shape.expert_parallel_size)
 

@@ -1,7 +1,7 @@
-"""Checks a node, and the group of nodes, before a job is started there; every finding says what to do.
+"""Checks a node and the group of nodes before a job starts there. Every problem comes with advice.
 
-What needs no library is looked at here. Loading the training stack, and the group, happen in processes of their own
-(`launcher.node_check`, `launcher.group_check`).
+This module does the checks that need no training library. Separate processes load the training stack
+(`launcher.node_check`) and form the group (`launcher.group_check`).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ SLOWEST_GROUP_S = 1800
 MEMORY_PER_PROCESS = 2 * 2**30
 DISK_SCARCE, DISK_TOO_LITTLE = 20 * 2**30, 2**30
 SHARED_MEMORY = 2**30
-NODES_TOGETHER = "start the same command on every node, with the same --nnodes and --rdzv-endpoint: a name and port that all can reach"
+NODES_TOGETHER = "start the same command on every node with the same --nnodes and --rdzv-endpoint, a host and port that all can reach"
 TRIAL_BYTES = 16 * 2**20
-CONTROL_GROUP_FILES = [  # limit and use, of versions 2 and 1
+CONTROL_GROUP_FILES = [  # (limit, usage) of cgroups version 2 and version 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
     ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
 ]
@@ -41,30 +41,30 @@ CONTROL_GROUP_FILES = [  # limit and use, of versions 2 and 1
 
 @dataclass(frozen=True)
 class Needs:
-    """What a job takes of a node: bytes of host memory by part, and of disk for its checkpoints."""
+    """Resources of one node that a job needs: bytes of host memory by part, and bytes of disk for checkpoints."""
 
     memory: dict[str, float]
     disk: float
 
 
 def needs_of(job: Job, items: int | None) -> Needs:
-    """What ``job`` takes of this node, as `plan` predicts it.
+    """Resources of this node that ``job`` needs, as `plan` predicts them.
 
     Raises:
-        UserError: the configuration is wrong, or neither ``items`` nor a data set says how many items there are.
+        UserError: the configuration is wrong, or neither ``items`` nor a data set gives the number of items.
     """
     config = job.load()
     shape = Shape(config, job.nnodes * job.nproc_per_node, job.nproc_per_node, items or items_of(config))
     training = MEMORY_PER_PROCESS if gpus() else memory_of(shape, device_of("cpu", job.nproc_per_node)).total
-    memory = {"training": training, "a copy of its part of a checkpoint": checkpoint_bytes(shape)}
-    kept = config.train.keep_checkpoints + 2  # the best one, and the one being written
+    memory = {"training": training, "checkpoint copy": checkpoint_bytes(shape)}
+    kept = config.train.keep_checkpoints + 2  # plus the best one and the one being written
     return Needs(
         {part: job.nproc_per_node * size for part, size in memory.items()}, kept * whole_checkpoint_bytes(shape)
     )
 
 
 def preflight(job: Job, output_dir: Path, needs: Needs | None = None) -> int:
-    """Checks and prints; 1 if something failed, else 0. ``needs``: of the job that is to run here, where it is known."""
+    """Prints the findings and returns 1 if a check failed, otherwise 0. ``needs`` are those of the job, if known."""
     findings = [
         *check_packages("cuda" if gpus() else "cpu"),
         *_gpus(),
@@ -78,7 +78,7 @@ def preflight(job: Job, output_dir: Path, needs: Needs | None = None) -> int:
     if all(finding.status != "failed" for finding in findings) or job.nnodes > 1:  # other nodes wait for this one
         findings += _checks_of(group_command, "group", job)
     else:
-        findings.append(Finding("group", "warning", "not checked", "mend what failed first"))
+        findings.append(Finding("group", "warning", "not checked", "fix the failed checks first"))
     _show(findings)
     return 1 if any(finding.status == "failed" for finding in findings) else 0
 
@@ -110,15 +110,14 @@ def _checks_of(command: list[str], name: str, job: Job) -> list[Finding]:
             else (f"ended with status {done.returncode}" + (f" while {begun[-1]}" if begun else ""))
         )
         apart = "RendezvousTimeoutError" in done.stderr
-        advice = NODES_TOGETHER if apart else f"to see it all: {shlex.join(command)}"
+        advice = NODES_TOGETHER if apart else f"for the full output run: {shlex.join(command)}"
         findings.append(Finding(name, "failed", found, advice))
     return findings
 
 
 def _gpus() -> list[Finding]:
     if not gpus():
-        advice = "training runs on CPU processes; for GPUs, `nvidia-smi -L` must list them"
-        return [Finding("GPUs", "ok", "none: " + advice)]
+        return [Finding("GPUs", "ok", "none: training will use the CPU; GPUs must appear in `nvidia-smi -L`")]
     query = "index,name,memory.total,memory.used,driver_version"
     answer = subprocess.run(
         ["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits"],
@@ -131,9 +130,9 @@ def _gpus() -> list[Finding]:
         index, name, total_mib, used_mib, driver = (cell.strip() for cell in row.split(","))
         found = f"{name}, driver {driver}, {used_mib} of {total_mib} MiB in use"
         busy = used_mib.isdigit() and int(used_mib) > 1024
-        advice = "another process holds memory there: `nvidia-smi` names it" if busy else ""
+        advice = "another process uses memory of this GPU: `nvidia-smi` names it" if busy else ""
         findings.append(Finding(f"GPU {index}", "warning" if busy else "ok", found, advice))
-    return findings or [Finding("GPUs", "failed", "nvidia-smi lists none in detail", "see what `nvidia-smi` says")]
+    return findings or [Finding("GPUs", "failed", "nvidia-smi gives no details of any GPU", "see its output")]
 
 
 def _memory(processes: int, needs: Needs | None) -> Finding:
@@ -142,7 +141,7 @@ def _memory(processes: int, needs: Needs | None) -> Finding:
     if needs is None:
         if available >= MEMORY_PER_PROCESS * processes:
             return Finding("memory", "ok", found)
-        advice = f"less than {in_words(MEMORY_PER_PROCESS)} for each of {processes} processes: end others, or run fewer"
+        advice = f"less than {in_words(MEMORY_PER_PROCESS)} for each of {processes} processes: free memory or run fewer processes"
         return Finding("memory", "warning", found, advice)
     total = sum(needs.memory.values())
     parts = ", ".join(f"{part} {in_words(size)}" for part, size in needs.memory.items())
@@ -150,18 +149,18 @@ def _memory(processes: int, needs: Needs | None) -> Finding:
     if available >= total:
         return Finding("memory", "ok", found)
     advice = (
-        f"{in_words(total - available)} too little: more nodes, so that each holds less; fewer processes a node; end what "
-        "else runs here, or raise the container's limit"
+        f"{in_words(total - available)} too little: use more nodes or fewer processes per node, end other programs, or "
+        "raise the container's limit"
     )
     return Finding("memory", "failed", found, advice)
 
 
 def _available_memory() -> float:
-    """Bytes that new processes may take: of the machine, and of the control group where this runs in a container."""
+    """Bytes that new processes may allocate, limited by the machine and, in a container, by its control group."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     available = float(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
     for limit, used in CONTROL_GROUP_FILES:
-        try:  # the files of another version of control groups are missing; without a limit it is "max", or huge
+        try:  # only one version's files exist; without a limit the file contains "max" or a huge number
             available = min(available, int(Path(limit).read_text()) - int(Path(used).read_text()))
         except (OSError, ValueError):
             continue
@@ -170,10 +169,10 @@ def _available_memory() -> float:
 
 def _shared_memory() -> Finding:
     if not Path("/dev/shm").is_dir():
-        return Finding("shared memory", "warning", "no /dev/shm", "NCCL exchanges data of one node through it")
+        return Finding("shared memory", "warning", "no /dev/shm", "NCCL needs it to exchange data within a node")
     size = shutil.disk_usage("/dev/shm").total
     scarce = size < SHARED_MEMORY
-    advice = "docker run --ipc host (or --shm-size 8g) gives more" if scarce else ""
+    advice = "give the container more: docker run --ipc host (or --shm-size 8g)" if scarce else ""
     return Finding("shared memory", "warning" if scarce else "ok", f"{in_words(size)} in /dev/shm", advice)
 
 
@@ -181,20 +180,18 @@ def _disk(output_dir: Path, needs: Needs | None) -> Finding:
     existing = next(path for path in [output_dir.resolve(), *output_dir.resolve().parents] if path.is_dir())
     free = shutil.disk_usage(existing).free
     found = f"{in_words(free)} free at {existing}"
-    advice = "make room, give another folder by --output-dir and output_dir, or keep fewer: train.keep_checkpoints"
+    advice = "free space, choose another folder (--output-dir, output_dir) or lower train.keep_checkpoints"
     if needs is not None:
-        found += f"; the checkpoints that the job keeps at once take {in_words(needs.disk)}"
+        found += f"; the job's checkpoints need up to {in_words(needs.disk)}"
         return Finding("disk", "failed", found, advice) if free < needs.disk else Finding("disk", "ok", found)
     if free < DISK_TOO_LITTLE:
         return Finding("disk", "failed", found, advice)
-    advice = (
-        "checkpoints of large catalogues take more: with --config preflight says how much" if free < DISK_SCARCE else ""
-    )
+    advice = "checkpoints of a large catalogue need more: --config FILE checks how much" if free < DISK_SCARCE else ""
     return Finding("disk", "warning" if advice else "ok", found, advice)
 
 
 def _writable(output_dir: Path) -> Finding:
-    """A file is written whole, renamed and read back, as a checkpoint is."""
+    """Writes, syncs, renames and reads back a file, as checkpoints are written."""
     partial, final = (output_dir / f".preflight-{os.getpid()}{suffix}" for suffix in (".partial", ""))
     content = os.urandom(TRIAL_BYTES)
     try:
@@ -208,12 +205,12 @@ def _writable(output_dir: Path) -> Finding:
         seconds = time.perf_counter() - started
         same = final.read_bytes() == content
     except OSError as error:
-        advice = "checkpoints go there: make it writable, or give another folder by --output-dir and output_dir"
+        advice = "checkpoints are written there: make it writable or choose another folder (--output-dir, output_dir)"
         return Finding("checkpoint folder", "failed", f"{output_dir}: {error.strerror}", advice)
     finally:
         _remove([partial, final])
     if not same:
-        return Finding("checkpoint folder", "failed", f"{output_dir}: read back other bytes", "use another disk")
+        return Finding("checkpoint folder", "failed", f"{output_dir}: data changed on the disk", "use another disk")
     return Finding(
         "checkpoint folder", "ok", f"{output_dir}: {TRIAL_BYTES / 1e6 / seconds:.0f} MB/s written and synced"
     )

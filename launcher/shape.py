@@ -1,4 +1,4 @@
-"""The sizes of a training step on one rank, from which `plan` computes memory and time.
+"""The sizes of a training step on one rank. `plan` computes memory and time from them.
 
 Legend: B sequences of a rank, N max_seq_len, T = B·N tokens, M views, D total width, d view width, H heads, E experts,
 k top_k, f hidden width, U distinct items of a step, n negatives of a token, W ranks.
@@ -14,7 +14,7 @@ from mme import flops
 from mme.config import Config
 from mme.errors import UserError
 
-LEAST_COLUMNS = 128  # TorchRec splits tables by columns no narrower than this (its MIN_CW_DIM)
+LEAST_COLUMNS = 128  # column-wise sharding makes no narrower parts (TorchRec's MIN_CW_DIM)
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Shape:
     """A configuration on ``ranks`` processes with a catalogue of ``items``.
 
     Raises:
-        UserError: a block that the plan does not know.
+        UserError: the model's block is not ``fuxi``.
     """
 
     config: Config
@@ -33,7 +33,7 @@ class Shape:
 
     def __post_init__(self) -> None:
         if self.config.model.block != "fuxi":
-            raise UserError(f"model.block ({self.config.model.block}): the plan knows fuxi alone")
+            raise UserError(f"model.block ({self.config.model.block}): plan supports only fuxi")
 
     @property
     def nodes(self) -> int:
@@ -41,12 +41,12 @@ class Shape:
 
     @property
     def precision(self) -> str:
-        """Of products in the decoder: ``float32`` or ``bfloat16``."""
+        """Data type of the decoder's products: ``float32`` or ``bfloat16``."""
         return self.config.train.precision_on(self.device_type)
 
     @property
     def number_bytes(self) -> int:
-        """Of one number in the decoder."""
+        """Bytes of one number in the decoder."""
         return 2 if self.precision == "bfloat16" else 4
 
     @property
@@ -100,22 +100,22 @@ class Shape:
 
     @property
     def scored(self) -> int:
-        """Items that each token's target is compared with, itself included."""
+        """Items that the loss scores for each token, its target included."""
         return self.config.loss.num_scored(self.items)
 
     @cached_property
     def distinct_items(self) -> int:
-        """U, expected: draws are taken as uniform over the catalogue, so that this is more than skewed ones give."""
+        """Expected U if items are drawn uniformly; a skewed catalogue gives fewer."""
         loss = self.config.loss
         if loss.is_full_softmax:
             return self.items
-        drawn = loss.uniform_share if loss.sampling == "in_batch" else 1  # the rest are targets of the batch
+        drawn = loss.uniform_share if loss.sampling == "in_batch" else 1  # the others are targets of the batch
         draws = 2 * self.tokens + drawn * self.negative_sets * loss.num_negatives
         return math.ceil(self.items * -math.expm1(-draws / self.items))
 
     @property
     def looked_up(self) -> int:
-        """Numbers of the rows that a rank looks up, U·D."""
+        """Numbers in the rows that a rank looks up, U·D."""
         return self.distinct_items * self.config.model.embedding_dim
 
     @property
@@ -124,7 +124,7 @@ class Shape:
 
     @property
     def table_parts(self) -> tuple[int, int, int]:
-        """(parts, rows, columns): into how many parts of that size TorchRec cuts the M tables, for one or more ranks."""
+        """(parts, rows, columns): number and size of the parts into which TorchRec splits the M tables."""
         model, sharding = self.config.model, self.config.parallel.table_sharding
         if sharding == "row_wise":
             return model.num_tables * self.ranks, math.ceil(self.items / self.ranks), model.view_dim
@@ -144,14 +144,14 @@ class Shape:
 
     @property
     def table_skew(self) -> float:
-        """How much more of the tables the fullest rank has than an even share."""
+        """The fullest rank's part of the tables, as a multiple of an even share."""
         if not self.is_sharded:
             return 1.0
         return self.table_elements * self.ranks / (self.items * self.config.model.embedding_dim)
 
     @property
     def dense_parameters(self) -> int:
-        """Weights that every rank holds: all but tables and experts."""
+        """Weights that every rank holds: everything except tables and experts."""
         model, d = self.config.model, self.config.model.view_dim
         block = flops.projections(model) + d + 129 + 2 * self.config.data.max_seq_len - 1
         ffn = (model.num_blocks - self.expert_blocks) * flops.expert_row(model)
@@ -161,7 +161,7 @@ class Shape:
 
     @property
     def expert_parameters(self) -> int:
-        """Weights of the experts that one rank holds."""
+        """Expert weights that one rank holds."""
         model = self.config.model
         experts = model.moe.num_experts // self.expert_parallel_size
         return self.expert_blocks * experts * flops.expert_row(model)

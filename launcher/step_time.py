@@ -1,7 +1,7 @@
-"""How long a training step takes, part by part: a cost model, written down in docs/multi-node.md.
+"""A cost model of a training step's time, part by part; docs/multi-node.md describes it.
 
-Each part is the largest of its arithmetic, its memory traffic and its network at the rates of `launcher.devices`; the
-parts follow one another. A part also says which of these bounds it.
+A part takes as long as the slowest of its arithmetic, memory traffic and network at the rates of `launcher.devices`, and
+names that bound. Parts do not overlap.
 
 Legend: as in `launcher.shape`.
 """
@@ -22,14 +22,14 @@ Bound = Literal["arithmetic", "memory", "bandwidth", "latency", "host"]
 
 @dataclass(frozen=True)
 class Part:
-    """Seconds of a part of the step, and what they go into."""
+    """Seconds of a part of the step, and what bounds them."""
 
     seconds: float
     bound: Bound
 
 
 def time_parts(shape: Shape, device: Device) -> dict[str, Part]:
-    """What the slowest rank of ``shape`` spends in a step on ``device``, by part."""
+    """The time of the slowest rank in a step on ``device``, by part. Parts that take no time are left out."""
     config, model = shape.config, shape.config.model
     work, links = _Work(shape, device), _Links(shape, device)
     d, v, qk, blocks, number = model.view_dim, shape.v_width, shape.qk_width, model.num_blocks, shape.number_bytes
@@ -43,7 +43,7 @@ def time_parts(shape: Shape, device: Device) -> dict[str, Part]:
     parts = {
         "tables: rows read and updated": work.of(0, _table_traffic(shape, row_bytes)),
         "tables: exchange": _table_exchange(shape, links, row_bytes),
-        # Backward costs twice forward; what it computes again (scores, two of an expert's three products) comes on top.
+        # Backward costs twice forward, plus what it recomputes: scores, and two of an expert's three products.
         "projections": work.of(
             (3 + again) * 2 * shape.rows * flops.projections(model) * blocks,
             (3 + again) * shape.rows * (2 * d + 7 * v + 2 * qk) * number * blocks,
@@ -75,7 +75,7 @@ def total_s(parts: dict[str, Part]) -> float:
 
 
 def _table_traffic(shape: Shape, row_bytes: float) -> float:
-    """Rows read and their gradients written; then weights and states read and written, of these rows or of all."""
+    """Bytes to read rows, write their gradients, and update weights and states of these rows, or of all rows."""
     states = TABLE_STATES[shape.config.train.table_optimizer]
     if has_dense_gradient(shape):
         return 2 * row_bytes + shape.table_elements * FLOAT * (2 + 2 * (1 + states))
@@ -83,7 +83,7 @@ def _table_traffic(shape: Shape, row_bytes: float) -> float:
 
 
 def _table_exchange(shape: Shape, links: _Links, row_bytes: float) -> Part:
-    """Lengths, ids, rows and their gradients travel; tables that all ranks hold reduce the gradient of every row."""
+    """Sharded tables exchange lengths, ids, rows and gradients; replicated ones all-reduce the gradient of every row."""
     if not shape.is_sharded:
         return links.reduce(shape.table_elements * FLOAT, shape.ranks)
     exchanges: list[float] = [INT64, shape.distinct_items * INT64, row_bytes, row_bytes]
@@ -93,7 +93,7 @@ def _table_exchange(shape: Shape, links: _Links, row_bytes: float) -> Part:
 
 
 def _expert_exchange(shape: Shape, links: _Links, again: bool) -> Part:
-    """Counts, rows to the experts and back, and the gradients of both, for each block that has experts."""
+    """Exchanges counts, rows to the experts and back, and the gradients of both, in each block with experts."""
     rows = float(shape.rows * shape.top_k * shape.config.model.view_dim * shape.number_bytes)
     of_block = [INT64, rows, rows, rows, rows, *([INT64, rows, rows] if again else [])]
     return links.exchange(of_block * shape.expert_blocks, shape.expert_parallel_size)
@@ -117,7 +117,7 @@ class _Links:
     device: Device
 
     def exchange(self, sizes: list[float], ranks: int) -> Part:
-        """All-to-alls one after another, in each of which a rank sends so many bytes, evenly to ``ranks``."""
+        """Consecutive all-to-alls; ``sizes`` are the bytes that a rank sends in each, evenly to ``ranks``."""
         if ranks == 1:
             return Part(0.0, "latency")
         device, local = self.device, min(ranks, self.shape.ranks_per_node)
@@ -128,7 +128,7 @@ class _Links:
         return _slower(moving, len(sizes) * (latency + (ranks - 1) * device.message_s))
 
     def reduce(self, num_bytes: float, ranks: int, times: int = 1) -> Part:
-        """An all-reduce, as a ring for its bytes and a tree for its latency; ``times``: with how many of a few bytes."""
+        """``times`` all-reduces of ``num_bytes`` together: a ring's bandwidth and a tree's latency."""
         if ranks == 1:
             return Part(0.0, "latency")
         device = self.device

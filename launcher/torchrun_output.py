@@ -1,22 +1,25 @@
-"""Tells the lines of torchrun itself from those of the workers, on the standard error that they share."""
+"""Separates torchrun's own lines from those of the workers, which share its standard error, and writes the launcher's."""
 
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator
 from typing import IO
 
+from mme.errors import one_line
+
 LOG_LINE = re.compile(r"^[IWEC]\d{4} [\d:.]+ \d+ \S*torch/distributed/")
-LAST_WORDS = "torch.distributed.elastic."  # the module of the exceptions with which torchrun ends
-# What torch's C++ writes of a connection, with its stack: the exception that follows is told in one line.
+LAST_WORDS = "torch.distributed.elastic."  # the module of the exceptions that end torchrun
+# Log lines and stacks of torch's C++ about a connection. An exception follows, which is reported in one line.
 NATIVE_LINE = re.compile(r"\[[IWE]\d{4} .*\] \[c10d\] |Exception raised from |frame #\d+: |<omitting python frames>")
 TRACEBACK = "Traceback (most recent call last):"
 FOLLOWS = ("The above exception was the direct cause", "During handling of the above exception")
 
 
 def own_lines(stream: IO[str], on_log_line: Callable[[str], None]) -> Iterator[str]:
-    """The lines of ``stream`` that torchrun did not write; its log lines and last words go to ``on_log_line``."""
-    held: list[str] = []  # a traceback, with those that it followed from, until the line after it tells whose it is
+    """Yields the workers' lines; passes torchrun's log lines and its final exception to ``on_log_line``."""
+    held: list[str] = []  # a traceback and its causes, until the next line shows who wrote it
     complete = False
     for line in stream:
         if LOG_LINE.match(line):
@@ -25,7 +28,7 @@ def own_lines(stream: IO[str], on_log_line: Callable[[str], None]) -> Iterator[s
             continue
         elif held and line.startswith(LAST_WORDS):
             on_log_line(line)
-            for _ in stream:  # the summary of the failed workers, the last that torchrun writes
+            for _ in stream:  # the summary of failed workers, which ends torchrun's output
                 pass
             return
         elif held and (line[:1].isspace() or line.startswith(FOLLOWS)):
@@ -44,3 +47,8 @@ def own_lines(stream: IO[str], on_log_line: Callable[[str], None]) -> Iterator[s
             else:
                 yield line
     yield from held
+
+
+def say(text: str) -> None:
+    """Prints ``text`` as one line of the launcher on standard error."""
+    print(f"launcher: {one_line(text)}", file=sys.stderr, flush=True)

@@ -3,7 +3,7 @@
     model = mme.load("runs/quickstart")
     model.recommend([{"item_ids": [3, 17, 4], "timestamps": [1700000000, 1700000600, 1700086400]}], k=10)
 
-Importing this package loads nothing heavy; torch and pyarrow come with the first call.
+Importing this package loads nothing heavy; the first call of `load` imports torch and pyarrow.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ __version__ = "0.1.0"
 
 
 def load(path: str | Path, device: str | torch.device | None = None, checkpoint: int | None = None) -> TrainedModel:
-    """A trained model, to recommend, score and embed with; no process group is needed.
+    """Loads a trained model that recommends, scores and embeds. It needs no process group.
 
     Args:
-        path: a run's folder (its best checkpoint is read), or a file of `mme export --what weights`.
-        device: default: CUDA where there is one, otherwise the CPU.
-        checkpoint: of a run, the step; default: the best on the validation split.
+        path: a run's folder, or a file written by `mme export --what weights`.
+        device: where to compute; None selects CUDA if available, otherwise the CPU.
+        checkpoint: the step of a run's checkpoint; None selects the best one on the validation split.
 
     Raises:
-        mme.errors.UserError: nothing is there, it is damaged, or it does not belong to its data set.
+        mme.errors.UserError: the path does not exist, is damaged, or does not match its data set.
     """
     from pathlib import Path
 
@@ -41,7 +41,7 @@ def load(path: str | Path, device: str | torch.device | None = None, checkpoint:
     if found.is_dir():
         return load_run(found, checkpoint, device)
     if checkpoint is not None:
-        raise UserError(f"{found}: no run's folder, so it has no checkpoint {checkpoint}")
+        raise UserError(f"{found}: is not a run's folder, so it has no checkpoint {checkpoint}")
     if found.exists():
         return read_export(found, device)
     raise UserError(f"{found}: no such run or export")

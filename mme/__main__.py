@@ -1,4 +1,4 @@
-"""``python -m mme``: the same as the console script ``mme``."""
+"""``python -m mme`` is the same as the console script ``mme``."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The ``mme`` command: parses, calls one function below, and turns errors into one line and an exit status.
+"""The ``mme`` command parses arguments, calls a function below, and turns errors into one line and an exit status.
 
-0: done. 1: the job failed. 2: the input or the configuration is wrong. 130: interrupted.
-What a command needs is imported inside it, so that ``--help`` and wrong arguments are answered at once.
+Exit status: 0 on success; 1 if the job failed; 2 if the input or the configuration is wrong; 130 if interrupted.
+Commands import what they need inside their functions, so that ``--help`` and wrong arguments are answered immediately.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except typer.TyperException as error:
         message = " ".join(error.format_message().split()).rstrip(".")
-        if message and rank() == 0:  # without arguments it is the help, which is printed already
+        if message and rank() == 0:  # empty when the command line has no arguments: typer has printed the help already
             print_error(f"{message} (see `{_command_name(arguments)} --help`)")
         return error.exit_code
     except typer.Abort:
@@ -77,7 +77,7 @@ def mme(
 ) -> None:
     """Fuxi-MME, a sequential recommender: prepare interactions, train, evaluate, recommend.
 
-    A first run, from nothing:
+    A first run:
 
         mme prepare --synthetic quickstart --output datasets/quickstart
 
@@ -98,14 +98,14 @@ def train(
     ],
     overrides: Annotated[
         Optional[list[str]],
-        typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace those of the file, such as train.lr=0.002."),
+        typer.Argument(metavar="KEY.PATH=VALUE", help="Override values of the file, such as train.lr=0.002."),
     ] = None,
 ) -> None:
     """Train a model, evaluate it and write the report.
 
-    Alone in one process, or as a worker under torchrun. The run's folder (output_dir) gets config.yaml, metrics.jsonl,
-    checkpoints, TensorBoard files, log.txt and report.html. Started again with the same output_dir, the run
-    resumes from its newest complete checkpoint (train.resume=false: from the beginning).
+    The command runs in one process, or as a worker under torchrun. It writes config.yaml, metrics.jsonl, checkpoints,
+    TensorBoard files, log.txt and report.html to the run's folder (output_dir). If it is started again with the same
+    output_dir, the run resumes from its newest complete checkpoint; with train.resume=false it starts from step 0.
 
     Examples:
 
@@ -134,20 +134,22 @@ def train(
 def evaluate(
     run: RunOption,
     checkpoint: Annotated[
-        Optional[int], typer.Option(metavar="STEP", min=0, help="Step of the checkpoint; default: the best one.")
+        Optional[int], typer.Option(metavar="STEP", min=0, help="Step of the checkpoint. Default: the best one.")
     ] = None,
     save_ranks: Annotated[
         bool,
-        typer.Option("--save-ranks", help="Keep each user's rank in the run's folder, for `mme compare`."),
+        typer.Option("--save-ranks", help="Save each user's rank in the run's folder, for `mme compare`."),
     ] = False,
     seen: Annotated[
         Optional[Literal["exclude", "include"]],
-        typer.Option(help="Whether items that the user has had before are ranked; default: the run's eval.seen."),
+        typer.Option(
+            help="Include or exclude items of the user's history in the ranking. Default: the run's eval.seen."
+        ),
     ] = None,
 ) -> None:
     """Print the test metrics of a run's checkpoint as JSON.
 
-    Only the JSON goes to standard output, everything else to standard error.
+    Only the JSON goes to standard output. All other messages go to standard error.
 
     Examples:
 
@@ -173,8 +175,8 @@ def recommend(
         Path,
         typer.Option(
             metavar="FILE",
-            help="Parquet file of histories, one row a user: user_id, item_ids (as in the raw data, oldest first), "
-            "timestamps (seconds); if wanted request_timestamp, the time that the recommendation is for.",
+            help="Parquet file of histories, one row per user: user_id, item_ids (as in the raw data, oldest first), "
+            "timestamps (seconds) and optionally request_timestamp, the time of the recommendation.",
         ),
     ],
     output: Annotated[
@@ -183,29 +185,29 @@ def recommend(
     top_k: Annotated[int, typer.Option(min=1, help="Items to recommend for each history.")] = 10,
     seen: Annotated[
         Optional[Literal["exclude", "include"]],
-        typer.Option(help="Whether items of the history can be recommended; default: the run's eval.seen."),
+        typer.Option(help="Include or exclude items of the history in the lists. Default: the run's eval.seen."),
     ] = None,
     unknown: Annotated[
         Literal["skip", "refuse"],
         typer.Option(
-            help="skip: leave out events of items that the training data doesn't have; refuse: end with status 2."
+            help="Events of items that are not in the training data: skip ignores them, refuse exits with status 2."
         ),
     ] = "skip",
     request_time: Annotated[
         Optional[Literal["now", "last", "column"]],
         typer.Option(
-            help="The time that the recommendation is for: now, the history's last event, or the column "
-            "request_timestamp; default: the column where there is one, otherwise the last event."
+            help="Time of the recommendation: now, the history's last event, or the column request_timestamp. Default: "
+            "the column if the file has it, otherwise the last event."
         ),
     ] = None,
 ) -> None:
-    """Recommend the items with the highest scores for each history given.
+    """Recommend the items with the highest scores for each history.
 
-    Items that the history holds already are not recommended, unless --seen include is given or the run has
-    eval.seen=include. A history without any known item gets the most popular items; its fallback is true.
+    Items of the history are excluded, unless you give --seen include or the run has eval.seen=include. A history without
+    any known item gets the most popular items, and its fallback is true.
 
-    The model reads how long ago each event was, so the time of the request matters. Evaluation uses the time of the event
-    to be predicted, which nobody knows in advance: give the time of the request where you have it.
+    The model uses how long ago each event was, so the time of the request matters. Evaluation uses the time of the event
+    to be predicted, which is unknown in production; pass the time of the request if you have it.
 
     Examples:
 
@@ -235,17 +237,17 @@ def report(
     ] = None,
     run: Annotated[
         Optional[list[Path]],
-        typer.Option("--run", metavar="DIR", help="Folder of a run, as DIR; may be repeated.", show_default=False),
+        typer.Option("--run", metavar="DIR", help="Folder of a run, like DIR; can be repeated.", show_default=False),
     ] = None,
     output: Annotated[
         Optional[Path],
-        typer.Option(metavar="FILE", help="HTML file to write. Default, for one run: report.html in its folder."),
+        typer.Option(metavar="FILE", help="HTML file to write. Default for one run: report.html in its folder."),
     ] = None,
 ) -> None:
-    """Write the report of a run, or of several side by side, as one HTML file that needs no network.
+    """Write the report of a run, or of several side by side, as one HTML file that works offline.
 
-    It shows results, curves, expert load and configuration. `mme train` writes it at its end; use this command for a
-    run that is still going or was cut off, and to compare runs.
+    The report shows results, curves, expert load and configuration. `mme train` writes it when it ends; use this command
+    for a run that is still in progress or was interrupted, and to compare runs.
 
     Examples:
 
@@ -258,7 +260,7 @@ def report(
         if not folders:
             raise UserError("no run given: expected --run DIR (see `mme report --help`)")
         if len(folders) > 1 and output is None:
-            raise UserError("several runs: expected --output FILE for their common report")
+            raise UserError("several runs: expected --output FILE for the combined report")
         for folder in folders:
             _run_folder(folder)
         from mme.report.page import write_compared_report, write_report
@@ -277,18 +279,18 @@ def compare(
         list[Path], typer.Argument(metavar="DIR DIR...", help="Folders of runs; the first is the baseline.")
     ],
     output_format: Annotated[
-        TableFormat, typer.Option("--format", help="How the tables are written.")
+        TableFormat, typer.Option("--format", help="Format of the tables.")
     ] = TableFormat.markdown,
     output: Annotated[
         Optional[Path],
-        typer.Option(metavar="FILE", help="File to write; default: standard output.", show_default=False),
+        typer.Option(metavar="FILE", help="File to write. Default: standard output.", show_default=False),
     ] = None,
 ) -> None:
     """Compare the test results of runs user by user.
 
     The tables show each metric with its 95% confidence interval over users, the difference of NDCG@10 from the first run
     with a paired test and Holm's correction, NDCG@10 by popularity of the target and by length of the history, and the
-    coverage and novelty of the lists. Runs that were evaluated on other targets are refused.
+    coverage and novelty of the lists. All runs must have been evaluated on the same targets.
 
     Examples:
 
@@ -328,9 +330,9 @@ def _run_folder(run: Path) -> Path:
     from mme.config import CONFIG_FILE
 
     if not run.is_dir():
-        raise UserError(f"{run}: no such run folder (made by `mme train`, as output_dir)")
+        raise UserError(f"{run}: no such run folder (`mme train` makes it, as output_dir)")
     if not (run / CONFIG_FILE).is_file():
-        raise UserError(f"{run}: no {CONFIG_FILE} in it: expected a run's folder, made by `mme train`")
+        raise UserError(f"{run}: has no {CONFIG_FILE}, expected a run's folder made by `mme train`")
     return run
 
 
@@ -339,16 +341,16 @@ app.command(no_args_is_help=True)(serve)
 
 
 def _quiet_libraries() -> None:
-    """Keeps what libraries warn of out of the terminal; once a run has its log.txt, it goes there (see Monitor)."""
+    """Keeps warnings of libraries off the terminal. Once a run has its log.txt, they go there (`mme.run.monitor`)."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     logging.captureWarnings(True)
-    # Without any handler, the first warning of a library would make one that writes to the terminal.
+    # Without a handler, Python would print the warnings to the terminal.
     logging.getLogger().addHandler(logging.NullHandler())
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
 def _name_accelerator() -> None:
-    """Tells DeepSpeed, which looks for one as soon as it is imported and complains where it finds none."""
+    """Selects DeepSpeed's CPU accelerator without a GPU, because DeepSpeed warns on import if it has to search."""
     import torch
 
     if not torch.cuda.is_available():
@@ -357,7 +359,7 @@ def _name_accelerator() -> None:
 
 @contextmanager
 def _standard_output_to_error() -> Iterator[int]:
-    """Sends all that is printed, by libraries in C too, to standard error; yields a file descriptor of the output."""
+    """Redirects standard output, also of C libraries, to standard error; yields a descriptor of the original output."""
     sys.stdout.flush()
     output = os.dup(1)
     os.dup2(2, 1)
@@ -370,7 +372,7 @@ def _standard_output_to_error() -> Iterator[int]:
 
 
 def _print_results(run: Path) -> None:
-    """The last lines of a training job: results, a warning where they are worse than the baseline, and the report."""
+    """Prints the results, a warning if they are worse than the baseline, and the path of the report."""
     from rich.console import Console
 
     from mme.report.page import write_report

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 
 LONGEST_LINE = 4000
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # that freeing room, not another attempt, mends
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors that a retry cannot solve
 
 
 class UserError(Exception):
@@ -17,31 +17,32 @@ class UserError(Exception):
 
 
 class JobError(Exception):
-    """The job can't continue, and all ranks know it: rank 0 prints the one line and all exit with status 1."""
+    """The job cannot continue, and all ranks know it: rank 0 prints one line and all exit with status 1."""
 
 
 class NonFiniteError(JobError):
-    """A loss, gradient, weight or vector is NaN or infinite, so no result that depends on it can be right."""
+    """A loss, gradient, weight or vector is NaN or infinite, so results that depend on it would be wrong."""
 
 
 class DiskError(JobError):
-    """A file can't be written, and the next attempt could not write it either: the job is not started again."""
+    """A file cannot be written, and a retry could not write it either, so the job is not restarted."""
 
 
 class Preempted(Exception):
-    """The job was asked to stop (SIGTERM) and has saved all: all ranks leave with status 143, to be started again."""
+    """The job was asked to stop (SIGTERM) and has saved a checkpoint: all ranks exit with status 143."""
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or the error's name where it has none."""
+    """The first line of an error's message, or the name of its class if the message is empty."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def one_line(text: str) -> str:
     """``text`` with every control character, line break and unpaired surrogate escaped, as ``\\n`` or ``\\x1b``.
 
-    Names and values in a message come from files that anybody may have made. Escaped, they can't break a line of a log,
-    move the terminal's cursor or reverse the text that follows. What exceeds `LONGEST_LINE` characters is cut out of the middle.
+    Names and values in a message may come from untrusted files. Escaping keeps them from breaking a log's lines, moving
+    the terminal's cursor or reversing the text that follows. A text longer than `LONGEST_LINE` characters loses its
+    middle.
     """
     if len(text) > LONGEST_LINE:
         half = LONGEST_LINE // 2
@@ -52,5 +53,8 @@ def one_line(text: str) -> str:
 
 
 def indented_lines(text: str) -> str:
-    """A text of several lines, such as a traceback, for a log: each line escaped by `one_line`, all but the first indented."""
+    """Formats a text of several lines, such as a traceback, for a log.
+
+    `one_line` escapes each line; all lines except the first are indented.
+    """
     return "\n    ".join(map(one_line, text.rstrip().split("\n")))

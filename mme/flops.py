@@ -1,7 +1,7 @@
 """FLOPs of the model, counted in one place for load balancing, predictions and utilisation.
 
-Counted are the multiply-adds of the matrix products in the definition, over true jagged lengths: no padding, no masked pairs,
-no recomputation in backward. A multiply-add is two FLOPs; backward has twice as many as forward.
+The counts include the multiply-adds of the matrix products in the definition, over the true jagged lengths. They exclude
+padding, masked pairs and recomputation in backward. A multiply-add is two FLOPs; backward has twice as many as forward.
 
 Legend: N max_seq_len, M views, D total width, d view width, H heads, E experts, k top_k, f hidden width, n negatives.
 """
@@ -18,13 +18,13 @@ def head_widths(model: ModelConfig) -> tuple[int, int]:
 
 
 def projections(model: ModelConfig) -> int:
-    """Multiply-adds of a FuXi block and view for a token, before and after attention: d (4 H dv + 2 H dqk) + 3 H dv d."""
+    """Multiply-adds of the projections of a FuXi block, for one token and view: d (4 H dv + 2 H dqk) + 3 H dv d."""
     qk, v = head_widths(model)
     return model.view_dim * (4 * v + 2 * qk) + 3 * v * model.view_dim
 
 
 def attention_pair(model: ModelConfig) -> int:
-    """Multiply-adds of a FuXi block and view for one query-key pair: the score, and three channels of the value."""
+    """Multiply-adds of a FuXi block for one query-key pair and view: the score and three channels of the value."""
     qk, v = head_widths(model)
     return qk + 3 * v
 
@@ -40,7 +40,7 @@ def training_flops(config: Config, num_tokens: int, num_pairs: int, num_items: i
     Args:
         num_tokens: T.
         num_pairs: query-key pairs, Σ L (L + 1) / 2 over the sequences.
-        num_items: items of the catalogue, all of which the full softmax scores.
+        num_items: items of the catalogue, which the full softmax scores.
     """
     model, loss = config.model, config.loss
     blocks, with_experts, top_k = model.num_blocks, len(model.expert_blocks), model.moe.top_k

@@ -1,4 +1,4 @@
-"""Which optional packages a command needs, and what to do where one is missing or of the wrong build."""
+"""The optional packages that commands need, and how to install a missing one."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HOW = (
 
 
 def require_training_packages() -> None:
-    """Raises UserError where TorchRec, FBGEMM or DeepSpeed is not installed."""
+    """Raises UserError if TorchRec, FBGEMM or DeepSpeed is not installed."""
     missing = [name for name in TRAINING_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
-        raise UserError(f"not installed: {', '.join(missing)}, which training and evaluation need: {HOW}")
+        raise UserError(f"training and evaluation need {', '.join(missing)}, not installed: {HOW}")

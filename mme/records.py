@@ -1,4 +1,4 @@
-"""JSON from a file that may be damaged, read into types: what is wrong is said with the name of the field."""
+"""Parses JSON of possibly damaged files into typed records; errors name the field."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def parse_record(text: str, kind: type[T]) -> T:
-    """``text``, JSON, as a ``kind``: a dataclass or TypedDict whose fields must be there with their types.
+    """Parses the JSON ``text`` as a ``kind``, a dataclass or TypedDict whose fields must exist with their types.
 
     Raises:
         ValueError: one line, such as ``parts[1].events: Field required``.

@@ -1,4 +1,4 @@
-"""Files that come with the project beside its code: configurations under `configs/` and pins under `requirements/`."""
+"""Files that the project ships besides its code: configurations in `configs/` and pins in `requirements/`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ IN_WHEEL = PACKAGE / "shipped_files"  # setup.py copies the folders there when i
 
 
 def shipped(name: str | Path) -> Path:
-    """Where a shipped file such as ``configs/quickstart.yaml`` stands: in the installed package or in the checkout."""
+    """The path of a shipped file such as ``configs/quickstart.yaml``, in the installed package or the checkout."""
     return (IN_WHEEL if IN_WHEEL.is_dir() else PACKAGE.parent) / name
 
 
 def own_or_shipped(path: Path) -> Path:
-    """The user's file where there is one, otherwise the shipped one of the same relative name, otherwise ``path``."""
+    """The user's file if it exists, otherwise the shipped file with the same relative path, otherwise ``path``."""
     if path.exists() or path.is_absolute() or path.parts[:1] != ("configs",) or ".." in path.parts:
         return path
     found = shipped(path)

@@ -2,9 +2,9 @@
 
 Look up the rows of the batch's distinct items in the sharded tables once, pass all views through the shared decoder,
 score every next item against its negatives, add the routers' losses, and step tables and decoder if all gradients are
-finite. Every random number of a step follows from (seed, step), the user and the place in the sequence, so the losses are the
-same, but for rounding, on any number of processes and after any resume; on as many processes, bit for bit. Only shared negatives
-(`loss.negatives=shared`) belong to tokens that are neighbours in a rank's batch.
+finite. Every random number of a step depends on (seed, step), the user and the position in the sequence. The losses are
+therefore equal up to rounding on any number of processes and after any resume, and bitwise equal on the same number. Only
+shared negatives (`loss.negatives=shared`) depend on which tokens are neighbours in a rank's batch.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class StepResult:
     Attributes:
         loss: mean over the tokens of −log softmax at the target, without the routers' losses.
         skipped: the loss or a gradient was not finite; the step changed nothing.
-        votes: for each of the votes given, whether any rank gave it.
+        votes: for each vote, whether any rank voted yes.
         tokens: target tokens.
         lr: the decoder's learning rate.
         counts: (blocks with experts, M, E) int64, how many choices each expert received from each view.
@@ -106,7 +106,7 @@ class TrainStep:
         self.loss = NextItemLoss(config, recommender.num_items)
 
     def __call__(self, step: int, batch: SequenceBatch, skipped: int = 0, votes: Sequence[bool] = ()) -> StepResult:
-        """The ``step``-th step, from 0, on this rank's part of the batch; it may be empty.
+        """Runs step number ``step`` (from 0) on this rank's part of the batch, which may be empty.
 
         ``skipped``: number of steps skipped before. ``votes``: this rank's votes; the result says for each whether any rank
         voted yes.
@@ -126,7 +126,7 @@ class TrainStep:
         )
 
     def backward(self, step: int, batch: SequenceBatch, votes: Sequence[bool] = ()) -> Gradients:
-        """Forward and backward: the gradients of the global mean, of the decoder in the engine, of the rows as a result."""
+        """Computes the gradients of the global mean loss: the decoder's stay in the engine, the rows' are returned."""
         world, train = self.recommender.world, self.config.train
         with region("data"):
             parts = [part.to(world.device) for part in batch.split(train.micro_batches)]
@@ -135,7 +135,7 @@ class TrainStep:
             items = self.sample_items(parts, seed, self._targets_of_all_ranks(parts))
             looked_up = self.recommender.tables.lookup(items[0].ids)
         self.engine.train()
-        # Backward stops here. That of the tables may update them at once, so it waits until all gradients are known to be finite.
+        # Backward stops here. The tables' backward may update them immediately, so it waits until all gradients are finite.
         item_rows = looked_up.detach().requires_grad_()
         done = []
         for number, (part, part_items) in enumerate(zip(parts, items, strict=True), 1):

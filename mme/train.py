@@ -44,7 +44,7 @@ Batch = tuple[Progress, SequenceBatch, Progress]  # progress before the batch, t
 
 
 def train(config: Config) -> list[dict[str, Any]]:
-    """Trains and evaluates a model and writes a run's folder; returns the final test records of the model and the baseline.
+    """Trains and evaluates a model and writes a run's folder. Returns the test records of the model and the baseline.
 
     Raises:
         UserError: configuration, data or checkpoint do not match.
@@ -92,7 +92,7 @@ class Training:
         self._look_up_targets()
 
     def _look_up_targets(self) -> None:
-        """Checks before training that each part has targets, and hashes them now: the data set may be replaced meanwhile."""
+        """Checks that each held-out part has targets, and hashes them now, in case the data set is replaced meanwhile."""
         for part in self.split.held_out:
             rows, _ = self.dataset.targets(self.split, part)
             if not rows.size:
@@ -136,7 +136,7 @@ class Training:
 
     @contextmanager
     def _counted_attempt(self) -> Iterator[None]:
-        """Counts, in the run's folder, an attempt that ends in a number that is not finite (`mme.run.attempts`)."""
+        """Counts attempts that end with a NaN or infinity in the run's folder (`mme.run.attempts`)."""
         try:
             yield
         except NonFiniteError:
@@ -189,18 +189,18 @@ class Training:
     def _resume(self, progress: Progress, monitor: Monitor) -> None:
         if progress.dataset not in ("", self.dataset.sha256):
             raise UserError(
-                f"{checkpoint.folder(self.run_folder, progress.step)}: was trained on another data set than data.path="
-                f"{self.config.data.path} holds now ({checkpoint.ELSEWHERE})"
+                f"{checkpoint.folder(self.run_folder, progress.step)}: was trained on a data set other than the one in "
+                f"data.path={self.config.data.path} ({checkpoint.ELSEWHERE})"
             )
         self.writer.resumed_at(progress.step)
         self._keep_global_batches(progress, monitor)
         if self.world.rank == 0 and (changed := self._changed_settings()):
             monitor.note(f"resumes with {', '.join(changed)}")
         if progress.step >= self.total_steps and not progress.evaluate:
-            monitor.note(f"nothing is left to train: the checkpoint of step {progress.step} is tested again")
+            monitor.note(f"training is complete: the checkpoint of step {progress.step} is tested again")
 
     def _changed_settings(self) -> list[str]:
-        """What differs from the previous configuration of the run, such as ``train.lr 0.01 (was 0.004)``."""
+        """Settings that differ from the run's previous configuration, such as ``train.lr 0.01 (was 0.004)``."""
         try:
             before = flat(load_saved_config(self.run_folder))
         except UserError:  # there is none, or it was written by a version with other keys
@@ -213,7 +213,7 @@ class Training:
             self.loader.set_shares(progress.shares)
         if self.loader.shares != self.world.size:
             monitor.note(
-                f"a global batch stays {progress.shares} × {progress.rank_batch}, now dealt to {self.world.size} "
+                f"the global batch remains {progress.shares} × {progress.rank_batch}, now divided among {self.world.size} "
                 "processes (another data.batch_size or data.tokens_per_batch would change it)"
             )
         self.total_steps = self.step.total_steps = self._total_steps(progress)
@@ -236,9 +236,7 @@ class Training:
             return batches
         left = self.total_steps - progress.step
         if train.profile_start + train.profile > left:
-            monitor.note(
-                f"no profile: {left:,} steps are left, {train.profile_start + train.profile:,} are needed for one"
-            )
+            monitor.note(f"no profile: it needs {train.profile_start + train.profile:,} steps, and {left:,} are left")
             return batches
         folder = self.run_folder / PROFILE_FOLDER
         profile = StepProfile(
@@ -276,7 +274,7 @@ class Training:
         what = "a gradient" if math.isfinite(result.loss) else "the loss"
         found = f"{what} at step {step} is not finite; its batch is in {self.run_folder / NON_FINITE_FOLDER}/step_{step}_rank_*.parquet"
         if self.config.train.on_non_finite == "stop":
-            raise NonFiniteError(f"{found} (train.on_non_finite=skip would leave it out)")
+            raise NonFiniteError(f"{found} (train.on_non_finite=skip would skip the step)")
         if self.skipped_in_a_row == MOST_IN_A_ROW:
             raise NonFiniteError(f"{found}; {MOST_IN_A_ROW} steps in a row were skipped")
         monitor.warn(f"{found}; the step is skipped")

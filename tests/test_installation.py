@@ -38,7 +38,9 @@ def test_missing_training_packages_are_named_with_the_command_that_installs_them
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torchrec" else find(name))
-    with pytest.raises(UserError, match=r"^not installed: torchrec, which training .*pip install 'mme\[cuda\]'"):
+    with pytest.raises(
+        UserError, match=r"^training and evaluation need torchrec, not installed: .*pip install 'mme\[cuda\]'"
+    ):
         require_training_packages()
 
 

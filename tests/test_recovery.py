@@ -218,7 +218,7 @@ def test_a_frozen_worker_is_named_and_the_job_goes_on(data: Path, whole: Path, t
 
 @pytest.mark.slow
 def test_data_damaged_in_use_are_named_and_laid_out_anew(data: Path, whole: Path, tmp_path: Path) -> None:
-    """The flat file of the events is cut off under the readers: one line, and the next attempt mends it and goes on."""
+    """The flat file of the events is truncated during training: the job fails with one line, and the next attempt rewrites the file and resumes."""
     run, own = tmp_path / "run", tmp_path / "own"
     shutil.copytree(data, own, ignore=shutil.ignore_patterns(CACHE_FOLDER))
     with started(own, run) as job:
@@ -226,7 +226,7 @@ def test_data_damaged_in_use_are_named_and_laid_out_anew(data: Path, whole: Path
         (file,) = (own / CACHE_FOLDER).glob("*.events")
         os.truncate(file, 100)
         assert job.wait(PATIENCE_S) == 0
-    assert re.search(r"error: .*\.events: damaged: ends before byte \d+; it is removed", errors_of(run))
+    assert re.search(r"error: .*\.events: damaged: ends before byte \d+; it has been removed", errors_of(run))
     check_same(run, whole)
 
 

@@ -237,10 +237,10 @@ def test_a_finished_run_says_what_is_asked_for_anew_and_that_nothing_is_trained(
     again = train(data, run, "train.epochs=1", "train.lr=0.5")
     assert again.returncode == 0, again.stderr
     assert "resumes with train.lr 0.5 (was 0.004)" in again.stdout
-    assert "nothing is left to train: the checkpoint of step 7 is tested again" in again.stdout
+    assert "training is complete: the checkpoint of step 7 is tested again" in again.stdout
 
     prepare_synthetic("quickstart", tmp_path / "other", users=100, items=120, seed=4)
     refused = train(tmp_path / "other", run, "train.epochs=2")
     assert refused.returncode == 2
-    assert "step_7: was trained on another data set than data.path=" in refused.stderr
+    assert "step_7: was trained on a data set other than the one in data.path=" in refused.stderr
     assert refused.stderr.count("\n") == 1

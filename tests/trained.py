@@ -42,7 +42,7 @@ def train_small(folder: Path) -> Trained:
 
 
 def mme(*arguments: str | Path, check: bool = True) -> subprocess.CompletedProcess[str]:
-    """The command line in a process of its own."""
+    """Runs the command line in a separate process."""
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "mme", *map(str, arguments)]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=check, timeout=500)

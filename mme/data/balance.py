@@ -1,4 +1,4 @@
-"""The cost of a sequence, and how sequences are dealt to the ranks so that their loads are even."""
+"""The cost of a sequence, and how sequences are distributed among the ranks so that their loads are even."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ IntArray = NDArray[np.int64]
 
 
 def attention_equals_rest_at(model: ModelConfig) -> int:
-    """The length L, in tokens, at which attention costs as much as everything else in a block, by the counts of `mme.flops`
-    with L keys per query.
+    """The length L, in tokens, at which attention costs as much as the rest of a block.
+
+    The costs are those of `mme.flops` with L keys per query.
     """
     chosen = model.moe.top_k if model.moe.num_experts else 1
     return max(1, round((projections(model) + chosen * expert_row(model)) / attention_pair(model)))
@@ -36,7 +37,7 @@ def deal(costs: IntArray, world_size: int) -> IntArray:
     loads = np.zeros(world_size, dtype=np.int64)
     place = 0
     while place < order.size:
-        # Many at once, because with hundreds of ranks there are thousands of sequences: the j-th next one goes to the rank
+        # Assign many at once, because hundreds of ranks have thousands of sequences: the j-th next one goes to the rank
         # with the j-th lowest load, until a rank that has just received a sequence would have the lowest load again.
         lightest = loads.argsort(kind="stable")[: order.size - place]
         sequences = order[place : place + lightest.size]

@@ -4,10 +4,10 @@ Legend: B sequences, T tokens (the sum of their lengths).
 
 Worked example, three histories of lengths [2, 0, 3]:
 
-    seq_offsets [0, 2, 2, 5]          token t of sequence b stands at row seq_offsets[b] + t
+    seq_offsets [0, 2, 2, 5]          token t of sequence b is row seq_offsets[b] + t
     item_ids    [a0 a1 | | c0 c1 c2]  T = 5
     target_ids  [a1 a2 | | c1 c2 c3]  the item that follows each token
-    timestamps  [a0 a1 a2 | b0 | c0 c1 c2 c3]  T + B = 8: the times of the tokens, then of the event asked for
+    timestamps  [a0 a1 a2 | b0 | c0 c1 c2 c3]  T + B = 8: the times of the tokens, then of the event to be predicted
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SequenceBatch:
         user_rows: (B,) int64, the row of each sequence's user in the prepared data set.
         trained: (T,) bool, tokens whose target is trained on; the others are only context. None: all are trained on.
         event_features: (T, F) int64, the values of each token's event, in the order of `model.event_features`; 0: missing or
-            unknown. None: no features. The features of the event to be predicted are never among them.
+            unknown. None: no features. It never contains features of the event to be predicted.
         user_features: (B, G) int64, the values of each user, in the order of `model.user_features`.
     """
 
@@ -55,7 +55,7 @@ class SequenceBatch:
 
     @property
     def num_targets(self) -> int:
-        """How many tokens are trained on."""
+        """Number of tokens whose target is trained on."""
         return self.num_tokens if self.trained is None else int(self.trained.sum())
 
     @property
@@ -67,12 +67,12 @@ class SequenceBatch:
         return [value for value in vars(self).values() if value is not None]
 
     def to(self, device: torch.device) -> SequenceBatch:
-        """The batch on ``device``; copies to a GPU go through pinned memory, so that they overlap with other work."""
+        """The batch on ``device``. Copies to a GPU use pinned memory, so that they overlap with other work."""
         moved = {name: _move(value, device) for name, value in vars(self).items() if value is not None}
         return replace(self, **moved)
 
     def split(self, num_parts: int) -> list[SequenceBatch]:
-        """``num_parts`` batches of whole sequences in order, with equal numbers of them up to one; some may be empty."""
+        """Splits the batch into ``num_parts`` batches of whole sequences whose numbers differ by at most one."""
         if num_parts == 1:
             return [self]  # reading an offset would wait for the GPU
         borders = [self.num_sequences * part // num_parts for part in range(num_parts + 1)]

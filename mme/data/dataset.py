@@ -21,34 +21,33 @@ from mme.data.numbering import numbering_sha256, read_item_ids
 from mme.data.parts import IntArray, check_files, read_user_ids
 from mme.data.split import HeldOut, Split
 
-TIME_BUCKETS = 1 << 16  # that a pass over all times counts in
+TIME_BUCKETS = 1 << 16  # buckets of a pass that counts all times
 
 
 class PreparedDataset:
-    """A training set on disk. In memory are some 8 bytes a user for each thing asked about them, and of the events what
-    is being read.
+    """A training set on disk. In memory are about 8 bytes per user and query, and the events being read.
 
     Attributes:
-        info: what dataset.json holds.
-        events: the file that they are read from.
+        info: the content of dataset.json.
+        events: the flat file of the events.
         user_offsets: (num_users + 1,) int64, the events of user row u are user_offsets[u] to user_offsets[u + 1] of the
-            flat events: user after user, oldest first.
+            flat events, which are ordered by user, oldest first.
     """
 
     def __init__(self, folder: Path, info: dict[str, Any], events: EventFile) -> None:
         self.folder, self.info, self.events = folder, info, events
         self.user_offsets = events.user_offsets
-        # Passes over all events, asked for at each evaluation and the same each time.
+        # Each evaluation needs these results of passes over all events, which do not change.
         self._num_older = lru_cache(maxsize=1)(self._compute_num_older)
         self._training_counts = lru_cache(maxsize=1)(self._compute_training_counts)
         self._targets_sha256 = lru_cache(maxsize=4)(self._compute_targets_sha256)
 
     @classmethod
     def open(cls, path: str | Path, cache_dir: str | Path | None = None) -> PreparedDataset:
-        """Opens a folder written by `mme prepare`; the first time it is read and checked as a whole.
+        """Opens a folder written by `mme prepare`. The first time, it reads and checks all events.
 
         Args:
-            cache_dir: where the flat file of the events is kept (`mme.data.event_file`); None: in the folder.
+            cache_dir: the folder of the flat file of the events (`mme.data.event_file`); None: the data set's folder.
 
         Raises:
             UserError: the folder, dataset.json or a part is missing, damaged or not what dataset.json says, an item is
@@ -61,7 +60,7 @@ class PreparedDataset:
 
     @property
     def sha256(self) -> str:
-        """Of what dataset.json says, with the sums of the files that it was made of: the same wherever the folder lies."""
+        """SHA-256 of dataset.json, which contains the checksums of the raw input; independent of the folder's path."""
         return content_sha256(self.info)
 
     @property
@@ -77,7 +76,7 @@ class PreparedDataset:
         return self.info["num_events"]
 
     def feature_sizes(self, names: Sequence[str]) -> dict[str, int]:
-        """See `mme.data.features`; raises UserError where the set has no such column."""
+        """See `mme.data.features`; raises UserError if the set has no such column."""
         return feature_sizes(self.folder, self.info, names)
 
     def numbering_sha256(self, features: Sequence[str]) -> str:
@@ -85,15 +84,15 @@ class PreparedDataset:
         return numbering_sha256(self.folder, self.info, features)
 
     def read(self, starts: IntArray, lengths: IntArray) -> Records:
-        """The events (``item``, ``timestamp`` and features) at ``starts[i]`` … ``starts[i] + lengths[i] - 1`` of each range, in turn.
+        """The events (``item``, ``timestamp``, features) ``starts[i]`` … ``starts[i] + lengths[i] - 1`` of each range i.
 
         Raises:
-            ReadError: they can't be read any more.
+            ReadError: the flat file has been damaged.
         """
         return self.events.read(starts, lengths)
 
     def train_ends(self, split: Split) -> IntArray:
-        """(num_users,) where each user's training events end (excluded), in the flat events."""
+        """(num_users,) the exclusive end of each user's training events in the flat events."""
         return split.train_ends(self.user_offsets, self._num_older)
 
     def targets(self, split: Split, part: HeldOut) -> tuple[IntArray, IntArray]:
@@ -107,7 +106,7 @@ class PreparedDataset:
     def targets_sha256(self, split: Split, part: HeldOut) -> str:
         """SHA-256 of the lines "user_id<TAB>item_id<LF>" in raw ids, UTF-8, in the order of the users' rows.
 
-        Raw ids make it independent of how items are numbered, so that results of different programs can be compared.
+        Raw ids make the hash independent of how items are numbered, so that results of different programs can be compared.
         """
         return self._targets_sha256(split, part)
 
@@ -139,7 +138,7 @@ class PreparedDataset:
         return digest.hexdigest()
 
     def _compute_num_older(self, fraction: float) -> IntArray:
-        """(num_users,) how many events each user has before the cut-off of `global_time`."""
+        """(num_users,) the number of each user's events before the cut-off of `global_time`."""
         num_older = np.zeros(self.num_users, np.int64)
         cut_off = self._time_at(min(int(self.num_events * (1 - fraction)), self.num_events - 1))
         for first, last, events in self.events.scan():
@@ -149,7 +148,7 @@ class PreparedDataset:
         return num_older
 
     def _time_at(self, place: int) -> int:
-        """The time at ``place`` of all times in order: the bucket that holds it is found and cut into buckets again."""
+        """The time at index ``place`` of all sorted times, found by splitting its bucket into buckets repeatedly."""
         lowest, highest = [], []
         for _, _, events in self.events.scan():
             if events.size:

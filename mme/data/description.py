@@ -1,4 +1,4 @@
-"""dataset.json: what a training set says of itself, read and checked without reading its events."""
+"""dataset.json, the description of a training set, read and checked without reading the events."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mme.records import parse_record
 AGAIN = "run `mme prepare` again"
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
-Index = Annotated[int, Field(ge=0, lt=2**31)]  # of items and of values, as the event file and the tables have it
+Index = Annotated[int, Field(ge=0, lt=2**31)]  # indices of items and feature values are int32 in the event file
 
 
 class FileSum(TypedDict):
@@ -29,7 +29,7 @@ class FileSum(TypedDict):
 
 
 class Part(TypedDict):
-    """A Parquet file of whole users; a set of an older version has no sums."""
+    """A Parquet file of whole users. Sets of an older version have no checksums."""
 
     file: str
     users: Count
@@ -39,7 +39,7 @@ class Part(TypedDict):
 
 
 class Description(TypedDict):
-    """The fields of dataset.json that reading the set depends on; others stay as they are."""
+    """The fields of dataset.json that reading depends on. Further fields are kept."""
 
     __pydantic_config__ = ConfigDict(extra="allow")  # type: ignore[misc]
 
@@ -54,10 +54,10 @@ class Description(TypedDict):
 
 
 def read_info(folder: Path) -> dict[str, Any]:
-    """What dataset.json holds; see `Description`.
+    """The content of dataset.json; see `Description`.
 
     Raises:
-        UserError: the folder, dataset.json or items.parquet is missing, or dataset.json is not what `mme prepare` writes.
+        UserError: the folder, dataset.json or items.parquet is missing, or dataset.json is malformed.
     """
     path = folder / INFO_FILE
     if not folder.is_dir():
@@ -80,19 +80,19 @@ def read_info(folder: Path) -> dict[str, Any]:
     for key, of_part in (("num_users", "users"), ("num_events", "events")):
         found = sum(part[of_part] for part in info["parts"])
         if info[key] != found:
-            raise UserError(f"{path}: {key} is {info[key]}, its parts hold {found}; {AGAIN}")
+            raise UserError(f"{path}: {key} is {info[key]}, but its parts add up to {found}; {AGAIN}")
     if not (folder / ITEMS_FILE).is_file():
         raise UserError(f"{folder / ITEMS_FILE}: no such file: expected the item ids; {AGAIN}")
     return info
 
 
 def file_sum(path: Path) -> FileSum:
-    """What dataset.json says of a file."""
+    """The size and checksum of a file for dataset.json."""
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def require_sum(folder: Path, name: str, expected: Any) -> None:
-    """Raises UserError unless the file has the SHA-256 that dataset.json says, in ``expected``, where it says one."""
+    """Raises UserError if dataset.json has a SHA-256 for the file, in ``expected``, and the file's is different."""
     path = folder / name
     try:
         if expected and "sha256" in expected and sha256(path, folder) != expected["sha256"]:
@@ -102,9 +102,10 @@ def require_sum(folder: Path, name: str, expected: Any) -> None:
 
 
 def content_sha256(info: dict[str, Any]) -> str:
-    """SHA-256 of what dataset.json says of the events, with the sums of the inputs: the same wherever the set lies.
+    """SHA-256 of dataset.json, which contains the checksums of the raw input; independent of the folder's path.
 
-    The sums of the set's own files are left out: another version of Parquet's writer gives other bytes for equal events.
+    The checksums of the set's own files are left out, because another version of the Parquet writer may give other bytes
+    for equal events.
     """
     parts = [{key: part[key] for key in part if key not in ("bytes", "sha256")} for part in info["parts"]]
     content = {key: value for key, value in info.items() if key != "files"} | {"parts": parts}

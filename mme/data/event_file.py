@@ -1,15 +1,14 @@
-"""All events of a training set in one flat file, so that any sequence is one read from the disk.
+"""All events of a training set in one flat file, from which any sequence is a single read.
 
-Parquet is compressed by row groups: to take a sequence out of one, all of it is decoded. So the first job that opens a
-set lays its events out once, 12 bytes each and 4 a feature, in a file of its own, and every later read takes just the bytes that it
-asks for. A process keeps nothing of the events in memory but what it reads at the moment; the processes of a machine
-share the pages that the kernel keeps of the file.
+Parquet compresses row groups, so reading one sequence would decode a whole group. The first job that opens a set therefore
+writes its events to a flat file, with 12 bytes per event and 4 per feature, and later reads fetch only the bytes they need.
+A process keeps only the events that it is reading in memory. All processes of a machine share the kernel's page cache.
 
-    SHA.events      num_events records (item int32, timestamp int64, each feature int32), user after user, oldest first
-                    num_users + 1 int64: where the events of each user begin, and the end
+    SHA.events      num_events records (item int32, timestamp int64, each feature int32), ordered by user, oldest first
+                    num_users + 1 int64: the offset of each user's first event, and the end
 
-SHA is of dataset.json and of the parts' names, sizes and times of change: a set that changes gets another file, and the
-older one is removed. The file appears when all is in it. Whoever comes while it is being written waits.
+SHA is the hash of dataset.json and of the parts' names, sizes and modification times. A changed set gets a new file, and the
+old one is removed. The file is published atomically; concurrent readers wait for it.
 """
 
 from __future__ import annotations
@@ -35,15 +34,15 @@ from mme.errors import UserError
 from mme.files import PARTIAL, locked, make_folder, open_to_read, read_text, replacing
 
 RECORD = np.dtype([("item", "<i4"), ("timestamp", "<i8")])
-MOST_THREADS = 4  # that write parts at the same time
-EVENTS_AT_ONCE = 1 << 18  # of a pass over all events
-NOTED_EVENTS = 10_000_000  # so many take seconds to lay out, and the user is told
+MOST_THREADS = 4  # threads that write parts
+EVENTS_AT_ONCE = 1 << 18  # events per read of a pass over all events
+NOTED_EVENTS = 10_000_000  # from this size on, writing the file takes seconds and is announced
 
 Records = NDArray[np.void]
 
 
 class ReadError(Exception):
-    """The flat file can no longer be read. It is removed, and the next start writes it again."""
+    """The flat file is damaged or unreadable. It is removed, and the next start writes it again."""
 
 
 class EventFile:
@@ -64,7 +63,7 @@ class EventFile:
             raise self._error("the users' offsets do not rise from 0 to the number of events")
 
     def read(self, starts: IntArray, lengths: IntArray) -> Records:
-        """The events ``starts[i]`` … ``starts[i] + lengths[i] - 1`` of each range, one range after another.
+        """The events ``starts[i]`` … ``starts[i] + lengths[i] - 1`` of each range i, concatenated.
 
         Raises:
             ReadError: the file is damaged.
@@ -82,11 +81,11 @@ class EventFile:
         for name, limit in self._limits.items():
             indices = records[name]
             if indices.size and not (indices.min() >= 0 and indices.max() < limit):
-                raise self._error(f"an {name} index that is not in 0 to {limit - 1}")
+                raise self._error(f"contains an {name} index outside 0 to {limit - 1}")
         return records
 
     def scan(self) -> Iterator[tuple[int, int, Records]]:
-        """All events in order: first user row, last (excluded), their events; about `EVENTS_AT_ONCE` at a time."""
+        """Yields all events in order as (first user row, exclusive last one, events), about `EVENTS_AT_ONCE` at a time."""
         first, num_users = 0, self.user_offsets.size - 1
         while first < num_users:
             begin = self.user_offsets[first]
@@ -100,7 +99,7 @@ class EventFile:
             try:
                 count = os.preadv(self._file.fileno(), [buffer], offset)
             except OSError as error:
-                raise self._error(error.strerror or "can't be read") from error
+                raise self._error(error.strerror or "cannot be read") from error
             if not count:
                 raise self._error(f"ends before byte {offset + len(buffer)}")
             buffer, offset = buffer[count:], offset + count
@@ -109,27 +108,29 @@ class EventFile:
         try:
             self.path.unlink(missing_ok=True)
         except OSError as error:
-            return ReadError(f"{self.path}: damaged: {what}; remove it ({error.strerror}), then start again")
-        return ReadError(f"{self.path}: damaged: {what}; it is removed, and the next start writes it anew")
+            return ReadError(
+                f"{self.path}: damaged: {what}; it cannot be removed ({error.strerror}): remove it, then start again"
+            )
+        return ReadError(f"{self.path}: damaged: {what}; it has been removed, and the next start writes it again")
 
 
 def record_of(info: dict[str, Any]) -> np.dtype[np.void]:
-    """One event of the set: item, timestamp and its features, named as in the parts."""
+    """The record of one event: item, timestamp and features, named as in the parts."""
     return np.dtype([*RECORD.descr, *((name, "<i4") for name in feature_limits(info))])
 
 
 def open_event_file(folder: Path, info: dict[str, Any], cache_dir: Path | None = None) -> EventFile:
-    """The flat file of the set in ``folder``, written first where there is none of this very set.
+    """Opens the flat file of the set in ``folder``, and writes it first if it does not exist or the set has changed.
 
     Args:
-        info: what the set's dataset.json holds.
-        cache_dir: where the file is kept; None: in the set's own folder.
+        info: the content of the set's dataset.json.
+        cache_dir: the folder of the flat file; None: the set's folder.
 
     Raises:
-        UserError: a part is missing, damaged or not what dataset.json says, or the file can't be written.
+        UserError: a part is missing, damaged or does not match dataset.json, or the file cannot be written.
     """
     cache = folder / CACHE_FOLDER if cache_dir is None else cache_dir
-    # In a folder that sets share, the names tell whose a file is.
+    # Several sets may share a folder, so the name says which set a file belongs to.
     prefix = "" if cache_dir is None else f"{folder.name}-{_sha256(os.path.abspath(folder).encode())[:8]}-"
     root = folder if cache_dir is None else cache_dir
     path = cache / f"{prefix}{_identity(folder, info)}.events"
@@ -169,14 +170,14 @@ def _is_whole(path: Path, size: int) -> bool:
 
 @contextmanager
 def _writable(cache: Path, root: Path, size: int) -> Iterator[None]:
-    """The folder, there and with room for ``size`` bytes; what the disk refuses as one line."""
-    elsewhere = "data.cache_dir=FOLDER puts the flat file of the events elsewhere"
+    """Makes the folder; turns a disk error while ``size`` bytes are written to it into one line."""
+    elsewhere = "data.cache_dir=FOLDER puts the flat file of the events into another folder"
     try:
         make_folder(cache, root)
         yield
     except OSError as error:
         need = f"{size / 1e9:.1f} GB are needed, {_free(cache) / 1e9:.1f} are free"
-        raise UserError(f"{cache}: can't be written to: {error.strerror} ({need}); {elsewhere}") from error
+        raise UserError(f"{cache}: cannot be written: {error.strerror} ({need}); {elsewhere}") from error
 
 
 def _free(folder: Path) -> int:
@@ -185,9 +186,9 @@ def _free(folder: Path) -> int:
 
 
 def _write(folder: Path, info: dict[str, Any], path: Path, root: Path) -> None:
-    """Lays out all parts, several at a time, each in its place."""
+    """Writes all parts to their places, several at a time."""
     if info["num_events"] >= NOTED_EVENTS:
-        print(f"{folder}: laying out {info['num_events']:,} events in {path}, once", file=sys.stderr, flush=True)
+        print(f"{folder}: writing {info['num_events']:,} events to {path}, once", file=sys.stderr, flush=True)
     ends = np.cumsum([0] + [part["events"] for part in info["parts"]])
     with replacing(path, root) as unfinished, unfinished.open("wb", buffering=0) as file:
         with ThreadPoolExecutor(_threads()) as pool:
@@ -202,7 +203,7 @@ def _threads() -> int:
 
 
 def _lay_out(folder: Path, info: dict[str, Any], descriptor: int, part: dict[str, Any], first_event: int) -> IntArray:
-    """Writes one part's events; returns how many each of its users has."""
+    """Writes one part's events; returns the number of events of each of its users."""
     lengths = [np.zeros(0, np.int64)]
     record = record_of(info)
     place = first_event * record.itemsize

@@ -1,10 +1,10 @@
-"""Further columns of events, such as an action or a rating: their values as small numbers.
+"""Feature columns of events, such as an action or a rating, with their values as indices.
 
-Each column has a vocabulary of its own: its values are numbered from 1 on as they come, 0 is a value that is missing or
-unknown. A value is a text; numbers and truth values count as the text they are written as, 4.0 as 4. What a set was
-prepared with stays when events are added, and new values come behind.
+Each column has a vocabulary that numbers its values from 1 in order of appearance; 0 stands for a missing or unknown value.
+Values are texts. Numbers and booleans are converted to their text, 4.0 to 4. Existing indices stay when events are added,
+and new values get the next ones.
 
-    features.parquet    one row a value: column, value_index (from 1, without a gap), value
+    features.parquet    one row per value: column, value_index (from 1, without a gap), value
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from mme.config import USER_ID, ModelConfig
 from mme.data.layout import FEATURE_PREFIX, FEATURES_FILE
 from mme.errors import UserError, first_line
 
-MOST_VALUES = 1_000_000  # of a column: they are kept in memory, and each has a row in the model's tables
+MOST_VALUES = 1_000_000  # per column, because they are kept in memory and each has a row in the model's tables
 TRAILING_ZEROS = r"^([+-]?\d+)\.0+$"
 
 
 @dataclass(frozen=True)
 class Features:
-    """The columns of the data set that batches carry: of events, and of users, where `user_id` is the user."""
+    """The feature columns of events and of users that batches carry; the column `user_id` is the user itself."""
 
     events: Sequence[str] = ()
     users: Sequence[str] = ()
@@ -44,32 +44,32 @@ NO_FEATURES = Features()
 
 
 class Vocabulary:
-    """The values of one column, and their numbers."""
+    """The values of one column and their indices."""
 
     def __init__(self, values: Iterable[str] = ()) -> None:
         self.numbers = {value: number for number, value in enumerate(values, 1)}
 
     def learn(self, column: pa.Array) -> NDArray[np.int32]:
-        """The number of each value; new values get the next ones.
+        """The index of each value; new values get the next indices.
 
         Raises:
-            TypeError: the column holds no texts, numbers or truth values.
-            OverflowError: there are more than `MOST_VALUES`.
+            TypeError: the column does not hold texts, numbers or booleans.
+            OverflowError: the column has more than `MOST_VALUES` values.
         """
         encoded = category_texts(column).dictionary_encode()
         numbers = [self.numbers.setdefault(value, len(self.numbers) + 1) for value in encoded.dictionary.to_pylist()]
         if len(self.numbers) > MOST_VALUES:
-            raise OverflowError(f"more than {MOST_VALUES:,} different values, which is no category")
+            raise OverflowError(f"has more than {MOST_VALUES:,} different values, too many for a category")
         return _take(numbers, encoded)
 
     def find(self, column: pa.Array) -> NDArray[np.int32]:
-        """The number of each value, 0 where it is missing or not known; raises TypeError as `learn`."""
+        """The index of each value, 0 if it is missing or unknown; raises TypeError like `learn`."""
         encoded = category_texts(column).dictionary_encode()
         return _take([self.numbers.get(value, 0) for value in encoded.dictionary.to_pylist()], encoded)
 
 
 def category_texts(column: pa.Array) -> pa.Array:
-    """The values as texts, null where there is none; raises TypeError for a column that can't hold categories."""
+    """The values as texts, null if missing; raises TypeError for a column that cannot hold categories."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         column = column.dictionary_decode()
@@ -85,20 +85,20 @@ def category_texts(column: pa.Array) -> pa.Array:
         or pa.types.is_boolean(kind)
         or pa.types.is_decimal(kind)
     ):
-        raise TypeError(f"holds {kind}, expected texts, numbers or truth values")
+        raise TypeError(f"holds {kind}, expected texts, numbers or booleans")
     text = pc.utf8_trim_whitespace(column.cast(pa.string()))
     text = pc.replace_substring_regex(text, TRAILING_ZEROS, r"\1")
     return pc.if_else(pc.equal(text, ""), None, text)
 
 
 def _take(numbers: list[int], encoded: pa.DictionaryArray) -> NDArray[np.int32]:
-    # The last place is of what has no value.
+    # The last entry is the index of missing values.
     places = encoded.indices.fill_null(len(numbers)).to_numpy(zero_copy_only=False)
     return np.array([*numbers, 0], np.int32)[places]
 
 
 def write_vocabularies(folder: Path, vocabularies: dict[str, Vocabulary]) -> None:
-    """Writes the file, where there is any column."""
+    """Writes features.parquet, unless there are no columns."""
     if not vocabularies:
         return
     tables = [
@@ -129,14 +129,14 @@ def read_vocabularies(folder: Path, names: Iterable[str]) -> dict[str, Vocabular
         return {name: Vocabulary(table.filter(pc.equal(table["column"], name))["value"].to_pylist()) for name in names}
     except (pa.ArrowException, KeyError, OSError) as error:
         reason = first_line(error)
-        raise UserError(f"{path}: can't be read: {reason}; run `mme prepare` again") from error
+        raise UserError(f"{path}: cannot be read: {reason}; run `mme prepare` again") from error
 
 
 def feature_sizes(folder: Path, info: dict[str, Any], names: Iterable[str]) -> dict[str, int]:
-    """How many numbers the values of each named column have, that of missing ones too; of `user_id`, one a user.
+    """The number of indices of each column, including 0 for missing values; `user_id` has one per user and 0.
 
     Args:
-        info: what the dataset.json of the set in ``folder`` holds.
+        info: the content of dataset.json of the set in ``folder``.
 
     Raises:
         UserError: the set has no such column.
@@ -145,7 +145,7 @@ def feature_sizes(folder: Path, info: dict[str, Any], names: Iterable[str]) -> d
     sizes = {name: number + 1 for name, number in found.items()} | {USER_ID: info["num_users"] + 1}
     for name in names:
         if name not in sizes:
-            has = f"its columns are {', '.join(found)}" if found else "it has no columns beside item and time"
+            has = f"its columns are {', '.join(found)}" if found else "it has no feature columns"
             raise UserError(
                 f"{folder}: no column {name!r}, which model.event_features or model.user_features names: {has}; "
                 "--feature-columns of `mme prepare` keeps them"
@@ -154,5 +154,5 @@ def feature_sizes(folder: Path, info: dict[str, Any], names: Iterable[str]) -> d
 
 
 def parts_column(name: str) -> str:
-    """What a column is called in the parts and wherever its numbers go."""
+    """The name of a feature column in the parts, the event file and the loaders."""
     return FEATURE_PREFIX + name

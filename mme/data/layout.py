@@ -1,4 +1,4 @@
-"""The names of a training set's files and its format's number; what they hold: `mme.data.parts`."""
+"""File names and format version of a training set; `mme.data.parts` describes the content."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ FEATURES_FILE = "features.parquet"
 PART_FILES = "part-*.parquet"
 CACHE_FOLDER = ".cache"  # made when the set is first read
 OWN_FILES = (INFO_FILE, ITEMS_FILE, LEFT_OUT_FILE, FEATURES_FILE, PART_FILES, CACHE_FOLDER)
-FRACTIONS = "fractions_ns"  # a column of the parts whose times are finer than a second: nanoseconds beyond `timestamps`
-FEATURE_PREFIX = "feature_"  # of the parts' columns that `--feature-columns` asks for
+FRACTIONS = "fractions_ns"  # column for times finer than a second: nanoseconds beyond `timestamps`
+FEATURE_PREFIX = "feature_"  # prefix of the columns that `--feature-columns` adds to the parts

@@ -43,8 +43,8 @@ class TrainBatch:
     """This rank's part of a global batch.
 
     Attributes:
-        end: how many sequences of the epoch have been trained on after it, by all ranks.
-        is_last: of its epoch.
+        end: number of sequences of the epoch that all ranks have trained on after this batch.
+        is_last: whether it is the last batch of its epoch.
     """
 
     epoch: int
@@ -60,16 +60,17 @@ class TrainBatch:
 
 
 class TrainLoader:
-    """Batches of one rank; every sequence exactly once an epoch.
+    """Batches of one rank. Every sequence occurs exactly once per epoch.
 
     A user with n ≥ 2 training events gives one sequence, the newest min(n - 1, N) tokens, each with the item that
-    follows; with `data.windows=sliding` it may give several (`mme.data.windows`). The order of an epoch is a permutation
+    follows; with `data.windows=sliding` a user may give several (`mme.data.windows`). The order of an epoch is a permutation
     seeded by (seed, epoch), the same for any number of processes and readers. A global batch is the next
-    `data.batch_size` × processes sequences, or as many as fit `data.tokens_per_batch` × processes tokens; its sequences
-    are dealt to the ranks so that the cost is even. Every rank has the same number of batches; in the last batch of an
-    epoch a rank may have no sequence. ``first``, below, is the number of sequences of the epoch already trained on: the
-    remainder does not depend on how many processes trained on them. `set_shares` keeps the global batches of another
-    number of processes.
+    `data.batch_size` × processes sequences, or as many as fit `data.tokens_per_batch` × processes tokens. Its sequences
+    are distributed among the ranks so that the cost is even. Every rank has the same number of batches; in the last batch
+    of an epoch a rank may have no sequence.
+
+    ``first`` in the methods is the number of sequences of the epoch that have been trained on. The remaining sequences do
+    not depend on how many processes trained on them. `set_shares` keeps the global batches of another number of processes.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class TrainLoader:
         self.set_shares(worker.size)
 
     def set_shares(self, shares: int) -> None:
-        """From here on a global batch is ``shares`` times, not processes times, what `data` asks for on each rank."""
+        """Makes later global batches ``shares`` times the batch of a rank, instead of processes times."""
         self.shares = shares
         self._bounds.cache_clear()
 
@@ -104,7 +105,7 @@ class TrainLoader:
         return self.bounds(epoch, first).size - 1
 
     def stream(self, epoch: int = 0, first: int = 0) -> Generator[TrainBatch, None, None]:
-        """The batches from ``first`` of ``epoch`` on, epoch after epoch without end, made ahead by the readers."""
+        """Yields endless batches from sequence ``first`` of ``epoch`` on, which the readers prefetch."""
         places = (
             (number, begin, end)
             for number in itertools.count(epoch)
@@ -114,7 +115,7 @@ class TrainLoader:
         return prefetch(makers, self.data.readers, self.worker.device)
 
     def bounds(self, epoch: int, first: int = 0) -> IntArray:
-        """Where each global batch begins in the order of the epoch, with the end of the last."""
+        """The start of each global batch in the order of the epoch, followed by the end of the last."""
         return self._bounds(epoch, first)
 
     def batch(self, epoch: int, begin: int, end: int) -> SequenceBatch:
@@ -129,11 +130,11 @@ class TrainLoader:
 
     def _train_batch(self, epoch: int, begin: int, end: int) -> TrainBatch:
         if begin <= len(self.windows) // 2 < end:
-            self.bounds(epoch + 1), self._order(epoch + 1)  # here, so that no step waits for it
+            self.bounds(epoch + 1), self._order(epoch + 1)  # computed early, so that no step waits for it
         return TrainBatch(epoch, end, end == len(self.windows), self.batch(epoch, begin, end))
 
     def _compute_order(self, epoch: int) -> NDArray[np.integer[Any]]:
-        """(sequences,) their numbers in the order of the epoch."""
+        """(sequences,) the numbers of the sequences in the order of the epoch."""
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.windows))
         return order.astype(np.int32) if order.size < 2**31 else order
 
@@ -151,7 +152,7 @@ class TrainLoader:
 
 
 class EvaluationLoader:
-    """Batches of one rank for one held-out part: each user with a target once, in the order of the users' rows.
+    """Batches of one rank for one held-out part. Each user with a target occurs once, in the order of the users' rows.
 
     Every rank has the same number of batches; in the last one a rank may have no history.
     """
@@ -172,7 +173,7 @@ class EvaluationLoader:
         return -(-self.user_rows.size // (self.data.eval_batch_size * self.worker.size))
 
     def batches(self) -> Generator[EvaluationBatch, None, None]:
-        """All batches, made ahead by the readers."""
+        """Yields all batches, which the readers prefetch."""
         makers = (partial(self.batch, index) for index in range(self.num_batches()))
         return prefetch(makers, self.data.readers, self.worker.device)
 
@@ -185,7 +186,7 @@ class EvaluationLoader:
         events = self.dataset.read(begins, histories + 1)
         lengths = np.minimum(histories, self.history_len)
         seen_offsets = _offsets(histories)
-        ends = seen_offsets[1:] + np.arange(rows.size)  # where the targets stand
+        ends = seen_offsets[1:] + np.arange(rows.size)  # positions of the targets
         is_target = np.zeros(events.size, bool)
         is_target[ends] = True
         windows = events[_ranges(ends - lengths, lengths + 1)]
@@ -200,7 +201,7 @@ class EvaluationLoader:
 def _assemble(
     events: Records, rows: IntArray, lengths: IntArray, context: IntArray, features: Features
 ) -> SequenceBatch:
-    """Sequences of ``lengths`` tokens; ``events`` holds those of each and the event that follows."""
+    """Sequences of ``lengths`` tokens; ``events`` contains the tokens of each and the event that follows."""
     offsets = _offsets(lengths)
     first, last = np.ones((2, events.size), bool)
     first[offsets[:-1] + np.arange(rows.size)] = False
@@ -219,7 +220,7 @@ def _assemble(
         event_features=_columns([events[parts_column(name)][last] for name in features.events]),
         user_features=_columns(
             [
-                # Of the first event read: what a later one says must not be known to those before it.
+                # The value of the first event, because later values must not be visible to earlier tokens.
                 rows + 1 if name == USER_ID else events[parts_column(name)][offsets[:-1] + np.arange(rows.size)]
                 for name in features.users
             ]
@@ -228,7 +229,7 @@ def _assemble(
 
 
 def _columns(columns: list[NDArray[Any]]) -> Tensor | None:
-    """Side by side; None where there is none."""
+    """The columns stacked to (rows, columns); None if there are none."""
     return _int64(np.stack(columns, axis=1)) if columns else None
 
 
@@ -237,7 +238,7 @@ def _offsets(lengths: IntArray) -> IntArray:
 
 
 def _ranges(starts: IntArray, lengths: IntArray) -> IntArray:
-    """The numbers start … start + length - 1 of each range one after another."""
+    """The numbers start … start + length - 1 of each range, concatenated."""
     offsets = _offsets(lengths)
     return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
 

@@ -1,4 +1,4 @@
-"""What the rows of a model's tables stand for: item ids, values of features and user ids, in the order of their numbers."""
+"""The meaning of the rows of a model's tables: item ids, feature values and user ids, in the order of their indices."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ TEXTS_AT_ONCE = 65_536
 
 @dataclass(frozen=True)
 class Numbering:
-    """
+    """Raw ids and values by index.
+
     Attributes:
         item_ids: raw ids by item index.
-        vocabularies: of each feature column that the model reads, `user_id` aside.
-        user_ids: raw ids by the users' rows, where the model reads `user_id`; otherwise None.
+        vocabularies: values of each feature column that the model reads, except `user_id`.
+        user_ids: raw ids by user row if the model reads `user_id`, otherwise None.
     """
 
     item_ids: pa.Array
@@ -37,7 +38,7 @@ class Numbering:
 
     @classmethod
     def read(cls, folder: Path, info: dict[str, Any], features: Iterable[str]) -> Numbering:
-        """The numbering of the data set in ``folder``, with what the columns ``features`` need.
+        """The numbering of the items and of the columns ``features`` of the data set in ``folder``.
 
         Raises:
             UserError: a file is missing or damaged.
@@ -49,7 +50,7 @@ class Numbering:
         return cls(read_item_ids(folder), read_vocabularies(folder, [n for n in names if n != USER_ID]), users)
 
     def feature_sizes(self) -> dict[str, int]:
-        """How many rows of the tables each column has: its values, and one for a value that is missing or unknown."""
+        """The number of table rows of each column: its values, and one row for missing and unknown values."""
         sizes = {name: len(vocabulary.numbers) + 1 for name, vocabulary in self.vocabularies.items()}
         return sizes if self.user_ids is None else {**sizes, USER_ID: len(self.user_ids) + 1}
 
@@ -64,7 +65,7 @@ def read_item_ids(folder: Path) -> pa.Array:
 
 
 def read_item_counts(folder: Path) -> NDArray[np.int64]:
-    """How many events of the data set each item has, by item index.
+    """The number of events of each item in the data set, by item index.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -77,14 +78,14 @@ def _read_items(folder: Path, column: str) -> pa.Array:
     try:
         table = pq.read_table(path, columns=["item_index", column]).sort_by("item_index")
     except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: can't be read: {first_line(error)}; run `mme prepare` again") from error
+        raise UserError(f"{path}: cannot be read: {first_line(error)}; run `mme prepare` again") from error
     return table[column].combine_chunks()
 
 
 def numbering_sha256(folder: Path, info: dict[str, Any], features: Iterable[str]) -> str:
-    """Of the raw ids of the items, and of the values of each of ``features`` (of `user_id` the users' ids), in order.
+    """SHA-256 of the raw item ids and of the values of each of ``features`` (for `user_id`, the user ids), in order.
 
-    A model reads a set right if it was trained on one that has the same: events may have been added since.
+    A model fits a data set if this hash is that of its training data; events may have been added since.
     """
     digest = hashlib.sha256()
     for array in _numbered(folder, info, list(features)):

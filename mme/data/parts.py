@@ -1,12 +1,12 @@
-"""A training set's description and its Parquet parts, read piece by piece and checked.
+"""The Parquet parts of a training set, read piece by piece and checked.
 
 A prepared data set is a folder that `mme prepare` writes:
 
     dataset.json    name, num_users, num_items, num_events, sort_rule, parts: [{file, users, events, bytes, sha256}],
                     files: {name: {bytes, sha256}} of the others, …
-    part-00000.parquet …  one row a user: user_id (raw), item_ids (list of item indices), timestamps (list of seconds,
-                    never falling), feature_NAME (list of numbers of values, see `mme.data.features`) where there are any
-    items.parquet   one row an item: item_index (from 0, without a gap), item_id (raw), count (events)
+    part-00000.parquet …  one row per user: user_id (raw), item_ids (list of item indices), timestamps (list of seconds,
+                    not decreasing), and per feature feature_NAME (list of value indices, see `mme.data.features`)
+    items.parquet   one row per item: item_index (from 0, without a gap), item_id (raw), count (events)
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from mme.files import open_to_read
 
 IntArray = NDArray[np.int64]
 
-EVENTS_AT_ONCE = 1 << 18  # of a part, in memory
+EVENTS_AT_ONCE = 1 << 18  # events of a part that are in memory
 ITEMS, TIMES = "item_ids", "timestamps"
 
 
 @dataclass(frozen=True)
 class PartSlice:
-    """Whole users of a part, one after another.
+    """Consecutive users of a part.
 
     Attributes:
-        lengths: (users,) int64 events of each.
+        lengths: (users,) int64 numbers of events.
         items: (events,) int64 item indices.
-        timestamps: (events,) int64 seconds, never falling within a user.
-        features: by column of the parts, (events,) int64 numbers of its values.
+        timestamps: (events,) int64 seconds, not decreasing within a user.
+        features: by column of the parts, (events,) int64 indices of its values.
     """
 
     lengths: IntArray
@@ -53,23 +53,26 @@ class PartSlice:
 
 
 def feature_limits(info: dict[str, Any]) -> dict[str, int]:
-    """By the features' columns of the parts, the first index that is too large."""
+    """The exclusive upper limit of the indices, by feature column of the parts."""
     return {parts_column(name): number + 1 for name, number in info.get("features", {}).items()}
 
 
 def limits(info: dict[str, Any]) -> dict[str, int]:
-    """`feature_limits`, and that of the items."""
+    """The exclusive upper limits of `feature_limits` and of the item indices."""
     return {ITEMS: info["num_items"], **feature_limits(info)}
 
 
 def read_part(folder: Path, part: dict[str, Any], limits: dict[str, int]) -> Iterator[PartSlice]:
-    """The users of one part in order, about `EVENTS_AT_ONCE` events at a time; ``limits``: see the function.
+    """Yields the users of one part in order, about `EVENTS_AT_ONCE` events at a time.
 
-    The file's sum is checked first: it brings the file into the kernel's memory, from which it is decoded.
+    The checksum is verified first, which also brings the file into the page cache.
+
+    Args:
+        limits: see the function `limits`.
 
     Raises:
-        UserError: the file is missing, damaged or not what ``part`` says, an index is out of range, a timestamp falls or a
-            value is null; the message names the file and the row, from 0.
+        UserError: the file is missing, damaged or does not match ``part``, an index is out of range, a timestamp decreases
+            or a value is null; the message names the file and the row, from 0.
     """
     path = folder / part["file"]
     require_sum(folder, part["file"], part)
@@ -78,27 +81,27 @@ def read_part(folder: Path, part: dict[str, Any], limits: dict[str, int]) -> Ite
         piece = _check(path, row, batch, limits)
         row, events = row + piece.lengths.size, events + piece.items.size
         if events > part["events"]:
-            raise UserError(f"{path}: more than the {part['events']} events that {INFO_FILE} says")
+            raise UserError(f"{path}: has more events than {INFO_FILE} says ({part['events']})")
         yield piece
     if events < part["events"]:
-        raise UserError(f"{path}: {events} events, {INFO_FILE} says {part['events']}")
+        raise UserError(f"{path}: has {events} events, {INFO_FILE} says {part['events']}")
 
 
 def read_user_ids(folder: Path, part: dict[str, Any]) -> Iterator[pa.Array]:
-    """The raw ids of one part's users in order, a piece at a time."""
+    """Yields the raw ids of one part's users in order, in pieces."""
     with open_parquet(folder, part["file"]) as file:
         for batch in file.iter_batches(EVENTS_AT_ONCE, columns=["user_id"], use_threads=False):
             yield batch.column(0)
 
 
 def check_files(folder: Path, info: dict[str, Any]) -> None:
-    """Compares dataset.json with the files, before memory is taken for what it declares.
+    """Compares dataset.json with the files before memory is allocated for the declared sizes.
 
-    Of the parts the footers are read, of items.parquet and features.parquet, which are small, the sums are checked too;
-    those of the parts are checked when they are read (`read_part`).
+    It reads the footers of the parts, and also verifies the checksums of items.parquet and features.parquet, which are
+    small. `read_part` verifies those of the parts.
 
     Raises:
-        UserError: a file is missing or damaged, or holds another number of rows or more values than dataset.json says.
+        UserError: a file is missing or damaged, or its number of rows or values does not match dataset.json.
     """
     rows = {ITEMS_FILE: info["num_items"]}
     if info.get("features"):
@@ -107,7 +110,7 @@ def check_files(folder: Path, info: dict[str, Any]) -> None:
         require_sum(folder, name, info.get("files", {}).get(name))
         with open_parquet(folder, name) as file:
             if file.metadata.num_rows != declared:
-                raise UserError(f"{folder / name}: {file.metadata.num_rows} rows, {INFO_FILE} says {declared}")
+                raise UserError(f"{folder / name}: has {file.metadata.num_rows} rows, {INFO_FILE} says {declared}")
     for part in info["parts"]:
         with open_parquet(folder, part["file"]) as file:
             _check_footer(folder / part["file"], file.metadata, part)
@@ -115,10 +118,10 @@ def check_files(folder: Path, info: dict[str, Any]) -> None:
 
 @contextmanager
 def open_parquet(folder: Path, name: str) -> Iterator[pq.ParquetFile]:
-    """A Parquet file of a data set; what goes wrong while it is read becomes one line.
+    """Opens a Parquet file of a data set.
 
     Raises:
-        UserError: it is missing, no regular file or damaged.
+        UserError: the file is missing, not regular or damaged; also if reading within the context fails.
     """
     path = folder / name
     try:
@@ -133,14 +136,14 @@ def open_parquet(folder: Path, name: str) -> Iterator[pq.ParquetFile]:
 
 def _check_footer(path: Path, metadata: pq.FileMetaData, part: dict[str, Any]) -> None:
     if metadata.num_rows != part["users"]:
-        raise UserError(f"{path}: {metadata.num_rows} rows, {INFO_FILE} says {part['users']}")
-    # A few bytes of Parquet can unpack to any number of values. A list that is empty counts as one, too.
+        raise UserError(f"{path}: has {metadata.num_rows} rows, {INFO_FILE} says {part['users']}")
+    # A few bytes of Parquet can decompress to any number of values. An empty list counts as one value.
     most = part["events"] + part["users"]
     for column in range(metadata.num_columns):
         groups = [metadata.row_group(group).column(column) for group in range(metadata.num_row_groups)]
         if sum(group.num_values for group in groups) > most:
             name = groups[0].path_in_schema.partition(".")[0]
-            raise UserError(f"{path}: {name} unpacks to more than the {part['events']} events that {INFO_FILE} says")
+            raise UserError(f"{path}: {name} has more events than {INFO_FILE} says ({part['events']})")
 
 
 def _batches(folder: Path, part: dict[str, Any], columns: list[str]) -> Iterator[pa.RecordBatch]:
@@ -166,7 +169,7 @@ def _check(path: Path, first_row: int, batch: pa.RecordBatch, limits: dict[str, 
     for name, other in zip(names[1:], others, strict=True):
         unequal = np.flatnonzero(lengths != other)
         if unequal.size:
-            raise UserError(f"{path}: row {first_row + unequal[0]}: not as many {name} as item_ids")
+            raise UserError(f"{path}: row {first_row + unequal[0]}: {name} and item_ids have different lengths")
     row_of_event = np.repeat(np.arange(first_row, first_row + lengths.size), lengths)
     arrays: dict[str, IntArray] = {}
     for name in names:
@@ -185,5 +188,7 @@ def _check(path: Path, first_row: int, batch: pa.RecordBatch, limits: dict[str, 
     falls = np.flatnonzero((np.diff(times) < 0) & (np.diff(row_of_event) == 0))
     if falls.size:
         before, after = times[falls[0]], times[falls[0] + 1]
-        raise UserError(f"{path}: row {row_of_event[falls[0]]}: timestamp {after} follows {before}, expected no fall")
+        raise UserError(
+            f"{path}: row {row_of_event[falls[0]]}: timestamp {after} follows {before}, expected no decrease"
+        )
     return PartSlice(lengths, items, times, arrays)

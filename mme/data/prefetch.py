@@ -12,13 +12,13 @@ from torch import Tensor
 
 Element = TypeVar("Element")
 
-AHEAD = 2  # elements a reader makes that nobody has asked for yet
+AHEAD = 2  # elements that each reader makes ahead of the consumer
 
 
 def prefetch(
     makers: Iterable[Callable[[], Element]], readers: int = 1, device: torch.device | None = None
 ) -> Generator[Element, None, None]:
-    """The elements that ``makers`` return, in the order of the makers, for any number of threads.
+    """Yields the elements that ``makers`` return, in the order of the makers for any number of threads.
 
     At most `AHEAD` elements per reader are waiting at any time. If a maker raises, its exception is raised in place of its
     element. The threads end when the iterator is closed or collected.
@@ -64,5 +64,7 @@ class _Copies:
         stream.wait_event(event)
         tensors: list[Tensor] = copied.tensors()
         for tensor in tensors:
-            tensor.record_stream(stream)  # its memory goes back to the other stream's pool only after this one's use
+            tensor.record_stream(
+                stream
+            )  # the copy stream must not reuse this memory before the consumer's work is done
         return copied

@@ -4,9 +4,9 @@ A history of n events, oldest first:
 
     leave_one_out   n ≥ 2: the last event is the test target; there is no validation
     leave_two_out   n ≥ 3: the last event is the test target, the one before it the validation target
-    global_time     one cut-off time for all users, with a share `test_fraction` of all events at or after it: a user's
-                    first event from then on is the test target (n_older ≥ 1), the last event before it the validation
-                    target (n_older ≥ 2), where n_older events are older than the cut-off
+    global_time     one cut-off time for all users, with a share `test_fraction` of all events at or after it. n_older is
+                    the number of a user's events before the cut-off. The user's first event at or after the cut-off is the
+                    test target (if n_older ≥ 1); the last event before it is the validation target (if n_older ≥ 2)
 
 Everything before the first held-out event is training data. A history too short to have a target still loses its last
 one or two events to `leave_one_out` and `leave_two_out`, as if it had one.
@@ -54,14 +54,14 @@ class Split:
         return self.held_out[0]
 
     def train_ends(self, user_offsets: IntArray, count_older: CountOlder) -> IntArray:
-        """Where each user's training events end.
+        """The end of each user's training events.
 
         Args:
             user_offsets: (users + 1,) int64, the events of user u are user_offsets[u] to user_offsets[u + 1].
-            count_older: for a test fraction, (users,) how many events each user has before the cut-off.
+            count_older: maps a test fraction to (users,) numbers of events before the cut-off.
 
         Returns:
-            (users,) int64 positions, excluded, in the flat events.
+            (users,) int64 exclusive end positions in the flat events.
         """
         begin, end = user_offsets[:-1], user_offsets[1:]
         if self.protocol == "global_time":

@@ -17,7 +17,7 @@ def time_range(folder: Path, info: dict[str, Any]) -> tuple[int, int]:
     """The first and the last time of all events, in seconds.
 
     Args:
-        info: what the dataset.json of the set in ``folder`` holds.
+        info: the content of dataset.json of the set in ``folder``.
 
     Raises:
         UserError: a part is missing or damaged.

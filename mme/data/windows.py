@@ -1,6 +1,6 @@
 """Cuts the training events of users into the sequences that are trained on.
 
-A user with n training events has n - 1 targets, each an event with the one before it as its last token.
+A user with n training events has n - 1 targets. The last token before a target is the preceding event.
 
     newest    one sequence per user: the newest min(n - 1, N) tokens; older targets are not trained on
     sliding   every target once: the newest N tokens, then windows that end S tokens earlier each time, until the oldest
@@ -66,7 +66,7 @@ class Windows:
         rows = self._rows[numbers].astype(np.int64)
         ends = self.num_tokens[rows]
         if self.stride is not None:
-            ends -= self.stride * (numbers - self._first[rows])  # as many windows of the user are newer
+            ends -= self.stride * (numbers - self._first[rows])  # the difference counts the user's newer windows
         lengths = np.minimum(ends, self.max_seq_len)
         begins = ends - lengths
         context = np.zeros_like(lengths)

@@ -87,7 +87,7 @@ def pipe(folder: Path) -> None:
     [
         (one_other_event, r"part-00000.parquet: damaged: its SHA-256 is not the one in dataset.json"),
         (two_items_exchanged, r"items.parquet: damaged: its SHA-256 is not the one in dataset.json"),
-        (bomb, r"part-00000.parquet: item_ids unpacks to more than the \d+ events that dataset.json says"),
+        (bomb, r"part-00000.parquet: item_ids has more events than dataset.json says \(\d+\)"),
         (
             in_info(lambda info: info.update(num_items=10**8)),
             r"items.parquet: 40 rows, dataset.json says 100000000",
@@ -140,13 +140,13 @@ def test_the_cache_is_not_reached_through_a_link(folder: Path, tmp_path: Path) -
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "old.events").write_text("mine")
     (folder / ".cache").symlink_to(tmp_path / "mine")
-    with pytest.raises(UserError, match=r"\.cache: can't be written to: a symbolic link"):
+    with pytest.raises(UserError, match=r"\.cache: cannot be written: a symbolic link"):
         PreparedDataset.open(folder)
     (folder / ".cache").unlink()
     (folder / ".cache").mkdir()
     for name in ("lock", "x.events", "x.events.partial"):
         (folder / ".cache" / name).symlink_to(tmp_path / "mine" / "old.events")
-    with pytest.raises(UserError, match=r"can't be written to: a symbolic link"):
+    with pytest.raises(UserError, match=r"cannot be written: a symbolic link"):
         PreparedDataset.open(folder)
     (folder / ".cache" / "lock").unlink()
     PreparedDataset.open(folder)

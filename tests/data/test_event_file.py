@@ -148,7 +148,7 @@ def test_no_space_is_one_line_and_leaves_nothing(folder: Path, monkeypatch: pyte
 
     monkeypatch.setattr(event_file.os, "pwrite", no_space)
     message = (
-        r"can't be written to: No space left on device \(0.0 GB are needed, [\d.]+ are free\); data.cache_dir=FOLDER"
+        r"cannot be written: No space left on device \(0.0 GB are needed, [\d.]+ are free\); data.cache_dir=FOLDER"
     )
     with pytest.raises(UserError, match=message):
         PreparedDataset.open(folder)
@@ -157,14 +157,14 @@ def test_no_space_is_one_line_and_leaves_nothing(folder: Path, monkeypatch: pyte
 
 def test_a_folder_that_can_not_be_written_to(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"file/cache: can't be written to: Not a directory"):
+    with pytest.raises(UserError, match=r"file/cache: cannot be written: Not a directory"):
         PreparedDataset.open(folder, tmp_path / "file" / "cache")
 
 
 @pytest.mark.skipif(ROOT, reason="root may write anywhere")
 def test_a_set_that_is_read_only(folder: Path, tmp_path: Path) -> None:
     folder.chmod(0o555)
-    with pytest.raises(UserError, match=r"set/.cache: can't be written to: Permission denied"):
+    with pytest.raises(UserError, match=r"set/.cache: cannot be written: Permission denied"):
         PreparedDataset.open(folder)
     assert PreparedDataset.open(folder, tmp_path / "cache").num_users == 59
 
@@ -190,7 +190,9 @@ def test_cut_off_while_it_is_read(folder: Path) -> None:
     next(stream)
     (file,) = event_files(folder)
     os.truncate(file, 100)
-    with pytest.raises(ReadError, match=r"\.events: damaged: ends before byte \d+; it is removed, and the next start"):
+    with pytest.raises(
+        ReadError, match=r"\.events: damaged: ends before byte \d+; it has been removed, and the next start"
+    ):
         list(stream)
     assert not event_files(folder)
     assert trained_on(folder) == 57
@@ -210,7 +212,7 @@ def test_an_item_that_can_not_be(folder: Path) -> None:
     with file.open("r+b") as bytes_:
         bytes_.seek(200 * RECORD.itemsize)
         bytes_.write(np.array([(NUM_ITEMS, 0)], RECORD).tobytes())
-    with pytest.raises(ReadError, match=r"damaged: an item index that is not in 0 to 49"):
+    with pytest.raises(ReadError, match=r"damaged: contains an item index outside 0 to 49"):
         list(loader(folder).stream())
     assert not event_files(folder)
 
@@ -240,7 +242,7 @@ def test_a_bad_disk_is_named_with_the_file(folder: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_events(tmp_path: Path) -> None:
-    """Eight million events, 96 MB in memory, where each thing asked of them takes a third of that at most."""
+    """Eight million events take 96 MB in memory; each query may use at most a third of that."""
     write_large_set(tmp_path / "set", 8_000_000)
     figures = in_process(memory_of, tmp_path / "set")
     assert figures["flat_file_bytes"] > 96e6

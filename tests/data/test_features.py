@@ -160,7 +160,7 @@ def test_a_column_that_the_set_does_not_have_is_named(folder: Path) -> None:
     ("columns", "message"),
     [
         (["nothing"], r"no column 'nothing' \(found: user_id, item_id, "),
-        (["tags"], r"first.parquet: column 'tags' holds list<.*>, expected texts, numbers or truth values"),
+        (["tags"], r"first.parquet: column 'tags' holds list<.*>, expected texts, numbers or booleans"),
         (["user_id"], r"--feature-columns user_id: every set has it"),
     ],
 )

@@ -72,5 +72,5 @@ def test_on_other_numbers_of_processes_the_losses_stay_the_same(data: Path, tmp_
     for (step, loss), (_, as_whole) in zip(losses(changing), losses(whole), strict=True):
         assert loss == pytest.approx(as_whole, rel=1e-6), step
     log = (changing / "log.txt").read_text()
-    assert "a global batch stays 2 × 8 sequences, now dealt to 1 processes" in log
-    assert "a global batch stays 2 × 8 sequences, now dealt to 4 processes" in log
+    assert "the global batch remains 2 × 8 sequences, now divided among 1 processes" in log
+    assert "the global batch remains 2 × 8 sequences, now divided among 4 processes" in log

@@ -1,4 +1,4 @@
-"""Runs the launcher as a user does: a process of its own."""
+"""Runs the launcher in a separate process, as a user does."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ CONFIG = "configs/quickstart.yaml"
 
 
 def launch(*arguments: str | Path, timeout: float = 120, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`python -m launcher ARGUMENTS` in the project's root."""
+    """Runs `python -m launcher ARGUMENTS` in the project's root."""
     return subprocess.run(
         [sys.executable, "-m", "launcher", *map(str, arguments)],
         cwd=REPOSITORY,
@@ -25,7 +25,7 @@ def launch(*arguments: str | Path, timeout: float = 120, **environment: str) -> 
 
 
 def the_error(done: subprocess.CompletedProcess[str]) -> str:
-    """The one line on standard error of a refused command."""
+    """The single error line of a rejected command."""
     assert done.returncode == 2, done.stderr
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()

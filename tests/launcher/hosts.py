@@ -1,4 +1,4 @@
-"""Several hosts on one machine: network namespaces that see each other through a bridge, and nothing else.
+"""Several hosts on one machine: network namespaces that are connected only by a bridge.
 
 Each host has its own loopback, its own address and one cable (a veth pair) to a switch, a namespace of its own with the
 bridge in it. Nothing is added to the machine's own network. Needs root and `ip` (iproute2).
@@ -17,7 +17,7 @@ from typing import Any
 
 import psutil
 
-PREFIX = "mme-test-"  # then the id of the process that made them
+PREFIX = "mme-test-"  # followed by the id of the process that made the namespaces
 NETWORK = "10.77.0"
 
 
@@ -28,20 +28,20 @@ class Host:
     name: str
     address: str
     switch: str
-    port: str  # the switch's end of its cable
+    port: str  # the switch's end of the cable
 
     def start(self, command: list[str], **options: Any) -> subprocess.Popen[str]:
         """Runs a command on this host."""
         return subprocess.Popen(["ip", "netns", "exec", self.name, *command], text=True, **options)
 
     def plug(self, state: str) -> None:
-        """Pulls the host's cable (``down``), or puts it back (``up``)."""
+        """Unplugs the host's cable (``down``) or plugs it in (``up``)."""
         _ip("-n", self.switch, "link", "set", self.port, state)
 
 
 @contextmanager
 def hosts(count: int) -> Iterator[list[Host]]:
-    """``count`` hosts; at the end whatever runs on them is killed and they are gone.
+    """Makes ``count`` hosts; at the end kills their processes and removes them.
 
     Raises:
         OSError, subprocess.CalledProcessError: namespaces can't be made here.
@@ -70,7 +70,7 @@ def hosts(count: int) -> Iterator[list[Host]]:
 
 
 def why_not() -> str | None:
-    """Why hosts can't be made here; None where they can."""
+    """The reason why hosts cannot be made here; None if they can."""
     try:
         with hosts(1):
             return None

@@ -1,4 +1,4 @@
-"""The sbatch script and the Kubernetes manifest, as text, as files, and handed on."""
+"""The sbatch script and the Kubernetes manifest: their text, their files and their submission."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import yaml
 from tests.launcher.command_line import CONFIG, REPOSITORY, launch, the_error
 
 
-def test_sbatch_script_is_bash_and_starts_the_launcher_once_a_node(tmp_path: Path) -> None:
+def test_sbatch_script_is_bash_and_starts_the_launcher_once_per_node(tmp_path: Path) -> None:
     path = tmp_path / "job.sbatch"
     arguments = ["--nnodes", "4", "--nproc-per-node", "8", "--partition", "gpu", "--output", path]
     done = launch("slurm", "--config", CONFIG, *arguments, "train.epochs=3", "data.path=a b")
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"wrote {path}; to submit it: sbatch {path}\n"
+    assert done.stdout == f"wrote {path}; submit it with: sbatch {path}\n"
     subprocess.run(["bash", "-n", path], check=True)
-    # Run with stand-ins for Slurm's own commands, it calls the launcher with the words meant.
+    # With stand-ins for Slurm's commands, the script calls the launcher with the right arguments.
     (tmp_path / "scontrol").write_text("#!/bin/sh\nprintf 'node7\\nnode8\\n'\n")
     (tmp_path / "srun").write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     for command in ("scontrol", "srun"):
@@ -33,7 +33,7 @@ def test_sbatch_script_is_bash_and_starts_the_launcher_once_a_node(tmp_path: Pat
     assert words[words.index("--nnodes") + 1] == "4"
     assert words[words.index("-m") : words.index("-m") + 3] == ["-m", "launcher", "run"]
     assert words[-3:] == ["train.epochs=3", "data.path=a b", ""]
-    # The status on which a job is queued again, and any other.
+    # Only the status of a preempted job requeues it.
     (tmp_path / "scontrol").write_text("#!/bin/sh\necho scontrol $@\n")
     for status, requeued in [(143, True), (1, False)]:
         (tmp_path / "srun").write_text(f"#!/bin/sh\nexit {status}\n")
@@ -56,7 +56,7 @@ def test_dry_runs_print_what_would_be_written_and_write_nothing(tmp_path: Path) 
         assert path.read_text() == shown.stdout
 
 
-def test_manifest_describes_an_indexed_job_whose_pods_know_each_other(tmp_path: Path) -> None:
+def test_manifest_describes_an_indexed_job_whose_pods_find_each_other(tmp_path: Path) -> None:
     arguments = ["--nnodes", "3", "--nproc-per-node", "4", "--name", "fuxi", "--image", "mme:7", "--claim", "shared"]
     done = launch("kubernetes", "--config", CONFIG, *arguments, "train.epochs=3", "--dry-run")
     configuration, service, _, job = yaml.safe_load_all(done.stdout)
@@ -82,19 +82,19 @@ def test_manifest_describes_an_indexed_job_whose_pods_know_each_other(tmp_path: 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--name", "a\ntouch pwned"], r"--name: 'a\ntouch pwned' holds a control character, which no #SBATCH line"),
-        (["--partition", "p\r"], r"--partition: 'p\r' holds a control character"),
-        (["--account", "a\x1b[2J"], r"--account: 'a\x1b[2J' holds a control character"),
-        (["--time", "1\n"], r"--time: '1\n' holds a control character"),
-        (['output_dir="runs/x\\ntouch pwned"'], r"output_dir: 'runs/x\ntouch pwned.slurm-%j.out' holds a control"),
+        (["--name", "a\ntouch pwned"], r"--name: 'a\ntouch pwned' contains a control character, which a #SBATCH line"),
+        (["--partition", "p\r"], r"--partition: 'p\r' contains a control character"),
+        (["--account", "a\x1b[2J"], r"--account: 'a\x1b[2J' contains a control character"),
+        (["--time", "1\n"], r"--time: '1\n' contains a control character"),
+        (['output_dir="runs/x\\ntouch pwned"'], r"output_dir: 'runs/x\ntouch pwned.slurm-%j.out' contains a control"),
     ],
 )
-def test_a_line_break_in_a_directive_is_refused(arguments: list[str], message: str) -> None:
+def test_a_control_character_in_a_directive_is_rejected(arguments: list[str], message: str) -> None:
     found = the_error(launch("slurm", "--config", CONFIG, *arguments, "--dry-run"))
     assert found.startswith(message)
 
 
-def test_no_word_of_a_user_is_run_or_resolved(tmp_path: Path) -> None:
+def test_user_input_is_neither_executed_nor_expanded(tmp_path: Path) -> None:
     hostile = "data.path=$(touch pwned); `touch pwned` ' \" \n#"
     done = launch("slurm", "--config", CONFIG, "--name", "a b; touch pwned", "--output", tmp_path / "job", hostile)
     assert done.returncode == 0, done.stderr
@@ -111,11 +111,11 @@ def test_no_word_of_a_user_is_run_or_resolved(tmp_path: Path) -> None:
     *_, job = yaml.safe_load_all(done.stdout)
     (container,) = job["spec"]["template"]["spec"]["containers"]
     assert container["image"] == "a: b\n- c"
-    assert container["command"][-1] == hostile.replace("$(", "$$(")  # as Kubernetes writes a `$(` that it is to keep
+    assert container["command"][-1] == hostile.replace("$(", "$$(")  # Kubernetes' escape for a literal `$(`
     assert the_error(launch("kubernetes", "--config", CONFIG, "--name", "A b", "--dry-run")).startswith("--name 'A b':")
 
 
-def test_the_jobs_own_pods_alone_reach_its_ports() -> None:
+def test_only_the_jobs_own_pods_reach_its_ports() -> None:
     done = launch("kubernetes", "--config", CONFIG, "--name", "fuxi", "--dry-run")
     policy = next(each for each in yaml.safe_load_all(done.stdout) if each["kind"] == "NetworkPolicy")
     pods = {"matchLabels": {"job-name": "fuxi"}}
@@ -126,8 +126,8 @@ def test_the_jobs_own_pods_alone_reach_its_ports() -> None:
     }
 
 
-def test_submission_without_the_clusters_command_is_refused_and_says_where_the_job_is(tmp_path: Path) -> None:
+def test_submission_without_sbatch_is_rejected_and_names_the_written_file(tmp_path: Path) -> None:
     path = tmp_path / "job.sbatch"
     message = the_error(launch("slurm", "--config", CONFIG, "--output", path, "--submit", PATH=str(tmp_path)))
-    assert message == f"--submit: no command sbatch on this machine; the job is in {path}"
+    assert message == f"--submit: sbatch is not installed on this machine; wrote the job to {path}"
     assert path.is_file()

@@ -1,4 +1,4 @@
-"""`--dry-run` of every command of the launcher: it prints, starts and writes nothing, and imports nothing heavy."""
+"""`--dry-run` of every launcher command prints, starts nothing, writes nothing and imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ COMMANDS = {
     "slurm": (["--nnodes", "2"], "#SBATCH --nodes=2"),
     "kubernetes": (["--nnodes", "2"], "kind: Job"),
     "preflight": (["data.path=nowhere"], "-m launcher.group_check runs"),
-    "plan": (["--items", "1000000"], "Memory of the fullest rank"),
+    "plan": (["--items", "1000000"], "Peak memory of the fullest rank"),
 }
 
 

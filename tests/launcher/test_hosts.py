@@ -1,4 +1,4 @@
-"""True multi-node jobs: hosts that are network namespaces of this machine, each with its own launcher and torchrun."""
+"""Multi-node jobs on network namespaces of this machine, each with its own launcher and torchrun."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def hosts_can_be_made() -> None:
 
 @pytest.fixture(scope="module")
 def alone(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of one machine with four processes."""
+    """The run of the same job on one host with four processes."""
     run = tmp_path_factory.mktemp("alone") / "run"
     subprocess.run(command(data, run, "--nproc-per-node", "4"), cwd=REPOSITORY, env=environment(), check=True)
     return run
@@ -51,7 +51,7 @@ def environment() -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Node:
-    """A host with the launcher that runs on it."""
+    """A host and the launcher that runs on it."""
 
     host: Host
     launcher: subprocess.Popen[str]
@@ -64,7 +64,7 @@ class Node:
 
 @contextmanager
 def cluster(count: int, data: Path, run: Path, *options: str) -> Iterator[list[Node]]:
-    """``count`` hosts with one process each that meet on the first."""
+    """``count`` hosts with one process each and the rendezvous on the first."""
     with hosts(count) as made:
         endpoint = ["--rdzv-endpoint", f"{made[0].address}:29500"]
         line = command(data, run, "--nnodes", str(count), "--nproc-per-node", "1", *endpoint, *options)
@@ -90,7 +90,7 @@ def wait_until(condition: Callable[[], bool], nodes: list[Node]) -> None:
 
 
 def end(nodes: list[Node]) -> list[int]:
-    """The exit statuses of the launchers, once all have ended."""
+    """Waits for all launchers and returns their exit statuses."""
     wait_until(lambda: all(node.launcher.poll() is not None for node in nodes), nodes)
     return [node.launcher.returncode for node in nodes]
 
@@ -102,7 +102,7 @@ def test_four_hosts_train_as_one_machine_with_four_processes(data: Path, alone: 
     check_same(run, alone)
 
 
-@pytest.mark.parametrize("number", [0, 2], ids=["where they meet", "another"])
+@pytest.mark.parametrize("number", [0, 2], ids=["rendezvous host", "another"])
 def test_a_host_that_is_cut_off_and_comes_back_costs_a_restart(
     data: Path, alone: Path, tmp_path: Path, number: int
 ) -> None:
@@ -111,11 +111,11 @@ def test_a_host_that_is_cut_off_and_comes_back_costs_a_restart(
         wait_until(lambda: reached(run, 3), nodes)
         cut = nodes[number]
         cut.host.plug("down")
-        # Each side of the cut notices; the launchers may say nothing until they can reach the rendezvous again.
+        # Each side notices the cut; the launchers may print nothing until they reach the rendezvous again.
         wait_until(lambda: all("hangs (" in node.said for node in nodes), nodes)
         cut.host.plug("up")
         assert end(nodes) == [0] * 4, "\n".join(node.said for node in nodes)
-        again = "once all 4 nodes are there, all workers start again and go on from the last complete checkpoint"
+        again = "once all 4 nodes have joined, all workers restart and resume from the last complete checkpoint"
         assert any(again in node.said for node in nodes)
     check_same(run, alone)
 
@@ -129,12 +129,12 @@ def test_a_host_that_stays_cut_off_ends_the_job_on_both_sides(data: Path, tmp_pa
         first, second = (node.said.splitlines() for node in nodes)
     endpoint = f"{nodes[0].host.address}:29500"
     missing = (
-        f"launcher: fewer than 2 nodes came to {endpoint} within 30 s: a node is down, cut off, was not started, or was "
+        f"launcher: fewer than 2 nodes joined at {endpoint} within 30 s: a node is down, unreachable, not started, or "
         "started with another configuration or data set"
     )
-    goes_on = "launcher: the same command on all nodes goes on from the last complete checkpoint"
-    assert first[-2:] == [missing, goes_on]
-    silent = f"launcher: the rendezvous at {endpoint} does not answer: its node is down, cut off or has given up"
-    assert second[-2:] == [silent, goes_on]
+    resume = "launcher: to resume from the last complete checkpoint, run the same command on all nodes"
+    assert first[-2:] == [missing, resume]
+    silent = f"launcher: the rendezvous at {endpoint} does not answer: its node is down, unreachable or has given up"
+    assert second[-2:] == [silent, resume]
     for said in (first, second):
         assert not [line for line in said if "Traceback" in line or "c10d" in line]

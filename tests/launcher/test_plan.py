@@ -1,4 +1,4 @@
-"""`launcher plan`: its counts against the real decoder, and what changes with ranks and settings."""
+"""`launcher plan`: its counts match the real decoder and change with ranks and settings as they should."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.launcher.command_line import CONFIG, REPOSITORY, launch, the_error
 H100, A100 = DEVICES["h100-80g"], DEVICES["a100-80g"]
 
 
-# Whatever the quick start has.
+# Independent of the quick start's values.
 MODEL = (
     "model.num_tables=2 model.embedding_dim=64 model.dqk=32 model.dv=32 model.ffn_multiplier=2 model.moe.placement=[] "
     "train.table_optimizer=adam"
@@ -63,7 +63,7 @@ def test_sharded_parts_shrink_with_the_ranks_and_the_others_do_not() -> None:
     assert whole["item tables"] == one["item tables"] == 100_000 * 64 * 4
 
 
-def test_tables_by_columns_are_cut_as_torchrec_cuts_them() -> None:
+def test_tables_are_split_by_columns_as_torchrec_splits_them() -> None:
     from torchrec.distributed.sharding_plan import _get_block_size_for_cw_shard
 
     for width in (16, 128, 192, 256, 384, 1000, 1024):
@@ -93,12 +93,12 @@ def test_precision_recomputation_and_parts_take_less_memory() -> None:
     assert seconds(shape(1, "train.recompute=blocks"))["attention"] > seconds(shape(1))["attention"]
 
 
-def test_other_blocks_are_refused() -> None:
-    with pytest.raises(UserError, match=r"model\.block \(sasrec\): the plan knows fuxi alone"):
+def test_other_blocks_are_rejected() -> None:
+    with pytest.raises(UserError, match=r"model\.block \(sasrec\): plan supports only fuxi"):
         shape(1, "model.block=sasrec", "model.moe.num_experts=0")
 
 
-def test_a_node_more_brings_the_network_in() -> None:
+def test_a_second_node_adds_network_time() -> None:
     one, two, alone = seconds(shape(8)), seconds(shape(16)), seconds(shape(1))
     assert two["tables: exchange"] > 2 * one["tables: exchange"] > 0
     assert two["attention"] == one["attention"]
@@ -108,7 +108,7 @@ def test_a_node_more_brings_the_network_in() -> None:
 def test_small_messages_cost_latency() -> None:
     few, many = (time_parts(shape(ranks, "data.batch_size=1"), H100)["gradients: all-reduce"] for ranks in (16, 1024))
     assert few.bound == many.bound == "latency"
-    assert many.seconds == pytest.approx(few.seconds * 10 / 4, rel=0.05)  # as the depth of a tree
+    assert many.seconds == pytest.approx(few.seconds * 10 / 4, rel=0.05)  # proportional to the depth of a tree
 
 
 def test_attention_grows_with_the_square_of_the_length() -> None:
@@ -120,7 +120,7 @@ def test_attention_grows_with_the_square_of_the_length() -> None:
 
 
 def test_the_choice_is_the_fastest_that_fits() -> None:
-    # Copies on every rank are the quickest for small tables that hardly change; large ones fit by rows alone.
+    # Small tables are fastest as copies on every rank; large ones fit only when split by rows.
     small = shape(8, "train.table_optimizer=sgd", "loss.num_negatives=512", items=1000)
     found = layouts(small, H100)
     assert len(found) == 4 * 4  # shardings × divisors of 8
@@ -131,7 +131,7 @@ def test_the_choice_is_the_fastest_that_fits() -> None:
     assert chosen.memory.total < H100.memory < min(x.memory.total for x in large if not x.shape.is_sharded)
 
 
-def test_what_is_configured_stays_where_nothing_is_much_better() -> None:
+def test_the_configured_layout_stays_unless_another_is_much_better() -> None:
     for size in (1, 4, 8):
         configured = shape(8, f"parallel.expert_parallel_size={size}", items=10_000_000)
         assert choice(layouts(configured, H100), configured, H100) == predict(configured, H100)
@@ -147,18 +147,18 @@ def test_the_page_shows_parts_totals_and_assumptions() -> None:
     ]:
         assert text in done.stdout
     assert done.stdout.count("│ total") == 2
-    assert "a cost model, not a measurement" in done.stdout
-    assert "to train so: parallel.table_sharding=row_wise parallel.expert_parallel_size=8" in done.stdout
+    assert "this is a cost model" in done.stdout
+    assert "to train with this layout: parallel.table_sharding=row_wise parallel.expert_parallel_size=8" in done.stdout
     assert "does not fit" not in done.stdout
 
 
-def test_what_cannot_fit_is_refused_with_what_is_missing_and_what_would_help() -> None:
+def test_a_job_that_cannot_fit_is_rejected_with_the_shortfall_and_what_would_fit() -> None:
     arguments = ["plan", "--config", CONFIG, "--nproc-per-node", "8", "--items", "2000000000"]
     done = launch(*arguments)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: does not fit: the fullest rank needs ")
-    assert "GiB too much, most of it for tables' optimizer" in line
+    assert "the largest part is tables' optimizer" in line
     nodes = line[line.index("--nnodes") :].split()[:2]
     assert launch(*arguments, *nodes).returncode == 0
     assert launch(*arguments, "--nnodes", str(int(nodes[1]) // 2)).returncode == 2
@@ -167,7 +167,7 @@ def test_what_cannot_fit_is_refused_with_what_is_missing_and_what_would_help() -
     assert launch("plan", "--config", CONFIG, "--items", "100000000", smaller).returncode == 0
 
 
-def test_the_configurations_own_layout_on_request() -> None:
+def test_as_configured_keeps_the_configured_layout() -> None:
     arguments = ["plan", "--config", CONFIG, "--items", "1000", "--as-configured"]
     done = launch(*arguments, "parallel.table_sharding=data_parallel", "parallel.expert_parallel_size=2", COLUMNS="160")
     assert "whole on each of 8 ranks" in done.stdout
@@ -178,7 +178,7 @@ def test_the_configurations_own_layout_on_request() -> None:
 
 def test_the_number_of_items_comes_from_the_data_set(tmp_path: Path) -> None:
     arguments = ["plan", "--config", CONFIG, f"data.path={tmp_path}"]
-    assert "dataset.json: no num_items to be read there" in the_error(launch(*arguments))
+    assert "dataset.json: num_items cannot be read" in the_error(launch(*arguments))
     (tmp_path / "dataset.json").write_text(json.dumps({"num_items": 1234}))
     assert "1,234 items" in launch(*arguments).stdout
 
@@ -191,10 +191,10 @@ def test_features_have_rows_in_the_tables_too(tmp_path: Path) -> None:
     config = load_config(REPOSITORY / CONFIG, overrides)
     assert items_of(config) == FeatureRows(config.model, 1000, {"tab": 5, "user_id": 51}).num_rows
     unknown = launch("plan", "--config", CONFIG, f"data.path={tmp_path}", "model.event_features=[rating]")
-    assert "dataset.json: rating is not in it" in the_error(unknown)
+    assert "dataset.json: has no rating" in the_error(unknown)
 
 
-def test_gpus_compute_in_bfloat16_unless_told_otherwise() -> None:
+def test_gpus_compute_in_bfloat16_by_default() -> None:
     on_gpu = replace(shape(1), device_type="cuda")
     assert (on_gpu.precision, on_gpu.number_bytes) == ("bfloat16", 2)
     assert (shape(1).precision, shape(1).number_bytes) == ("float32", 4)
@@ -203,7 +203,7 @@ def test_gpus_compute_in_bfloat16_unless_told_otherwise() -> None:
 
 
 @pytest.mark.parametrize("name, faster_than", [("h200", "h100-80g"), ("b200", "h200"), ("h100-80g", "l40s")])
-def test_gpus_stand_in_their_order(name: str, faster_than: str) -> None:
+def test_newer_gpus_are_faster_and_larger(name: str, faster_than: str) -> None:
     quick, slow = (sum(seconds(shape(8), DEVICES[kind]).values()) for kind in (name, faster_than))
     assert quick < slow
     assert DEVICES[name].memory > DEVICES[faster_than].memory

@@ -1,4 +1,4 @@
-"""The memory that `plan` predicts for CPU processes against what training really takes, with models of hundreds of MB."""
+"""Compares the memory that `plan` predicts for CPU processes with measured training, for models of hundreds of MB."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mme.distributed.world import World
 from mme.step import TrainStep
 from tests.distributed.processes import run_on
 
-STEPS = 3  # the heap grows to its full size within two
+STEPS = 3  # the heap reaches its full size within two
 WITHIN = 0.15
 
 
@@ -34,7 +34,7 @@ def memory_bytes(kind: str) -> int:
 
 
 def full_batch(config: Config, num_items: int, seed: int) -> SequenceBatch:
-    """Sequences of full length over uniform items, as the plan assumes."""
+    """Sequences of full length with uniformly drawn items, as the plan assumes."""
     sequences, length = config.data.batch_size, config.data.max_seq_len
     generator = torch.Generator().manual_seed(seed)
     items = torch.randint(num_items, (2, sequences * length), generator=generator)
@@ -57,9 +57,9 @@ def train(world: World, overrides: list[str], num_items: int) -> None:
 
 
 def peak_of_training(world: World, overrides: list[str], num_items: int) -> int:
-    """Bytes of this rank at its peak, above what the libraries take once they have all been used."""
+    """Peak bytes of this rank, above those of the libraries after their first use."""
     train(world, [*overrides, "model.embedding_dim=16", "data.batch_size=2", "data.max_seq_len=8"], 100)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     base = memory_bytes("VmRSS")
     train(world, overrides, num_items)
     return memory_bytes("VmHWM") - base
@@ -110,7 +110,7 @@ def test_predicted_memory_is_the_measured_one(ranks: int, items: int, overrides:
     for rank, measured in enumerate(run_on(ranks, peak_of_training, overrides, items)):
         ratio = above_libraries / measured
         print(f"rank {rank}: measured {measured / 1e6:.0f} MB, predicted / measured {ratio:.3f}")
-        assert measured > 250e6, "too small to tell the model from the rest"
+        assert measured > 250e6, "too small to separate the model from other memory"
         assert abs(ratio - 1) < WITHIN, (
             f"rank {rank}: predicted {above_libraries / 1e6:.0f} MB ({predicted.phase}), measured {measured / 1e6:.0f} MB"
         )

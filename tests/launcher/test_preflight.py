@@ -1,4 +1,4 @@
-"""`launcher preflight` on this node, with two processes; and what it finds where something is wrong, which is made so."""
+"""`launcher preflight` on this node with two processes, and its findings when the test breaks something."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def test_this_node_and_a_group_of_two_pass(tmp_path: Path) -> None:
     for check in ["load fbgemm_gpu", "table lookup on cpu", "matrix product on cpu", "all-reduce", "all-to-all"]:
         assert rows[check] == "ok"
     assert rows["clocks"] == rows["shared folder"] == "ok"
-    assert rows["links"] in ("ok", "warning")  # by how busy the machine is
+    assert rows["links"] in ("ok", "warning")  # depends on the machine's load
     assert done.stdout.splitlines()[-1].endswith(" 0 failed")
     assert list((tmp_path / "runs").iterdir()) == []
 
 
 @pytest.mark.slow
-def test_two_nodes_with_folders_of_their_own_fail_and_say_so(tmp_path: Path) -> None:
+def test_two_nodes_without_a_shared_folder_fail(tmp_path: Path) -> None:
     endpoint = f"127.0.0.1:{free_port()}"
     arguments = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-endpoint", endpoint, "--output-dir"]
     nodes = [
@@ -58,8 +58,8 @@ def test_two_nodes_with_folders_of_their_own_fail_and_say_so(tmp_path: Path) -> 
     outputs = [node.communicate(timeout=400)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [1, 1], outputs
     for output in outputs:
-        assert "shared folder" in output and "does not hold what rank" in output, output
-        assert "checkpoints need one folder that all nodes share" in output
+        assert "shared folder" in output and "does not see in" in output, output
+        assert "checkpoints need a folder that all nodes share" in output
         assert output.splitlines()[-1].endswith(" 1 failed")
 
 
@@ -71,18 +71,18 @@ def test_dry_run_prints_the_processes_it_would_start() -> None:
     assert group[group.index("--nnodes") + 1] == "2"
 
 
-def test_wrong_arguments_are_refused() -> None:
+def test_wrong_arguments_are_rejected() -> None:
     assert "needs --rdzv-endpoint HOST:PORT" in the_error(launch("preflight", "--nnodes", "2"))
-    assert "need --config FILE" in the_error(launch("preflight", "train.steps=3"))
+    assert "expected --config FILE" in the_error(launch("preflight", "train.steps=3"))
     missing = launch("preflight", "--config", CONFIG, "data.path=nowhere")
-    assert "nowhere/dataset.json: no num_items" in the_error(missing)
+    assert "nowhere/dataset.json: num_items cannot be read" in the_error(missing)
 
 
 # Packages and libraries.
 
 
 def pretend_installed(folder: Path, name: str, version: str, modules: str = "") -> None:
-    """A package as pip would leave it, as far as its metadata go."""
+    """Writes the metadata of an installed package, as pip would."""
     information = folder / f"{name.replace('-', '_')}-{version}.dist-info"
     information.mkdir(parents=True)
     (information / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
@@ -102,10 +102,10 @@ def test_a_version_of_another_series_fails_and_of_the_same_warns(
     pretend_installed(tmp_path / "series", name, "0.1.0")
     (finding,) = [finding for finding in package_check.check_packages("cpu") if finding.check == name]
     assert finding.status == "failed"
-    assert "`make setup` installs the version" in finding.advice
+    assert "`make setup` installs the tested version" in finding.advice
 
 
-def test_two_packages_with_the_files_of_one_module_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_packages_that_install_one_module_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_installed(tmp_path, "fbgemm-gpu", "1.8.0", modules="fbgemm_gpu")
     monkeypatch.syspath_prepend(str(tmp_path))
     (finding,) = [finding for finding in package_check.check_packages("cpu") if finding.check == "fbgemm_gpu"]
@@ -124,9 +124,9 @@ def test_a_foreign_package_named_kernels_is_noticed(tmp_path: Path, monkeypatch:
 
 
 def check_this_node(folder: Path, *, path: str = "") -> dict[str, Finding]:
-    """`launcher.node_check` with the modules of ``folder`` before all others, and the programs of ``path``."""
+    """Runs `launcher.node_check` with the modules of ``folder`` first in the path, and the programs of ``path``."""
     done = subprocess.run(
-        # Not `-m`: that would put the project first.
+        # `-m` would put the project first in the path.
         [sys.executable, "-c", "from launcher.node_check import main; main()"],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": f"{folder}:{REPOSITORY}", "PATH": f"{path}:{os.environ['PATH']}"},
@@ -161,7 +161,7 @@ def test_a_library_built_against_another_torch_fails(tmp_path: Path) -> None:
     assert "built for each other" in findings["load fbgemm_gpu"].advice
 
 
-def test_a_process_that_ends_without_a_word_is_a_failed_check() -> None:
+def test_a_process_that_crashes_without_a_message_is_a_failed_check() -> None:
     code = "import os; print('loading fbgemm_gpu', flush=True); os.kill(os.getpid(), 11)"
     job = Job(Path("x"), (), 1, 2, 0)
     (finding,) = preflight._checks_of([sys.executable, "-c", code], "training stack", job)
@@ -172,19 +172,19 @@ def test_a_process_that_ends_without_a_word_is_a_failed_check() -> None:
 # Device.
 
 
-def test_a_device_that_computes_wrongly_or_not_twice_alike_fails() -> None:
+def test_a_device_with_wrong_or_unrepeatable_results_fails() -> None:
     cpu = torch.device("cpu")
     assert node_check.matrix_product(cpu).status == "ok"
 
     def one_number_wrong(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         product = left @ right
-        product[3, 5] += 1  # of entries as large as 150
+        product[3, 5] += 1  # entries are as large as 150
         return product
 
     finding = node_check.matrix_product(cpu, one_number_wrong)
     assert finding.status == "failed"
     assert finding.found.startswith("float64 is off by more than 1e-13")
-    assert "take this node out of the job" in finding.advice
+    assert "exclude this node from the job" in finding.advice
 
     flips = iter(range(1000))
 
@@ -201,15 +201,15 @@ def test_a_device_that_computes_wrongly_or_not_twice_alike_fails() -> None:
 # Memory, disk, folder.
 
 
-def test_memory_and_disk_are_checked_for_the_job_that_is_to_run() -> None:
+def test_memory_and_disk_are_checked_for_the_configured_job() -> None:
     small = preflight.needs_of(Job(Path(CONFIG), (), 1, 2, 0), items=1000)
     assert preflight._memory(2, small).status == preflight._disk(Path("runs"), small).status == "ok"
     large = preflight.needs_of(Job(Path(CONFIG), ("model.embedding_dim=64",), 1, 2, 0), items=2_000_000_000)
     memory, disk = preflight._memory(2, large), preflight._disk(Path("runs"), large)
     assert memory.status == disk.status == "failed"
-    # Tables of 2·10⁹ × 64 floats with Adam's two moments are 1.4 TiB, in the copy as in training.
-    assert "a copy of its part of a checkpoint 1430" in memory.found
-    assert "GiB too little: more nodes" in memory.advice
+    # Tables of 2·10⁹ × 64 floats with Adam's two moments take 1.4 TiB, both in training and in the checkpoint copy.
+    assert "checkpoint copy 1430" in memory.found
+    assert "GiB too little: use more nodes" in memory.advice
     assert "train.keep_checkpoints" in disk.advice
 
 
@@ -235,7 +235,7 @@ def bytes_of_state(world: World, config: object, num_items: int) -> int:
     return sum(piece.read().nbytes for piece in [*weight_pieces(recommender), *optimizer_pieces(recommender)])
 
 
-def test_a_container_has_what_its_control_group_leaves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_available_memory_respects_a_containers_control_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "memory.max").write_text(f"{2**30}\n")
     (tmp_path / "memory.current").write_text(f"{2**28}\n")
     files = [(str(tmp_path / "memory.max"), str(tmp_path / "memory.current"))]
@@ -257,7 +257,7 @@ def test_a_folder_that_cannot_be_made_fails_with_advice(tmp_path: Path) -> None:
 
 
 def check_as(world: World, check: str, by_rank: list[object]) -> Finding:
-    """A check of the group, in which each rank has something of its own; each is a node."""
+    """Runs a check of the group in which each rank is a node and gets its own value."""
     os.environ["GROUP_RANK"] = str(world.rank)
     os.environ["LOCAL_RANK"] = "0"
     group = group_check.group_of(world)
@@ -282,29 +282,28 @@ def test_a_clock_that_is_off_is_named_with_its_node() -> None:
         assert finding.status == "ok"
     for finding in run_on(2, check_as, "clocks", [0.0, -90.0]):
         assert finding.status == "failed"
-        assert f"that of rank 1 on {socket.gethostname()} is 90.0 s behind rank 0's" in finding.found
+        assert f"the clock of rank 1 on {socket.gethostname()} is 90.0 s behind rank 0's" in finding.found
         assert "NTP" in finding.advice
 
 
 @pytest.mark.slow
-def test_the_odd_one_out_of_three_is_named_even_if_all_are_asked_by_it() -> None:
+def test_rank_0_is_named_if_its_clock_is_the_wrong_one_of_three() -> None:
     for finding in run_on(3, check_as, "clocks", [3600.0, 0.0, 0.0]):
-        assert finding.found == f"that of rank 0 on {socket.gethostname()} is 3600.0 s ahead of the others'"
+        assert finding.found == f"the clock of rank 0 on {socket.gethostname()} is 3600.0 s ahead of the others'"
     for finding in run_on(3, check_as, "links", [0.0, 0.0, 3.0]):
         assert finding.status == "warning"
-        assert f"all 2 slow ones are those of rank 2 on {socket.gethostname()}" in finding.found
+        assert f"all 2 slow pairs include rank 2 on {socket.gethostname()}" in finding.found
         assert "NCCL_SOCKET_IFNAME" in finding.advice
 
 
 def test_folders_that_are_not_shared_fail(tmp_path: Path) -> None:
     for finding in run_on(2, check_as, "shared folder", [tmp_path / "one", tmp_path / "other"]):
         assert finding.status == "failed"
-        assert f"{tmp_path}/one of rank 0 on" in finding.found
-        assert "does not hold what rank 1" in finding.found
+        assert finding.found.startswith(f"rank 0 on {socket.gethostname()} does not see in {tmp_path}/one what rank 1")
     assert not list(tmp_path.glob("*/.preflight*"))
 
 
-def test_the_pairs_meet_once_and_never_two_at_a_time() -> None:
+def test_every_pair_meets_once_and_rounds_are_disjoint() -> None:
     for size in range(1, 9):
         rounds = list(link_check.tournament(list(range(size))))
         for pairs in rounds:
@@ -321,15 +320,15 @@ def test_a_node_that_cannot_be_reached_is_named() -> None:
         others = {1: ("node1", address, port), 2: ("node2", address, closed), 3: None}
         refused, absent = link_check.unreachable("node0 (127.0.0.1)", others)
     assert refused == "node0 (127.0.0.1) cannot reach node2 (127.0.0.1): Connection refused"
-    assert absent.startswith("node 3 did not tell its address")
+    assert absent.startswith("node 3 did not publish its address")
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_is_a_finding_of_the_others(tmp_path: Path) -> None:
+def test_the_others_report_a_process_that_dies(tmp_path: Path) -> None:
     code = (
         "import os, sys, time, launcher.group_check as check\n"
         "stay = check._all_to_all\n"
-        # Long after torchrun has seen the end of the other, and asked this one to end.
+        # Wait until torchrun has noticed the death of the other process and asked this one to exit.
         "check._all_to_all = lambda group: os._exit(9) if group.world.rank else time.sleep(2) or stay(group)\n"
         f"sys.argv[1:] = [{str(tmp_path)!r}]\n"
         "check.main()"
@@ -348,7 +347,7 @@ def test_a_process_that_dies_is_a_finding_of_the_others(tmp_path: Path) -> None:
     findings = {finding.check: finding for finding in read_lines(done.stdout)}
     assert findings["all-reduce"].status == "ok"
     assert findings["all-to-all"].status == "failed", done.stdout + done.stderr
-    assert "a process or a link is dead" in findings["all-to-all"].advice
+    assert "a process or a link has failed" in findings["all-to-all"].advice
 
 
 CHECK_GROUP = """
@@ -364,7 +363,7 @@ os.execve(line[0], line, {**os.environ, **torchrun.environment(job)})
 
 
 def check_group_on(made: list[Host], folder: Path) -> list[dict[str, Finding]]:
-    """What the group's check finds on hosts of one process each, which meet on the first."""
+    """The group's findings on hosts of one process each, with the rendezvous on the first."""
     command = [sys.executable, "-c", CHECK_GROUP, str(len(made)), f"{made[0].address}:29500", str(folder)]
     processes = [
         host.start(command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) for host in made
@@ -382,9 +381,9 @@ def three_hosts() -> Iterator[list[Host]]:
 
 
 @pytest.mark.slow
-def test_two_nodes_that_do_not_hear_each_other_are_named(three_hosts: list[Host], tmp_path: Path) -> None:
+def test_two_nodes_without_a_connection_are_named(three_hosts: list[Host], tmp_path: Path) -> None:
     second, third = three_hosts[1:]
-    # What the second sends to the third goes to a card that nobody has.
+    # Packets from the second host to the third go to a hardware address that does not exist.
     nobody = ["neighbour", "add", third.address, "lladdr", "02:00:00:00:00:99", "dev", "eth0"]
     subprocess.run(["ip", "-n", second.name, *nobody], check=True)
     for findings in check_group_on(three_hosts, tmp_path):
@@ -401,7 +400,7 @@ def test_a_node_with_a_slow_cable_is_named(three_hosts: list[Host], tmp_path: Pa
     limit = ["root", "tbf", "rate", "100mbit", "burst", "64kb", "latency", "500ms"]
     limited = ["tc", "-n", three_hosts[2].name, "qdisc", "add", "dev", "eth0", *limit]
     if shutil.which("tc") is None or subprocess.run(limited, capture_output=True, check=False).returncode:
-        pytest.skip("this kernel limits no link's rate (tc qdisc tbf)")
+        pytest.skip("this kernel cannot limit a link's rate (tc qdisc tbf)")
     for findings in check_group_on(three_hosts, tmp_path):
         assert findings["links"].status == "warning", findings
-        assert f"those of rank 2 on {socket.gethostname()}" in findings["links"].found
+        assert f"slow pairs include rank 2 on {socket.gethostname()}" in findings["links"].found

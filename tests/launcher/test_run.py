@@ -1,4 +1,4 @@
-"""`launcher run`: what it would start, what it refuses before anything starts, and how it ends when workers do."""
+"""`launcher run`: the command it starts, the input it rejects before that, and how it ends with its workers."""
 
 from __future__ import annotations
 
@@ -84,11 +84,11 @@ def test_help_has_an_example(command: str) -> None:
         (["walk"], "No such command 'walk'"),
     ],
 )
-def test_what_cannot_work_is_refused_in_one_line(arguments: list[str], message: str) -> None:
+def test_wrong_arguments_are_rejected_in_one_line(arguments: list[str], message: str) -> None:
     assert message in the_error(launch(*arguments, "--dry-run"))
 
 
-def test_data_that_is_not_there_is_refused_before_anything_starts(tmp_path: Path) -> None:
+def test_missing_data_is_rejected_before_anything_starts(tmp_path: Path) -> None:
     run = ["run", "--config", CONFIG]
     assert "no such folder" in the_error(launch(*run, f"data.path={tmp_path}/none"))
     assert "no dataset.json" in the_error(launch(*run, f"data.path={tmp_path}"))
@@ -113,7 +113,7 @@ folder, behaviour = pathlib.Path(sys.argv[1]), sys.argv[2]
 rank = os.environ["RANK"]
 tries = folder / f"tries-{rank}"
 tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
-sys.stderr.write(f"worker {rank} speaks\\n")  # in one write: the other worker's line doesn't come between
+sys.stderr.write(f"worker {rank} speaks\\n")  # a single write, which the other worker's line cannot split
 if behaviour == "refuses":
     if rank == "0":
         sys.stderr.write("error: data.path: what was found, what was expected\\n")
@@ -160,7 +160,7 @@ def start_workers(folder: Path, behaviour: str, max_restarts: int) -> subprocess
     )
 
 
-def test_a_refused_input_ends_the_job_with_status_2_and_its_one_line(tmp_path: Path) -> None:
+def test_a_rejected_input_ends_the_job_with_status_2_and_one_line(tmp_path: Path) -> None:
     launcher = start_workers(tmp_path, "refuses", max_restarts=3)
     _, errors = launcher.communicate(timeout=PATIENCE_S)
     assert launcher.returncode == 2
@@ -168,7 +168,7 @@ def test_a_refused_input_ends_the_job_with_status_2_and_its_one_line(tmp_path: P
     assert lines == ["error: data.path: what was found, what was expected"]
 
 
-def test_torchrun_listens_nowhere_on_one_node_and_leaves_no_file(tmp_path: Path) -> None:
+def test_torchrun_opens_no_port_on_one_node_and_leaves_no_file(tmp_path: Path) -> None:
     launcher = start_workers(tmp_path, "listens", max_restarts=0)
     _, errors = launcher.communicate(timeout=PATIENCE_S)
     assert launcher.returncode == 0, errors
@@ -177,14 +177,14 @@ def test_torchrun_listens_nowhere_on_one_node_and_leaves_no_file(tmp_path: Path)
     assert not list((tmp_path / "temporary").glob("mme-*"))
 
 
-def test_workers_start_again_after_one_has_died(tmp_path: Path) -> None:
+def test_workers_restart_after_one_has_died(tmp_path: Path) -> None:
     launcher = start_workers(tmp_path, "dies once", max_restarts=2)
     _, errors = launcher.communicate(timeout=PATIENCE_S)
     assert launcher.returncode == 0
     assert (tmp_path / "tries-1").read_text() == "xx"
     lines = [line for line in errors.splitlines() if "speaks" not in line]
     assert lines == [
-        "launcher: worker 1 of this node was killed by signal 9 (SIGKILL); all workers start again and go on from the "
+        "launcher: worker 1 of this node was killed by signal 9 (SIGKILL); all workers restart and resume from the "
         "last complete checkpoint (restart 1 of 2)"
     ]
 
@@ -211,7 +211,7 @@ def test_a_signal_reaches_the_workers(tmp_path: Path) -> None:
     assert (tmp_path / "tries-0").read_text() == "x"
 
 
-def test_a_workers_tracebacks_pass_whole_beside_torchruns_lines() -> None:
+def test_workers_tracebacks_are_kept_among_torchruns_lines() -> None:
     mine = ["Traceback (most recent call last):\n", '  File "a.py", line 1\n', "ValueError: mine\n"]
     follows = ["\n", "The above exception was the direct cause of the following exception:\n", "\n"]
     logged = "E1123 14:07:23.509000 18036 torch/distributed/elastic/multiprocessing/api.py:1002] failed (exitcode: 1)\n"
@@ -223,7 +223,7 @@ def test_a_workers_tracebacks_pass_whole_beside_torchruns_lines() -> None:
     assert logs == [logged, last]
 
 
-def test_nodes_that_do_not_come_are_told_in_one_line(tmp_path: Path) -> None:
+def test_missing_nodes_are_reported_in_one_line(tmp_path: Path) -> None:
     (tmp_path / "dataset.json").write_text("{}")
     endpoint = f"127.0.0.1:{free_port()}"
     arguments = ["--nnodes", "2", "--rdzv-endpoint", endpoint, "--rdzv-timeout", "3", f"data.path={tmp_path}"]
@@ -231,9 +231,9 @@ def test_nodes_that_do_not_come_are_told_in_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         f"launcher: waiting for 2 nodes at {endpoint}, at most 3 s",
-        f"launcher: fewer than 2 nodes came to {endpoint} within 3 s: a node is down, cut off, was not started, or was "
+        f"launcher: fewer than 2 nodes joined at {endpoint} within 3 s: a node is down, unreachable, not started, or "
         "started with another configuration or data set",
-        "launcher: the same command on all nodes goes on from the last complete checkpoint",
+        "launcher: to resume from the last complete checkpoint, run the same command on all nodes",
     ]
 
 

@@ -161,7 +161,7 @@ def test_report_needs_a_run_and_one_output(tmp_path: Path, capsys: pytest.Captur
     assert main(["report", str(run), str(run)]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "error: no run given: expected --run DIR (see `mme report --help`)",
-        "error: several runs: expected --output FILE for their common report",
+        "error: several runs: expected --output FILE for the combined report",
     ]
     assert main(["report", str(run), "--run", str(run), "--output", str(tmp_path / "both.html")]) == 0
     assert main(["report", str(run)]) == 0 and (run / "report.html").is_file()

@@ -125,7 +125,7 @@ def test_a_job_with_a_stuck_worker_ends_within_60_seconds(tmp_path: Path, frozen
             job.kill()
     text = (tmp_path / "errors.txt").read_text()
     assert "asked to stop, but a step did not end within 45 s" in text
-    assert ("killed 1 of the workers, which did not stop within 53 s" in text) == frozen
+    assert ("killed 1 worker(s) that did not stop within 53 s" in text) == frozen
 
 
 def is_worker(process: object) -> bool:
