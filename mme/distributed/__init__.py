@@ -1,1 +1,1 @@
-"""What crosses processes: groups, sharded item tables, the DeepSpeed engine, expert routing and checkpoints."""
+"""Everything that involves several processes: groups, sharded tables, the DeepSpeed engine, experts, checkpoints."""

@@ -1,9 +1,9 @@
-"""Checkpoints: written whole or not at all, checked by sums, loaded at any number of processes.
+"""Loads checkpoints, which are atomic, verified by checksums and independent of the number of processes.
 
-`checkpoints/step_N/` holds one safetensors file a rank and `index.json`: where each piece of each tensor stands, the
-SHA-256 of every file, and how far training had come (`checkpoint_index`). The folder is filled under another name
-(`checkpoint_writer`) and renamed once all ranks have written, so a folder with the right name is complete. Nothing in it
-is code: numbers, names and sums. A damaged checkpoint is passed over by name before anything of it is loaded.
+`checkpoints/step_N/` contains one safetensors file per rank and `index.json` with the position of each piece of each
+tensor, the SHA-256 of every file and the progress of training (`checkpoint_index`). The folder is written under another name
+(`checkpoint_writer`) and renamed when all ranks have finished, so a folder with the right name is complete. It contains no
+code. A damaged checkpoint is skipped with a message before anything of it is loaded.
 """
 
 from __future__ import annotations
@@ -39,18 +39,18 @@ ELSEWHERE = "choose another output_dir, or train.resume=false, which removes thi
 
 
 def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -> Progress | None:
-    """Restores weights and optimizer states from the newest sound checkpoint; None if there is no checkpoint at all.
+    """Restores weights and optimizer states from the newest sound checkpoint; returns None if there is no checkpoint.
 
-    ``note`` is called with one line for each damaged checkpoint that is passed over.
+    ``note`` is called with one line for each damaged checkpoint that is skipped.
 
     Raises:
-        UserError: all are damaged, or the checkpoint belongs to another configuration.
+        UserError: all checkpoints are damaged, or the checkpoint belongs to another configuration.
     """
     candidates = recommender.world.of_first(steps(run)[::-1])
     for step in candidates:
         index = _sound_index(run, step, recommender.world)
         if isinstance(index, str):
-            note(f"checkpoint passed over: {index}")
+            note(f"checkpoint skipped: {index}")
             continue
         _restore(run, step, index, [*weight_pieces(recommender), *optimizer_pieces(recommender)], f" ({ELSEWHERE})")
         progress = index.progress
@@ -61,20 +61,23 @@ def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -
     if candidates:
         raise UserError(
             f"{run / 'checkpoints'}: all {len(candidates)} checkpoints are damaged, the newest: {index}; "
-            "train.resume=false removes them and starts from the beginning"
+            "train.resume=false removes them and starts from step 0"
         )
     return None
 
 
 def load_weights(run: Path, step: int | None, recommender: Recommender, numbering: str, note: Any = None) -> int:
-    """Restores the weights of checkpoint ``step`` (None: the best by validation, else the newest) and returns its step.
+    """Restores the weights of a checkpoint and returns its step.
 
-    Where none is asked for, a damaged one is passed over for the next best, and ``note`` (default: a line on standard
-    error) is called. ``numbering``: of the data set that the model is to read, see `mme.data.numbering`.
+    Args:
+        step: the checkpoint's step. None selects the best by validation score, otherwise the newest, and skips damaged
+            ones.
+        numbering: hash of the numbering of the data set that the model will read, see `mme.data.numbering`.
+        note: called with one line for each skipped checkpoint; None prints to standard error.
 
     Raises:
-        UserError: no such checkpoint, all or the one asked for are damaged, or it belongs to another configuration
-            or numbering.
+        UserError: there is no such checkpoint, it (or every one) is damaged, or it belongs to another configuration or
+            numbering.
     """
     candidates = recommender.world.of_first(from_the_best(run)) if step is None else [step]
     for candidate in candidates:
@@ -82,18 +85,18 @@ def load_weights(run: Path, step: int | None, recommender: Recommender, numberin
         if not isinstance(index, str):
             if index.progress.numbering not in ("", numbering):
                 raise UserError(
-                    f"{folder(run, candidate)}: was trained on a data set that numbers items, or values of features, in "
-                    f"another way than {recommender.config.data.path} does now"
+                    f"{folder(run, candidate)}: was trained on a data set whose indices of items or feature values differ "
+                    f"from those of {recommender.config.data.path}"
                 )
             _restore(run, candidate, index, list(weight_pieces(recommender)))
             return candidate
         if candidate != candidates[-1] and (note or recommender.world.rank == 0):
-            (note or partial(print, file=sys.stderr))(f"checkpoint passed over: {index}")
+            (note or partial(print, file=sys.stderr))(f"checkpoint skipped: {index}")
     raise UserError(index)
 
 
 def remove_all(run: Path) -> int:
-    """Removes all complete checkpoints of the run; returns how many there were."""
+    """Removes all complete checkpoints of the run; returns their number."""
     found = steps(run)
     for step in found:
         remove(folder(run, step))
@@ -101,7 +104,7 @@ def remove_all(run: Path) -> int:
 
 
 def remove(checkpoint: Path) -> None:
-    """Takes its name away first: a process that is killed meanwhile leaves nothing that looks complete."""
+    """Removes a checkpoint. It is renamed first, so that a killed process leaves nothing that looks complete."""
     nameless = checkpoint.with_name(f".{checkpoint.name}.removed.partial")
     checkpoint.rename(nameless)
     shutil.rmtree(nameless)
@@ -110,8 +113,8 @@ def remove(checkpoint: Path) -> None:
 def _sound_index(run: Path, step: int, world: World) -> Index | str:
     """The index of a sound checkpoint, or one line that says what is wrong, the same on all ranks.
 
-    Each rank checks its share of the files. What one rank does not see yet, on a file system that tells
-    nodes of new files late, counts as missing for all.
+    Each rank checks its share of the files. A file that one rank does not see yet, because the file system is slow to show
+    new files to other nodes, counts as missing for all.
     """
     index = read_index(run, step)
     mine = index if isinstance(index, str) else damage(run, step, index.files[world.rank :: world.size])
@@ -137,7 +140,7 @@ def _restore(run: Path, step: int, index: Index, pieces: list[Piece], advice: st
 
 
 def _assemble(piece: Piece, parts: list[tuple[Path, PieceEntry]]) -> torch.Tensor:
-    value = torch.empty(piece.local_shape)  # the parts of a sound checkpoint fill it
+    value = torch.empty(piece.local_shape)  # the parts of a sound checkpoint cover it
     for path, part in parts:
         overlap = list(_overlap(piece, part.offsets, part.local_shape))
         if any(low >= high for low, high in overlap):

@@ -1,8 +1,8 @@
-"""What a checkpoint's folder says of itself, and whether it is true.
+"""The index of a checkpoint, and the checks that the checkpoint is sound.
 
-`checkpoints/step_N/index.json` names the files of the checkpoint with their SHA-256, the pieces in them and how far
-training had come. A checkpoint is sound when the index has every field with its type, the pieces of each tensor cover it
-exactly, every file has its sum, and every value is a finite float32, the type of all weights and optimizer states.
+`checkpoints/step_N/index.json` lists the files of the checkpoint with their SHA-256 and pieces, and the progress of
+training. A checkpoint is sound if the index has every field with its type, the pieces of each tensor cover it exactly,
+every file matches its checksum, and every value is a finite float32, the type of all weights and optimizer states.
 """
 
 from __future__ import annotations
@@ -26,19 +26,22 @@ INDEX = "index.json"
 FORMAT = 2
 FOLDER = "checkpoints"  # in a run's folder
 DTYPE = "F32"
-VALUES_AT_ONCE = 1 << 22  # that are checked to be finite
+VALUES_AT_ONCE = 1 << 22  # values per check for NaN and infinity
 
 Count = Annotated[int, Field(ge=0)]
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far training has come.
+    """The progress of training after ``step`` steps.
 
-    ``sequences`` of ``epoch``'s order have been trained on, by however many processes; ``skipped`` of the steps before
-    changed nothing; ``evaluate``: this step is to be evaluated still; ``score`` is the validation NDCG@10 at this step,
-    if it was measured. A global batch is ``shares`` times ``rank_batch``, such as "64 sequences". ``dataset`` is the
-    SHA-256 of the set trained on, ``numbering`` that of its numbering ("": a checkpoint that does not say).
+    Attributes:
+        sequences: number of sequences of ``epoch``, in its order, that all processes have trained on.
+        skipped: number of steps that were skipped.
+        evaluate: whether this step still has to be evaluated.
+        score: the validation NDCG@10 at this step, if it was measured.
+        shares, rank_batch: a global batch is ``shares`` times ``rank_batch``, such as "64 sequences".
+        dataset, numbering: SHA-256 of the training set and of its numbering; "" in checkpoints of older versions.
     """
 
     step: Count
@@ -55,7 +58,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class PieceEntry:
-    """A part of a tensor: the tensor's name and whole shape, where the part begins in it, and the part's shape."""
+    """A part of a tensor: name and ``shape`` of the whole tensor, and ``offsets`` and ``local_shape`` of the part."""
 
     name: str
     shape: tuple[Count, ...]
@@ -79,7 +82,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Index:
-    """``num_files`` tells an index from which an entry is lost; None in one of an older version."""
+    """The content of index.json. ``num_files`` detects a lost entry; it is None in indices of older versions."""
 
     format: int
     progress: Progress
@@ -92,10 +95,10 @@ def folder(run: Path, step: int) -> Path:
 
 
 def steps(run: Path) -> list[int]:
-    """The steps of all complete checkpoints, rising.
+    """The steps of all complete checkpoints, ascending.
 
     Raises:
-        UserError: something else stands in the place of the checkpoints' folder, such as a link.
+        UserError: the path of the checkpoints' folder is something else, such as a link.
     """
     checkpoints = run / FOLDER
     try:
@@ -108,16 +111,20 @@ def steps(run: Path) -> list[int]:
 
 
 def best_step(run: Path) -> int:
-    """The complete checkpoint with the highest validation score, else the newest.
+    """The step of the complete checkpoint with the highest validation score, or of the newest without scores.
 
     Raises:
-        UserError: there is none.
+        UserError: there is no complete checkpoint.
     """
     return from_the_best(run)[0]
 
 
 def from_the_best(run: Path) -> list[int]:
-    """The complete checkpoints, one at least, by falling validation score, of equal ones the newest first."""
+    """The steps of the complete checkpoints by descending validation score; ties go to the newest.
+
+    Raises:
+        UserError: there is no complete checkpoint.
+    """
     found = steps(run)
     if not found:
         raise UserError(f"{run / FOLDER}: no complete checkpoint (expected folders step_N with {INDEX})")
@@ -137,7 +144,7 @@ def read_index(run: Path, step: int) -> Index | str:
         text = read_text(path, run)
         found = re.search(r'"format":\s*(\d+)', text[:200])
         if found and int(found[1]) != FORMAT:
-            return f"{path}: format {found[1]}, expected {FORMAT}: another version of mme has written it"
+            return f"{path}: format {found[1]}, expected {FORMAT}: written by another version of mme"
         index = parse_record(text, Index)
     except FileNotFoundError:
         available = ", ".join(map(str, steps(run))) or "none"
@@ -169,11 +176,11 @@ def damage(run: Path, step: int, files: Sequence[FileEntry]) -> str | None:
 
 
 def _flaw(index: Index, step: int) -> str | None:
-    """What an index that has all its fields says that can't be true."""
+    """A contradiction in an index that has all its fields; None if there is none."""
     if index.format != FORMAT:
         return f"format {index.format}, expected {FORMAT}"
     if index.progress.step != step:
-        return f"it is of step {index.progress.step}"
+        return f"belongs to step {index.progress.step}"
     if index.num_files not in (None, len(index.files)):
         return f"files: {len(index.files)} entries, expected {index.num_files}"
     pieces: dict[str, list[PieceEntry]] = {}
@@ -199,7 +206,7 @@ def _flaw_of_tensor(name: str, pieces: list[PieceEntry]) -> str | None:
 
 
 def _overlap(pieces: list[PieceEntry]) -> bool:
-    """Whether two pieces have an element in common: swept along the axis on which most of them begin apart."""
+    """Whether two pieces share an element, found by a sweep along the axis with the most distinct offsets."""
     if len(pieces) < 2:
         return False
     axes = range(len(pieces[0].shape))
@@ -222,7 +229,7 @@ def _flaw_of_file(path: Path, pieces: list[PieceEntry]) -> str | None:
         for piece in pieces:
             values = file.get_slice(piece.key) if piece.key in keys else None
             if values is None or tuple(values.get_shape()) != piece.local_shape:
-                return f"no piece {piece.key}, which {INDEX} names"
+                return f"has no piece {piece.key}, which {INDEX} names"
             if values.get_dtype() != DTYPE:
                 return f"piece {piece.key} is {values.get_dtype()}, expected {DTYPE}"
             if not _is_finite(values, piece.local_shape):

@@ -1,9 +1,9 @@
-"""Writes checkpoints in the background: training waits only for a copy of its state in host memory.
+"""Writes checkpoints in the background. Training waits only while its state is copied to host memory.
 
-Each rank's thread writes that rank's file and makes it durable. The threads exchange nothing: every step tells all ranks,
-in a sum that it has anyway, whether some rank still writes (`votes`), and once none does, the ranks gather the files' sums
-and rank 0's thread writes the index, gives the folder its name and removes what is no longer kept. A process that
-is killed at any moment leaves a folder of another name behind, which nothing reads and the next checkpoint removes.
+A thread of each rank writes and syncs that rank's file. The threads do not communicate: an all-reduce that every step
+performs anyway tells all ranks whether some rank is still writing (`votes`). When none is, the ranks gather the files'
+checksums, and rank 0's thread writes the index, renames the folder and removes old checkpoints. If a process is killed, it
+leaves a folder with another name, which nothing reads and the next checkpoint removes.
 """
 
 from __future__ import annotations
@@ -42,50 +42,50 @@ from mme.files import flush, make_folder, replacing, sha256, write_text
 
 
 class CheckpointError(JobError):
-    """A checkpoint could not be written; training can't go on safely."""
+    """A checkpoint could not be written, so training cannot continue safely."""
 
 
 class DiskCheckpointError(CheckpointError, DiskError):
-    """There is no room for a checkpoint."""
+    """The disk has no space for a checkpoint."""
 
 
 class NonFiniteCheckpointError(CheckpointError, NonFiniteError):
-    """The state to be written holds NaN or infinity: no training could resume from it."""
+    """The state contains NaN or infinity, so training could not resume from it."""
 
 
 class CheckpointWriter:
-    """Writes one checkpoint at a time; every rank calls each method in the same order.
+    """Writes one checkpoint at a time. Every rank calls the methods in the same order.
 
     Args:
         run: the run's folder.
-        keep: how many of the newest checkpoints stay, besides the best.
+        keep: number of the newest checkpoints to keep, in addition to the best.
     """
 
     def __init__(self, run: Path, recommender: Recommender, keep: int) -> None:
         self.run, self.recommender, self.world, self.keep = run, recommender, recommender.world, keep
-        self._host: dict[str, Tensor] = {}  # copies of this rank's pieces, taken again by each checkpoint
+        self._host: dict[str, Tensor] = {}  # host copies of this rank's pieces, reused by each checkpoint
         self._thread: threading.Thread | None = None
         self._parts_of: Progress | None = None  # the checkpoint whose files are being written
-        self._entry: dict[str, Any] = {}  # of this rank in its index
+        self._entry: dict[str, Any] = {}  # this rank's entry of the index
         self._failure: CheckpointError | None = None
-        self._newest: int | None = None  # the step that this process has written last, or is writing
+        self._newest: int | None = None  # the step that this process wrote last or is writing
 
     def __enter__(self) -> CheckpointWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         if error is None or (isinstance(error, (JobError, Preempted)) and not isinstance(error, CheckpointError)):
-            self.wait()  # all ranks are here
+            self.wait()  # all ranks take part
         elif self._thread is not None:
-            self._thread.join()  # of this rank alone: the others may be gone
+            self._thread.join()  # only this rank's thread, because other ranks may have died
 
     def save(self, progress: Progress) -> None:
-        """Copies the state and starts to write `checkpoints/step_N`, when the one before is done.
+        """Waits for the previous checkpoint, copies the state and starts to write `checkpoints/step_N`.
 
-        Of the step that was written last only ``progress`` is written anew: the state is the same.
+        If this step was written last, only ``progress`` is updated, because the state is the same.
 
         Raises:
-            CheckpointError: the checkpoint before could not be written, on any rank.
+            CheckpointError: a rank could not write the previous checkpoint.
         """
         self.wait()
         if self._newest == progress.step:
@@ -98,20 +98,20 @@ class CheckpointWriter:
             for left in partial.parent.glob(".step_*.partial"):
                 _remove_partial(left)
         pieces = self._copy_state()
-        self.world.barrier()  # what a killed run left is gone
+        self.world.barrier()  # wait until leftovers of a killed run have been removed
         self._parts_of = progress
         self._start(self._write_part, partial, pieces)
 
     def votes(self) -> tuple[bool, bool]:
-        """What each step tells all ranks: whether this one still writes its part, and whether it failed at the end."""
+        """This rank's votes in a step: whether it is still writing its part, and whether the completion failed."""
         writing = self._parts_of is not None and self._is_busy()
         return writing, self._parts_of is None and self._failure is not None and not self._is_busy()
 
     def after_step(self, any_writing: bool, any_failed: bool) -> None:
-        """Goes on with the checkpoint where all ranks are ready to; the arguments are the votes of all ranks.
+        """Completes the checkpoint if all ranks are ready; the arguments are the combined votes of all ranks.
 
         Raises:
-            CheckpointError: it could not be written, on any rank.
+            CheckpointError: a rank could not write the checkpoint.
         """
         if any_failed:
             self._raise_failure()
@@ -119,10 +119,10 @@ class CheckpointWriter:
             self._commit()
 
     def wait(self) -> None:
-        """Returns when the checkpoint is complete, on all ranks.
+        """Waits until the checkpoint is complete on all ranks.
 
         Raises:
-            CheckpointError: it could not be written, on any rank.
+            CheckpointError: a rank could not write the checkpoint.
         """
         if self._newest is None:
             return
@@ -132,7 +132,7 @@ class CheckpointWriter:
         self._raise_failure()
 
     def resumed_at(self, step: int) -> None:
-        """Tells which checkpoint the state was restored from: it needs not be written again."""
+        """Records the checkpoint from which the state was restored, so that it is not written again."""
         self._newest = step
 
     def _is_busy(self) -> bool:
@@ -158,7 +158,7 @@ class CheckpointWriter:
         return final.with_name(f".{final.name}.partial")
 
     def _copy_state(self) -> list[tuple[Piece, Tensor]]:
-        """This rank's pieces, as they are now, in host memory; to read one is a collective."""
+        """Copies this rank's pieces to host memory; reading a piece is a collective."""
         on_gpu = self.world.device.type == "cuda"
         copies = []
         for piece in [*weight_pieces(self.recommender), *optimizer_pieces(self.recommender)]:
@@ -190,7 +190,7 @@ class CheckpointWriter:
             self._entry = {"error": _failure_of(file, error)}
 
     def _commit(self) -> None:
-        """Gathers what the ranks have written; rank 0 completes the checkpoint in its thread."""
+        """Gathers the entries of all ranks; rank 0 completes the checkpoint in its thread."""
         self._join()
         progress, self._parts_of = self._parts_of, None
         assert progress is not None
@@ -210,7 +210,7 @@ class CheckpointWriter:
         try:
             index = {"format": FORMAT, "num_files": len(entries), "progress": asdict(progress), "files": entries}
             write_text(partial / INDEX, json.dumps(index), self.run)
-            if final.exists():  # damaged: else it were resumed from
+            if final.exists():  # it is damaged; otherwise the run would have resumed from it
                 remove(final)
             partial.rename(final)
             flush(final.parent)
@@ -232,7 +232,7 @@ class CheckpointWriter:
             self._failure = _failure_of(final / INDEX, error)
 
     def _prune(self, newest: int) -> None:
-        # Later ones were passed over as damaged when this run went on: they don't count.
+        # Later checkpoints were skipped as damaged when this run resumed, and do not count.
         found = [step for step in steps(self.run) if step <= newest]
         for step in set(found[: -self.keep]) - {best_step(self.run)}:
             remove(folder(self.run, step))
@@ -243,7 +243,7 @@ def _entry_of(piece: Piece) -> PieceEntry:
 
 
 def _failure_of(path: Path, error: Exception) -> CheckpointError:
-    """``error``: of the system, or of safetensors, which tells the system's number in its text alone."""
+    """The error for a failed write. safetensors gives the system's error number only in its message."""
     number = error.errno if isinstance(error, OSError) else None
     found = re.search(r"os error (\d+)", str(error))
     is_full = (int(found[1]) if found else number) in DISK_ERRORS
@@ -252,8 +252,10 @@ def _failure_of(path: Path, error: Exception) -> CheckpointError:
 
 
 def _not_finite(piece: Piece, value: Tensor) -> str | None:
-    """Which row of the piece is not finite; None if all are. NaN and infinity show in the extremes, found in one pass that
-    allocates nothing."""
+    """Names the first row of the piece with a NaN or infinity; None if all values are finite.
+
+    The minimum and maximum show whether there is one, in a single pass without allocation.
+    """
     if not value.numel() or torch.stack(torch.aminmax(value)).isfinite().all():
         return None
     row = piece.offsets[0] + int((~value.isfinite()).nonzero()[0, 0])
@@ -261,7 +263,7 @@ def _not_finite(piece: Piece, value: Tensor) -> str | None:
 
 
 def _remove_partial(partial: Path) -> None:
-    """A link is removed, not what it leads to."""
+    """Removes a partial checkpoint; of a link, only the link itself."""
     if partial.is_symlink():
         partial.unlink()
     shutil.rmtree(partial, ignore_errors=True)

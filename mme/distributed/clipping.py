@@ -1,8 +1,8 @@
-"""One limit for the gradient of everything that learns: decoder, experts and item tables.
+"""Clips the gradients of decoder, experts and item tables by their common norm.
 
-The norm is that of the gradient of the global batch. The decoder's reduced gradients lie in parts on the ranks, each number
-once, experts included. The tables' lie as rows by the item on every rank that looked it up, so rows of one item first meet
-on one rank and add up: ‖Σ g‖ is not Σ ‖g‖. This exchange is made only where a limit is set.
+It is the norm of the global batch's gradient. The ranks hold disjoint parts of the decoder's reduced gradient, including
+the experts'. The tables' gradient is a row per item on every rank that looked the item up. Rows of the same item must be
+summed on one rank first, because ‖Σ g‖ is not Σ ‖g‖. This exchange happens only if a limit is set.
 
 Legend: U distinct items that a rank looked up, M tables, d view width.
 """
@@ -23,7 +23,8 @@ def clip_gradients(
 
     Args:
         decoder: this rank's parts of the decoder's gradient, averaged over the ranks.
-        ids: (U,) int64, rising; rows: (U, M, d) their gradient on this rank, to be averaged over the ranks.
+        ids: (U,) int64, ascending.
+        rows: (U, M, d) the gradient of those rows on this rank, not yet averaged over the ranks.
     """
     squares = sum((part.double().square().sum() for part in decoder), rows.new_zeros((), dtype=torch.float64))
     squares = squares + sum_over_ranks(world, ids, rows, num_items).double().div_(world.size).square_().sum()
@@ -36,7 +37,7 @@ def clip_gradients(
 
 
 def sum_over_ranks(world: World, ids: Tensor, rows: Tensor, num_items: int) -> Tensor:
-    """The rows of a range of items, each summed over the ranks in the order of the ranks; the ranges cover all items."""
+    """Sums rows over the ranks, in rank order; each rank gets the sums of its own range of items."""
     if world.size == 1:
         return rows
     borders = torch.arange(1, world.size, device=ids.device) * num_items // world.size

@@ -16,7 +16,7 @@ ADAM_STATES = ("exp_avg", "exp_avg_sq")
 
 
 def initialize_engine(decoder: nn.Module, config: Config) -> Any:
-    """A DeepSpeed engine round ``decoder`` with AdamW."""
+    """Wraps ``decoder`` in a DeepSpeed engine with AdamW."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     train = config.train
     parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
@@ -37,7 +37,7 @@ def initialize_engine(decoder: nn.Module, config: Config) -> Any:
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": config.parallel.zero_stage,
-                # The default buffers take gigabytes whatever the size of the model.
+                # The default buffers take gigabytes for models of any size.
                 "reduce_bucket_size": num_elements,
                 "allgather_bucket_size": num_elements,
             },
@@ -54,7 +54,7 @@ def _make_optimizer_states(engine: Any) -> None:
         for partition in group["params"]:
             moments = {name: torch.zeros_like(partition) for name in ADAM_STATES}
             optimizer.state[partition] = {"step": torch.zeros(()), **moments}
-    engine.optimizer._lazy_init_hp_params_optimizer_state()  # links each parameter to its part of them
+    engine.optimizer._lazy_init_hp_params_optimizer_state()  # links each parameter to its part of the states
 
 
 def set_optimizer_step(engine: Any, step: int) -> None:
@@ -75,12 +75,11 @@ def reduced_gradients(engine: Any) -> list[Tensor]:
 
 
 def spoil_gradients(engine: Any) -> None:
-    """Makes the coming step one that DeepSpeed skips: it drops gradients whose norm is not finite, and its own records
-    with them."""
+    """Makes DeepSpeed skip the next step, because it drops gradients with a non-finite norm and its records of them."""
     for gradient in reduced_gradients(engine):
         gradient.fill_(torch.nan)
 
 
 def was_skipped(engine: Any) -> bool:
-    """Whether the last step changed nothing, because the norm of the gradients was not finite; the same on all ranks."""
+    """Whether DeepSpeed skipped the last step because of a non-finite gradient norm; the same on all ranks."""
     return engine.optimizer.overflow

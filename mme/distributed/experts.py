@@ -1,8 +1,8 @@
-"""Experts spread over ranks: DeepSpeed-MoE's groups and its all-to-all carry the tokens, dropless.
+"""Expert parallelism with DeepSpeed-MoE's groups and all-to-all, without dropping tokens.
 
-Rank r of an expert-parallel group of P ranks owns the experts [r·E/P, (r+1)·E/P). Rows leave sorted by expert, so one
-all-to-all with uneven splits brings them to their owners; there they are put in order of the local expert, and after
-the experts the same way back. Nothing is padded to a common capacity.
+Rank r of an expert-parallel group of P ranks owns the experts [r·E/P, (r+1)·E/P). Rows are sent sorted by expert, so that
+one all-to-all with uneven splits brings them to their owners. The owner sorts them by local expert, applies the experts and
+returns them the same way. Nothing is padded to a common capacity.
 
 Legend: R·k rows sent by this rank, E experts, P expert_parallel_size.
 """
@@ -29,10 +29,10 @@ class _Route(NamedTuple):
 
 
 class ExpertParallelDispatcher(MoE):
-    """A DeepSpeed MoE layer whose gate and experts are ours: it owns the groups and the exchange.
+    """A DeepSpeed MoE layer with our gate and experts; it owns the process groups and the exchange.
 
-    The engine knows by this class that the model has experts; it calls `set_deepspeed_parallelism`, which makes the
-    process groups, and reduces the experts' gradients over the ranks that hold the same experts.
+    The engine recognises a model with experts by this class. It calls `set_deepspeed_parallelism` and reduces the experts'
+    gradients over the ranks that hold the same experts.
     """
 
     def __init__(self, num_experts: int, expert_parallel_size: int) -> None:
@@ -48,7 +48,7 @@ class ExpertParallelDispatcher(MoE):
         self.first_expert = self.num_local_experts * groups._get_expert_parallel_rank(self.expert_group_name)
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """The groups exist since the constructor."""
+        """Does nothing, because the constructor has made the groups."""
 
     def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, _Route]:
         plan = compute_split_plan(
@@ -67,9 +67,9 @@ class ExpertParallelDispatcher(MoE):
 
 
 def spread_experts(decoder: Decoder, expert_parallel_size: int) -> None:
-    """Leaves on this rank only its share of every mixture's experts and connects them by all-to-all.
+    """Keeps only this rank's share of every mixture's experts and connects the ranks by all-to-all.
 
-    Experts that several ranks hold keep equal values, since all ranks initialise the whole decoder alike.
+    Copies of an expert on several ranks have equal values, because all ranks initialise the whole decoder identically.
     """
     for layer in decoder.moe_layers():
         dispatcher = ExpertParallelDispatcher(layer.num_experts, expert_parallel_size)
@@ -83,7 +83,7 @@ def spread_experts(decoder: Decoder, expert_parallel_size: int) -> None:
 
 
 def _expert_major(by_source: Tensor) -> Tensor:
-    """Where each row of the expert-major order stands in the source-major order.
+    """The index in source-major order of each row in expert-major order.
 
     by_source [[2, 1], [0, 3]] (2 sources, 2 local experts) → [0, 1, 2, 3, 4, 5]: source 0 sent rows 0-1 for expert 0 and
     row 2 for expert 1, source 1 rows 3-5 for expert 1.

@@ -1,9 +1,8 @@
-"""How long each rank stands still for the others: exposed communication and stragglers, measured in every step.
+"""Measures in every step how long each rank waits for the others: exposed communication and stragglers.
 
-Whoever starts a collective, this project, TorchRec or DeepSpeed, waits for it by `torch.distributed.Work.wait`. So that
-one method is replaced while a `Pace` is entered. On a CPU the wait blocks the process and the clock tells how long. On a
-GPU it holds up the stream that computes: two events about it tell how long that stood still, and an exchange that ended
-before it was needed counts as nothing.
+This project, TorchRec and DeepSpeed all wait for collectives in `torch.distributed.Work.wait`, which is therefore replaced
+while a `Pace` is entered. On a CPU the wait blocks the process and is timed by the clock. On a GPU it blocks the compute
+stream; two events around it measure for how long. Communication that finished before it was needed counts as zero.
 """
 
 from __future__ import annotations
@@ -19,14 +18,15 @@ from mme.distributed.world import World
 
 
 class Pace:
-    """Adds up the steps' time and how much of it this rank waited in collectives.
+    """Adds up the time of steps and the part that this rank waited in collectives.
 
-    Enter it for as long as steps are taken; call `after_step` after each, and `over_ranks`, a collective, now and then.
+    Enter it around the training loop. Call `begin_step` and `end_step` for each step, and `over_ranks`, a collective, for
+    each line of the log.
     """
 
     def __init__(self, world: World) -> None:
         self.world = world
-        self._lock = threading.Lock()  # backward may wait in a thread of its own
+        self._lock = threading.Lock()  # backward may wait in another thread
         self._waited_s = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         self._sums = [0.0, 0.0, 0]  # seconds waited, seconds not waited, steps since `over_ranks`
@@ -45,7 +45,7 @@ class Pace:
         dist.Work.wait = self._wait  # type: ignore[method-assign]
 
     def begin_step(self) -> None:
-        """A step begins with the wait for its batch; an evaluation or a checkpoint before it belongs to no step."""
+        """Starts a step, before the wait for its batch. An evaluation or checkpoint before it belongs to no step."""
         self._take()
         self._began = time.perf_counter()
 
@@ -57,8 +57,11 @@ class Pace:
         return step_s
 
     def over_ranks(self) -> dict[str, float]:
-        """Of the steps since the last call, a step's mean: ``wait_ms``, the mean of the ranks; ``straggler_ms``, how much
-        longer than the mean of the ranks the ``slowest_rank`` took beside its waiting, so that all others waited for it."""
+        """Means per step since the last call.
+
+        ``wait_ms`` is the wait averaged over the ranks. ``straggler_ms`` is how much longer than the average rank the
+        ``slowest_rank`` took outside its waits, so that the others waited for it.
+        """
         own = torch.tensor(self._sums[:2], dtype=torch.float64, device=self.world.device) / self._sums[2]
         self._sums = [0.0, 0.0, 0]
         waited, busy = 1000 * torch.stack(self.world.gather(own[None])).view(-1, 2).T

@@ -1,4 +1,4 @@
-"""The whole model over all ranks: sharded item tables under TorchRec, the decoder with its experts.
+"""The whole model over all ranks: item tables sharded by TorchRec, and the decoder with its experts.
 
 Legend: B sequences, T tokens, M views, d view width, D = M·d, U distinct items of a batch.
 """
@@ -22,11 +22,11 @@ from mme.model.feature_rows import FeatureRows
 
 
 class Recommender(Encoder):
-    """Item tables and decoder; every rank holds its shard and calls each method together with the others.
+    """Item tables and decoder. Every rank holds its shard; `lookup` is a collective.
 
     Args:
         feature_sizes: see `mme.model.feature_rows.FeatureRows`; None: the configuration names no features.
-        initialise_tables: False: weights of the tables are left unset, for a checkpoint to fill.
+        initialise_tables: False leaves the tables' weights uninitialised, for a checkpoint to fill.
 
     Raises:
         UserError: `kernels.backend` cannot run on this device.

@@ -1,7 +1,7 @@
-"""What a checkpoint holds, as named pieces of whole tensors that load at any number of processes.
+"""The content of a checkpoint, as named pieces of tensors that can be loaded on any number of processes.
 
 A piece is this rank's part of a tensor: a shard of an item table, the experts that it owns, or the whole of another
-decoder parameter. Optimizer states stand beside their weights: `tables/item_0`, `tables/item_0/exp_avg`,
+decoder parameter. The names of optimizer states extend those of their weights: `tables/item_0`, `tables/item_0/exp_avg`,
 `decoder/blocks.0.uvqk`, `decoder/blocks.0.uvqk/exp_avg`.
 """
 
@@ -31,12 +31,12 @@ class Piece:
     """This rank's part of one tensor.
 
     Attributes:
-        name: of the whole tensor.
-        shape: of the whole.
-        offsets: where this part stands in it.
-        local_shape: of this part.
-        writer: whether this rank saves the part, among the ranks that have a copy of it.
-        read: gives the part. A collective: all ranks that have the piece call it in the same order.
+        name: name of the whole tensor.
+        shape: shape of the whole tensor.
+        offsets: position of this part in the whole.
+        local_shape: shape of this part.
+        writer: whether this rank, of those with a copy of the part, saves it.
+        read: returns the part. A collective: all ranks that have the piece call it in the same order.
         write: replaces the part by a tensor of ``local_shape``.
     """
 
@@ -50,14 +50,14 @@ class Piece:
 
 
 def weight_pieces(recommender: Recommender) -> Iterator[Piece]:
-    """The weights: item tables, decoder and experts."""
+    """The weights of item tables, decoder and experts."""
     yield from _table_pieces(recommender, recommender.tables.weights())
     for name, parameter, part in _decoder_parts(recommender):
         yield part(f"decoder/{name}", read=parameter.detach, write=partial(_set_weight, parameter))
 
 
 def optimizer_pieces(recommender: Recommender) -> Iterator[Piece]:
-    """The optimizer states of tables and decoder; the decoder must be in a DeepSpeed engine."""
+    """The optimizer states of tables and decoder, which must be in a DeepSpeed engine."""
     yield from _table_pieces(recommender, recommender.tables.optimizer_states())
     for name, parameter, part in _decoder_parts(recommender):
         for state in ADAM_STATES:
@@ -79,7 +79,7 @@ def _table_pieces(recommender: Recommender, shards: Iterator[Shard]) -> Iterator
 
 
 def _decoder_parts(recommender: Recommender) -> Iterator[tuple[str, nn.Parameter, Callable[..., Piece]]]:
-    """Name and parameter of the decoder, and a maker of pieces that knows where its part stands in the whole."""
+    """Names and parameters of the decoder, each with a `Piece` constructor that knows the part's position."""
     decoder = recommender.decoder
     place: dict[int, tuple[int, int, bool]] = {}
     for layer in decoder.moe_layers():
@@ -103,7 +103,7 @@ def _decoder_parts(recommender: Recommender) -> Iterator[tuple[str, nn.Parameter
 
 def _set_weight(parameter: nn.Parameter, value: Tensor) -> None:
     parameter.data.copy_(value)
-    safe_set_full_fp32_param(parameter, value.to(parameter.device))  # the partition that ZeRO steps, where there is one
+    safe_set_full_fp32_param(parameter, value.to(parameter.device))  # ZeRO's partition, if there is one
 
 
 def _set_state(parameter: nn.Parameter, state: str, value: Tensor) -> None:

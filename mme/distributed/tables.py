@@ -3,9 +3,9 @@
 A step looks up the distinct items it needs once: one `EmbeddingCollection` with M tables and one shared feature returns
 the rows of all tables. TorchRec's planner decides where the rows are stored.
 
-Row-wise Adagrad, Adagrad and SGD run in the backward pass of FBGEMM's tables, and so does Adam on CUDA. All of them move
-only the rows that a batch looks up. FBGEMM has no Adam on a CPU and TorchRec none for replicated tables: `touched_rows` has
-the same update for both. `dense_adam` is torch.optim.AdamW with the gradient of whole shards, which moves every row.
+Row-wise Adagrad, Adagrad and SGD run in the backward pass of FBGEMM's tables, and so does Adam on CUDA. They update only the
+rows that a batch looks up. FBGEMM has no Adam on a CPU and TorchRec none for replicated tables, so `touched_rows` implements
+the same update for both. `dense_adam` is torch.optim.AdamW with the gradient of whole shards, which updates every row.
 
 Legend: M tables, d view width, U distinct items of a batch.
 """
@@ -41,7 +41,7 @@ from mme.errors import UserError
 
 FEATURE = "item"
 INIT_STD = 0.02
-INIT_ROWS = 8192  # initialised at once: their temporaries stay in a core's cache
+INIT_ROWS = 8192  # rows initialised at once, so that temporaries stay in a core's cache
 
 FUSED_OPTIMIZERS = {
     "adam": EmbOptimType.ADAM,
@@ -50,8 +50,7 @@ FUSED_OPTIMIZERS = {
     "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
     "sgd": EmbOptimType.EXACT_SGD,
 }
-# The names of an optimizer's states in checkpoints, by their names in TorchRec (the first is always momentum1) and in
-# torch.optim.
+# Maps the names of optimizer states in TorchRec (the first is always momentum1) and torch.optim to those in checkpoints.
 STATE_NAMES = {
     "adam": {"momentum1": "exp_avg"},
     "dense_adam": {},
@@ -78,7 +77,7 @@ class ItemTables:
     """Lookup and update of M sharded tables of shape (num_rows, d): items, then the values of features."""
 
     def __init__(self, config: Config, num_rows: int, world: World, initialise: bool = True) -> None:
-        """``initialise``: draw initial weights; without, a checkpoint must fill them, or `initialise` be called."""
+        """``initialise``: draw initial weights. Otherwise load a checkpoint or call `initialise`."""
         logging.getLogger("torchrec").setLevel(logging.ERROR)
         model, train = config.model, config.train
         self.num_rows, self.seed = num_rows, train.seed
@@ -163,7 +162,7 @@ class ItemTables:
         if self.optimizer is None:
             return
         for shard in self.weights():
-            # A parameter holds all parts of the tables that this rank has, one after another.
+            # A parameter contains this rank's parts of all tables, one after another.
             for parameter, states in self.optimizer.state.items():
                 start = (shard.tensor.data_ptr() - parameter.data_ptr()) // parameter.element_size()
                 if not 0 <= start < parameter.numel():
@@ -173,19 +172,19 @@ class ItemTables:
                     if value.shape == parameter.shape:
                         piece = value.view(-1)[start : start + shard.tensor.numel()].view(shard.tensor.shape)
                         yield Shard(name, piece, shard.offsets, shard.shape)
-                    elif value.dim():  # one value a row
+                    elif value.dim():  # one value per row
                         first, rows = start // shard.tensor.shape[1], shard.tensor.shape[0]
                         yield Shard(name, value.view(-1)[first : first + rows], shard.offsets[:1], shard.shape[:1])
 
     def set_optimizer_step(self, step: int) -> None:
-        """Sets the number of steps applied so far, on which Adam's bias correction depends."""
+        """Sets the number of applied steps, on which Adam's bias correction depends."""
         for state in self.optimizer.state.values() if self.optimizer else ():
             if isinstance(state.get("step"), Tensor):
                 state["step"].fill_(step)
         for lookup in self.model.module._lookups:  # type: ignore[union-attr]
             for module in lookup.modules():  # type: ignore[union-attr]
                 if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
-                    # FBGEMM's own set_optimizer_step sets the second only, and copies it to the first only while that is 0.
+                    # FBGEMM's set_optimizer_step sets only the second counter and copies it to the first only if that is 0.
                     module.iter_cpu.fill_(step)
                     module.iter.fill_(step)
 
@@ -195,29 +194,32 @@ class ItemTables:
         constraint = ParameterConstraints()
         if table_sharding != "auto":
             constraint.sharding_types = [ShardingType[table_sharding.upper()].value]
-        elif self.optimizer_name == "rowwise_adagrad":  # its state belongs to a whole row
+        elif self.optimizer_name == "rowwise_adagrad":  # its state covers a whole row
             constraint.sharding_types = [kind.value for kind in ShardingType if "COLUMN" not in kind.name]
         topology = Topology(world_size=world.size, compute_device=world.device.type)
         planner = EmbeddingShardingPlanner(topology=topology, constraints=dict.fromkeys(self.names, constraint))
         return planner.collective_plan(collection, [sharder], torch.distributed.group.WORLD)  # type: ignore[list-item]
 
     def _require_rows_everywhere(self, plan: Any, config: Config) -> None:
-        """Raises UserError where a rank would have no row of a fused table, which FBGEMM's CPU kernels cannot update."""
+        """Raises UserError if a rank would have no row of a fused table: FBGEMM's CPU kernels cannot update it."""
         shards = [
             shard for table in plan.plan[""].values() if table.sharding_spec for shard in table.sharding_spec.shards
         ]
         if any(0 in shard.shard_sizes for shard in shards):
             raise UserError(
-                f"parallel.table_sharding={config.parallel.table_sharding}: {self.num_rows} rows of each item table leave a "
-                f"process without any, which train.table_optimizer={self.optimizer_name} does not support on a CPU: expected "
-                "fewer processes, or data_parallel"
+                f"parallel.table_sharding={config.parallel.table_sharding}: a process would have none of the "
+                f"{self.num_rows} rows of an item table, which train.table_optimizer={self.optimizer_name} does not support "
+                "on a CPU: expected fewer processes, or data_parallel"
             )
 
     @torch.no_grad()
     def initialise(self, rows: Tensor | None = None) -> None:
-        """Draws initial weights of ``rows`` (num_rows,) bool, None: all, from a normal distribution cut at two deviations.
+        """Draws initial weights from a normal distribution truncated at two standard deviations.
 
-        A weight follows from the seed, its table, row and column: the same for any number of ranks, sharding and device.
+        A weight depends only on the seed, its table, row and column, and not on the number of ranks, sharding or device.
+
+        Args:
+            rows: (num_rows,) bool, the rows to initialise; None: all.
         """
         low = torch.special.ndtr(torch.tensor(-2.0)).item()
         for shard in self.weights():
@@ -227,10 +229,10 @@ class ItemTables:
             for start in range(0, count, INIT_ROWS):
                 part = slice(start, min(start + INIT_ROWS, count))
                 keys = derive(table_key, torch.arange(first + part.start, first + part.stop, device=self.device))
-                bits = derive(keys[:, None], words).view(torch.int32)[:, left % 2 : left % 2 + columns]  # two a word
+                bits = derive(keys[:, None], words).view(torch.int32)[:, left % 2 : left % 2 + columns]  # 2 per word
                 uniform = ((bits >> 8) + (2**23 + 0.5)) * 2.0**-24
                 values = torch.erfinv(2 * (low + (1 - 2 * low) * uniform) - 1) * (INIT_STD * 2**0.5)
-                values.clamp_(-2 * INIT_STD, 2 * INIT_STD)  # rounding at the ends
+                values.clamp_(-2 * INIT_STD, 2 * INIT_STD)  # removes rounding errors at the ends
                 if rows is None:
                     shard.tensor[part] = values
                 else:
@@ -240,7 +242,7 @@ class ItemTables:
     def _unfused_optimizer(
         self, config: Config, world: World, touched_rows: list[TouchedRowTables]
     ) -> torch.optim.Optimizer | None:
-        """The optimizer of the tables that FBGEMM does not update in backward; None where there are none."""
+        """The optimizer of tables that FBGEMM does not update in backward; None if there are none."""
         train = config.train
         lr, betas = train.table_lr or train.lr, (train.beta1, train.beta2)
         if touched_rows:
@@ -252,7 +254,7 @@ class ItemTables:
         match train.table_optimizer:
             case "dense_adam":
                 adam = torch.optim.AdamW(parameters, lr=lr, betas=betas, eps=EPS, weight_decay=0.0)
-                for parameter in parameters:  # now, so that a checkpoint can be loaded before the first step
+                for parameter in parameters:  # created early, so that a checkpoint can be loaded before the first step
                     moments = {state: torch.zeros_like(parameter.detach()) for state in ("exp_avg", "exp_avg_sq")}
                     adam.state[parameter] = {"step": torch.zeros(()), **moments}
                 return adam
@@ -265,7 +267,7 @@ class ItemTables:
 
 
 def mix_seed(*parts: int) -> int:
-    """One seed for torch from several numbers."""
+    """Combines several numbers into one seed for torch."""
     seed = 0
     for part in parts:
         seed = (seed * 1_000_003 + part) % 2**63
@@ -283,9 +285,9 @@ def _local_shards(name: str, value: Any) -> Iterator[Shard]:
 def _return_sequences_from_dense_cpu_tables(collection: nn.Module) -> None:
     """Makes FBGEMM's dense CPU tables return one row for each id, table after table.
 
-    Their CPU operator pools each bag and interleaves the tables, whatever the pooling mode (fbgemm_gpu 1.6 to 1.8). With
-    bags of one id nothing is pooled, and a hook restores the order that TorchRec expects. All tables share one feature,
-    so all have the same number of ids.
+    Their CPU operator pools each bag and interleaves the tables in any pooling mode (fbgemm_gpu 1.6 to 1.8). With bags of
+    one id nothing is pooled, and a hook restores the order that TorchRec expects. All tables share one feature, so all have
+    the same number of ids.
     """
 
     def one_id_a_bag(module: nn.Module, args: Any, kwargs: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:

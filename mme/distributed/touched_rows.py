@@ -1,4 +1,4 @@
-"""Adam for the rows that a batch looks up, where FBGEMM has none: on a CPU, and for tables that every rank holds whole.
+"""Adam for the rows that a batch looks up, for CPUs and replicated tables, for which FBGEMM has none.
 
 The arithmetic is that of FBGEMM's Adam on CUDA. With the gradient g of a row that step t looks up,
 
@@ -23,14 +23,14 @@ from torch.nn.parallel import DistributedDataParallel
 from mme.distributed.world import World
 
 EPS = 1e-8
-ROWS_AT_ONCE = 4096  # their moments and temporaries stay in a core's cache: a fifth faster than all rows at once
+ROWS_AT_ONCE = 4096  # so that moments and temporaries stay in a core's cache: a fifth faster than all rows at once
 
 
 class TouchedRowTables(nn.Module):
-    """K tables of (R, c) in place of FBGEMM's dense ones; their gradient is that of the looked-up rows alone.
+    """K tables of (R, c) that replace FBGEMM's dense ones. Their gradient covers only the looked-up rows.
 
     Attributes:
-        weights: (K·R·c,) the parameter of the tables that it replaces, one table after another.
+        weights: (K·R·c,) the parameter of the replaced tables, one table after another.
         is_replica: whether every rank holds the same rows.
     """
 
@@ -41,11 +41,11 @@ class TouchedRowTables(nn.Module):
         self._gradients: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, indices: Tensor, offsets: Tensor) -> Tensor:
-        """indices (K·n,) int64, the same n for each table → (K·n, c), table after table. ``offsets`` are not needed."""
+        """indices (K·n,) int64, the same n for each table → (K·n, c), table after table. ``offsets`` is not used."""
         return _Lookup.apply(self.weights, indices.view(len(self._tables), -1)[0], self)
 
     def split_embedding_weights(self) -> list[Tensor]:
-        """The K tables (R, c), by which TorchRec reads and writes them."""
+        """The K tables (R, c), through which TorchRec reads and writes the weights."""
         return self._tables
 
     def rows(self, ids: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ class TouchedRowTables(nn.Module):
         return rows.flatten(0, 1)
 
     def add_gradient(self, ids: Tensor, gradient: Tensor) -> None:
-        """Keeps the gradient (K·n, c) of one lookup of ``ids`` (n,) until `take_gradient`."""
+        """Stores the gradient (K·n, c) of one lookup of ``ids`` (n,) until `take_gradient`."""
         self._gradients.append((ids, gradient.view(len(self._tables), *ids.shape, self._tables[0].shape[1])))
 
     def take_gradient(self, world: World) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ class TouchedRowTables(nn.Module):
             gathered = zip(world.gather(ids), world.gather(by_id.transpose(0, 1).contiguous()), strict=True)
             lookups = [(rank_ids, rows.transpose(0, 1) / world.size) for rank_ids, rows in gathered]
         if len(lookups) == 1 and world.size == 1:
-            return lookups[0]  # a rank asks for each id once
+            return lookups[0]  # a lookup has distinct ids
         distinct, place = torch.cat([ids for ids, _ in lookups]).unique(return_inverse=True)
         total = self.weights.new_zeros(len(self._tables), distinct.numel(), self._tables[0].shape[1])
         first = 0
@@ -97,13 +97,13 @@ class TouchedRowsAdam(torch.optim.Optimizer):
     ) -> None:
         super().__init__([table.weights for table in tables], {"lr": lr, "betas": betas, "eps": eps})
         self._tables, self._world = tables, world
-        for table in tables:  # now, so that a checkpoint can be loaded before the first step
+        for table in tables:  # created early, so that a checkpoint can be loaded before the first step
             moments = {name: torch.zeros_like(table.weights.detach()) for name in ("exp_avg", "exp_avg_sq")}
             self.state[table.weights] = {"step": torch.zeros(()), **moments}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Moves the rows looked up since the last step; every rank calls it."""
+        """Updates the rows looked up since the last step; a collective."""
         (group,) = self.param_groups
         for table in self._tables:
             state = self.state[table.weights]
@@ -128,7 +128,7 @@ def _update(
     betas: tuple[float, float],
     eps: float,
 ) -> None:
-    """One step of the rows ``ids`` (U,), distinct, of a table (R, c) by their ``gradient`` (U, c)."""
+    """Updates the distinct rows ``ids`` (U,) of a table (R, c) by their ``gradient`` (U, c)."""
     beta1, beta2 = betas
     for rows, g in zip(ids.split(ROWS_AT_ONCE), gradient.split(ROWS_AT_ONCE), strict=True):
         m = exp_avg.index_select(0, rows).lerp_(g, 1 - beta1)
@@ -140,9 +140,9 @@ def _update(
 
 
 def replace_dense_tables(collection: Any) -> list[TouchedRowTables]:
-    """Puts `TouchedRowTables` in place of FBGEMM's dense tables in a sharded `EmbeddingCollection`, and returns them.
+    """Replaces FBGEMM's dense tables in a sharded `EmbeddingCollection` by `TouchedRowTables`, and returns those.
 
-    Lookups of replicated tables leave DistributedDataParallel, which would average a gradient of all rows.
+    Lookups of replicated tables are unwrapped from DistributedDataParallel, which would average a gradient of all rows.
     """
     found = []
     for place, lookup in enumerate(collection._lookups):

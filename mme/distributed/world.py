@@ -1,4 +1,4 @@
-"""The one place that decides device and backend: NCCL on GPUs where there are any, otherwise gloo on CPU processes."""
+"""Joins the process group and chooses device and backend: NCCL on GPUs if there are any, otherwise gloo on CPUs."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from torch import Tensor
 from mme.data.loaders import Worker
 from mme.errors import JobError, Preempted, UserError
 
-PATIENCE_S = 600.0  # how long a collective waits for the other ranks
-LEAVE_S = 0.3  # between the last collective and the end of the group
+PATIENCE_S = 600.0  # timeout of a collective
+LEAVE_S = 0.3  # between the last collective and the destruction of the group
 STORE_ANSWERS_WITHIN_S = 10.0
 LOOPBACK = ("127.0.0.1", "localhost")
 
@@ -30,18 +30,18 @@ LOOPBACK = ("127.0.0.1", "localhost")
 class World(Worker):
     """This process and its peers.
 
-    ``store``: what the processes of this group tell each other beside the collectives; any thread may ask it.
+    ``store`` exchanges small values within the group outside collectives; any thread may use it.
     """
 
     store: dist.Store
 
     @classmethod
     def alone(cls, device: torch.device) -> World:
-        """This process without a group, for what needs no peers."""
+        """This process as a world of its own, without a process group."""
         return cls(0, 1, device, dist.HashStore())
 
     def sum(self, values: Tensor) -> Tensor:
-        """``values`` summed over the ranks, in place, the same bits on each."""
+        """Sums ``values`` over the ranks in place, with bitwise equal results on all ranks."""
         if self.size > 1:
             dist.all_reduce(values)
         return values
@@ -60,14 +60,14 @@ class World(Worker):
         return [rows[: int(length)] for rows, length in zip(received, lengths, strict=True)]
 
     def of_first(self, value: Any) -> Any:
-        """Rank 0's ``value``, on every rank; a small one."""
+        """Rank 0's ``value``, which must be small, on every rank."""
         if self.size > 1:
             dist.broadcast_object_list(values := [value], src=0)
             return values[0]
         return value
 
     def gather_objects(self, value: Any) -> list[Any]:
-        """The ``value`` of each rank, in rank order; small ones."""
+        """The ``value`` of each rank, which must be small, in rank order."""
         values: list[Any] = [value] * self.size
         if self.size > 1:
             dist.all_gather_object(values, value)
@@ -80,38 +80,38 @@ class World(Worker):
 
 @contextmanager
 def process_group(patience_s: float = PATIENCE_S) -> Iterator[World]:
-    """Joins the group that torchrun described in the environment, or forms a group of one.
+    """Joins the group that torchrun describes in the environment, or forms a group of one.
 
-    A collective that waits for longer than ``patience_s`` raises.
+    A collective raises if it waits longer than ``patience_s``.
 
     Raises:
-        UserError: there are more processes on this node than GPUs.
+        UserError: this node has more processes than GPUs.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed asks for it even where it is alone
+    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed needs it even in a group of one
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if on_gpu else torch.device("cpu")
     if on_gpu:
         processes, found = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if processes > found:
-            raise UserError(f"{processes} processes on a node with {found} GPUs: expected one GPU or more for each")
+            raise UserError(f"{processes} processes on a node with {found} GPUs: expected at least one GPU per process")
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _keep_freed_memory()
-    # TorchRec builds both kinds of group, so that host tensors travel beside device tensors.
+    # TorchRec also exchanges host tensors, so the group needs gloo beside NCCL.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     patience = timedelta(seconds=patience_s)
     store = _group_store(rank, size, patience)
-    # With a device NCCL connects now, not in the first collective.
+    # With device_id NCCL connects here instead of in the first collective.
     dist.init_process_group(
         backend, rank=rank, world_size=size, store=store, timeout=patience, device_id=device if on_gpu else None
     )
     import deepspeed  # reads DS_ACCELERATOR when it is imported
 
-    # Else DeepSpeed compiles a collective of its own at the first start: a compiler, seconds, and a lock that a killed
-    # build leaves behind. gloo serves the CPU.
+    # Otherwise DeepSpeed compiles its own CPU collective at the first start, which needs a compiler, takes seconds and
+    # leaves a lock behind if it is killed. gloo serves the CPU.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed("nccl" if on_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
     all_here = False
@@ -123,19 +123,19 @@ def process_group(patience_s: float = PATIENCE_S) -> Iterator[World]:
         raise
     finally:
         if all_here:
-            # gloo's threads drop the tensors of the last collective after it has ended, for which they need Python's
-            # lock; a process that left at once would abort ("terminate called without an active exception"). A wait lets
-            # them: nothing tells when they have.
+            # gloo's threads release the tensors of the last collective after it has ended, and need Python's lock for
+            # that. A process that exits immediately would abort ("terminate called without an active exception"). Nothing
+            # signals when they are done, so wait.
             dist.barrier()
             time.sleep(LEAVE_S)
         dist.destroy_process_group()
 
 
 def _group_store(rank: int, size: int, patience: timedelta) -> dist.Store | None:
-    """Where the processes find each other; None: where torchrun's environment says.
+    """The store in which the processes find each other; None for the one that torchrun's environment describes.
 
-    That store would listen on every interface of the machine. When its address is the loopback's, all processes are on this
-    machine, and the store listens there alone.
+    That one would listen on every interface of the machine. If its address is the loopback's, all processes are on this
+    machine, and this store listens only on the loopback.
     """
     if size == 1:
         return dist.HashStore()
@@ -150,7 +150,7 @@ def _group_store(rank: int, size: int, patience: timedelta) -> dist.Store | None
 
 
 def _own_store(size: int) -> dist.Store:
-    """A store by a connection of its own, with names that no earlier attempt of the same job has used."""
+    """A store over a separate connection, with keys that no earlier attempt of the same job has used."""
     if size == 1:
         return dist.HashStore()
     name = [uuid.uuid4().hex]
@@ -162,10 +162,10 @@ def _own_store(size: int) -> dist.Store:
 
 
 def _keep_freed_memory() -> None:
-    """Tells glibc to keep the memory that tensors free, instead of returning it to the kernel at once.
+    """Makes glibc keep memory that tensors free instead of returning it to the kernel immediately.
 
-    Each step frees and takes again hundreds of megabytes; faulting the same pages in anew takes up to half of a step on
-    CPU. Elsewhere than glibc nothing changes.
+    Each step frees and reallocates hundreds of megabytes; page faults for them take up to half of a step on a CPU. Other
+    C libraries are left as they are.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

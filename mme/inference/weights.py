@@ -44,7 +44,7 @@ def read_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
         if not flaw and not isinstance(index, str):
             return Checkpoint(candidate, index.progress.numbering, _whole_tensors(run, candidate, index))
         if candidate != candidates[-1]:
-            print(f"checkpoint passed over: {flaw}", file=sys.stderr)
+            print(f"checkpoint skipped: {flaw}", file=sys.stderr)
     raise UserError(flaw)
 
 

@@ -24,7 +24,7 @@ from kernels.splitmix import derive
 from mme.model.moe import Routing
 from mme.profiling.regions import region
 
-ROWS_AT_ONCE = 32  # sequences of one group in a chunk; more would pad more, fewer would launch more
+ROWS_AT_ONCE = 32  # sequences in a chunk; more would add padding, fewer would add launches
 EPS = 1e-6
 
 
@@ -152,13 +152,13 @@ def attend_by_length(
     Args:
         q, k: (G, T, dqk); v: (G, T, dv).
         seq_offsets: (B + 1,) int64.
-        attend: q, k (S, n, dqk), v (S, n, dv) of one chunk, which sequences it holds, (S,) int64, and the keys of its rows,
-            (S, n) int64 or None → (S, n, dv). It must be causal: the padding stands at the end. S is at most the smaller of
-            B and `ROWS_AT_ONCE`.
-        keys: (G, T) int64, of the dropout of each query's weights; None: there is no dropout.
+        attend: maps a chunk's q, k (S, n, dqk), v (S, n, dv), the numbers of its sequences (S,) int64 and the keys of its
+            rows, (S, n) int64 or None, to (S, n, dv). It must be causal, because the padding is at the end. S is at most
+            the smaller of B and `ROWS_AT_ONCE`.
+        keys: (G, T) int64, keys for the dropout of each query's weights; None: no dropout.
 
     Returns:
-        (G, T, dv), of the tokens alone.
+        (G, T, dv), without padding.
     """
     num_groups, num_tokens, _ = q.shape
     lengths = seq_offsets.diff()
@@ -172,7 +172,7 @@ def attend_by_length(
     keys = None if keys is None else keys.flatten()
     places, results = [], []
     for rows in order.split(max(1, min(lengths.numel(), ROWS_AT_ONCE))):
-        longest = int(row_length[rows[-1]]) if rows.numel() else 0  # no token at all: every weight still has a gradient
+        longest = int(row_length[rows[-1]]) if rows.numel() else 0  # without tokens, every weight still gets a gradient
         position = torch.arange(longest, device=q.device)
         inside = position < row_length[rows][:, None]
         token = row_start[rows][:, None] + position.where(inside, 0)

@@ -22,14 +22,14 @@ MOST_ITEMS_AN_ID = 4
 
 @dataclass(frozen=True)
 class BatchItems:
-    """The distinct table rows that a training step needs, and which of them one part of its batch uses where.
+    """The distinct table rows that a training step needs, and the positions at which one part of its batch uses them.
 
     Attributes:
         ids: (U,) int64, ascending: distinct item indices, then feature rows. With the full softmax, all items.
-        inputs: positions in ``ids`` of what the tokens are made of.
+        inputs: positions in ``ids`` of the tokens' items and features.
         targets: (T,) int64, position of each token's next item.
         negatives: (groups, n) int64, positions of the negatives; None for the full softmax.
-        negative_bias: (U,) float32, added to an item's logit where it is a negative; None: nothing is added.
+        negative_bias: (U,) float32, added to the logit of an item that is a negative; None: nothing is added.
     """
 
     ids: Tensor
@@ -54,10 +54,10 @@ class BatchItemSampler:
     def __call__(self, parts: list[SequenceBatch], seed: int, batch_targets: Tensor | None = None) -> list[BatchItems]:
         """One `BatchItems` for each part of a batch; all share their ``ids``.
 
-        Negatives follow from ``seed``. A token's own negatives do not depend on the batch and part that it is in.
+        Negatives depend on ``seed``. Per-token negatives do not depend on the batch or part of the token.
 
         Args:
-            batch_targets: (n,) int64, the trained targets of the global batch, from which negatives in batch are drawn;
+            batch_targets: (n,) int64, the trained targets of the global batch, from which in-batch negatives are sampled;
                 None: the parts are the whole batch.
         """
         if batch_targets is None:

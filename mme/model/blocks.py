@@ -2,7 +2,7 @@
 
 A block is a module called as ``block(x, seq_offsets, timestamps, plan, dropout_keys)`` with x (M, T, d), which returns the same
 shape and the routing of its experts, or None. ``dropout_keys`` (M, T) int64 are None without dropout (`kernels.dropout`). To add
-a kind: its module, an entry here, and its name in `mme.config.schema`.
+a kind, write its module, add an entry here, and add its name to `mme.config.schema`.
 """
 
 from __future__ import annotations
@@ -51,5 +51,5 @@ BLOCKS: dict[str, Callable[[Config, int], nn.Module]] = {"fuxi": fuxi, "hstu": h
 
 
 def make_block(config: Config, index: int) -> nn.Module:
-    """The block at place ``index`` of the decoder, from 0."""
+    """The block number ``index``, from 0, of the decoder."""
     return BLOCKS[config.model.block](config, index)

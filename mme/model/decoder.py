@@ -1,4 +1,4 @@
-"""The decoder that all views share: input views, the stack of blocks, and the decisions of the routers.
+"""The decoder that all views share: input views and the stack of blocks.
 
 Legend: B sequences, N max_seq_len, T tokens, M views, d view width, U distinct items of a batch, F event and G user features.
 """
@@ -23,11 +23,12 @@ from mme.profiling.regions import region
 
 @dataclass(frozen=True)
 class DecoderOutput:
-    """
+    """The final views and the routers' decisions.
+
     Attributes:
         hidden: (T, M, d) in `train.precision`, the final views of each item token.
-        routing: of each block with experts, in order; it covers the users' tokens too.
-        item_places: (T,) int64, the places of item tokens among all tokens; None: there are no others.
+        routing: the routing of each block with experts, in order; it includes the users' tokens.
+        item_places: (T,) int64, positions of the item tokens among all tokens; None: there are only item tokens.
     """
 
     hidden: Tensor
@@ -67,12 +68,12 @@ class Decoder(nn.Module):
             seq_offsets: (B + 1,) int64.
             timestamps: (T + B,) int64 seconds.
             event_index: (T, F) int64, the rows of each token's event features; None or F = 0: no features.
-            user_index: (B, G) int64, the rows of each user's features. They make a token before the sequence that all its
-                tokens attend to; None or G = 0: no such token.
-            dropout_keys: (B,) int64, a random key for each sequence in this step, from which all its dropout follows.
-                Required in training with dropout.
+            user_index: (B, G) int64, the rows of each user's features. They form a token before the sequence, to which all
+                its tokens attend; None or G = 0: no such token.
+            dropout_keys: (B,) int64, a random key per sequence and step, which determines all its dropout. Required in
+                training with dropout.
 
-        Blocks compute in `train.precision` and cast their weights to it; the weights themselves are float32.
+        Blocks compute in `train.precision` and cast their float32 weights to it.
         """
         user_tokens = None
         with region("lookup"):
@@ -122,5 +123,5 @@ class Decoder(nn.Module):
 
 
 def _site_keys(keys: Tensor | None, site: int) -> Tensor | None:
-    """Keys of one of the places where dropout is applied: 0, the inputs; 1 + i, block i."""
+    """The keys of one dropout site: 0 for the inputs, 1 + i for block i."""
     return None if keys is None else derive(keys, site)

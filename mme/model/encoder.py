@@ -1,6 +1,6 @@
-"""Item tables and decoder together: histories to states, items to vectors. Scores are their dot products.
+"""Item tables and decoder together: they map histories to states and items to vectors, whose dot products are scores.
 
-Where the rows of the tables are stored is decided by the subclass: sharded over ranks, or on one device.
+Subclasses decide where the rows of the tables are stored: sharded over ranks, or on one device.
 
 Legend: B sequences, M views, d view width, D = M·d, U distinct rows of a batch.
 """
@@ -21,17 +21,18 @@ from mme.model.decoder import Decoder, DecoderOutput
 from mme.model.feature_rows import FeatureRows
 from mme.model.scoring import normalize_views
 
-LOOKUP_ROWS = 65_536  # items of one lookup when the catalogue is read
+LOOKUP_ROWS = 65_536  # items per lookup when the catalogue is read
 
 
 class Encoder(ABC):
-    """
+    """Maps histories and items to vectors.
+
     Attributes:
-        config: of the model.
-        num_items: of the catalogue.
-        world: the ranks that call each method together.
-        rows: where items and feature values stand in the tables.
-        decoder: without the tables.
+        config: configuration of the model.
+        num_items: number of items in the catalogue.
+        world: the ranks, which call each method together.
+        rows: the rows of items and feature values in the tables.
+        decoder: the decoder, without the tables.
     """
 
     config: Config
@@ -55,17 +56,17 @@ class Encoder(ABC):
     def encode(self, batch: SequenceBatch) -> Tensor:
         """(B, D) the normalised state of each history after its last token; every history has at least one.
 
-        NaN where a state is not finite or too large to be normalised.
+        A state is NaN if it is not finite or too large to be normalised.
         """
         hidden = self.decode(batch).hidden
         return self._normalize(hidden[batch.seq_offsets[1:] - 1].float())
 
     @torch.no_grad()
     def catalogue(self) -> tuple[int, Tensor]:
-        """This rank's share of the catalogue: its first item, and the normalised vectors (share, D) of it and the next.
+        """This rank's share of the catalogue: its first item and the normalised vectors (share, D) of its items.
 
-        The shares are equal slices in rank order whatever the tables' sharding; no rank holds all of them. A vector
-        is NaN where its rows are not finite or too large to be normalised.
+        For any sharding of the tables, the shares are equal slices in rank order. A vector is NaN if its rows are not
+        finite or too large to be normalised.
         """
         share = -(-self.num_items // self.world.size)
         first = min(self.world.rank * share, self.num_items)
@@ -74,12 +75,12 @@ class Encoder(ABC):
         return first, torch.cat(vectors)
 
     def _normalize(self, x: Tensor) -> Tensor:
-        """(n, M, d) → (n, D). A length that overflows would turn the vector into zeros, so NaN takes its place."""
+        """(n, M, d) → (n, D). NaN if the length overflows, which would otherwise give a vector of zeros."""
         length = x.flatten(1).norm(dim=1, keepdim=True)
         return normalize_views(x, self.config.model.score_norm).where(length.isfinite(), torch.nan)
 
     def _chunks(self, first: int, last: int, share: int) -> Iterator[Tensor]:
-        """As many chunks on every rank, since each lookup is a collective; the last ones may be empty."""
+        """Yields the same number of chunks on every rank, because a lookup is a collective; the last may be empty."""
         for start in range(0, share, LOOKUP_ROWS):
             begin, end = min(first + start, last), min(first + start + LOOKUP_ROWS, last)
             yield torch.arange(begin, end, device=self.world.device)

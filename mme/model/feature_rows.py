@@ -1,7 +1,7 @@
 """Rows of the tables for feature values: after the items, one block of rows per column.
 
 Every column has its own embeddings in each of the M tables. As rows of the same tables they are sharded, updated and saved
-like items, whether a column has five values or a hundred million users, and the single lookup of a step fetches them too.
+like items, for columns of five values or of a hundred million users, and the single lookup of a step also fetches them.
 Index 0 of each block stands for a missing or unknown value.
 
 Legend: B sequences, T tokens, F event features, G user features.
@@ -20,7 +20,7 @@ from mme.data.batch import SequenceBatch
 
 
 class InputRows(NamedTuple):
-    """The rows that the tokens of a batch are made of, all int64: of items (T,), of event features (T, F), of user features (B, G)."""
+    """Table rows of a batch's tokens, all int64: of items (T,), event features (T, F) and user features (B, G)."""
 
     items: Tensor
     events: Tensor
@@ -28,13 +28,13 @@ class InputRows(NamedTuple):
 
 
 class FeatureRows:
-    """Which rows of the tables are items and which are feature values.
+    """Maps items and feature values to rows of the tables.
 
     Args:
         sizes: for each column in `model.event_features` and `model.user_features`, its number of values plus one.
 
     Attributes:
-        num_rows: rows of each table, of items and features together.
+        num_rows: number of rows of each table, for items and features.
     """
 
     def __init__(self, model: ModelConfig, num_items: int, sizes: Mapping[str, int]) -> None:
@@ -46,7 +46,7 @@ class FeatureRows:
         self.num_event_features = len(model.event_features)
 
     def inputs_of(self, batch: SequenceBatch) -> InputRows:
-        """What the tokens of a batch are made of, as rows of the tables."""
+        """The table rows of the items and features of a batch."""
         firsts = torch.tensor(self.firsts, device=batch.item_ids.device)
         of_events, of_users = firsts[: self.num_event_features], firsts[self.num_event_features :]
         events, users = batch.event_features, batch.user_features

@@ -17,11 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels import gated_rms_norm, relative_attention, rms_norm, silu_split
+from kernels.relative_attention.reference import NUM_TIME_BUCKETS
 from kernels.splitmix import derive
 from mme.model.moe import DenseFFN, MixtureOfExperts, Routing
 from mme.profiling.regions import region
-
-NUM_TIME_BUCKETS = 129
 
 
 class FuxiBlock(nn.Module):
@@ -64,11 +63,11 @@ class FuxiBlock(nn.Module):
             x: (M, T, d) the views of T jagged tokens.
             seq_offsets: (B + 1,) int64.
             timestamps: (T + B,) int64 seconds, each sequence with one entry more than its length.
-            plan: of `kernels.plan_attention` for these offsets and timestamps; None: made here.
+            plan: the result of `kernels.plan_attention` for these offsets and timestamps; None: computed here.
             dropout_keys: (M, T) int64, a random key for each row; required in training with dropout.
 
         Returns:
-            (M, T, d) and, where the FFN has experts, the routing of its R = M·T rows.
+            (M, T, d) and, if the FFN has experts, the routing of its R = M·T rows.
         """
         num_views, num_tokens, dim = x.shape
         dropout = self.dropout if self.training else 0.0

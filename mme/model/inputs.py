@@ -28,8 +28,8 @@ class UserTokens:
 
     Attributes:
         seq_offsets: (B + 1,) int64, with the user's tokens.
-        timestamps: (T + 2B,) int64, the first time of each sequence twice, since the user's token has it too.
-        item_places: (T,) int64, the places of item tokens.
+        timestamps: (T + 2B,) int64; the first time of each sequence occurs twice, because the user's token has it too.
+        item_places: (T,) int64, the positions of item tokens.
     """
 
     seq_offsets: Tensor
@@ -77,9 +77,9 @@ class InputViews(nn.Module):
         Args:
             item_rows: (U, M, d) the rows of the batch's distinct items and features in the M tables.
             item_index: (T,) int64, the row in ``item_rows`` of each token.
-            seq_offsets: (B + 1,) int64; with ``user_tokens`` theirs.
+            seq_offsets: (B + 1,) int64; with ``user_tokens``, its ``seq_offsets``.
             event_index: (T, F) int64, the rows of each token's event features.
-            user_index: (B, G) int64, the rows of each user's features, whose tokens stand as ``user_tokens`` says.
+            user_index: (B, G) int64, the rows of each user's features; ``user_tokens`` gives the positions of their tokens.
             dropout_keys: (M, T) int64, or (M, T + B) with users' tokens, see `kernels.dropout`; only for training.
 
         Returns:
@@ -102,12 +102,12 @@ class InputViews(nn.Module):
 
 
 def _sum_of_rows(rows: Tensor, index: Tensor) -> Tensor:
-    """(T, D) the sum of the ``rows`` (U, D) that each row of ``index`` (T, K) names."""
+    """(T, D) sums of K rows each: ``rows`` (U, D) at the indices in ``index`` (T, K)."""
     return reduce(torch.add, (F.embedding(column, rows) for column in index.unbind(1)))
 
 
 def positions_in_sequence(seq_offsets: Tensor, num_tokens: int) -> Tensor:
-    """(T,) int64: the place of each token in its own sequence; lengths [2, 0, 3] → [0, 1, 0, 1, 2]."""
+    """(T,) int64 position of each token in its sequence; lengths [2, 0, 3] → [0, 1, 0, 1, 2]."""
     lengths = seq_offsets.diff()
     starts = torch.repeat_interleave(seq_offsets[:-1], lengths, output_size=num_tokens)
     return torch.arange(num_tokens, device=seq_offsets.device) - starts

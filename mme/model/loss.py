@@ -2,11 +2,10 @@
 
 Position t of a sequence predicts item t + 1. A negative equal to the target is masked. With n shared negatives,
 ln(128 / n) is added to each negative's logit, which makes losses comparable with those of 128 negatives, the number in the
-published protocol; with the log-Q correction, −ln of how often the item is expected among the negatives is added instead.
+published protocol. The log-Q correction instead adds −ln of the item's expected count among the negatives.
 
-Scores sum over all views, or (`loss.views: each`) each view has a softmax over its own cosines and the loss is the mean of
-the M losses. Ranking then adds up M predictors that were each trained to be right alone: an ensemble. With `both` the loss
-is the mean of these two.
+Scores sum over all views. With `loss.views: each`, each view has a softmax over its own cosines and the loss is the mean of
+the M losses; ranking then sums M separately trained predictors, an ensemble. With `both` the loss is the mean of these two.
 
 Legend: T tokens, M views, d view width, D = M·d, U distinct rows of a batch, n negatives of a token.
 """
@@ -57,7 +56,7 @@ class NextItemLoss:
         return torch.stack(losses).mean(0)
 
     def _of_views(self, hidden: Tensor, item_rows: Tensor, items: BatchItems) -> Tensor:
-        """(T,) the loss by the summed scores of the views given, which are all M or some of them."""
+        """(T,) the loss with the summed scores of the given views, which are all M or some of them."""
         queries = normalize_views(hidden.float(), self.score_norm).to(hidden.dtype)
         vectors = normalize_views(item_rows, self.score_norm).to(hidden.dtype)
         return LOSSES[self.loss.kind](self, queries, vectors, items)
@@ -78,8 +77,8 @@ class NextItemLoss:
         )
 
     def full_softmax(self, queries: Tensor, vectors: Tensor, items: BatchItems) -> Tensor:
-        """Softmax over the whole catalogue, in chunks of tokens whose logits backward computes again."""
-        catalogue = vectors[: self.num_items]  # not the features behind it
+        """Softmax over the whole catalogue, in chunks of tokens whose logits backward recomputes."""
+        catalogue = vectors[: self.num_items]  # without the features, which follow the items
 
         def of_chunk(chunk: Tensor, chunk_targets: Tensor) -> Tensor:
             logits = (chunk @ catalogue.T).float() / self.loss.temperature
@@ -90,8 +89,8 @@ class NextItemLoss:
         return torch.cat([checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks])
 
 
-# By `loss.kind`: queries (T, D) and vectors (U, D), both normalised, → (T,) float32. To add one: its method, an entry here,
-# and its name in `mme.config.schema`.
+# Losses by `loss.kind`: normalised queries (T, D) and vectors (U, D) → (T,) float32. To add one, write its method, add an
+# entry here, and add its name to `mme.config.schema`.
 LOSSES: dict[str, Callable[[NextItemLoss, Tensor, Tensor, BatchItems], Tensor]] = {
     "sampled_softmax": NextItemLoss.sampled_softmax,
     "full_softmax": NextItemLoss.full_softmax,

@@ -1,7 +1,7 @@
 """Mixture of gated experts: router, experts, and the interface through which tokens may move to other ranks.
 
-p = softmax(z W_g) in float32, the k largest kept and (choice) renormalised to sum 1, y = Σ_k p_k · Expert_k(z). A
-router sees one view of a token, W_g (d, E), or (choice) all views, W_g (M·d, M·E); it decides for each view separately.
+p = softmax(z W_g) in float32; the k largest are kept and optionally renormalised to sum 1; y = Σ_k p_k · Expert_k(z). A
+router sees one view of a token, W_g (d, E), or optionally all views, W_g (M·d, M·E); it decides for each view separately.
 Load-balance loss of the Switch Transformer (arXiv 2101.03961) and GShard (arXiv 2006.16668); router z-loss of ST-MoE
 (arXiv 2202.08906).
 
@@ -36,7 +36,7 @@ class Routing:
         experts: (R, k) int64, the chosen experts.
         weights: (R, k) float32, their weights.
         counts: (M, E) int64, number of choices of each expert in each view.
-        dropped: (M, E) int64, how many of them exceeded the capacity; None: there is no capacity.
+        dropped: (M, E) int64, number of choices that exceeded the capacity; None: the capacity is unlimited.
     """
 
     probabilities: Tensor
@@ -48,7 +48,7 @@ class Routing:
 
     @classmethod
     def of_parts(cls, parts: list[Routing]) -> Routing:
-        """The decisions for a batch, from those for its parts."""
+        """Combines the decisions for the parts of a batch."""
         if len(parts) == 1:
             return parts[0]
         num_views = parts[0].counts.shape[0]
@@ -72,8 +72,11 @@ class Dispatcher(Protocol):
     num_local_experts: int
 
     def dispatch(self, rows: Tensor, counts: Tensor) -> tuple[Tensor, Tensor, Any]:
-        """rows (R·k, d) sorted by expert, counts (E,) of them → local rows sorted by local expert, their
-        expert_offsets (num_local_experts + 1,) int64, and what `combine` needs."""
+        """Sends rows (R·k, d), sorted by expert with counts (E,), to their owners.
+
+        Returns the received rows sorted by local expert, their expert_offsets (num_local_experts + 1,) int64, and the state
+        that `combine` needs.
+        """
         ...
 
     def combine(self, rows: Tensor, state: Any) -> Tensor:
@@ -170,7 +173,7 @@ class MixtureOfExperts(nn.Module):
         return self.dispatcher is None or self.dispatcher.num_local_experts == self.num_experts
 
     def _results(self, rows: Tensor, counts: Tensor) -> Tensor:
-        """The experts' results for rows (S, d) sorted by expert, counts (E,) of them."""
+        """The experts' results for rows (S, d) sorted by expert with counts (E,)."""
         if self.dispatcher is None or self._all_local():
             return self.experts(rows, offsets_of(counts))
         local_rows, expert_offsets, state = self.dispatcher.dispatch(rows, counts)
@@ -211,7 +214,7 @@ class MixtureOfExperts(nn.Module):
 
 
 def _first_in_each_bin(bins: Tensor, num_bins: int, limit: int) -> Tensor:
-    """bins (n,) → (n,) bool: whether an entry is among the first ``limit`` of its bin."""
+    """bins (n,) → (n,) bool, whether an entry is among the first ``limit`` of its bin."""
     order = torch.argsort(bins, stable=True)
     starts = offsets_of(torch.bincount(bins, minlength=num_bins))
     place = torch.arange(bins.numel(), device=bins.device) - starts[bins[order]]
@@ -219,12 +222,13 @@ def _first_in_each_bin(bins: Tensor, num_bins: int, limit: int) -> Tensor:
 
 
 def load_balance_loss(routing: Routing, global_counts: Tensor, global_rows: Tensor) -> Tensor:
-    """This rank's share of E · Σ_e f_e P_e, f_e the share of all choices that expert e received and P_e its mean
-    probability over the rows of all ranks; the shares of the ranks add up to the loss of the global batch.
+    """This rank's share of E · Σ_e f_e P_e; the shares of all ranks add up to the loss of the global batch.
+
+    f_e is the share of all choices that expert e received, and P_e its mean probability over the rows of all ranks.
 
     Args:
-        routing: of this rank's rows.
-        global_counts: (E,) choices that each expert received over all ranks.
+        routing: the routing of this rank's rows.
+        global_counts: (E,) number of choices that each expert received over all ranks.
         global_rows: () number of rows over all ranks.
     """
     share = global_counts / global_counts.sum().clamp(min=1)

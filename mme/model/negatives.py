@@ -4,11 +4,11 @@ A token has n negatives: n_u are sampled uniformly from all I items, the others 
 item i is q_i = n_u / I + (n − n_u) · p_i. p is
 
     popularity   p_i ∝ (training events of i)^power, sampled with an alias table
-    in_batch     the targets of the global batch, each as likely as any other; over many batches that is p_i ∝ training events
+    in_batch     the targets of the global batch, all equally likely; over many batches, p_i ∝ training events of i
 
 The log-Q correction subtracts ln q_i from the logit of a negative. The target is always a candidate: its expected count is 1
-and its logit is not changed. Then the denominator of the softmax is an unbiased estimate of that over the whole catalogue
-for any p that gives every item some probability:
+and its logit is not changed. The denominator of the softmax is then an unbiased estimate of that over the whole catalogue,
+for any p that gives every item a positive probability:
 
     E[exp z_target + Σ_negatives exp z_i / q_i] = Σ_all exp z_i
 
@@ -39,8 +39,7 @@ class NegativeSampler:
     """Samples negatives as `loss.sampling` says.
 
     Args:
-        training_counts: (I,) number of training events of each item; None where not needed, see
-            `LossConfig.needs_training_counts`.
+        training_counts: (I,) number of training events of each item; None if `LossConfig.needs_training_counts` is false.
     """
 
     def __init__(self, loss: LossConfig, num_items: int, training_counts: Tensor | None) -> None:
@@ -55,7 +54,7 @@ class NegativeSampler:
         if training_counts is None:
             raise ValueError(f"loss.sampling={loss.sampling} needs the items' training counts")
         weights = training_counts.cpu().double().numpy() ** (1.0 if self.in_batch else loss.popularity_power)
-        weights[training_counts.cpu().numpy() == 0] = 0  # to the power 0 too
+        weights[training_counts.cpu().numpy() == 0] = 0  # needed for the power 0
         probabilities = weights / weights.sum()
         if not self.in_batch:
             keep, alias = build_alias_table(probabilities)
@@ -63,7 +62,7 @@ class NegativeSampler:
         self.expected_counts = torch.from_numpy(self.num_uniform / num_items + self.num_others * probabilities)
 
     def draw(self, keys: Tensor, batch_targets: Tensor) -> Tensor:
-        """(groups, n) int64 items; ``keys`` (groups,) int64 decide which, ``batch_targets`` are those of the global batch."""
+        """(groups, n) int64 items, determined by ``keys`` (groups,) int64 and the targets of the global batch."""
         parts = []
         if self.num_uniform:
             parts.append(random_bits(keys, 0, self.num_uniform) % self.num_items)
@@ -78,7 +77,7 @@ class NegativeSampler:
 
     def negative_log_counts(self, ids: Tensor) -> Tensor:
         """−ln q of each of ``ids``, float32; 0 for an item that is never sampled."""
-        if self.expected_counts is None:  # all are uniform
+        if self.expected_counts is None:  # all negatives are uniform
             return torch.full(ids.shape, -math.log(self.num_uniform / self.num_items), device=ids.device)
         self.expected_counts = self.expected_counts.to(ids.device)
         counts = self.expected_counts[ids]
@@ -93,20 +92,20 @@ class NegativeSampler:
 
 
 def token_keys(batch: SequenceBatch, tokens: Tensor, seed: int) -> Tensor:
-    """(groups,) int64, from ``seed``, the user and the place in the sequence of each of ``tokens``, rows of the batch.
+    """(groups,) int64 keys from ``seed`` and the user and position of each of ``tokens``, which are rows of the batch.
 
-    Windows of one user that are in one step share what they draw.
+    Windows of the same user in one step share their negatives.
     """
     return mix(token_places(batch, tokens) + mix(torch.tensor([seed], device=tokens.device)))
 
 
 def sequence_keys(batch: SequenceBatch, seed: int) -> Tensor:
-    """(B,) int64, from ``seed`` and the user of each sequence."""
+    """(B,) int64 keys from ``seed`` and the user of each sequence."""
     return derive(mix(torch.tensor([seed], device=batch.user_rows.device)), batch.user_rows)
 
 
 def token_places(batch: SequenceBatch, tokens: Tensor) -> Tensor:
-    """(n,) int64 numbers in the order of users and, of one user, of the places in the sequence of ``tokens``."""
+    """(n,) int64 numbers of ``tokens``, ordered by user and then by position in the sequence."""
     sequence = torch.searchsorted(batch.seq_offsets, tokens, right=True) - 1
     return batch.user_rows[sequence] * 2**20 + tokens - batch.seq_offsets[sequence]
 
@@ -114,18 +113,18 @@ def token_places(batch: SequenceBatch, tokens: Tensor) -> Tensor:
 def build_alias_table(probabilities: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
     """Two arrays (I,): item i, drawn with probability 1 / I, is kept with probability keep[i] and otherwise becomes alias[i].
 
-    Light items (probability below 1 / I) are topped up by heavy ones, both in their order. The deficit summed over the light
-    items before one tells which heavy item tops it up; a heavy item that has spent its surplus is topped up by the next.
+    Heavy items top up light ones (probability below 1 / I), both in order. The cumulative deficit before a light item
+    determines the heavy item that tops it up. A heavy item that has spent its surplus is topped up by the next heavy item.
     """
     share = probabilities * probabilities.size
     light, heavy = np.flatnonzero(share < 1), np.flatnonzero(share >= 1)
-    owed = np.append(0, np.cumsum(1 - share[light]))  # cumulative deficit of the light items, after a 0
-    spare = np.cumsum(share[heavy] - 1)
+    deficit = np.append(0, np.cumsum(1 - share[light]))  # cumulative, starting at 0
+    surplus = np.cumsum(share[heavy] - 1)
     keep, alias = np.where(share < 1, share, 1.0), np.arange(share.size)
-    alias[light] = heavy[np.searchsorted(spare, owed[:-1]).clip(max=heavy.size - 1)]
-    # The last heavy item has no successor: it keeps what rounding leaves.
-    empty_after = np.searchsorted(owed, spare[:-1], side="right").clip(max=light.size)
-    overdrawn = np.maximum(owed[empty_after] - spare[:-1], 0)
+    alias[light] = heavy[np.searchsorted(surplus, deficit[:-1]).clip(max=heavy.size - 1)]
+    # The last heavy item has no successor and absorbs the rounding error.
+    empty_after = np.searchsorted(deficit, surplus[:-1], side="right").clip(max=light.size)
+    overdrawn = np.maximum(deficit[empty_after] - surplus[:-1], 0)
     keep[heavy[:-1]] = 1 - overdrawn
     alias[heavy[:-1]] = np.where(overdrawn > 0, heavy[1:], heavy[:-1])
     return keep, alias

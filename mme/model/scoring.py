@@ -1,7 +1,7 @@
-"""From hidden states and item rows to scores.
+"""Scores from hidden states and item rows.
 
-The score of item i is Σ_m ⟨h_m, E_m[i]⟩ after normalisation on both sides; both choices of `model.score_norm` are a plain
-dot product of D-wide vectors once each side is normalised, so ranking and losses need no case distinction.
+The score of item i is Σ_m ⟨h_m, E_m[i]⟩ after normalisation of both sides. For both values of `model.score_norm` it is a
+plain dot product of D-wide normalised vectors, so ranking and losses need no case distinction.
 
 Legend: M views, d view width, D = M·d.
 """

@@ -1,1 +1,1 @@
-"""Where the time and the memory of training steps go."""
+"""Profiles of training steps: time and memory by part."""

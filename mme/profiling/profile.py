@@ -1,13 +1,14 @@
-"""A profile of some steps of a training job: a trace, where each percent of the time went, and what the memory held.
+"""Profiles some steps of a training job: a trace, time by part and memory by part.
 
-Into the run's `profile/`, for each rank asked for (`train.profile`, `profile_start`, `profile_ranks`):
+It writes to the run's `profile/`, for each rank in `train.profile_ranks`:
 
-- `trace_rank_R.json.gz`: PyTorch profiler's trace, for ui.perfetto.dev or chrome://tracing, with the marks of `mme.profiling.regions`;
-- `parts_rank_R.txt` and `.json`: time by part, and the largest allocations at the fullest moment;
-- `memory_rank_R.pickle`, on a GPU: PyTorch's snapshot of its memory with the history of the profiled steps, for
-  pytorch.org/memory_viz. On a CPU PyTorch keeps no such history; the table is what there is.
+- `trace_rank_R.json.gz`: the trace of PyTorch's profiler with the marks of `mme.profiling.regions`, for ui.perfetto.dev or
+  chrome://tracing;
+- `parts_rank_R.txt` and `.json`: time by part, and the largest allocations at the peak of memory;
+- `memory_rank_R.pickle`, only on a GPU: PyTorch's memory snapshot with the history of the profiled steps, for
+  pytorch.org/memory_viz.
 
-The steps compute the same bits as without a profile.
+Profiling does not change the bits that steps compute.
 """
 
 from __future__ import annotations
@@ -33,18 +34,19 @@ from mme.profiling.trace import Allocations, TimeByPart, Trace
 Element = TypeVar("Element")
 
 PROFILE_FOLDER = "profile"  # in the run's folder
-MEMORY_EVENTS = 1_000_000  # allocations and frees that the GPU's history keeps
+MEMORY_EVENTS = 1_000_000  # allocations and frees kept in the GPU's history
 ALLOCATIONS_SHOWN = 20
 
 
 class StepProfile:
-    """Records ``steps`` steps of this process, after ``start`` that are not recorded. Call `step` after each, or loop
-    over `each`.
+    """Records ``steps`` steps of this process after the first ``start`` steps.
+
+    Call `step` after each step, or loop over `each`.
 
     Args:
-        folder: where the files go; made when there is something to write.
-        rank: in the files' names.
-        note: tells the user one line.
+        folder: folder for the files; created when there is something to write.
+        rank: rank for the file names.
+        note: prints one line for the user.
     """
 
     def __init__(
@@ -53,9 +55,9 @@ class StepProfile:
         self.start, self.end = start, start + steps
         self.folder, self.rank, self.note = folder, rank, note
         self.on_gpu = device.type == "cuda"
-        self.result: TimeByPart | None = None  # once all is recorded
+        self.result: TimeByPart | None = None  # set when all steps are recorded
         self._done = 0
-        self._seconds: list[float] = []  # of the steps before the profile
+        self._seconds: list[float] = []  # times of the steps before the profile
         self._began = time.perf_counter()
         self._torch = torch_profile(
             activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.on_gpu else [])],
@@ -72,7 +74,7 @@ class StepProfile:
         self._torch.stop()
 
     def each(self, elements: Iterable[Element]) -> Iterator[Element]:
-        """``elements``, one for each step: what is done with one and the wait for it are a step."""
+        """Yields ``elements``; the wait for an element and the caller's work with it are one step."""
         with self:
             for element in elements:
                 yield element
@@ -90,7 +92,7 @@ class StepProfile:
         self._began = time.perf_counter()
 
     def _write(self, recorded: Any) -> None:
-        if self._done < self.end:  # the job ends before: half a profile would mislead
+        if self._done < self.end:  # the job ended early, and an incomplete profile would mislead
             return
         run = self.folder.parent
         make_folder(self.folder, run)
@@ -102,7 +104,7 @@ class StepProfile:
         with replacing(trace_file, run) as partial:
             recorded.export_chrome_trace(str(partial))
         trace = Trace.read(trace_file)
-        self.result, memory = trace.time_by_part(), trace.fullest_moment()
+        self.result, memory = trace.time_by_part(), trace.peak_memory()
         before_ms = 1000 * statistics.median(self._seconds) if self._seconds else None
         record = {
             **asdict(self.result),
@@ -126,16 +128,16 @@ class StepProfile:
 
 
 def time_table(time_by_part: TimeByPart, before_ms: float | None = None) -> Table:
-    """Where each percent of the profiled steps went. ``before_ms``: a step's time without the profile."""
+    """The table of time by part. ``before_ms`` is the time of a step without the profile."""
     title = f"{time_by_part.steps} steps of {time_by_part.step_ms:.1f} ms"
     title += f" ({before_ms:.1f} ms without the profile)" if before_ms else ""
     busy = "" if time_by_part.gpu_busy is None else f"; a kernel runs {time_by_part.gpu_busy:.1%} of the time"
-    caption = f"collectives in flight: {time_by_part.communication_ms:.2f} ms a step{busy}"
+    caption = f"collectives in flight: {time_by_part.communication_ms:.2f} ms per step{busy}"
     table = Table(title=title, caption=caption)
-    for column in ("part", "ms a step", "%", "what it is"):
-        table.add_column(column, justify="right" if column in ("ms a step", "%") else "left")
+    for column in ("part", "ms per step", "%", "description"):
+        table.add_column(column, justify="right" if column in ("ms per step", "%") else "left")
     for part, percent in time_by_part.percent().items():
-        meaning = REGIONS.get(part, "all else" if part == OTHER else "")
+        meaning = REGIONS.get(part, "everything else" if part == OTHER else "")
         table.add_row(part, f"{time_by_part.parts_ms[part]:.2f}", f"{percent:.1f}", meaning)
     table.add_section()
     table.add_row("step", f"{time_by_part.step_ms:.2f}", "100.0", "")
@@ -145,8 +147,8 @@ def time_table(time_by_part: TimeByPart, before_ms: float | None = None) -> Tabl
 def _memory_table(rows: list[Allocations], on_gpu: bool) -> Table:
     total = sum(row.num_bytes for row in rows)
     table = Table(
-        title=f"{total / 2**20:.1f} MiB that the steps had allocated on the {'GPU' if on_gpu else 'CPU'} at the fullest moment",
-        caption="weights, optimizer states and what else is older than the profile are not in it",
+        title=f"{total / 2**20:.1f} MiB allocated by the steps on the {'GPU' if on_gpu else 'CPU'} at the peak of memory",
+        caption="without weights, optimizer states and other tensors that are older than the profile",
     )
     for column in ("part", "operation", "MiB", "tensors"):
         table.add_column(column, justify="right" if column in ("MiB", "tensors") else "left")

@@ -1,7 +1,7 @@
-"""The parts of a training job that a profile distinguishes, and the marks of these parts in the code.
+"""The parts of a training job that a profile distinguishes, and the functions that mark them in the code.
 
-A mark costs two microseconds while no profile is recorded. The innermost mark counts: an exchange within the lookup is an
-exchange. An operation of backward belongs to the part of its forward operation, so only the forward pass has marks
+A mark costs two microseconds when no profile is recorded. The innermost mark counts: an exchange within the lookup counts as
+an exchange. An operation of backward belongs to the part of its forward operation, so only the forward pass has marks
 (`mme.profiling.trace`).
 """
 
@@ -17,16 +17,16 @@ from torch.profiler import record_function
 Element = TypeVar("Element")
 
 REGIONS = {
-    "data": "waiting for the next batch, and its way to the device",
-    "lookup": "negatives, distinct items, their rows of the tables, the views made of them",
-    "exchange": "waiting for other ranks: collectives beside which this rank computes nothing",
-    "attention": "the attention half of the blocks, with its norms and projections",
-    "routing": "routers, the order of rows by expert, their way to the experts and back",
+    "data": "waiting for the next batch and copying it to the device",
+    "lookup": "negatives, distinct items, their table rows and input views",
+    "exchange": "waiting for other ranks in collectives that no computation hides",
+    "attention": "the attention half of the blocks, with norms and projections",
+    "routing": "routers, sorting rows by expert, dispatching and combining them",
     "experts": "the experts, or the dense FFN",
-    "loss": "scores, softmax, the routers' balance",
-    "backward": "backward of a part, as “backward: part”; by itself: what autograd and DeepSpeed do beside",
-    "optimizer": "the check and the limit of gradients, the steps of decoder, experts and tables",
-    "checkpoint": "copying and handing over what a checkpoint holds",
+    "loss": "scores, softmax and the routers' balance losses",
+    "backward": "“backward: part” is the backward of a part; “backward”, other work of autograd and DeepSpeed",
+    "optimizer": "checking and clipping gradients, updating decoder, experts and tables",
+    "checkpoint": "copying the state for a checkpoint",
     "evaluation": "ranking the validation split",
 }
 BACKWARD, EXCHANGE, OTHER = "backward", "exchange", "other"

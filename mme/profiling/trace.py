@@ -1,17 +1,17 @@
-"""Time and memory of profiled steps by part, read from the trace that PyTorch's profiler wrote.
+"""Time and memory of profiled steps by part, read from the trace of PyTorch's profiler.
 
-The part of an operation is the innermost mark of `mme.profiling.regions` around it. Backward has no marks: autograd numbers the operations of
-forward, and each of its own steps carries the number of its operation, and with it its part.
+The part of an operation is the innermost mark of `mme.profiling.regions` around it. Backward has no marks. Autograd numbers
+the operations of forward, and each step of backward carries the number of its forward operation, whose part it gets.
 
-Each moment of the steps counts once, so that the parts add up to the whole:
+Each moment of the steps counts for exactly one part, so that the parts add up to the whole:
 
-- on a CPU, for the part of the operation that runs; where none runs and a collective is in flight, for the exchange; else
-  for the part that the Python code is in;
-- on a GPU, for the part whose code launched the kernel that runs, kernels that compute before those that communicate: an
-  exchange hidden behind arithmetic costs nothing. Where no kernel runs, the GPU waits for the host, and the part that
-  the host is in counts.
+- On a CPU it is the part of the running operation. If none runs but a collective is in flight, it is the exchange.
+  Otherwise it is the part of the Python code.
+- On a GPU it is the part whose code launched the running kernel. Compute kernels take precedence over communication, so
+  communication that is hidden behind arithmetic costs nothing. If no kernel runs, the GPU waits for the host, and the part
+  of the host's code counts.
 
-Format: Chrome's trace events as torch.profiler exports them, times in microseconds.
+Format: Chrome's trace events as torch.profiler exports them, with times in microseconds.
 """
 
 from __future__ import annotations
@@ -35,13 +35,16 @@ OF_BACKWARD = "autograd::engine::evaluate_function: "
 HOST = ("cpu_op", "user_annotation")
 LAUNCH = ("cuda_runtime", "cuda_driver")
 DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
-# Operations in which the host itself computes nothing: they start others, or hold Python code that may wait.
+# Operations in which the host does not compute: they start other operations, or run Python code that may wait.
 NOT_COMPUTING = ("c10d::", "autograd::", "torch::autograd::", "profiler::")
 CUDA_MEMORY = 1  # "Device Type" of a memory event; 0: CPU
 
 
 class Span(NamedTuple):
-    """From ``start`` to ``end`` in ``part``; ``name``: the innermost event; ``computes``: it is an operation, not Python."""
+    """The time from ``start`` to ``end`` in ``part``, with the innermost event's name.
+
+    ``computes`` is true for operations and false for Python code.
+    """
 
     start: float
     end: float
@@ -52,15 +55,15 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class TimeByPart:
-    """What the steps of one rank spent.
+    """The time of one rank's steps by part.
 
     Attributes:
-        steps: profiled.
-        step_ms: their mean length.
-        parts_ms: milliseconds a step of each part, the largest first; they add up to ``step_ms``. "exchange" is the
+        steps: number of profiled steps.
+        step_ms: mean time of a step.
+        parts_ms: milliseconds per step of each part, largest first; they add up to ``step_ms``. "exchange" is the
             communication that no computation hides.
-        communication_ms: milliseconds a step with a collective in flight, hidden or not.
-        gpu_busy: share of the time in which a kernel ran; None without a GPU.
+        communication_ms: milliseconds per step with a collective in flight, hidden or not.
+        gpu_busy: share of the time with a running kernel; None without a GPU.
     """
 
     steps: int
@@ -70,7 +73,7 @@ class TimeByPart:
     gpu_busy: float | None
 
     def percent(self) -> dict[str, float]:
-        """Of each part, to a tenth; they add up to 100."""
+        """The percentage of each part, rounded to tenths so that they add up to 100."""
         shares = {part: 1000 * ms / self.step_ms for part, ms in self.parts_ms.items()}
         whole = {part: int(share) for part, share in shares.items()}
         missing = 1000 - sum(whole.values())
@@ -80,7 +83,7 @@ class TimeByPart:
 
 
 class Allocations(NamedTuple):
-    """What one operation of a part had allocated of what was alive at the fullest moment."""
+    """Memory that one operation of a part had allocated and that was in use at the peak."""
 
     part: str
     operation: str
@@ -98,7 +101,7 @@ class Trace:
             raise ValueError(f"the trace has no event {STEP}…: no step was profiled")
         self.steps = sorted((e["ts"], e["ts"] + e["dur"]) for e in steps)
         host = [e for e in spans if e.get("cat") in HOST and not e["name"].startswith((STEP, "gloo:"))]
-        # The thread of the training loop, and autograd's own where there is a GPU.
+        # The thread of the training loop and, with a GPU, autograd's thread.
         names = {steps[0]["tid"]} | {e["tid"] for e in host if e["name"].startswith(OF_BACKWARD)}
         threads = {thread: [event for event in host if event["tid"] == thread] for thread in names}
         parts = _part_by_number(threads[steps[0]["tid"]])
@@ -116,12 +119,12 @@ class Trace:
 
     @classmethod
     def read(cls, path: Path) -> Trace:
-        """Of a file as torch.profiler exports it, compressed."""
+        """Reads a compressed trace as torch.profiler exports it."""
         with gzip.open(path, "rt") as file:
             return cls(json.load(file)["traceEvents"])
 
     def part_at(self, event: Event) -> str:
-        """The part that the event's thread was in at its start."""
+        """The part of the event's thread at the start of the event."""
         span = self._at(event)
         return span.part if span else OTHER
 
@@ -143,8 +146,8 @@ class Trace:
             gpu_busy=1 - idle / whole if self.kernels else None,
         )
 
-    def fullest_moment(self) -> list[Allocations]:
-        """Of what the steps had allocated, on the GPU where there is one, what was alive when it was most; largest first."""
+    def peak_memory(self) -> list[Allocations]:
+        """The steps' allocations that were alive at the peak, largest first; on the GPU if there is one."""
         device = CUDA_MEMORY if self.kernels else 0
         events = [event for event in self.memory if event["args"]["Device Type"] == device]
         sizes = list(itertools.accumulate(_replay(events), initial=0))
@@ -165,7 +168,7 @@ class Trace:
         return [Allocations(*place, size, count[place]) for place, size in num_bytes.most_common()]
 
     def _at(self, event: Event) -> Span | None:
-        """What the event's thread was in at its start."""
+        """The span of the event's thread at the start of the event."""
         spans = self.host.get(event["tid"], [])
         place = bisect.bisect_right(spans, event["ts"], key=lambda span: span.start) - 1
         return spans[place] if place >= 0 and event["ts"] < spans[place].end else None
@@ -176,15 +179,15 @@ def _span(event: Event, part: str) -> Span:
 
 
 def _nested(events: Iterable[Event]) -> list[Event]:
-    """In the order of their starts, an outer event before the inner ones that start with it."""
+    """Sorts events by start, outer events before inner ones that start at the same time."""
     return sorted(events, key=lambda event: (event["ts"], -event["dur"]))
 
 
 def _part_by_number(events: list[Event]) -> dict[int, str]:
-    """The part of each operation of forward, by the number that autograd gave it.
+    """The part of each operation of forward, by its number in autograd.
 
-    An event carries the number that the next operation to be kept for backward will have: of several events with
-    one number, the last is that operation.
+    An event carries the number of the next operation that is recorded for backward. Of several events with the same number,
+    the last is that operation.
     """
     parts: dict[int, str] = {}
     marks: list[Event] = []
@@ -199,7 +202,7 @@ def _part_by_number(events: list[Event]) -> dict[int, str]:
 
 
 def _innermost(events: list[Event], part_by_number: dict[int, str]) -> list[Span]:
-    """The innermost event of one thread at each moment, as spans one after another."""
+    """The innermost event of one thread at each moment, as consecutive spans."""
     spans: list[Span] = []
     stack: list[tuple[float, str, str, bool]] = []  # end, part, name, computes
     at = 0.0
@@ -223,7 +226,7 @@ def _innermost(events: list[Event], part_by_number: dict[int, str]) -> list[Span
             forward = part_by_number.get(args.get("Sequence number", -1), BACKWARD)
             part = f"{BACKWARD}: {forward}" if forward != BACKWARD else (outer if stack else BACKWARD)
         elif event["cat"] == "user_annotation" and name in REGIONS:
-            part = f"{BACKWARD}: {name}" if outer.startswith(BACKWARD) else name  # a block that backward runs again
+            part = f"{BACKWARD}: {name}" if outer.startswith(BACKWARD) else name  # a block that backward recomputes
         computes = event["cat"] == "cpu_op" and "::" in name and not name.startswith(NOT_COMPUTING)
         end = event["ts"] + event["dur"]
         stack.append((min(end, stack[-1][0]) if stack else end, part, name, computes))
@@ -232,8 +235,11 @@ def _innermost(events: list[Event], part_by_number: dict[int, str]) -> list[Span
 
 
 def _share_out(layers: Sequence[Iterable[Span]], windows: list[tuple[float, float]]) -> Counter[str]:
-    """The length of each part within ``windows``, every moment counted once: for the first layer that has a span there,
-    in it for the span that started last; for "other" where none has."""
+    """The total length of each part within ``windows``; every moment counts once.
+
+    It counts for the first layer that has a span at that moment, there for the span that started last; for "other" if no
+    layer has one.
+    """
     edges: list[tuple[float, bool, int, Span | None]] = [
         (moment, opens, layer, span)
         for layer, spans in enumerate(layers)
@@ -260,7 +266,7 @@ def _share_out(layers: Sequence[Iterable[Span]], windows: list[tuple[float, floa
 
 
 def _replay(events: Iterable[Event]) -> Iterator[int]:
-    """The change of what is alive with each memory event; what is older than the trace counts for nothing."""
+    """The change of allocated bytes by each memory event; allocations older than the trace are ignored."""
     sizes: dict[int, int] = {}
     for event in events:
         address, num_bytes = event["args"]["Addr"], event["args"]["Bytes"]

@@ -133,7 +133,7 @@ def test_a_truncated_checkpoint_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "checkpoints" / ".step_9.partial").mkdir()
     ((progress, notes, damaged, missing, mismatch),) = run_on(1, load_damaged, str(tmp_path))
     assert progress.step == 1
-    assert notes == [f"checkpoint passed over: {damaged}"]
+    assert notes == [f"checkpoint skipped: {damaged}"]
     assert damaged == f"{file}: damaged: its SHA-256 is not the one in index.json"
     assert missing.endswith("step_7: no such checkpoint (complete ones: 1, 3)")
     assert "tensor tables/item_0 has shape [40, 8], expected [40, 16]" in mismatch
@@ -153,7 +153,7 @@ def test_training_does_not_begin_again_where_all_checkpoints_are_damaged(tmp_pat
         file.write_bytes(file.read_bytes()[:-100])
     (message,) = run_on(1, resume_from_damaged, str(tmp_path))
     assert message.startswith(f"{tmp_path}/checkpoints: all 2 checkpoints are damaged, ")
-    assert message.endswith("train.resume=false removes them and starts from the beginning")
+    assert message.endswith("train.resume=false removes them and starts from step 0")
 
 
 class Bomb:

@@ -154,7 +154,7 @@ def test_every_layout_gives_the_same(alone: Any, split: list[list[int]], expert_
     ids=["two", "four"],
 )
 def test_experts_and_processes_that_receive_no_token(split: list[list[int]]) -> None:
-    """Two of four experts get all: the processes that own the others get nothing, and their gradient is zero."""
+    """Two of four experts get all rows: the processes that own the others get none, and their gradient is zero."""
     ((loss, gradients, weights),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], [], 2)
     expected = (loss, whole([gradients]), whole([weights]))
     experts = [gradient for name, gradient in expected[1].items() if ".experts." in name]
@@ -239,7 +239,7 @@ def test_dropout_is_the_same_on_any_split(split: list[list[int]], options: list[
 
 
 def test_recomputed_blocks_give_the_same_bits() -> None:
-    """Dropout included: the blocks that backward runs again draw the same numbers."""
+    """Recomputed blocks draw the same dropout in backward."""
     split, dropout = [[0, 3], [1, 2, 4]], "model.dropout=0.3"
     kept = run_on(2, one_step, split, [dropout])
     again = run_on(2, one_step, split, [dropout, "train.recompute=blocks"])
@@ -354,7 +354,7 @@ def refused(world: World, overrides: list[str]) -> str:
 
 def test_a_process_without_rows_of_a_table_is_refused_where_it_cannot_be() -> None:
     for line in run_on(3, refused, ["train.table_optimizer=adagrad"]):
-        assert "4 rows of each item table leave a process without any" in line
+        assert "a process would have none of the 4 rows of an item table" in line
 
 
 def test_a_token_for_context_alone_has_no_loss() -> None:

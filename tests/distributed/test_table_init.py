@@ -1,4 +1,4 @@
-"""Initial weights of the tables: a normal distribution cut at two deviations, the same however the tables are sharded."""
+"""Initial weights of the tables: a normal distribution truncated at two deviations, the same for any sharding."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_the_distribution_is_a_cut_normal_one() -> None:
     tables = torch.cat([table for *_, table in parts]).double() / INIT_STD
     assert tables.abs().max() <= 2 * (1 + 1e-6)
     density = math.exp(-2) / math.sqrt(2 * math.pi) / math.erf(2 / math.sqrt(2))
-    deviation = math.sqrt(1 - 4 * density)  # of a normal distribution cut at two deviations
+    deviation = math.sqrt(1 - 4 * density)  # of a normal distribution truncated at two deviations
     assert tables.mean().item() == pytest.approx(0, abs=5 * deviation / tables.numel() ** 0.5)
     assert tables.std().item() == pytest.approx(deviation, rel=0.005)
     within_one = (tables.abs() < 1).double().mean().item()

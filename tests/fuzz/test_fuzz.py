@@ -87,7 +87,7 @@ class Bench:
         self.out, error = self.capfd.readouterr()
         assert status in (0, 1, 2), (status, arguments)
         assert "Traceback" not in error and "traceback in" not in error, error
-        lines = [line for line in error.splitlines() if not line.startswith("checkpoint passed over: ")]
+        lines = [line for line in error.splitlines() if not line.startswith("checkpoint skipped: ")]
         assert status == 0 or (len(lines) == 1 and lines[0].startswith("error: ")), error
         self.succeeded, self.refused = self.succeeded + (status == 0), self.refused + (status != 0)
         return status == 0
@@ -202,7 +202,7 @@ def load_changed(world: World, trained: Path, cases: Path, mine: Path) -> tuple[
         finally:
             signal.alarm(0)
         shutil.rmtree(run)
-    assert all(note.startswith("checkpoint passed over: ") and "\n" not in one_line(note) for note in notes)
+    assert all(note.startswith("checkpoint skipped: ") and "\n" not in one_line(note) for note in notes)
     return loaded, CASES - loaded
 
 

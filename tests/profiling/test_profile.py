@@ -1,4 +1,4 @@
-"""A profile names where each moment of a step went, and changes nothing of what the steps compute."""
+"""A profile attributes each moment of a step to a part, and does not change what the steps compute."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_percentages_add_up() -> None:
     assert sorted(percent.values()) == [33.3, 33.3, 33.4]
 
 
-def test_the_fullest_moment() -> None:
+def test_the_peak_memory() -> None:
     def memory(at: float, num_bytes: int, address: int) -> dict[str, Any]:
         args = {"Bytes": num_bytes, "Addr": address, "Device Type": 0}
         return {"ph": "i", "name": "[memory]", "ts": at, "tid": 1, "args": args}
@@ -123,12 +123,12 @@ def test_the_fullest_moment() -> None:
         memory(70, -64, 1),
         memory(80, 40, 2),
     ]
-    found = Trace(events).fullest_moment()
+    found = Trace(events).peak_memory()
     assert [tuple(row) for row in found] == [("other", "other", 110, 2), ("attention", "aten::mm", 64, 1)]
 
 
 def test_backward_of_real_operations_has_the_part_of_their_forward(tmp_path: Path) -> None:
-    """Custom functions and blocks that backward runs again too."""
+    """Also custom functions and blocks that backward recomputes."""
 
     class Twice(torch.autograd.Function):
         @staticmethod
