@@ -27,8 +27,8 @@ from mme.distributed.pace import Pace
 from mme.distributed.recommender import Recommender
 from mme.distributed.world import PATIENCE_S, World, process_group
 from mme.errors import NonFiniteError, Preempted, UserError
-from mme.evaluation.evaluate import SELECTED_BY, evaluate
-from mme.evaluation.seen import repeats_warning
+from mme.evaluation.evaluate import evaluate
+from mme.evaluation.record import SELECTED_BY, repeats_warning
 from mme.profiling.profile import PROFILE_FOLDER, StepProfile
 from mme.profiling.regions import each_in_region, region
 from mme.run import attempts
@@ -339,7 +339,7 @@ class Training:
         for record in records:
             monitor.evaluation(record)
         if warning := repeats_warning(records[0]):
-            monitor.warn_once("repeated targets", warning)
+            monitor.warn_once("repeated targets", f"warning: {warning}")
 
     @region("evaluation")
     def _evaluate(self, part: HeldOut, step: int, keep_ranks_in: Path | None = None) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The configuration: dataclasses are the schema, YAML files hold the values, overrides have the last word."""
+"""The configuration: dataclasses are the schema, YAML files contain the values, and overrides take precedence."""
 
 from mme.config.files import (
     CONFIG_FILE,
@@ -22,8 +22,8 @@ from mme.config.schema import (
     ModelConfig,
     MoEConfig,
     ParallelConfig,
-    TrainConfig,
 )
+from mme.config.train import TrainConfig
 
 __all__ = [
     "CONFIG_FILE",

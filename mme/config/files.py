@@ -1,6 +1,6 @@
-"""Configurations as YAML files: read with overrides and checked, or written.
+"""Reads configurations from YAML files with overrides, validates and writes them.
 
-Imports nothing heavy, so that ``--help``, ``--dry-run`` and the launcher answer at once.
+It imports nothing heavy, so that ``--help``, ``--dry-run`` and the launcher answer immediately.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ MAX_YAML_BYTES = 1 << 20
 def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
     """The configuration of ``path`` (YAML; None: the defaults) with ``key.path=value`` overrides, validated.
 
-    ``configs/NAME.yaml`` also finds the shipped configuration where the working folder has none.
+    If the working folder has no ``configs/NAME.yaml``, the shipped configuration of that name is used.
 
     Raises:
-        UserError: the file is missing or no YAML, a key is unknown, a value has the wrong type or two values
-            cannot go together.
+        UserError: the file is missing or not YAML, a key is unknown, a value has the wrong type, or two values contradict
+            each other.
     """
     return _validated(path, None if path is None else _read_yaml(own_or_shipped(Path(path))), overrides or [])
 
 
 def load_saved_config(run: Path) -> Config:
-    """The configuration in a run's folder, as `save_config` wrote it.
+    """The configuration in a run's folder, as written by `save_config`.
 
-    The folder may come from a stranger: no link in it is followed, and an interpolation such as ``${oc.env:HOME}``, which
-    would copy the reader's environment into a report or a log, is refused.
+    The folder may be untrusted: links in it are not followed, and interpolations such as ``${oc.env:HOME}``, which would
+    copy the reader's environment into a report or a log, are rejected.
 
     Raises:
         UserError: see `load_config`.
@@ -54,7 +54,7 @@ def load_saved_config(run: Path) -> Config:
 
 
 def parse_saved_config(text: str, source: str) -> Config:
-    """The configuration in ``text``, as `dump_config` gave it; ``source`` names it in messages, see `load_saved_config`."""
+    """Parses the output of `dump_config`; ``source`` names it in messages, see `load_saved_config`."""
     return _saved(_parse_yaml(text, source), source)
 
 
@@ -70,8 +70,8 @@ def _saved(values: DictConfig, path: str) -> Config:
 def load_run_config(run: Path) -> Config:
     """The configuration of a trained run, for commands that read the run on any number of processes.
 
-    The experts lie as the processes allow. Files that these commands write go into ``run`` and the data set's folder,
-    whatever the configuration says.
+    The number of processes determines the placement of experts. Files that these commands write go into ``run`` and the data
+    set's folder, regardless of the configured folders.
 
     Raises:
         UserError: see `load_config`.
@@ -83,7 +83,7 @@ def load_run_config(run: Path) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes the resolved configuration as YAML that `load_config` reads back."""
+    """Writes the resolved configuration as YAML that `load_config` can read."""
     write_text(path, dump_config(config), path.parent)
 
 
@@ -100,7 +100,7 @@ def _validated(path: str | Path | None, values: DictConfig | None, overrides: li
             raise UserError(f"override {override!r}: expected key.path=value, such as train.steps=100")
         try:
             value = OmegaConf.from_dotlist([override])
-        except Exception as error:  # the YAML reader's own errors have no common base
+        except Exception as error:  # the YAML reader's errors have no common base class
             raise UserError(f"override {override!r}: {first_line(error)}") from error
         merged = _merge(merged, value, source=f"override {override!r}")
     try:
@@ -108,7 +108,7 @@ def _validated(path: str | Path | None, values: DictConfig | None, overrides: li
         if missing:
             raise UserError(f"{path or 'configuration'}: {missing[0]} is required, such as {missing[0]}=…")
         config: Config = OmegaConf.to_object(merged)  # type: ignore[assignment]
-    except OmegaConfBaseException as error:  # an interpolation ${…} that leads nowhere
+    except OmegaConfBaseException as error:  # an interpolation ${…} that cannot be resolved
         raise UserError(f"{path or 'configuration'}: {first_line(error)}") from error
     validate(config)
     return config
@@ -120,7 +120,7 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def settings_sha256(settings: dict[str, Any]) -> str:
-    """Of values by their keys, whatever the order of the keys."""
+    """SHA-256 of values by key, independent of the keys' order."""
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -144,7 +144,7 @@ def _parse_yaml(text: str, path: str) -> DictConfig:
         where = f"line {mark.line + 1}, column {mark.column + 1}: " if mark is not None else ""
         reason = ", ".join(part for part in (error.context, error.problem) if part)
         raise UserError(f"{path}: {where}not YAML: {reason}") from error
-    except Exception as error:  # the YAML reader's own errors have no common base
+    except Exception as error:  # the YAML reader's errors have no common base class
         raise UserError(f"{path}: not a YAML configuration: {first_line(error)}") from error
     if not isinstance(loaded, DictConfig):
         raise UserError(f"{path}: expected a mapping of sections (data, model, …), found a list")
@@ -166,13 +166,13 @@ def _merge(base: Any, update: Any, source: str) -> Any:
 
 
 def _expected_instead(base: Any, key: str, node: Any) -> str | None:
-    """What ``key`` takes, if not such a container; OmegaConf would put it into the place of a number or text."""
+    """Describes the expected value if ``key`` must not be such a container, which OmegaConf would accept for a scalar."""
     if isinstance(node._get_parent(), ListConfig):
         return "a single value"
     try:
         known = OmegaConf.select(base, key, throw_on_missing=False)
     except OmegaConfBaseException:
-        return None  # an unknown key is named when the two are merged
+        return None  # merging reports unknown keys
     if isinstance(known, (DictConfig, ListConfig)):
         if isinstance(known, ListConfig) and isinstance(node, DictConfig):
             return "a list"
@@ -183,7 +183,7 @@ def _expected_instead(base: Any, key: str, node: Any) -> str | None:
 
 
 def _nodes(prefix: str, container: Any) -> Iterator[tuple[str, Any]]:
-    """Every key below ``container`` and its node, without resolving interpolations."""
+    """Yields every key below ``container`` with its node, without resolving interpolations."""
     if container._is_none() or container._is_missing() or container._is_interpolation():
         return
     keys = range(len(container)) if isinstance(container, ListConfig) else container

@@ -1,4 +1,4 @@
-"""A key of the configuration: its default, what it means and which values it may have, as metadata of a dataclass field."""
+"""A configuration key as a dataclass field whose metadata contain its description and range."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DESCRIPTION, RANGE = "description", "range"
 
 @dataclass(frozen=True)
 class Range:
-    """The numbers that a key may have; a bound that is None does not apply."""
+    """The range of a numeric key; None means no bound."""
 
     above: float | None = None
     at_least: float | None = None
@@ -28,14 +28,14 @@ class Range:
         )
 
     def phrase(self) -> str:
-        """For an error message, such as ``at least 0 and below 1``."""
+        """The range in words for an error message, such as ``at least 0 and below 1``."""
         if self == Range(above=0):
             return "positive"
         bounds = {"above": self.above, "at least": self.at_least, "below": self.below, "at most": self.at_most}
         return " and ".join(f"{name} {bound}" for name, bound in bounds.items() if bound is not None)
 
     def notation(self) -> str:
-        """For a table, such as ``≥ 0, < 1``."""
+        """The range in symbols for a table, such as ``≥ 0, < 1``."""
         bounds = {">": self.above, "≥": self.at_least, "<": self.below, "≤": self.at_most}
         return ", ".join(f"{sign} {bound}" for sign, bound in bounds.items() if bound is not None)
 
@@ -49,8 +49,7 @@ def key(
     below: float | None = None,
     at_most: float | None = None,
 ) -> Any:
-    """A dataclass field. ``default`` may be a list, of which each configuration gets a copy; the bounds apply to numbers
-    that are not None."""
+    """A dataclass field. Each configuration gets a copy of a list ``default``. The bounds do not apply to None."""
     metadata: dict[str, Any] = {DESCRIPTION: description}
     if (allowed := Range(above, at_least, below, at_most)) != Range():
         metadata[RANGE] = allowed
@@ -61,7 +60,7 @@ def key(
 
 
 def keys_of(config: Any, prefix: str = "") -> Iterator[tuple[str, dataclasses.Field[Any], Any]]:
-    """Each key by its full name, such as ``train.lr``, with its field and value."""
+    """Yields each key's full name, such as ``train.lr``, with its field and value."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):

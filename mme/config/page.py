@@ -1,8 +1,8 @@
-"""Keeps the tables of docs/configuration.md equal to the schema.
+"""Generates the tables of docs/configuration.md from the schema.
 
     python -m mme.config.page docs/configuration.md
 
-replaces each table that stands behind a line ``<!-- keys of SECTION -->``; SECTION is a section of the configuration such as
+replaces each table that follows a line ``<!-- keys of SECTION -->``, where SECTION is a section of the configuration such as
 ``model.moe``, or ``top level``.
 """
 
@@ -24,7 +24,7 @@ TABLE = re.compile(r"(<!-- keys of (?P<section>[\w. ]+) -->\n\n)(?:\|.*\n)*")
 
 
 def sections(schema: Any = Config, name: str = "") -> dict[str, Any]:
-    """The dataclass of each section, by its name."""
+    """The dataclasses of the sections by name."""
     found = {name or TOP_LEVEL: schema}
     for key, hint in get_type_hints(schema).items():
         if dataclasses.is_dataclass(hint):
@@ -50,10 +50,10 @@ def table(section: str) -> str:
 
 
 def with_tables(page: str) -> str:
-    """The page with every table made from the schema.
+    """The page with every table generated from the schema.
 
     Raises:
-        ValueError: a section has no place on the page, or more than one.
+        ValueError: a section is missing on the page or occurs more than once.
     """
     placed = sorted(match["section"] for match in TABLE.finditer(page))
     if placed != sorted(sections()):
@@ -84,7 +84,7 @@ def _default(field: dataclasses.Field[Any]) -> str:
 
 
 def main(page: Path) -> None:
-    """Replaces the tables of a page by those of the schema."""
+    """Replaces the tables of a page by those generated from the schema."""
     page.write_text(with_tables(page.read_text()))
 
 

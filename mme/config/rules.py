@@ -1,4 +1,4 @@
-"""What a configuration must fulfil: each key its range, and the rules between keys."""
+"""Validates a configuration: ranges of single keys and rules between keys."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LONGEST_NAME, LONGEST_PATH = 255, 4095  # in bytes, of Linux
 
 
 def validate(config: Config) -> None:
-    """Raises UserError for a value out of its range, or for values that contradict each other."""
+    """Raises UserError if a value is out of range or values contradict each other."""
     _check_ranges(config)
     _check_paths(config)
     _check_model(config)
@@ -27,7 +27,7 @@ def validate(config: Config) -> None:
 
 
 def validate_world_size(config: Config, world_size: int) -> None:
-    """Raises UserError if the configuration can't be trained on ``world_size`` processes."""
+    """Raises UserError if the configuration cannot be trained on ``world_size`` processes."""
     for rank in config.train.profile_ranks:
         if not 0 <= rank < world_size:
             raise UserError(f"train.profile_ranks names rank {rank}: expected 0 to {world_size - 1}")
@@ -74,7 +74,7 @@ def _check_model(config: Config) -> None:
             raise UserError(f"model.{key} names {twice} twice")
     if USER_ID in model.event_features:
         raise UserError(
-            f"model.event_features names {USER_ID}, which belongs to users: expected in model.user_features"
+            f"model.event_features names {USER_ID}, which is a feature of users: expected it in model.user_features"
         )
     if model.view_dim % model.num_heads and (model.dqk is None or model.dv is None):
         raise UserError(
@@ -86,8 +86,8 @@ def _check_model(config: Config) -> None:
 def _check_tables(config: Config) -> None:
     if config.train.table_optimizer == "rowwise_adagrad" and config.parallel.table_sharding == "column_wise":
         raise UserError(
-            "parallel.table_sharding=column_wise: train.table_optimizer=rowwise_adagrad has one state for a whole row, which "
-            "column_wise would cut; expected row_wise, table_wise, data_parallel or auto"
+            "parallel.table_sharding=column_wise: train.table_optimizer=rowwise_adagrad has one state per row, which "
+            "column_wise would split; expected row_wise, table_wise, data_parallel or auto"
         )
 
 
@@ -116,12 +116,12 @@ def _check_loss(config: Config) -> None:
     loss = config.loss
     if loss.is_full_softmax and (loss.sampling != "uniform" or loss.log_q_correction):
         raise UserError(
-            "loss.kind=full_softmax has no negatives: loss.sampling and loss.log_q_correction go with sampled_softmax"
+            "loss.kind=full_softmax has no negatives: loss.sampling and loss.log_q_correction need loss.kind=sampled_softmax"
         )
     if loss.views == "each" and config.model.score_norm != "per_view":
         raise UserError(
-            "loss.views=each trains the cosine of each view, not how views weigh against each other: it needs "
-            "model.score_norm=per_view, or choose loss.views=both"
+            "loss.views=each trains each view's cosine but not the weights between views: set model.score_norm=per_view, or "
+            "choose loss.views=both"
         )
 
 

@@ -1,4 +1,4 @@
-"""The keys of the configuration. What other modules derive from several keys is a property or method here."""
+"""The keys of the configuration. Values that several modules derive from keys are properties or methods here."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import ClassVar, Literal, Optional
 from omegaconf import MISSING
 
 from mme.config.key import key
+from mme.config.train import TrainConfig
 
 USER_ID = "user_id"  # in `model.user_features`: the user itself, not a column
 
@@ -18,53 +19,53 @@ USER_ID = "user_id"  # in `model.user_features`: the user itself, not a column
 
 @dataclass
 class DataConfig:
-    """What the model is trained on, and in which batches."""
+    """The training data and how it is batched."""
 
     path: str = key(MISSING, "Training set: a folder written by `mme prepare`.")
     protocol: Literal["leave_one_out", "leave_two_out", "global_time"] = key(
         "leave_two_out",
         "What is held out. `leave_one_out`: each user's last event is the test target (the published protocol). "
         "`leave_two_out`: the last event is the test target; the one before it is the validation target, which selects the "
-        "checkpoint. `global_time`: one cut-off time for all users; a user's first event from then on is the test target, the "
-        "last one before it the validation target.",
+        "checkpoint. `global_time`: one cut-off time for all users; a user's first event at or after it is the test target, "
+        "the last event before it the validation target.",
     )
     global_time_test_fraction: float = key(
         0.1,
-        "`global_time` only: the share of all events, the newest ones, that lie after the cut-off.",
+        "`global_time` only: the share of all events that are newer than the cut-off.",
         above=0,
         below=1,
     )
-    max_seq_len: int = key(200, "N: how many of the newest events of a history the decoder reads.", above=0)
+    max_seq_len: int = key(200, "N: the decoder reads the newest N events of a history.", above=0)
     batch_size: int = key(128, "Sequences per rank in a step.", above=0)
     tokens_per_batch: Optional[int] = key(
-        None, "Tokens per rank in a step; replaces `batch_size` if given. Must be at least `max_seq_len`.", above=0
+        None, "Tokens per rank in a step; replaces `batch_size` if set. Must be at least `max_seq_len`.", above=0
     )
     eval_batch_size: int = key(256, "Histories per rank in an evaluation step.", above=0)
     windows: Literal["newest", "sliding"] = key(
         "newest",
-        "Which part of a history with more than N tokens is trained on. `newest`: the newest N. `sliding`: all of it, in "
-        "windows; each target once an epoch.",
+        "The part of a history with more than N tokens that is trained on. `newest`: the newest N. `sliding`: all of it, in "
+        "windows, with each target once per epoch.",
     )
     window_stride: Optional[int] = key(
         None,
         "`sliding` only: tokens from one window to the next, 1 to `max_seq_len`; null: `max_seq_len`. If smaller, a window "
-        "begins with tokens that are only context, so that every target has at least N − stride tokens of history, or all "
-        "that there are.",
+        "begins with tokens that are only context, so that every target has at least N − stride tokens of history, if there "
+        "are that many.",
     )
     readers: int = key(
         1,
-        "Threads that assemble batches in advance and copy them to the GPU, two batches each. The order of the batches does "
-        "not depend on it.",
+        "Threads that prefetch batches and copy them to the GPU, two batches each. The order of the batches does not depend "
+        "on it.",
         above=0,
     )
     cache_dir: Optional[str] = key(
         None,
-        'Folder for the flat file of the events (docs/data.md, "Read in place"); null: inside the training set. Use it if '
-        "the training set is read-only, or to have the file on a local disk.",
+        'Folder for the flat file of the events (docs/data.md, "Read in place"); null: inside the training set. Set it if '
+        "the training set is read-only, or to keep the file on a local disk.",
     )
 
     def history_len(self, has_user_token: bool) -> int:
-        """The most events of a history that are read: N, or N - 1 if a user's token stands before them."""
+        """The maximum number of events of a history: N, or N - 1 if a user's token precedes them."""
         return self.max_seq_len - has_user_token
 
 
@@ -73,12 +74,11 @@ class MoEConfig:
     """The mixture of experts that replaces the dense FFN."""
 
     num_experts: int = key(8, "E: number of experts; 0: a dense FFN instead.", at_least=0)
-    top_k: int = key(2, "k: experts that each token is sent to.")
+    top_k: int = key(2, "k: number of experts per token.")
     placement: list[int] = key([], "Blocks with experts, counted from 0; empty: all blocks.")
     router: Literal["view", "all_views"] = key(
         "view",
-        "What decides which experts a view of a token is sent to: `view`, that view alone; `all_views`, all views of the "
-        "token.",
+        "The router's input for a view of a token. `view`: that view; `all_views`: all views of the token.",
     )
     renormalize: bool = key(True, "Scale the k chosen probabilities of a token to sum to 1.")
     capacity_factor: float = key(
@@ -99,7 +99,7 @@ class MoEConfig:
 
 @dataclass
 class ModelConfig:
-    """Fuxi-MME. FuXi-α is the same with one table and a dense FFN; the baselines have other blocks."""
+    """Fuxi-MME. FuXi-α is the same model with one table and a dense FFN; the baselines have other blocks."""
 
     block: Literal["fuxi", "hstu", "sasrec"] = key(
         "fuxi",
@@ -108,12 +108,12 @@ class ModelConfig:
     )
     num_tables: int = key(
         4,
-        "M: item-embedding tables. Each gives one view of the sequence, and all views pass through the same decoder. 1 with "
-        "`moe.num_experts=0` is FuXi-α.",
+        "M: item-embedding tables. Each gives one view of the sequence, and all views pass through the same decoder. One "
+        "table with `moe.num_experts=0` is FuXi-α.",
         above=0,
     )
     embedding_dim: int = key(
-        64, "D: width of all tables together; must be divisible by `num_tables`. A view has width D / M.", above=0
+        64, "D: total width of all tables; must be divisible by `num_tables`. A view has width D / M.", above=0
     )
     num_blocks: int = key(2, "Blocks of the decoder.", above=0)
     num_heads: int = key(1, "H: attention heads of a block.", above=0)
@@ -138,8 +138,8 @@ class ModelConfig:
     )
     user_features: list[str] = key(
         [],
-        "Such columns, or `user_id` for the user; their embeddings sum to a token before the history, which counts towards "
-        "`data.max_seq_len`.",
+        "Columns as in `event_features`, or `user_id` for the user; their embeddings sum to a token before the history, "
+        "which counts towards `data.max_seq_len`.",
     )
     moe: MoEConfig = field(default_factory=MoEConfig)
 
@@ -160,7 +160,7 @@ class ModelConfig:
 
     @property
     def router_views(self) -> int:
-        """How many views of a token a router sees."""
+        """Number of a token's views that a router sees."""
         return self.num_tables if self.moe.router == "all_views" else 1
 
     @property
@@ -194,7 +194,8 @@ class LossConfig:
     )
     negatives: Literal["per_token", "shared"] = key(
         "per_token",
-        "Whether each token has its own negatives (the published protocol), or a group of tokens shares a set (faster).",
+        "`per_token`: each token has its own negatives (the published protocol). `shared`: a group of tokens shares a set "
+        "(faster).",
     )
     num_negatives: int = key(128, "Negatives of a token, or of a group of tokens.", above=0)
     negative_group_size: int = key(
@@ -205,13 +206,14 @@ class LossConfig:
     )
     sampling: Literal["uniform", "popularity", "in_batch"] = key(
         "uniform",
-        "How negatives are sampled: uniformly from all items; from all items by how often they occur in training; from the "
-        "targets of the global batch, which the ranks exchange once a step. A negative equal to the target is always masked.",
+        "Negative distribution. `uniform`: uniform over all items. `popularity`: by the items' frequency in training. "
+        "`in_batch`: the targets of the global batch, which the ranks exchange once per step. A negative equal to the target "
+        "is always masked.",
     )
     popularity_power: float = key(
         0.75,
-        "`popularity` only: an item is sampled in proportion to its number of training events to this power. 1: as often as "
-        "it occurs; 0: uniformly from the items that occur.",
+        "`popularity` only: an item's probability is proportional to its number of training events raised to this power. 1: "
+        "proportional to its frequency; 0: uniform over the items that occur in training.",
         at_least=0,
     )
     uniform_share: float = key(
@@ -229,9 +231,9 @@ class LossConfig:
     temperature: float = key(0.05, "Cosine scores are divided by this.", above=0)
     views: Literal["together", "each", "both"] = key(
         "together",
-        "What predicts. `together`: one softmax over the summed scores of all views. `each`: one softmax over the cosines of "
-        "each view; the loss is the mean of the M losses, so that each view learns to be right by itself, and ranking adds "
-        "up their scores (requires `model.score_norm=per_view`). `both`: the mean of the two losses.",
+        "`together`: one softmax over the summed scores of all views. `each`: one softmax per view over its cosines; the loss "
+        "is the mean of the M losses, so that each view learns to predict on its own, and ranking sums their scores (requires "
+        "`model.score_norm=per_view`). `both`: the mean of the two losses.",
     )
 
     @property
@@ -244,133 +246,41 @@ class LossConfig:
         return self.negative_group_size if self.negatives == "shared" else 1
 
     def num_groups(self, num_tokens: int) -> int:
-        """How many sets of negatives are sampled for the tokens of one batch."""
+        """Number of sets of negatives that are sampled for the tokens of one batch."""
         return math.ceil(num_tokens / (self.group_size or max(1, num_tokens)))
 
     def num_scored(self, num_items: int) -> int:
-        """How many items the softmax of a token is over, target included, with a catalogue of ``num_items``."""
+        """Number of items in a token's softmax, including the target, for a catalogue of ``num_items``."""
         return num_items if self.is_full_softmax else self.num_negatives + 1
 
     @property
     def num_passes(self) -> int:
-        """How many times a token's D numbers are multiplied with those of each item that it scores."""
+        """Number of times that a token's D numbers are multiplied with those of each scored item."""
         return len(self.softmax_views(1))
 
     def softmax_views(self, num_tables: int) -> list[int]:
-        """For each pass, how many views have their scores summed in one softmax; a pass has M / that many softmaxes."""
+        """For each pass, the number of views whose scores one softmax sums; the pass has M / that many softmaxes."""
         return {"together": [num_tables], "each": [1], "both": [num_tables, 1]}[self.views]
 
     def num_softmaxes(self, num_tables: int) -> int:
-        """Softmaxes of a token over all passes."""
+        """Number of softmaxes of a token in all passes."""
         return sum(num_tables // views for views in self.softmax_views(num_tables))
 
     @property
     def needs_training_counts(self) -> bool:
-        """Whether negatives or their correction depend on how often each item occurs in training."""
+        """Whether negatives or their correction depend on the items' frequencies in training."""
         return self.sampling == "popularity" or (self.sampling == "in_batch" and self.log_q_correction)
 
 
 @dataclass
-class TrainConfig:
-    """Length of the training, optimizers, checkpoints, logging and what watches a job."""
-
-    steps: Optional[int] = key(None, "Stop after this many optimizer steps.", above=0)
-    epochs: Optional[int] = key(
-        10,
-        "Stop after this many passes over the data. If `steps` is given too, whichever comes first; one of them is "
-        "required.",
-        above=0,
-    )
-    lr: float = key(1e-3, "Learning rate of decoder, positions and experts (AdamW).", above=0, at_most=1e6)
-    table_lr: Optional[float] = key(None, "Learning rate of the item tables; null: `lr`.", above=0)
-    table_optimizer: Literal["adam", "dense_adam", "adagrad", "rowwise_adagrad", "sgd"] = key(
-        "adam",
-        "Optimizer of the item tables. `adam` moves the rows that a step looks up, `dense_adam` every row in every step, as "
-        "the public FuXi-α code does, at a cost that grows with the catalogue; both give the same result on every device. "
-        "The others move the rows that a step looks up.",
-    )
-    weight_decay: float = key(0.0, "Weight decay of the decoder's AdamW.", at_least=0)
-    beta1: float = key(0.9, "Decay rate of the first moment.", at_least=0, below=1)
-    beta2: float = key(0.98, "Decay rate of the second moment.", at_least=0, below=1)
-    warmup_steps: int = key(0, "Steps over which the learning rates rise from 0.", at_least=0)
-    lr_schedule: Literal["constant", "cosine"] = key(
-        "constant", "Learning rates after the warm-up; `cosine` decays to 0 at the last step."
-    )
-    micro_batches: int = key(
-        1,
-        "Parts into which a rank's batch is split; they pass through decoder and loss one after another and their gradients "
-        "are accumulated. Less memory, the same step; the load-balancing loss is the mean over the parts.",
-        above=0,
-    )
-    precision: Literal["auto", "float32", "bfloat16"] = key(
-        "auto",
-        "Precision of matrix products in decoder and loss; `auto`: bfloat16 on GPUs, float32 on CPUs. Weights, gradients of "
-        "weights, optimizer states, routers and evaluation scores stay float32. On GPUs float32 products may round their "
-        "factors to TF32.",
-    )
-    recompute: Literal["none", "blocks"] = key(
-        "none",
-        "`blocks`: backward recomputes each block instead of keeping its activations. The same bits with less memory, in "
-        "about a third more time.",
-    )
-    grad_clip: float = key(
-        0.0,
-        "Largest norm of the gradient of decoder, experts and tables together, over the global batch; 0: no limit.",
-        at_least=0,
-    )
-    seed: int = key(
-        42,
-        "Seed of weights, data order, negatives and dropout. The same seed, configuration and global batch give the same "
-        "losses: bit for bit on as many processes, to rounding on any number of them.",
-        at_least=0,
-    )
-    eval_every: int = key(0, "Steps between evaluations on the validation split; 0: one after each epoch.", at_least=0)
-    checkpoint_every: int = key(0, "Steps between checkpoints; 0: one with each evaluation.", at_least=0)
-    keep_checkpoints: int = key(2, "How many of the newest checkpoints are kept, besides the best.", above=0)
-    log_every: int = key(10, "Steps between lines of metrics.", above=0)
-    on_non_finite: Literal["stop", "skip"] = key(
-        "stop",
-        "What happens if a loss or gradient is not finite. `stop`: the job ends with status 1. `skip`: the step changes "
-        "nothing and is counted (`skipped_steps` in `metrics.jsonl`); after 100 skipped steps in a row the job stops. In "
-        "both cases the batch is saved under `non_finite/`.",
-    )
-    hang_timeout_s: float = key(
-        600.0,
-        "If a rank makes no progress for this many seconds, it is named, the stacks of all ranks are written under `stacks/` "
-        "and the job ends with status 1, so that torchrun restarts it. Must be longer than the longest step, evaluation "
-        "batch or checkpoint; 0: never.",
-        at_least=0,
-    )
-    profile: int = key(
-        0,
-        "Steps to profile into `profile/` in the run's folder: a trace, time by part, and memory "
-        "([benchmarks.md](benchmarks.md#profiling-a-run)); 0: none. Losses keep the same bits.",
-        at_least=0,
-    )
-    profile_start: int = key(10, "Steps of this process before the profiled ones.", above=0)
-    profile_ranks: list[int] = key([0], "Ranks that are profiled; empty: all.")
-    resume: bool = key(
-        True,
-        "Resume from the newest complete checkpoint in `output_dir`, if there is one; false: remove all checkpoints there "
-        "and start from the beginning.",
-    )
-
-    def precision_on(self, device_type: str) -> str:
-        """``float32`` or ``bfloat16``: what `precision` means on ``cuda`` or ``cpu``."""
-        if self.precision != "auto":
-            return self.precision
-        return "bfloat16" if device_type == "cuda" else "float32"
-
-
-@dataclass
 class EvalConfig:
-    """How targets are ranked."""
+    """The ranking of targets in an evaluation."""
 
     seen: Literal["exclude", "include"] = key(
         "exclude",
-        "Whether items that the user has had before are ranked. `exclude`, the published protocol: they are in no list, so a "
-        "target among them is a miss, which counts as 0 in every metric. `include`: all items are ranked. Every result states "
-        "`seen` and the share of such targets, `repeated_targets`; above 1% under `exclude`, a warning says so.",
+        "Ranking of items in the user's history. `exclude` (the published protocol): they are in no list, so a target among "
+        "them is a miss, which counts as 0 in every metric. `include`: all items are ranked. Every result states `seen` and "
+        "`repeated_targets`, the share of such targets; `exclude` warns above 1%.",
     )
 
 
@@ -386,15 +296,15 @@ class ParallelConfig:
     )
     table_sharding: Literal["auto", "row_wise", "column_wise", "table_wise", "data_parallel"] = key(
         "row_wise",
-        "How the item tables are sharded over the ranks; `auto` leaves it to TorchRec's planner. `column_wise` does not go "
-        "with `rowwise_adagrad`, whose state belongs to a whole row.",
+        "Sharding of the item tables over the ranks; with `auto`, TorchRec's planner chooses. `column_wise` excludes "
+        "`rowwise_adagrad`, which has one state per row.",
     )
     zero_stage: int = key(1, "DeepSpeed ZeRO stage of the decoder.", at_least=1, at_most=2)
 
 
 @dataclass
 class KernelsConfig:
-    """Which implementation of the kernels computes."""
+    """The implementation of the kernels."""
 
     backend: Literal["auto", "torch", "triton"] = key(
         "auto", "Implementation of the kernels; `auto`: Triton on CUDA, PyTorch elsewhere."
@@ -415,7 +325,7 @@ class Config:
     output_dir: str = key("runs/default", "Folder for configuration, metrics, checkpoints, logs and the report.")
 
     def experts_over(self, processes: int) -> int:
-        """How many of a job's ``processes`` share one set of experts; if not set, the largest number that divides both."""
+        """Number of a job's ``processes`` that share one set of experts; by default the largest that divides both."""
         num_experts = self.model.moe.num_experts
         return self.parallel.expert_parallel_size or (math.gcd(num_experts, processes) if num_experts else 1)
 

@@ -24,9 +24,8 @@ from mme.evaluation.insight import insight
 from mme.evaluation.metrics import rank_metrics, standard_errors
 from mme.evaluation.popularity import popularity_ranks
 from mme.evaluation.ranking import Ranker
-from mme.evaluation.seen import Seen, excluded_items, is_repeated, repeats_warning
-
-SELECTED_BY = "ndcg@10"  # the metric that chooses the best checkpoint
+from mme.evaluation.record import repeats_warning
+from mme.evaluation.seen import Seen, excluded_items, is_repeated
 
 
 def evaluate(
@@ -201,5 +200,5 @@ def evaluate_run(
         if collected is not None:
             _keep(collected, dataset, [model, popularity], run, world)
     if world.rank == 0 and (warning := repeats_warning(model)):
-        print(warning, file=sys.stderr, flush=True)
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     return {"run": str(run), "checkpoint": step, **model, "popularity": popularity}

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mme.evaluation.record import CUTOFFS
 from mme.evaluation.user_ranks import UNRANKED
-
-CUTOFFS = (10, 50)
 
 
 def user_metrics(ranks: Tensor) -> dict[str, Tensor]:

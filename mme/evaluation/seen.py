@@ -10,7 +10,7 @@ Legend: B histories, n the events of them all.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,6 @@ from torch import Tensor
 from mme.data.batch import EvaluationBatch
 
 Seen = Literal["exclude", "include"]
-WARN_ABOVE = 0.01  # share of repeated targets under `exclude` from which the metrics say little without a warning
 
 
 def excluded_items(batch: EvaluationBatch, seen: Seen) -> tuple[Tensor, Tensor]:
@@ -37,13 +36,3 @@ def is_repeated(targets: Tensor, seen_ids: Tensor, seen_offsets: Tensor) -> Tens
     found = torch.zeros_like(targets)
     found.index_add_(0, history, (seen_ids == targets[history]).long())
     return found > 0
-
-
-def repeats_warning(record: dict[str, Any]) -> str | None:
-    """A line for the reader where `exclude` leaves too many targets out of every list; ``record``: an evaluation's."""
-    if record["seen"] == "include" or record["repeated_targets"] <= WARN_ABOVE:
-        return None
-    return (
-        f"warning: {record['repeated_targets']:.1%} of the {record['split']} targets are items that the user has had "
-        "before; eval.seen=exclude counts them as misses, eval.seen=include ranks them"
-    )

@@ -1,1 +1,1 @@
-"""report.html: the page of a run and its charts."""
+"""The report of a run, report.html, and comparisons of runs."""

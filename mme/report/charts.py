@@ -1,7 +1,7 @@
-"""Charts as Vega-Lite specifications, made with Altair and drawn in the page by Vega.
+"""Charts as Vega-Lite specifications, made with Altair and rendered by Vega in the page.
 
-Colours are the page's CSS variables (--c0 … --c7, --heat), so that charts follow its light and dark scheme. Text from
-files only ever becomes data or a label, never an expression or the name of a field.
+Colours are CSS variables of the page (--c0 … --c7, --heat), so that charts follow its light and dark scheme. Text from
+files is used only as data or label, never as an expression or field name.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import altair as alt
 from mme.errors import one_line
 
 NUM_COLOURS = 8
-MAX_POINTS = 600  # of a line: no screen shows more
+MAX_POINTS = 600  # points per line, about as many as a screen can show
 HEIGHT = 230
 CELL_HEIGHT = 24
-LABELLED_COLUMNS = 16  # of a heat map: with more, its numbers are shown on hover alone
+LABELLED_COLUMNS = 16  # a heat map with more columns shows its numbers only on hover
 
 Point = tuple[float, float]
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points (x, y) in rising x.
+    """Points (x, y) with ascending x.
 
     Attributes:
-        faint: the raw data behind a smoothed line.
-        marked: a dot on each point.
-        errors: half the height of a band around each point; None for none.
+        faint: draw faintly, as raw data behind a smoothed line.
+        marked: draw a dot at each point.
+        errors: half the height of a band around each point; None: no band.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Chart:
-    """A figure of the page: its Vega-Lite ``spec``, and the legend that the page writes above it."""
+    """A figure of the page: a Vega-Lite ``spec`` and the legend above it."""
 
     title: str
     spec: dict[str, Any]
@@ -62,11 +62,11 @@ def line_chart(
     rule_at: float | None = None,
     x_ticks: dict[float, str] | None = None,
 ) -> Chart | None:
-    """One chart; None where no line has a point.
+    """A line chart; None if no line has a point.
 
     Args:
-        rule_at: x of a dashed vertical line, such as the chosen checkpoint's step.
-        x_ticks: x → label; makes the x axis logarithmic.
+        rule_at: x of a dashed vertical line, such as the step of the chosen checkpoint.
+        x_ticks: labels by x; makes the x axis logarithmic.
     """
     lines = [line for line in lines if line.points]
     if not lines:
@@ -101,7 +101,7 @@ def line_chart(
 def heat_map(
     rows: Sequence[Sequence[float]], row_names: Sequence[str], column_names: Sequence[str], *, title: str
 ) -> Chart:
-    """A map of shares: the largest is darkest, 0 has no colour. Hovering shows row, column and percent."""
+    """A heat map of shares: the largest is darkest, and 0 has no colour. Hovering shows row, column and percent."""
     largest = max((share for row in rows for share in row), default=0.0) or 1.0
     cells = [
         {"row": one_line(name), "column": one_line(column), "share": significant(share), "text": f"{100 * share:.1f}"}
@@ -127,7 +127,7 @@ def heat_map(
 
 
 def bar_chart(groups: Sequence[str], lines: Sequence[Line], *, title: str, x_title: str) -> Chart | None:
-    """Bars side by side for each group; a line's points are (index of the group, value)."""
+    """A grouped bar chart; a line's points are (index of the group, value). None if no line has a point."""
     lines = [line for line in lines if line.points]
     if not lines:
         return None
@@ -157,7 +157,7 @@ def bar_chart(groups: Sequence[str], lines: Sequence[Line], *, title: str, x_tit
 
 
 def smoothed(points: Sequence[Point], share: float = 0.02) -> list[Point]:
-    """A mean with weights that fall exponentially over ``share`` of the points to either side, so that it does not lag."""
+    """A centred moving average whose weights decay exponentially over ``share`` of the points on either side."""
     decay = math.exp(-1 / max(1.0, share * len(points)))
     before, after = _decayed(points, decay), _decayed(points[::-1], decay)[::-1]
     return [
@@ -167,7 +167,7 @@ def smoothed(points: Sequence[Point], share: float = 0.02) -> list[Point]:
 
 
 def thinned(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """About ``limit`` of the points: the lowest and the highest of each of limit / 2 stretches, and the last."""
+    """About ``limit`` of the points: the minimum and maximum of each of limit / 2 intervals, and the last point."""
     if len(points) <= limit:
         return list(points)
     stretch = math.ceil(2 * len(points) / limit)
@@ -183,7 +183,7 @@ def significant(value: float) -> float:
 
 
 def _decayed(points: Sequence[Point], decay: float) -> list[tuple[float, float]]:
-    """Of each point and those before it, the weighted sum and the sum of the weights."""
+    """For each point, the weighted sum of it and all previous points, and the sum of the weights."""
     total = weight = 0.0
     sums = []
     for _, y in points:
@@ -193,7 +193,7 @@ def _decayed(points: Sequence[Point], decay: float) -> list[tuple[float, float]]
 
 
 def _rows(line: Line) -> list[dict[str, Any]]:
-    """A line's points as the rows of the chart's data."""
+    """The rows of the chart's data for a line's points."""
     kept = line.points if line.errors is not None else thinned(line.points)
     errors = line.errors if line.errors is not None else [None] * len(kept)
     return [
@@ -211,7 +211,7 @@ def _rows(line: Line) -> list[dict[str, Any]]:
 
 
 def _with_error(y: float, error: float | None) -> dict[str, Any]:
-    """The text of a value and, where it has an error, its interval, which does not reach below 0 for what can't be negative."""
+    """The text of a value and, with an error, its interval, which does not extend below 0 for values from 0 up."""
     if error is None:
         return {"value": f"{y:.4g}"}
     low = max(y - error, 0.0) if y >= 0 else y - error
@@ -230,7 +230,7 @@ def _y_axis(rows: list[dict[str, Any]]) -> alt.Axis:
 
 
 def _number_format(values: Iterable[float]) -> str:
-    """Of d3-format: 20k where the largest value has five digits or more, plain decimals otherwise."""
+    """A d3-format: 20k if the largest value has at least five digits, otherwise plain decimals."""
     return "~s" if max(map(abs, values)) >= 10_000 else ",.6~r"
 
 
@@ -241,7 +241,7 @@ def _x_scale(rows: list[dict[str, Any]], ticks: dict[float, str] | None) -> alt.
 
 
 def _hover(shared: alt.Chart, x: alt.X, y: alt.Y, colour: alt.Color, x_title: str) -> alt.Chart:
-    """A dot with a tooltip on the point that is nearest to the pointer."""
+    """A dot with a tooltip at the point nearest to the pointer."""
     nearest = alt.selection_point(
         name="hover", nearest=True, on="pointermove", clear="pointerout", empty=False, encodings=["x", "y"]
     )
@@ -262,6 +262,6 @@ def _hover(shared: alt.Chart, x: alt.X, y: alt.Y, colour: alt.Color, x_title: st
 def _spec(layers: list[Any], rows: list[dict[str, Any]], height: int) -> dict[str, Any]:
     chart = alt.layer(*layers, data=alt.Data(values=rows)).properties(width="container", height=height)
     spec = chart.to_dict()
-    for name in ("$schema", "config"):  # of Altair's release and theme; the page has its own
+    for name in ("$schema", "config"):  # depend on Altair's release and theme; the page sets its own
         del spec[name]
     return spec

@@ -1,7 +1,7 @@
-"""Several runs compared user by user, from the ranks that each keeps (`mme.evaluation.user_ranks`).
+"""Compares several runs user by user, from the ranks that each run saved (`mme.evaluation.user_ranks`).
 
-The first run is what the others are compared with: each difference of NDCG@10 has a 95% confidence interval and the p of a
-paired t-test over users, corrected for the number of comparisons by Holm's method (Scand. J. Statist. 6, 1979).
+The first run is the reference. The difference of NDCG@10 of every other run has a 95% confidence interval and the p-value of
+a paired t-test over users, corrected for the number of comparisons by Holm's method (Scand. J. Statist. 6, 1979).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SEGMENTS = {"popularity": "popularity of the target", "history": "events before 
 
 @dataclass(frozen=True)
 class Difference:
-    """Of a run's mean NDCG@10 from the first run's: half its 95% confidence interval, p, and p after Holm's correction."""
+    """A run's mean NDCG@10 minus the first run's: half its 95% confidence interval, p, and p after Holm's correction."""
 
     mean: float
     half_interval: float
@@ -42,10 +42,10 @@ class Compared:
     """One row of the comparison.
 
     Attributes:
-        metrics: metric → (mean, half the 95% confidence interval over users).
-        segments: "popularity" and "history" → the rows of `mme.evaluation.segments.group_means`.
-        coverage: share of the catalogue that is in any user's list of 10; None for popularity.
-        novelty: bits, mean over the users' lists; None for popularity.
+        metrics: (mean, half the 95% confidence interval over users) by metric.
+        segments: rows of `mme.evaluation.segments.group_means`, by "popularity" and "history".
+        coverage: share of the catalogue that occurs in any user's list of 10; None for popularity.
+        novelty: bits per item, averaged over the users' lists; None for popularity.
         difference: None for the first run and for popularity.
     """
 
@@ -59,10 +59,10 @@ class Compared:
 
 
 def compare(runs: Sequence[Path]) -> list[Compared]:
-    """Popularity, then the runs in their order.
+    """Rows for popularity and for the runs in their order.
 
     Raises:
-        UserError: a run has no readable ranks, or was evaluated on other targets or under another rule than the first.
+        UserError: a run has no readable ranks, or was evaluated with other targets or another `eval.seen` than the first.
     """
     ranks = [read_user_ranks(run) for run in runs]
     for run, of_run in zip(runs[1:], ranks[1:], strict=True):
@@ -85,14 +85,14 @@ def compare(runs: Sequence[Path]) -> list[Compared]:
 
 
 def paired_p(differences: Floats) -> float:
-    """Two-sided p of a paired t-test; 1 where no user differs or there is only one."""
+    """Two-sided p-value of a paired t-test; 1 if no user differs or there is only one."""
     if differences.size < 2 or not differences.any():
         return 1.0
     return float(stats.ttest_1samp(differences, 0.0).pvalue)
 
 
 def holm(ps: Sequence[float]) -> list[float]:
-    """Each p times the number of hypotheses that are not rejected before it, rising with p and at most 1.
+    """Each p-value times the number of hypotheses not rejected before it, monotone in p and at most 1.
 
     holm([0.01, 0.04, 0.03]) → [0.03, 0.06, 0.06]
     """
@@ -109,22 +109,22 @@ def as_markdown(rows: Sequence[Compared]) -> str:
     parts += [f"NDCG@10 by {title}\n\n{_markdown(*_segments(rows, name))}" for name, title in SEGMENTS.items()]
     first = next(row.name for row in rows if row.name != POPULARITY)
     notes = (
-        f"± is half a 95% confidence interval over users. ΔNDCG@10 is the difference from {_cell(first)}; p is that of a "
-        "paired t-test over users, then with Holm's correction. Coverage is the share of the catalogue in any list of 10; "
-        "novelty is in bits an item."
+        f"± is half a 95% confidence interval over users. ΔNDCG@10 is the difference from {_cell(first)}; p is the p-value of "
+        "a paired t-test over users, without and with Holm's correction. Coverage is the share of the catalogue that occurs "
+        "in any list of 10; novelty is in bits per item."
     )
     return "\n\n".join([*parts, notes]) + "\n"
 
 
 def as_latex(rows: Sequence[Compared]) -> str:
-    """The same tables for LaTeX with the package booktabs."""
+    """The same tables for LaTeX; they need the package booktabs."""
     parts = [_latex(*_results(rows))]
     parts += [f"% NDCG@10 by {title}\n{_latex(*_segments(rows, name))}" for name, title in SEGMENTS.items()]
     return "\n\n".join(parts) + "\n"
 
 
 def as_csv(rows: Sequence[Compared]) -> str:
-    """One line a run, metric and group of users ("all", "popularity: new", …), with unrounded numbers."""
+    """One line per run, metric and group of users ("all", "popularity: new", …), with unrounded numbers."""
     output = io.StringIO()
     writer = csv.writer(output, lineterminator="\n")
     writer.writerow(["run", "metric", "group", "users", "value", "half_interval", "difference", "p", "p_holm"])
@@ -158,10 +158,10 @@ def _require_same_targets(first: Path, expected: UserRanks, run: Path, found: Us
         if found.about.get(key) != expected.about.get(key):
             raise UserError(
                 f"{run}: was evaluated with other {what} than {first} ({found.about.get(key)}, expected "
-                f"{expected.about.get(key)}): their metrics can't be compared"
+                f"{expected.about.get(key)}): their metrics cannot be compared"
             )
     if not np.array_equal(found.user_row, expected.user_row):
-        raise UserError(f"{run}: has ranks of other users than {first}")
+        raise UserError(f"{run}: was evaluated on other users than {first}")
 
 
 def _row(name: str, about: str, ranks: Ints, of_run: UserRanks, **more: Any) -> Compared:
@@ -243,6 +243,6 @@ def _latex_text(text: str) -> str:
 
 
 def _spreadsheet_cell(text: str) -> str:
-    """A name that no spreadsheet takes for a formula."""
+    """Escapes a name that a spreadsheet would interpret as a formula."""
     text = one_line(text)
     return f"'{text}" if text[:1] in "=+-@" else text

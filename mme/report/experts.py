@@ -1,4 +1,4 @@
-"""The report's section on how the routers spread the tokens over the experts, and its warnings."""
+"""The report's section about the routers' distribution of tokens over experts, and its warnings."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from mme.run.monitor import greedy_experts, starved_experts
 
 
 def expert_warnings(last: dict[str, Any], top_k: int) -> list[str]:
-    """Experts that get almost no tokens or almost all, by the last record of the kind "experts" (empty: none)."""
+    """Warnings about experts that get almost no or almost all tokens; ``last``: the last "experts" record, or empty."""
     found = []
     for index, expert, share in starved_experts(last.get("load", [])):
         found.append(
-            f"Expert {expert} of block {last['blocks'][index]} is starved: it gets {share:.2%} of the tokens. Raise "
+            f"Expert {expert} of block {last['blocks'][index]} is starved: it gets {share:.2%} of the tokens. Increase "
             "model.moe.load_balance_coef or use fewer experts."
         )
     for index, expert, share in greedy_experts(last.get("load", []), top_k):
         found.append(
-            f"Expert {expert} of block {last['blocks'][index]} takes nearly all tokens: {share:.1%}, of at most "
-            f"{1 / top_k:.0%}. Raise model.moe.load_balance_coef to spread them."
+            f"Expert {expert} of block {last['blocks'][index]} gets nearly all tokens: {share:.1%} of at most "
+            f"{1 / top_k:.0%}. Increase model.moe.load_balance_coef to distribute them."
         )
     return found
 
 
 def experts_section(records: list[dict[str, Any]]) -> Section | None:
-    """The section, from the records of the kind "experts"; None without any."""
+    """The section for the records of the kind "experts"; None if there are none."""
     if not records:
         return None
     last = records[-1]
@@ -40,13 +40,13 @@ def experts_section(records: list[dict[str, Any]]) -> Section | None:
     columns = [f"expert {expert}" for expert in range(len(rows[0]))]
     charts: list[Chart | None] = [
         heat_map(rows, names, columns, title=f"Load of each expert at step {last['step']:,}"),
-        line_chart(_evenness_lines(records), title="Evenness of the load (1: every expert gets the same)"),
+        line_chart(_evenness_lines(records), title="Evenness of the load (1: all experts get the same)"),
     ]
     charts += [
         line_chart(_mean_of_views(records, name), title=title, from_zero=True)
         for name, title in {
-            "entropy": "Router entropy of a token, nats, mean of the views",
-            "dropped": "Share of the choices that found their expert full, mean of the views",
+            "entropy": "Router entropy per token in nats, mean over the views",
+            "dropped": "Share of choices dropped because the expert was full, mean over the views",
         }.items()
     ]
     note = (
@@ -65,7 +65,7 @@ def _evenness_lines(records: list[dict[str, Any]]) -> list[Line]:
 
 
 def _mean_of_views(records: list[dict[str, Any]], name: str) -> list[Line]:
-    """One line a block, of a figure recorded by block and view."""
+    """One line per block for a figure recorded by block and view."""
     blocks = records[-1]["blocks"]
     kept = [record for record in records if len(record.get(name) or []) == len(blocks)]
     return [
@@ -79,7 +79,7 @@ def _mean_of_views(records: list[dict[str, Any]], name: str) -> list[Line]:
 
 
 def _evenness(views: list[list[float]]) -> float:
-    """Entropy of the experts' load, mean of the views, as a share of the largest possible."""
+    """Entropy of the experts' load, averaged over the views, as a share of the maximum."""
     load = [sum(view[expert] for view in views) / len(views) for expert in range(len(views[0]))]
     entropy = -sum(share * math.log(share) for share in load if share > 0)
     return entropy / math.log(len(load)) if len(load) > 1 else 1.0

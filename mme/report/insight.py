@@ -1,4 +1,4 @@
-"""The report's section on what the model has learned, from the figures of `mme.evaluation.insight`."""
+"""The report's section about what the model learned, from the figures of `mme.evaluation.insight`."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from mme.report.sections import Rows, Section, section
 
 ROUTING_BY = {
     "view": "Experts by view",
-    "popularity": "Experts by popularity of the item (the first row holds the most popular tenth of the catalogue)",
+    "popularity": "Experts by popularity of the item (the first row is the most popular tenth of the catalogue)",
     "position": "Experts by position in the history, counted from the oldest event that the decoder reads",
 }
-LOG_SECONDS_PER_BUCKET = 0.301  # width of a bucket of time, see `kernels.relative_attention.reference.time_bucket`
+LOG_SECONDS_PER_BUCKET = 0.301  # width of a time bucket, see `kernels.relative_attention.reference.time_bucket`
 DAY_S, YEAR_S = 86_400, 31_557_600
 DURATIONS: dict[float, str] = {1: "1 s", 10: "10 s", 60: "1 min", 600: "10 min", 3600: "1 h", 21_600: "6 h", DAY_S: "1 d", 7 * DAY_S: "7 d",
              30 * DAY_S: "30 d", YEAR_S: "1 y", 10 * YEAR_S: "10 y"}  # fmt: skip
-LONGEST_GAP_S = 20 * YEAR_S  # of a run that did not record its own
+LONGEST_GAP_S = 20 * YEAR_S  # default for runs that did not record it
 
 
 def insight_section(found: dict[str, Any]) -> Section | None:
-    """The section; None where a run recorded no insight."""
+    """The section; None if the run recorded no insight."""
     if not found:
         return None
     charts: list[Chart | None] = [_spectra(found["singular_values"])]
     charts += [_time_weights(found), _position_weights(found)]
     if len(found["similarity"]) > 1:
         names = [f"view {view}" for view in range(len(found["similarity"]))]
-        title = "Similarity of the views' tables: linear CKA, 100 for tables that differ by rotation and scale alone"
+        title = "Similarity of the views' tables: linear CKA, 100 for tables that differ only by rotation and scale"
         charts.append(heat_map(found["similarity"], names, names, title=title))
     charts += _routing(found.get("routing"))
     ranks = ", ".join(f"{rank:.1f}" for rank in found["effective_rank"])
     notes = [
-        f"Effective rank of the tables, of {len(found['singular_values'][0])} possible: {ranks}. A table that collapses "
-        "has a few large singular values and a low effective rank."
+        f"Effective rank of the tables, at most {len(found['singular_values'][0])}: {ranks}. A collapsed table has a few "
+        "large singular values and a low effective rank."
     ]
     tables = [_view_ranking(found["ranking"])] if found.get("ranking") else []
     return section("What the model learned", charts, notes=notes, tables=tables)
@@ -51,7 +51,7 @@ def _spectra(singular_values: list[list[float]]) -> Chart | None:
 
 
 def _time_weights(found: dict[str, Any]) -> Chart | None:
-    """Up to the longest time between two events: the weights of longer ones were never trained."""
+    """The weights up to the longest time between two events; those beyond were never trained."""
     longest = found.get("longest_gap_s") or LONGEST_GAP_S
     buckets = int(math.log(max(longest, 2)) / LOG_SECONDS_PER_BUCKET) + 1
     lines = [
@@ -73,7 +73,7 @@ def _position_weights(found: dict[str, Any]) -> Chart | None:
         Line(f"block {block}", list(enumerate(weights)), colour=block)
         for block, weights in enumerate(found.get("position_weights", []))
     ]
-    return line_chart(lines, title="Attention weight by events between", x_title="events back")
+    return line_chart(lines, title="Attention weight by distance in events", x_title="events back")
 
 
 def _view_ranking(ranking: dict[str, Any]) -> Rows:

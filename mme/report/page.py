@@ -1,8 +1,8 @@
-"""report.html of one run or of several: a single file that needs no network and runs no script but its own.
+"""report.html of one or several runs: a single file that works offline.
 
-Everything comes from the runs' folders and, where it still exists, from the data set's dataset.json. What a run has not
-recorded is left out. The templates escape all text; the page's content security policy admits its own scripts and style
-by their hash and nothing else.
+All content comes from the runs' folders and, if it still exists, the data set's dataset.json. Figures that a run has not
+recorded are left out. The templates escape all text, and the page's content security policy admits only its own scripts and
+style, by their hashes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from mme.run.monitor import duration
 REPORT_FILE = "report.html"
 ASSETS = Path(__file__).parent / "assets"
 INTERVAL_NOTE = "± is half a 95% confidence interval over users."
-SCRIPTS = ("vega.min.js", "charts.js")  # Vega with Vega-Lite and Vega-Embed; what draws this page's charts
+SCRIPTS = ("vega.min.js", "charts.js")  # Vega with Vega-Lite and Vega-Embed; the code that embeds the page's charts
 
 
 def write_report(run: Path, output: Path | None = None) -> Path:
@@ -108,7 +108,7 @@ def _compared_page(runs: Sequence[Run]) -> str:
         if text
     ]
     if len({run.result.get("targets_sha256") for run in runs if run.result}) > 1:
-        warnings.insert(0, "The runs were evaluated on different targets: their metrics can't be compared.")
+        warnings.insert(0, "The runs were evaluated on different targets: their metrics cannot be compared.")
     rows = [
         (name, [figure(run.result, metric) for metric in METRICS] + [ratio(run.result.get(SELECTED_BY), run.baseline.get(SELECTED_BY))])
         for run, name in zip(runs, names, strict=True)
@@ -117,7 +117,7 @@ def _compared_page(runs: Sequence[Run]) -> str:
     settings = [{key: str(value) for key, value in flat(run.config).items()} for run in runs]
     differing = [key for key in settings[0] if len({of_run.get(key) for of_run in settings}) > 1]
     table = Rows([(key, [of_run.get(key, "–") for of_run in settings]) for key in differing], head=names)
-    sections = [compared_training_section(runs, names), Section("What differs in the configuration", tables=[table])]
+    sections = [compared_training_section(runs, names), Section("Configuration differences", tables=[table])]
     return _rendered(
         "runs.html",
         title=f"{len(runs)} runs",
@@ -129,7 +129,7 @@ def _compared_page(runs: Sequence[Run]) -> str:
 
 
 def _distinct_names(runs: Sequence[Run]) -> list[str]:
-    """The folders' names, or their paths where two have the same name."""
+    """The folders' names, or their paths if two have the same name."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
 
@@ -166,7 +166,7 @@ def _environment() -> Environment:
 
 
 def _printable(value: Any) -> Any:
-    """What each expression of the templates passes through, before it is escaped."""
+    """Filters every expression of the templates before it is escaped."""
     return printable_lines(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
@@ -193,7 +193,7 @@ def _place(run: Run) -> str:
 
 
 def _run_info(run: Run) -> dict[str, Any]:
-    """The newest record of the kind "run": a resumed run has several."""
+    """The newest record of the kind "run", of which a resumed run has several."""
     return next(iter(reversed(run.of_kind("run"))), {})
 
 
@@ -251,11 +251,11 @@ def _result_notes(run: Run) -> list[str]:
     facts += [f"{name}: {record[key]}" for key, name in names.items() if record.get(key)]
     notes = ["; ".join(facts) + ".", _seen_rule(record)]
     if record.get("repeated_targets") is not None:
-        notes.append(f"{record['repeated_targets']:.2%} of the targets repeat an item of the user's history.")
+        notes.append(f"{record['repeated_targets']:.2%} of the targets are items of the user's history.")
     if record.get("standard_errors"):
         notes.append(INTERVAL_NOTE)
     if run.oracle:
-        notes.append("The oracle knows the process that generated the data: no model can do better on average.")
+        notes.append("The oracle knows the process that generated the data, so no model can be better on average.")
     return [" ".join(notes)]
 
 
@@ -267,11 +267,11 @@ def _compared_notes(runs: Sequence[Run]) -> list[str]:
 
 def _seen_rule(record: dict[str, Any]) -> str:
     return {
-        "exclude": "Items that the user had before are not ranked, so that a target that repeats one is a miss.",
+        "exclude": "Items of the user's history are not ranked, so a target among them is a miss.",
         "include": "All items of the catalogue are ranked.",
     }.get(
         record.get("seen") or "",
-        "Items that the user had before are not ranked, except for the target.",  # of runs that don't state it
+        "Items of the user's history are not ranked, except for the target.",  # runs that do not record `seen`
     )
 
 
@@ -293,7 +293,7 @@ def _setup(run: Run) -> list[Rows]:
 
 
 def _command(run: Run) -> str:
-    """The command that trains the same model again into another folder."""
+    """The command that trains the same model again in another folder."""
     words = ["mme", "train", "--config", str(run.folder / CONFIG_FILE), f"output_dir={run.folder}-again"]
     processes = _run_info(run).get("world_size", 1)
     if processes > 1:

@@ -1,4 +1,4 @@
-"""What a run's folder says: its records, its test results beside the baseline, and what a reader should be warned of."""
+"""Reads a run's folder: its records, its test results beside the baseline, and warnings about them."""
 
 from __future__ import annotations
 
@@ -12,24 +12,21 @@ from rich.table import Table
 
 from mme.config import CONFIG_FILE, Config, load_saved_config
 from mme.errors import UserError
+from mme.evaluation.record import METRICS, POPULARITY, SELECTED_BY, repeats_warning
 from mme.files import read_json, read_text
 from mme.run.metrics_file import METRICS_FILE, read_metrics
 
-METRICS = ["hr@10", "hr@50", "ndcg@10", "ndcg@50", "mrr"]
-POPULARITY = "popularity"
-SELECTED_BY = "ndcg@10"  # the metric that chooses the checkpoint
 Z_95 = 1.96  # standard errors in half a 95% confidence interval of a normal distribution
-MANY_REPEATS = 0.01  # share of repeated targets from which the choice of `eval.seen` matters
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run's folder as read.
+    """The content of a run's folder.
 
     Attributes:
-        results: model → its last record on the test split, or on the validation split where none was tested; the
+        results: the last record of each model on the test split, or on the validation split if there was no test; the
             trained model comes first.
-        oracle: metric → the value that knowledge of the true process reaches, for a generated data set.
+        oracle: for a generated data set, the value of each metric that knowledge of the true process reaches.
     """
 
     folder: Path
@@ -46,12 +43,12 @@ class Run:
 
     @property
     def model(self) -> str:
-        """The trained model's name in the records; empty where none was evaluated."""
+        """The trained model's name in the records; empty if it was not evaluated."""
         return next((name for name in self.results if name != POPULARITY), "")
 
     @property
     def result(self) -> dict[str, Any]:
-        """The trained model's record; empty where it was not evaluated."""
+        """The trained model's record; empty if it was not evaluated."""
         return self.results.get(self.model, {})
 
     @property
@@ -80,10 +77,10 @@ def read_run(folder: Path) -> Run:
         UserError: the folder does not exist, or one of its files is missing or damaged.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such run folder (made by `mme train`, as output_dir)")
+        raise UserError(f"{folder}: no such run folder (`mme train` makes it, as output_dir)")
     records = read_metrics(folder / METRICS_FILE)
     if not records:
-        raise UserError(f"{folder / METRICS_FILE}: empty: expected the metrics of a run (made by `mme train`)")
+        raise UserError(f"{folder / METRICS_FILE}: empty, expected the metrics of a run made by `mme train`")
     config = load_saved_config(folder)
     dataset = _dataset_info(Path(config.data.path))
     results = _results(records)
@@ -92,10 +89,10 @@ def read_run(folder: Path) -> Run:
 
 
 def result_rows(run: Run, *, intervals: bool = True) -> list[tuple[str, list[str]]]:
-    """(name, one text per metric) of each model, of the model's lift over popularity and of the oracle.
+    """Rows (name, one text per metric) for each model, the model's lift over popularity, and the oracle.
 
     Args:
-        intervals: with confidence intervals, where they are recorded.
+        intervals: add recorded confidence intervals.
     """
     rows = [
         (name, [figure(record if intervals else {metric: record.get(metric)}, metric) for metric in METRICS])
@@ -109,7 +106,7 @@ def result_rows(run: Run, *, intervals: bool = True) -> list[tuple[str, list[str
 
 
 def results_table(run: Run) -> Table | None:
-    """`result_rows` for a terminal, without intervals so that they fit 80 columns; None without results."""
+    """The table of `result_rows` for a terminal, without intervals so that it fits 80 columns; None without results."""
     if not run.results:
         return None
     title = f"{run.folder}: {run.split} metrics at step {run.step:,}"
@@ -123,30 +120,23 @@ def results_table(run: Run) -> Table | None:
 
 
 def below_popularity(run: Run) -> str | None:
-    """A sentence on a model that ends below the baseline; None for one that does not."""
+    """A warning about a model that is worse than the baseline; None otherwise."""
     reached, baseline = run.result.get(SELECTED_BY), run.baseline.get(SELECTED_BY)
     if reached is None or baseline is None or reached >= baseline:
         return None
     return (
-        f"{run.model} ends below popularity: {run.split} {SELECTED_BY.upper()} {reached:.4f}, popularity {baseline:.4f}. "
-        "Don't use its recommendations: train longer, or change train.lr and the model."
+        f"{run.model} is worse than popularity: {run.split} {SELECTED_BY.upper()} {reached:.4f}, popularity {baseline:.4f}. "
+        "Do not use its recommendations: train longer, or change train.lr and the model."
     )
 
 
 def repeats(run: Run) -> str | None:
-    """A sentence on repeated targets that all count as misses; None where they are few or are ranked."""
-    record = next(iter(run.results.values()), {})
-    share = record.get("repeated_targets")
-    if record.get("seen") != "exclude" or share is None or share <= MANY_REPEATS:
-        return None
-    return (
-        f"{share:.1%} of the targets repeat an item of the user's history. With eval.seen=exclude each of them counts as a "
-        "miss; eval.seen=include ranks all items."
-    )
+    """See `mme.evaluation.record.repeats_warning`."""
+    return repeats_warning(next(iter(run.results.values()), {}))
 
 
 def figure(record: dict[str, Any], metric: str) -> str:
-    """A metric to four places, with half its 95% confidence interval where its standard error is recorded."""
+    """A metric to four places, with half its 95% confidence interval if its standard error is recorded."""
     value, error = record.get(metric), record.get("standard_errors", {}).get(metric)
     if value is None:
         return "–"
@@ -167,13 +157,13 @@ def _results(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def _dataset_info(path: Path) -> dict[str, Any]:
     try:
         info = read_json(path / "dataset.json")
-    except (OSError, ValueError):  # moved, removed or replaced since: the report does without
+    except (OSError, ValueError):  # the data set may have been moved, removed or replaced; the report leaves it out
         return {}
     return info if isinstance(info, dict) else {}
 
 
 def _oracle(dataset: dict[str, Any], result: dict[str, Any]) -> dict[str, float]:
-    """What the oracle of a generated data set reaches on the events that ``result`` was measured on, if known."""
+    """The oracle's metrics on the targets of ``result``, if the generated data set states them."""
     by_split = dataset.get("oracle")
     if result.get("protocol") != "leave_two_out" or not isinstance(by_split, dict):
         return {}

@@ -1,4 +1,4 @@
-"""The parts that a section of the page is made of; the templates write them as HTML."""
+"""The content of the page's sections, which the templates turn into HTML."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mme.report.charts import Chart
 
 @dataclass(frozen=True)
 class Rows:
-    """A table: ``rows`` of (name, cells), under ``head`` where there is one.
+    """A table: ``rows`` of (name, cells), below an optional ``head``.
 
     Attributes:
-        strong: the row that is set off.
-        text: the cells are texts that may wrap, not numbers; such a table stands below the charts.
+        strong: the row to emphasise.
+        text: whether the cells are texts that may wrap, instead of numbers; such a table is placed below the charts.
     """
 
     rows: Sequence[tuple[str, Sequence[str]]]
@@ -27,7 +27,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Section:
-    """A card of the page: notes, tables of numbers, then charts, two in a row where the screen is wide."""
+    """A card of the page: notes, tables of numbers, then charts, two per row on a wide screen."""
 
     title: str
     notes: Sequence[str] = ()
@@ -38,11 +38,11 @@ class Section:
 def section(
     title: str, charts: Iterable[Chart | None], *, notes: Sequence[str] = (), tables: Sequence[Rows] = ()
 ) -> Section | None:
-    """A section with the charts that have something to show; None where nothing is left of it."""
+    """A section with the charts that are not None; None if it has neither charts nor tables."""
     drawn = [chart for chart in charts if chart is not None]
     return Section(title, notes, tables, drawn) if drawn or tables else None
 
 
 def points(records: Iterable[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """(step, value) of the records that have the key."""
+    """(step, value) of the records that contain ``key``."""
     return [(record["step"], record[key]) for record in records if record.get(key) is not None]

@@ -1,4 +1,4 @@
-"""Text from files as the page shows it: control characters are escaped, and words of a command quoted for a shell."""
+"""Makes text from files safe to show: escapes control characters and quotes words of a command for a shell."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from mme.errors import one_line
 
 
 def printable_lines(text: str) -> str:
-    """A text of several lines with each line as `mme.errors.one_line` writes it."""
+    """A text of several lines, each escaped by `mme.errors.one_line`."""
     return "\n".join(map(one_line, text.split("\n")))
 
 
 def shell_command(words: Sequence[str]) -> str:
-    """A command line for bash, on one line whatever the words hold."""
+    """A command for bash, on one line even if words contain line breaks."""
     return " ".join(map(_shell_word, words))
 
 
@@ -28,5 +28,5 @@ def _shell_word(word: str) -> str:
 
 
 def _ansi_c(char: str) -> str:
-    """The bytes of a character as the escapes of bash's $'…'."""
+    """The bytes of a character as escapes within bash's $'…'."""
     return "".join(f"\\x{byte:02x}" for byte in char.encode(errors="surrogateescape"))

@@ -13,7 +13,7 @@ CURVES = {"ndcg@10": "Validation NDCG@10", "hr@10": "Validation HR@10"}
 
 
 def training_section(run: Run) -> Section | None:
-    """Loss, validation metrics with the chosen checkpoint, throughput and waiting of one run."""
+    """Loss, validation metrics with the chosen checkpoint, throughput and waiting time of one run."""
     train = run.of_kind("train")
     loss = points(train, "loss")
     chosen = _chosen_step(run)
@@ -35,7 +35,7 @@ def training_section(run: Run) -> Section | None:
 
 
 def compared_training_section(runs: Sequence[Run], names: Sequence[str]) -> Section | None:
-    """The same curves with a line for each run."""
+    """The same curves with one line per run."""
     loss, rate = [], []
     by_metric: dict[str, list[Line]] = {metric: [] for metric in CURVES}
     for colour, (run, name) in enumerate(zip(runs, names, strict=True)):
@@ -56,7 +56,7 @@ def compared_training_section(runs: Sequence[Run], names: Sequence[str]) -> Sect
 
 
 def metric_line(name: str, records: Sequence[dict[str, Any]], metric: str, colour: int) -> Line:
-    """A metric over the steps, with its 95% confidence interval where every record has a standard error."""
+    """A metric over the steps, with its 95% confidence interval if every record has a standard error."""
     kept = [record for record in records if record.get(metric) is not None]
     errors = [record.get("standard_errors", {}).get(metric) for record in kept]
     band = [Z_95 * error for error in errors] if errors and None not in errors else None
@@ -64,14 +64,14 @@ def metric_line(name: str, records: Sequence[dict[str, Any]], metric: str, colou
 
 
 def _chosen_step(run: Run) -> int | None:
-    """The step of the tested checkpoint, where validation chose it."""
+    """The step of the tested checkpoint if validation chose it; None otherwise."""
     valid = any(record.get("split") == "valid" for record in run.of_kind("eval"))
     return run.step if valid and run.split == "test" else None
 
 
 def _waiting(train: Sequence[dict[str, Any]]) -> Chart | None:
     lines = [
-        Line("waiting in collectives, mean of the ranks", points(train, "wait_ms")),
+        Line("waiting in collectives, mean over the ranks", points(train, "wait_ms")),
         Line("slowest rank beyond the mean", points(train, "straggler_ms"), colour=1),
     ]
-    return line_chart(lines, title="Waiting in a step, ms", from_zero=True)
+    return line_chart(lines, title="Waiting per step, ms", from_zero=True)

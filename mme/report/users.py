@@ -1,4 +1,4 @@
-"""The report's section on the users that a result is made of: metrics by segment, and examples."""
+"""The report's section about users: metrics by segment, and examples."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from mme.report.results import SELECTED_BY, Z_95, Run
 from mme.report.sections import Rows, Section, section
 
 SEGMENTS = {
-    "popularity": ("NDCG@10 by popularity of the target", "place of the target in the order of popularity"),
+    "popularity": ("NDCG@10 by popularity of the target", "popularity rank of the target"),
     "history": ("NDCG@10 by length of the history", "events before the target"),
 }
 
 
 def users_section(run: Run) -> Section | None:
-    """NDCG@10 of the model and of popularity by segment, and example users; None where none was recorded."""
+    """NDCG@10 of the model and of popularity by segment, and example users; None if neither was recorded."""
     charts = [_by_segment(run, kind, title, x_title) for kind, (title, x_title) in SEGMENTS.items()]
     examples = run.result.get("examples") or []
     tables = [_examples(examples)] if examples else []
-    return section("Who it works for", charts, notes=["Bars with 95% confidence intervals over users."], tables=tables)
+    return section("Results by user", charts, notes=["Bars with 95% confidence intervals over users."], tables=tables)
 
 
 def _by_segment(run: Run, kind: str, title: str, x_title: str) -> Chart | None:
     by_model = {
         name: record.get("segments", {}).get(kind, []) for name, record in run.results.items() if record.get("segments")
     }
-    groups: dict[str, int] = {}  # in the order of the records → users
+    groups: dict[str, int] = {}  # number of users by group, in the order of the records
     for rows in by_model.values():
         for row in rows:
             groups.setdefault(row["group"], row["users"])
@@ -52,8 +52,10 @@ def _examples(examples: list[dict[str, Any]]) -> Rows:
         )
         for example in examples
     ]
-    head = ["newest events", "first items of the list", "target", "its rank"]
-    return Rows(rows, head=head, title="Example users, from the best to the worst ranked target of a batch", text=True)
+    head = ["newest events", "top of the list", "target", "its rank"]
+    return Rows(
+        rows, head=head, title="Example users of a batch, from the best to the worst rank of the target", text=True
+    )
 
 
 def _rank(rank: int | None) -> str:

@@ -119,9 +119,7 @@ def columns_of(world: World, sharding: str) -> set[int]:
 
 def test_rowwise_adagrad_keeps_rows_whole() -> None:
     """A row that is cut by columns would have a state a piece: another optimizer, which another sharding cannot resume."""
-    with pytest.raises(
-        UserError, match=r"column_wise: train\.table_optimizer=rowwise_adagrad has one state for a whole row"
-    ):
+    with pytest.raises(UserError, match=r"column_wise: train\.table_optimizer=rowwise_adagrad has one state per row"):
         load_config(
             None, ["data.path=unused", "train.table_optimizer=rowwise_adagrad", "parallel.table_sharding=column_wise"]
         )

@@ -9,7 +9,8 @@ import torch
 
 from mme.evaluation.metrics import UNRANKED, rank_metrics, standard_errors
 from mme.evaluation.popularity import popularity_ranks
-from mme.evaluation.seen import is_repeated, repeats_warning
+from mme.evaluation.record import METRICS, repeats_warning
+from mme.evaluation.seen import is_repeated
 
 
 def test_metrics_by_hand() -> None:
@@ -40,7 +41,7 @@ def test_popularity_ranks_unseen_items_by_count_then_index() -> None:
     assert ranks.tolist() == [1, 4, 1, UNRANKED]  # the last target was seen
 
 
-def test_repeated_targets_are_told_by_the_whole_history() -> None:
+def test_repeated_targets_are_found_in_the_whole_history() -> None:
     assert is_repeated(torch.tensor([4, 4, 4, 4]), SEEN_IDS, SEEN_OFFSETS).tolist() == [True, False, True, False]
     assert is_repeated(torch.tensor([1, 0, 0, 2]), SEEN_IDS, SEEN_OFFSETS).tolist() == [True, False, False, True]
 
@@ -59,5 +60,5 @@ def test_standard_errors_are_those_of_the_means() -> None:
     errors = standard_errors(ranks)
     hits = [1, 1, 1, 0, 0]
     assert errors["hr@10"] == pytest.approx((sum((hit - 0.6) ** 2 for hit in hits) / 4) ** 0.5 / 5**0.5)
-    assert set(errors) == set(rank_metrics(ranks))
+    assert set(errors) == set(rank_metrics(ranks)) == set(METRICS)
     assert set(standard_errors(ranks[:1]).values()) == {0.0}

@@ -144,7 +144,7 @@ def test_a_users_token_counts_in_max_seq_len() -> None:
     ("options", "message"),
     [
         (["model.event_features=[a,a]"], "model.event_features names a twice"),
-        (["model.event_features=[user_id]"], "model.event_features names user_id, which belongs to users"),
+        (["model.event_features=[user_id]"], "model.event_features names user_id, which is a feature of users"),
         (["model.user_features=[a]", "data.max_seq_len=1"], r"data.max_seq_len \(1\) must be at least 2"),
     ],
 )

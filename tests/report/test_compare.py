@@ -1,4 +1,4 @@
-"""Several runs compared user by user."""
+"""Comparing several runs user by user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The report of a run, from the files that a run leaves."""
+"""The report of a run, made from the files in its folder."""
 
 from __future__ import annotations
 
@@ -72,9 +72,9 @@ def test_expert_that_takes_all_is_named(tmp_path: Path) -> None:
     load = [[[0.02, 0.5, 0.48], [0.04, 0.42, 0.54]], [[0.4, 0.3, 0.3], [0.3, 0.3, 0.4]]]
     records = [RUN, {"kind": "experts", "step": 1, "blocks": [0, 1], "load": load}]
     page = Page(write_report(write_run(tmp_path / "run", records, "model.moe.num_experts=3")))
-    assert "Expert 1 of block 0 takes nearly all tokens: 46.0%, of at most 50%" in page.text
-    assert "Expert 2 of block 0 takes nearly all tokens: 51.0%" in page.text
-    assert page.text.count("takes nearly all") == 2 and "starved: it gets 3.00%" in page.text
+    assert "Expert 1 of block 0 gets nearly all tokens: 46.0% of at most 50%" in page.text
+    assert "Expert 2 of block 0 gets nearly all tokens: 51.0%" in page.text
+    assert page.text.count("gets nearly all") == 2 and "starved: it gets 3.00%" in page.text
 
 
 def test_what_the_model_learned_is_shown(tmp_path: Path) -> None:
@@ -102,14 +102,14 @@ def test_time_weights_end_at_the_longest_time_between_events(tmp_path: Path) -> 
     page = Page(write_report(write_run(tmp_path / "run", [*train_records(), record])))
     (spec,) = [spec for spec in page.charts if "time between events, s" in json.dumps(spec)]
     xs = [row["x"] for row in spec["data"]["values"]]
-    assert min(xs) == 1 and 86_400 / 1.36 < max(xs) <= 86_400  # a bucket is 1.35 times as long as the one before
+    assert min(xs) == 1 and 86_400 / 1.36 < max(xs) <= 86_400  # each bucket is 1.35 times as long as the previous one
 
 
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        ({}, "Items that the user had before are not ranked, except for the target."),
-        ({"seen": "exclude"}, "so that a target that repeats one is a miss."),
+        ({}, "Items of the user's history are not ranked, except for the target."),
+        ({"seen": "exclude"}, "so a target among them is a miss."),
         ({"seen": "include"}, "All items of the catalogue are ranked."),
     ],
 )
@@ -118,22 +118,22 @@ def test_report_says_what_was_ranked(tmp_path: Path, more: dict[str, str], sente
     assert sentence in Page(write_report(write_run(tmp_path / "run", [record]))).text
 
 
-def test_many_repeated_targets_are_warned_of_where_they_count_as_misses(tmp_path: Path) -> None:
+def test_many_repeated_targets_give_a_warning_if_they_count_as_misses(tmp_path: Path) -> None:
     record = evaluation("fuxi-mme", "test", 200, 0.11, seen="exclude", repeated_targets=0.24)
     page = Page(write_report(write_run(tmp_path / "excluded", [record])))
-    assert "24.0% of the targets repeat an item" in page.text and "eval.seen=include ranks all items" in page.text
+    assert "24.0% of the test targets are items" in page.text and "eval.seen=include ranks them" in page.text
     page = Page(write_report(write_run(tmp_path / "included", [record | {"seen": "include"}])))
-    assert "Warnings" not in page.text and "24.00% of the targets repeat an item" in page.text
+    assert "Warnings" not in page.text and "24.00% of the targets are items" in page.text
 
 
-def test_run_below_popularity_is_warned_of_first(tmp_path: Path) -> None:
+def test_a_run_below_popularity_gives_the_first_warning(tmp_path: Path) -> None:
     records = [RUN, EXPERTS, evaluation("hstu", "test", 20, 0.01), evaluation("popularity", "test", 20, 0.022)]
     page = Page(write_report(write_run(tmp_path / "run", records)))
     warnings = page.text[page.text.index("Warnings") + len("Warnings") :].strip()
-    assert warnings.startswith("hstu ends below popularity: test NDCG@10 0.0100, popularity 0.0220.")
+    assert warnings.startswith("hstu is worse than popularity: test NDCG@10 0.0100, popularity 0.0220.")
 
 
-def test_confidence_intervals_stand_in_the_table_and_around_the_curves(tmp_path: Path) -> None:
+def test_confidence_intervals_are_in_the_table_and_around_the_curves(tmp_path: Path) -> None:
     errors = {"standard_errors": {"ndcg@10": 0.01}}
     records = [record | errors for record in EVALUATIONS]
     page = Page(write_report(write_run(tmp_path / "run", records)))

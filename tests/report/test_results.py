@@ -65,7 +65,7 @@ def test_the_last_lines_of_training_warn_of_a_model_below_popularity(
     baseline = evaluation("popularity", "test", 9, 0.05)
     print_results(write_run(tmp_path / "bad", [RUN, evaluation("fuxi-mme", "test", 9, 0.02), baseline]))
     *_, warning, report = capsys.readouterr().out.splitlines()
-    assert warning.startswith("warning: fuxi-mme ends below popularity: test NDCG@10 0.0200, popularity 0.0500.")
+    assert warning.startswith("warning: fuxi-mme is worse than popularity: test NDCG@10 0.0200, popularity 0.0500.")
     assert report == f"report: {tmp_path / 'bad' / 'report.html'}"
     print_results(write_run(tmp_path / "good", [RUN, evaluation("fuxi-mme", "test", 9, 0.06), baseline]))
     assert "warning" not in capsys.readouterr().out
