@@ -1,4 +1,4 @@
-# The environment of `make setup`, in an image.
+# An image with the environment of `make setup`.
 #
 #   docker build -t mme .
 #   docker run --gpus all --ipc host --user "$(id -u):$(id -g)" -v "$PWD/runs:/opt/mme/runs" mme make train
@@ -7,7 +7,7 @@
 ARG BASE=nvidia/cuda:13.0.1-base-ubuntu24.04
 FROM ${BASE}
 
-# A C compiler and Python's headers: Triton and torch.compile build launchers with them at run time.
+# Triton and torch.compile need a C compiler and Python's headers to build launchers at run time.
 RUN apt-get update \
     && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
         python3 python3-venv python3-dev gcc g++ make git \
@@ -17,13 +17,13 @@ WORKDIR /opt/mme
 
 COPY . .
 
-# No driver answers while an image is built, so the build is named: cuda or cpu.
+# No driver answers during the build of an image, so STACK selects cuda or cpu.
 ARG STACK=cuda
 ARG TORCH_INDEX_URL=
 ENV MME_STACK=${STACK} PIP_NO_CACHE_DIR=1
 RUN TORCH_INDEX_URL="${TORCH_INDEX_URL}" scripts/setup_environment.sh
 
-# Jobs need no rights over the code. With --user, too, caches find a home that can be written to.
+# Jobs do not need to write to the code. The home folder is writable for any --user, because caches need it.
 RUN useradd --uid 10001 --create-home mme \
     && chmod 1777 /home/mme \
     && mkdir -p datasets runs \

@@ -1,7 +1,7 @@
 """Installs the packages mme, kernels and launcher and their commands.
 
-`make setup` installs the pinned environment of requirements/. This file serves `pip install .`: it names what each use needs by
-ranges, and puts configurations and pins into the wheel, so that the commands work away from a checkout.
+`make setup` installs the pinned environment of requirements/. `pip install .` uses this file instead: it lists version ranges
+for each extra, and puts configurations and pins into the wheel, so that the commands work outside a checkout.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 
-TRAINING = [  # what torchrec asks for besides FBGEMM, named here because the CPU build installs torchrec without it
+TRAINING = [  # torchrec's dependencies except FBGEMM; the CPU build installs torchrec without its dependencies
     "deepspeed>=0.19.8",
     "iopath>=0.1.10",
     "pyre-extensions>=0.0.32",
@@ -29,7 +29,7 @@ class BuildWithShippedFiles(build_py):
 
     def run(self) -> None:
         super().run()
-        if self.editable_mode:  # the checkout has them
+        if self.editable_mode:  # the checkout contains the files
             return
         for folder, pattern in (("configs", "*.yaml"), ("requirements", "*.txt")):
             target = Path(self.build_lib) / "mme" / "shipped_files" / folder

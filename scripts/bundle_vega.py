@@ -1,6 +1,6 @@
 """Writes mme/report/assets/vega.min.js, the scripts that draw a report's charts, from the pinned vl-convert-python.
 
-Run it after vl-convert-python has another pin in requirements/dev.txt:
+Run it after changing the pin of vl-convert-python in requirements/dev.txt:
 
     .venv/bin/python scripts/bundle_vega.py
 """
@@ -14,7 +14,7 @@ import vl_convert
 BUNDLE = Path(__file__).resolve().parents[1] / "mme" / "report" / "assets" / "vega.min.js"
 
 
-# In 6.4 the tooltip of a text field reads "undefined" on the mark that is nearest to the pointer.
+# In 6.4 the tooltip of a text field shows "undefined" on the mark nearest to the pointer.
 VEGA_LITE = "6.1"
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the wheel, installs it into a clean environment as a user would, and prepares, trains and evaluates away from the
-# checkout. What the extras resolve to is held to the pins of requirements/common.txt.
+# Builds the wheel, installs it into a clean environment as a user would, and prepares, trains and evaluates outside the
+# checkout. The extras are constrained to the pins of requirements/common.txt.
 #
 #   scripts/check_wheel.sh [FOLDER]   default: a temporary folder, removed afterwards
 set -euo pipefail
@@ -27,7 +27,7 @@ grep -vE '^(-|#)' requirements/build.txt | sed -E 's/ +--hash=.*|\\$//' | grep =
 pip install -r "$folder/build.txt"
 pip install --no-build-isolation -c "$folder/pins.txt" "$wheel[cpu]"
 torchrec=$(grep -oE '^torchrec==[0-9.]+' requirements/cpu.txt)
-pip install --no-deps "$torchrec" # it names the CUDA build of FBGEMM
+pip install --no-deps "$torchrec" # its metadata require the CUDA build of FBGEMM
 pip install --force-reinstall --no-deps "$wheel"
 
 cd "$folder" && rm -rf datasets runs
@@ -38,4 +38,4 @@ mme=$folder/env/bin/mme
 "$folder/env/bin/mme-launch" run --config configs/quickstart.yaml train.epochs=1 --nproc-per-node 2
 "$mme" evaluate --run runs/quickstart
 "$folder/env/bin/mme-launch" plan --config configs/quickstart.yaml --nnodes 1 --gpu h100-80g >/dev/null
-echo "wheel: installed, trained and evaluated away from the checkout"
+echo "wheel: installed, trained and evaluated outside the checkout"

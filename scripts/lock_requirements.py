@@ -1,10 +1,10 @@
 """Writes requirements/locked/: the pins of requirements/ with the SHA-256 of every file that PyPI serves for them.
 
-    python scripts/lock_requirements.py     after a pin has changed; needs uv (pip install uv)
+    python scripts/lock_requirements.py     run after changing a pin; needs uv (pip install uv)
 
-`make setup` installs from there with `pip --require-hashes`, so that a file that was exchanged in an index is refused. The
-hashes are of all files of a version, for every platform and CPython 3.10 to 3.13. `torch-STACK.txt` has torch as PyPI serves it,
-for CUDA, with the CUDA libraries that it needs.
+`make setup` installs from there with `pip --require-hashes`, so that pip rejects a file that was replaced in an index. The
+hashes cover all files of a version, for every platform and CPython 3.10 to 3.13. `torch-STACK.txt` contains PyPI's torch for
+CUDA with the CUDA libraries that it needs.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def lock_torch(stack: str) -> None:
-    """torch of a stack, and what it needs that no other file pins."""
+    """Locks torch of a stack and its dependencies that no other file pins."""
     elsewhere, constraints = set(), []
     for name in ("build", "common", stack):
         for line in (REQUIREMENTS / f"{name}.txt").read_text().splitlines():
@@ -56,7 +56,7 @@ def lock_torch(stack: str) -> None:
 
 
 def compile_pins(pins: list[str], *options: str) -> str:
-    """uv's answer to ``pins``, from PyPI alone whatever index pip is configured to ask."""
+    """Compiles ``pins`` with uv, using only PyPI regardless of pip's configuration."""
     command = [
         "uv",
         "pip",
@@ -78,7 +78,7 @@ def compile_pins(pins: list[str], *options: str) -> str:
 
 
 def blocks(text: str) -> list[str]:
-    """Each requirement with its hashes, over several lines."""
+    """Splits a requirements file into requirements with their lines of hashes."""
     return re.findall(r"^\S[^\n]*==[^\n]*\n(?:[ \t]+[^\n]*\n?)*", text, re.MULTILINE)
 
 

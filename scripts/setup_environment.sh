@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Creates .venv and installs the pinned dependencies, this project and its commands (mme, mme-launch) into it.
 #
-# Settings, all optional, from the environment:
-# MME_STACK: cuda or cpu; default: the CUDA build where an NVIDIA driver answers, the CPU build elsewhere.
-# PYTHON: the interpreter to use (CPython 3.10 to 3.13); default: python3, else the newest of python3.13 … python3.10.
-# TORCH_INDEX_URL: the package index to take torch, and nothing else, from. The ordinary index serves torch for CUDA on
-#   Linux; PyTorch's own CPU index serves the CPU build without gigabytes of CUDA packages.
-# TORCH_SHA256: of the torch wheel of that index, to be required. All other files are checked against
-#   requirements/locked/, which knows what PyPI serves.
-# Does nothing where .venv already holds exactly this.
+# Optional environment variables:
+# MME_STACK: cuda or cpu; default: cuda if an NVIDIA driver answers, otherwise cpu.
+# PYTHON: the interpreter (CPython 3.10 to 3.13); default: python3, otherwise the newest of python3.13 … python3.10.
+# TORCH_INDEX_URL: the package index for torch only. The default index serves torch for CUDA on Linux; PyTorch's CPU index
+#   serves the CPU build without gigabytes of CUDA packages.
+# TORCH_SHA256: the required hash of the torch wheel from that index. All other files are checked against
+#   requirements/locked/, which contains the hashes of PyPI's files.
+# Does nothing if .venv is up to date.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -21,12 +21,12 @@ fail() {
     exit 1
 }
 
-suits() { # an interpreter that runs, is CPython 3.10 to 3.13 and can make virtual environments
+suits() { # whether the interpreter runs, is CPython 3.10 to 3.13 and can create virtual environments
     "$1" -c 'import ensurepip, sys, venv
 sys.exit(not (sys.implementation.name == "cpython" and (3, 10) <= sys.version_info[:2] <= (3, 13)))' 2>/dev/null
 }
 
-is_ours() { # .venv is a virtual environment of its own: pip would else install into the interpreter behind it
+is_ours() { # whether .venv is a virtual environment; otherwise pip would install into the interpreter behind it
     suits "$venv/bin/python" && "$venv/bin/python" -c 'import os, sys
 sys.exit(os.path.realpath(sys.prefix) != os.path.realpath(sys.argv[1]) or sys.prefix == sys.base_prefix)' "$venv"
 }
@@ -46,12 +46,12 @@ find_python() {
     fail "no CPython 3.10 to 3.13 with the venv module found (Debian, Ubuntu: python3-venv); set PYTHON=/path/to/python3"
 }
 
-step() { # what is done, then the command; its output goes to the log, the end of which is shown on failure
+step() { # DESCRIPTION COMMAND…: logs the command's output and shows the end of the log on failure
     echo "setup: $1"
     shift
     if ! "$@" >>"$log" 2>&1; then
         tail -n 25 "$log" >&2
-        fail "failed: $* (all output: $log)"
+        fail "failed: $* (full output: $log)"
     fi
 }
 
@@ -60,7 +60,7 @@ say_foreign_kernels() {
 from importlib.metadata import PackageNotFoundError, version
 try:
     found = version("kernels")
-    print(f"setup: warning: the package kernels {found} in .venv hides this project's own kernels: remove it by "
+    print(f"setup: warning: the package kernels {found} in .venv shadows this project's kernels: remove it with "
           "`.venv/bin/python -m pip uninstall kernels`")
 except PackageNotFoundError:
     pass
@@ -91,7 +91,7 @@ fi
 rm -f "$stamp"
 echo "$stack" >"$venv/stack"
 : >"$log"
-echo "setup: $("$venv/bin/python" -V), $stack build, into $venv; a few minutes"
+echo "setup: installing into $venv ($("$venv/bin/python" -V), $stack build); this takes a few minutes"
 pip=("$venv/bin/python" -m pip --require-virtualenv --disable-pip-version-check --no-input)
 index=()
 if [ -n "${TORCH_INDEX_URL:-}" ]; then index=(--index-url "$TORCH_INDEX_URL"); fi
@@ -100,25 +100,25 @@ hashed=("${pip[@]}" install --require-hashes --no-deps --no-build-isolation)
 
 step "pip and setuptools" "${hashed[@]}" -r $locked/build.txt
 torch=$(grep '^torch==' "requirements/$stack.txt")
-step "which torch the index serves" "${pip[@]}" install --dry-run --ignore-installed --no-deps --quiet \
+step "torch build of the index" "${pip[@]}" install --dry-run --ignore-installed --no-deps --quiet \
     --report "$venv/torch.json" "${index[@]}" "$torch"
 build=$("$venv/bin/python" -c 'import json, sys
 print(json.load(open(sys.argv[1]))["install"][0]["metadata"]["version"])' "$venv/torch.json")
-# Alone and first: later packages would otherwise bring a torch of their own choice. A build with a local version, such as
-# 2.13.0+cpu, is not PyPI's, and its sum is not in requirements/locked.
+# torch comes first, because later packages would otherwise install another build. A build with a local version, such as
+# 2.13.0+cpu, is not from PyPI, and its hash is not in requirements/locked.
 if [[ $build != *+* ]]; then
     step "torch $build" "${hashed[@]}" "${index[@]}" -r "$locked/torch-$stack.txt"
 elif [ -n "${TORCH_SHA256:-}" ]; then
     echo "$torch --hash=sha256:$TORCH_SHA256" >"$venv/torch.txt"
     step "torch $build" "${hashed[@]}" "${index[@]}" -r "$venv/torch.txt"
 else
-    step "torch $build, whose sum only TORCH_SHA256 would require" "${pip[@]}" install --no-deps "${index[@]}" "$torch"
+    step "torch $build, unverified because TORCH_SHA256 is not set" "${pip[@]}" install --no-deps "${index[@]}" "$torch"
 fi
 step "libraries" "${hashed[@]}" -r $locked/common.txt -r $locked/dev.txt
 step "torchrec, fbgemm, triton, deepspeed" "${hashed[@]}" -r "$locked/$stack.txt"
 step "mme" "${pip[@]}" install --no-deps --no-build-isolation -e .
 if [ "$stack" = cpu ]; then export DS_ACCELERATOR=cpu; fi
-step "a check that all of it loads" "$venv/bin/python" -c 'import torch, fbgemm_gpu, torchrec, triton, deepspeed, mme, launcher, kernels'
+step "import check" "$venv/bin/python" -c 'import torch, fbgemm_gpu, torchrec, triton, deepspeed, mme, launcher, kernels'
 say_foreign_kernels
 echo "$wanted" >"$stamp"
 echo "setup: done"

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# Prepares the data if needed, then trains on all GPUs, or on 2 CPU processes; called by `make train`.
+# Prepares the data if needed, then trains on all GPUs or on 2 CPU processes; called by `make train`.
 #
 #   scripts/train.sh CONFIG DATA [key.path=value …]
 #
-# DATA: a file or folder of interactions (Parquet, CSV, MovieLens, …). Empty: the embedded data set with the quick start's
-# configuration, data.path as it is with any other.
+# DATA: a file or folder of interactions (Parquet, CSV, MovieLens, …). If it is empty, the quick start's configuration uses
+# the embedded data set, and any other its data.path.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -33,9 +33,9 @@ if [ -n "$data" ]; then
     fi
     path=$(realpath -- "$data")
     file=$(basename "$path")
-    # Folder and file, for the reader, and a sum that tells two of the same names apart.
+    # The name contains folder and file for the reader, and a hash that distinguishes equal names.
     name=$(basename "$(dirname "$path")")-${file%.*}-$(printf '%s\n' "$path" | sha256sum | cut -c 1-6)
-    name=${name//[^[:alnum:]._-]/-} # a value of an override is read as YAML
+    name=${name//[^[:alnum:]._-]/-} # overrides are parsed as YAML
     dataset=datasets/$name
     prepare=(--input "$data")
     source=$(find -L "$path" -type f -printf '%p %s %T@\n' | LC_ALL=C sort | sha256sum)
@@ -47,7 +47,7 @@ elif [ "$config" -ef configs/quickstart.yaml ]; then
 fi
 
 if [ -n "$dataset" ]; then
-    # The set is prepared again when the files or the code that reads them have changed.
+    # Prepare the set again if the files or the code that reads them have changed.
     source="$source $(cat mme/data/*.py mme/prepare/*.py | sha256sum | cut -d' ' -f1)"
     if [ ! -f "$dataset/dataset.json" ] || [ "$(cat "$dataset.source" 2>/dev/null)" != "$source" ]; then
         rm -f "$dataset.source"

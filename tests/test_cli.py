@@ -292,7 +292,7 @@ def test_a_data_set_that_numbers_the_items_in_another_way_is_refused(run: Path, 
     recommended = run_mme("recommend", "--run", tmp_path / "run", "--users", users, "--output", top)
     for done in (evaluated, recommended):
         assert done.returncode == 2 and done.stdout == ""
-        assert "was trained on a data set that numbers items, or values of features, in another way" in done.stderr
+        assert "was trained on a data set whose indices of items or feature values differ" in done.stderr
     assert not top.exists()
 
 

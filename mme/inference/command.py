@@ -10,7 +10,7 @@ import typer
 
 from mme.run.exit_status import job_status
 
-# typer reads the annotations and Python 3.10 shows Optional[X] and X | None to it alike.
+# typer reads these annotations at run time; on Python 3.10 it needs Optional[X] for a value that may be missing.
 # ruff: noqa: UP045
 
 
@@ -18,20 +18,21 @@ def export(
     run: Annotated[Path, typer.Option("--run", metavar="DIR", help="Folder of a run, or an export of its weights.")],
     what: Annotated[
         Literal["weights", "items", "users", "index"],
-        typer.Option(help="weights: one safetensors file; items, users: vectors by raw id in Parquet; index: faiss."),
+        typer.Option(help="weights: a safetensors file; items, users: vectors by raw id in Parquet; index: faiss."),
     ],
-    output: Annotated[Path, typer.Option(metavar="FILE", help="File to write; a manifest is written beside it.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="File to write, with a manifest beside it.")],
     checkpoint: Annotated[
-        Optional[int], typer.Option(metavar="STEP", help="Default: the best on the validation split.")
+        Optional[int],
+        typer.Option(metavar="STEP", help="Step of the checkpoint. Default: the best on the validation split."),
     ] = None,
     exact: Annotated[
         Optional[bool],
-        typer.Option(help="Of an index: search every item, or by HNSW. Default: exact up to 50,000 items."),
+        typer.Option(help="Index with exact or HNSW search. Default: exact up to 50,000 items."),
     ] = None,
 ) -> None:
     """Export a trained model for other programs and print the manifest as JSON.
 
-    What was written is read back and compared with the checkpoint before it takes its name.
+    The written file is read back and compared with the checkpoint before it gets its final name.
 
     Examples:
 

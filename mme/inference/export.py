@@ -1,12 +1,12 @@
-"""A trained model for other programs: weights in one file, vectors by raw id, a search index.
+"""Exports a trained model for other programs: weights in one file, vectors by raw id, or a search index.
 
     weights  MODEL.safetensors   weights by name, raw ids and event counts; configuration and vocabularies as metadata
     items    VECTORS.parquet     item_id (raw), vector (D float32)
-    users    VECTORS.parquet     user_id (raw), vector: the state after all events of the user, asked for at the last one
-    index    INDEX.faiss         the item vectors for search by inner product; row r of INDEX.faiss.items.parquet has id r
+    users    VECTORS.parquet     user_id (raw), vector: the state after all events of the user, at the time of the last
+    index    INDEX.faiss         the item vectors for inner-product search; row r of INDEX.faiss.items.parquet has id r
 
-Each export is read back and compared with the model before it takes its name. OUTPUT.manifest.json says from which model it
-comes, what it holds, and the largest difference that was found.
+Each export is read back and compared with the model before it gets its final name. OUTPUT.manifest.json contains the model's
+name, the content and the largest difference found.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from mme.inference.exported import ids_to_tensor, read_export
 from mme.inference.model import TrainedModel
 
 What = Literal["weights", "items", "users", "index"]
-EXACT_UP_TO = 50_000  # items; a larger catalogue gets an HNSW index, unless told otherwise
+EXACT_UP_TO = 50_000  # items; by default a larger catalogue gets an HNSW index
 RECALL_QUERIES = 1_000
 RECALL_AT = 10
 USERS_AT_ONCE = 1_024
@@ -44,14 +44,14 @@ HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 200, 128
 
 
 def export(model: TrainedModel, what: What, output: Path, exact: bool | None = None) -> dict[str, Any]:
-    """Writes an export and its manifest, which is returned.
+    """Writes an export and its manifest; returns the manifest.
 
     Args:
-        exact: for an index: whether it is searched exhaustively; None: up to `EXACT_UP_TO` items.
+        exact: whether an index searches exhaustively; None: up to `EXACT_UP_TO` items.
 
     Raises:
-        UserError: ``output`` can't be written, or what is needed is missing.
-        JobError: what was read back differs from the model.
+        UserError: ``output`` cannot be written, or faiss or the data set is missing.
+        JobError: the export, read back, differs from the model.
     """
     writers: dict[What, Callable[[], dict[str, Any]]] = {
         "weights": lambda: _weights(model, output),
@@ -60,7 +60,7 @@ def export(model: TrainedModel, what: What, output: Path, exact: bool | None = N
         "index": lambda: _index(model, output, exact),
     }
     if output.is_dir():
-        raise UserError(f"--output {output}: a folder, expected the name of a file")
+        raise UserError(f"--output {output}: is a folder, expected a file name")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         manifest = {"what": what, "model": model.name, "mme": __version__, "items": model.num_items, **writers[what]()}
@@ -102,7 +102,7 @@ def _items(model: TrainedModel, output: Path) -> dict[str, Any]:
 
 
 def _users(model: TrainedModel, output: Path) -> dict[str, Any]:
-    """Every user of the data set with all of its events."""
+    """Writes the vectors of all users of the data set, after all their events."""
     folder = Path(model.config.data.path)
     info = read_info(folder)
     ids: list[pa.Array] = []
@@ -117,7 +117,7 @@ def _users(model: TrainedModel, output: Path) -> dict[str, Any]:
 
 
 def _histories(batch: pa.RecordBatch, first_row: int, model: ModelConfig) -> Requests:
-    """Rows of a data set's part, which hold item indices, asked for at their last event."""
+    """Requests for rows of a part, which contain item indices, at the time of their last event."""
     lengths = np.asarray(batch[ITEMS].value_lengths(), np.int64)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     times = np.asarray(batch[TIMES].flatten(), np.int64)
@@ -140,7 +140,7 @@ def _write_vectors(output: Path, name: str, ids: pa.Array, vectors: NDArray[np.f
         table = pq.read_table(partial)
         found = np.asarray(table["vector"].combine_chunks().flatten()).reshape(-1, width)
         if not table[name].combine_chunks().equals(ids):
-            raise JobError(f"{output}: the ids that were read back are not those written")
+            raise JobError(f"{output}: the ids differ from the written ones after reading back")
         difference = _require_same(_largest(found - vectors), output)
     return {"rows": len(ids), "width": width, "largest_difference": difference}
 
@@ -172,14 +172,14 @@ def _index(model: TrainedModel, output: Path, exact: bool | None) -> dict[str, A
 
 
 def _recall(index: Any, vectors: NDArray[np.float32]) -> float:
-    """The share of the true nearest items that the index finds, for queries taken from the items with noise added."""
+    """The share of the true nearest items that the index finds, for queries that are item vectors with added noise."""
     generator = np.random.default_rng(0)
     chosen = generator.choice(len(vectors), min(RECALL_QUERIES, len(vectors)), replace=False)
     queries = vectors[chosen] + 0.1 * generator.standard_normal((len(chosen), vectors.shape[1])).astype(np.float32)
     k = min(RECALL_AT, len(vectors))
     _, found = index.search(queries, k)
     scores = queries @ vectors.T
-    worst = -np.sort(-scores, axis=1)[:, k - 1 : k]  # equal scores count, whichever of them is found
+    worst = -np.sort(-scores, axis=1)[:, k - 1 : k]  # any item with an equal score counts as found
     hits = np.take_along_axis(scores, np.maximum(found, 0), axis=1) >= worst - 1e-6
     return float((hits & (found >= 0)).mean())
 
@@ -190,5 +190,5 @@ def _largest(values: NDArray[np.float32]) -> float:
 
 def _require_same(difference: float, output: Path) -> float:
     if difference > 0:
-        raise JobError(f"{output}: what was read back differs from the model by {difference:g}")
+        raise JobError(f"{output}: differs from the model by {difference:g} after reading back")
     return difference

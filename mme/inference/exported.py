@@ -1,4 +1,4 @@
-"""The layout of exported weights, and their reader: one safetensors file that needs neither the run nor its data set.
+"""Reads exported weights: one safetensors file that needs neither the run nor its data set.
 
 tensors     the model's weights by name; raw ids as the bytes of an Arrow stream; event counts of the items
 metadata    format, name, config (YAML), features ({column: values}), times ([first, last] in seconds)
@@ -28,19 +28,19 @@ ITEM_IDS, USER_IDS, COUNTS = "item_ids", "user_ids", "item_counts"
 
 
 def read_export(path: Path, device: str | torch.device | None = None) -> TrainedModel:
-    """The model of exported weights.
+    """Loads a model from exported weights.
 
     Raises:
-        UserError: the file is missing, damaged or something else.
+        UserError: the file is missing, damaged or not an export of weights.
     """
     try:
-        with open_to_read(path):  # a regular file
+        with open_to_read(path):  # rejects anything but a regular file
             pass
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if metadata.get("format") != FORMAT:
                 raise UserError(
-                    f"{path}: format {metadata.get('format')!r}, expected {FORMAT!r}: made by `mme export --what weights`"
+                    f"{path}: format {metadata.get('format')!r}, expected {FORMAT!r} of `mme export --what weights`"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         config = parse_saved_config(metadata[CONFIG], f"{path}: configuration")
@@ -66,7 +66,7 @@ def read_export(path: Path, device: str | torch.device | None = None) -> Trained
 
 
 def ids_to_tensor(ids: pa.Array) -> Tensor:
-    """Raw ids of any type as the bytes, (n,) uint8, of an Arrow stream."""
+    """Encodes raw ids of any type as an Arrow stream, (n,) uint8."""
     table = pa.table({"ids": ids})
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as stream:

@@ -1,8 +1,8 @@
-"""A trained model on one device: what `mme.load` returns.
+"""A trained model on one device, as returned by `mme.load`.
 
-No process group, TorchRec or DeepSpeed is needed. States, vectors and lists are computed by the code that evaluation uses.
+It needs no process group, TorchRec or DeepSpeed, and computes states, vectors and lists with the same code as evaluation.
 
-Legend: B histories, n events of them all, I items of the catalogue, D total embedding width.
+Legend: B histories, n events in all histories, I items of the catalogue, D total embedding width.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ HISTORIES_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What a model needs to know of its training data besides the weights.
+    """Facts about the training data that a model needs besides its weights.
 
     Attributes:
-        numbering: which item, feature value and user each row of the tables stands for.
-        counts: (I,) int64, events of each item.
+        numbering: the item, feature value or user of each row of the tables.
+        counts: (I,) int64, number of events of each item.
         times: first and last time of the training data, in seconds.
     """
 
@@ -76,7 +76,7 @@ class LocalEncoder(Encoder):
         self._tables = torch.stack([weights[f"tables/item_{m}"] for m in range(model.num_tables)], 1).to(device)
 
     def weights(self) -> dict[str, Tensor]:
-        """By the names that they were given with."""
+        """The weights by the names with which they were passed."""
         tables = {f"tables/item_{m}": self._tables[:, m] for m in range(self._tables.shape[1])}
         return tables | {f"decoder/{name}": value.detach() for name, value in self.decoder.named_parameters()}
 
@@ -89,12 +89,12 @@ class TrainedModel:
     """Recommends, scores and embeds.
 
     Args:
-        name: which model it is, for answers and messages.
+        name: the model's name for answers and messages.
         weights: whole tensors by name, see `mme.inference.weights.Checkpoint`.
-        device: where it computes; None: CUDA where there is one, otherwise the CPU.
+        device: where to compute; None selects CUDA if available, otherwise the CPU.
 
     Raises:
-        UserError: the weights do not fit the configuration and the data, or a kernel can't run on the device.
+        UserError: the weights do not fit the configuration and the data, or a kernel cannot run on the device.
         NonFiniteError: an item vector is not finite.
     """
 
@@ -145,15 +145,15 @@ class TrainedModel:
         Args:
             histories: see `as_table`: `item_ids` (list of raw ids, oldest first), `timestamps` (list of integer seconds),
                 optional `user_id`, `request_timestamp` (integer seconds) and the features that the model reads.
-            k: items of a list.
-            exclude_seen: whether items of the history are left out.
-            candidates: raw ids; only these items are ranked.
-            unknown: "skip": events of items that the model does not know are left out; "refuse": they are an error.
-            blocked: raw ids that no list holds.
+            k: number of items per list.
+            exclude_seen: exclude items of the history.
+            candidates: raw ids of the only items to rank; None: all items.
+            unknown: "skip" ignores events of items that the model does not know; "refuse" raises an error.
+            blocked: raw ids of items that are never recommended.
 
         Returns:
-            A table with `user_id` where it was given, `item_ids` (list of raw ids, best first), `scores` (list of float32) and
-            `fallback` (bool): the history held no known item, so its list is that of the most popular items.
+            A table with `user_id` if it was given, `item_ids` (list of raw ids, best first), `scores` (list of float32) and
+            `fallback` (bool): true if the history has no known item and the list contains the most popular items.
 
         Raises:
             UserError: a column, history, item or argument is wrong; the message names the row.
@@ -181,7 +181,7 @@ class TrainedModel:
         """(B, D) float32, the state of each history; its dot products with `item_embeddings` are the scores.
 
         Raises:
-            UserError: see `recommend`; or a history holds no known item.
+            UserError: see `recommend`; or a history has no known item.
         """
         return self._states(histories).cpu().numpy()
 
@@ -234,25 +234,25 @@ class TrainedModel:
         return with_features(given, table, SOURCE, self.config.model, numbering)
 
     def _states(self, histories: Any) -> Tensor:
-        """(B, D) states of histories that all hold a known item."""
+        """(B, D) states of histories, each with at least one known item."""
         return self.encode(self._requests(as_table(histories), "skip").of_known_items())
 
     def encode(self, known: Requests) -> Tensor:
-        """(B, D) the state of each history; all their items are known.
+        """(B, D) the state of each history, of known items only.
 
         Raises:
-            UserError: a history holds no item.
+            UserError: a history is empty.
         """
         empty = np.flatnonzero(known.lengths == 0)
         if empty.size:
-            raise UserError(f"{SOURCE}: row {empty[0]}: no known item, so there is nothing to encode")
+            raise UserError(f"{SOURCE}: row {empty[0]}: has no known item, expected at least one")
         size = known.lengths.size
         parts = np.split(np.arange(size), range(HISTORIES_AT_ONCE, size, HISTORIES_AT_ONCE))
         batches = (sequence_batch(known, rows, self.config)[0].to(self.device) for rows in parts)
         return torch.cat([self._ranker.states(batch) for batch in batches])
 
     def _rank(self, group: list[_Checked], candidates: tuple[int, ...] | None) -> dict[int, Answer]:
-        """The answers to requests that rank the same items, by the number of each request."""
+        """The answers to requests with the same candidates, by the number of each request."""
         given = concatenate([checked.given for checked in group])
         known = given.of_known_items()
         owner = np.repeat(np.arange(len(group)), [checked.given.lengths.size for checked in group])
@@ -285,7 +285,7 @@ class TrainedModel:
     def _top_k(
         self, batch: SequenceBatch, excluded: list[Tensor], k: int, candidates: tuple[int, ...] | None
     ) -> tuple[NDArray[np.int64], FloatArray]:
-        """(B, k) item indices, −1 where none is left, and scores."""
+        """(B, k) item indices, −1 if no item is left, and scores."""
         if candidates == ():
             return np.full((len(excluded), k), -1, np.int64), np.zeros((len(excluded), k), np.float32)
         ranker, chosen = self._ranker, None
@@ -340,7 +340,7 @@ class TrainedModel:
 
 @dataclass(frozen=True)
 class _Checked:
-    """A request that is right: its histories with item indices, and the items that it blocks and allows."""
+    """A valid request: its histories with item indices, its blocked items and its candidates."""
 
     number: int
     request: RecommendationRequest
@@ -349,13 +349,13 @@ class _Checked:
     candidates: tuple[int, ...] | None
 
     def excluded(self, seen: Tensor) -> Tensor:
-        """The items that must not be in the list of a history whose items are ``seen``."""
+        """The items to exclude from the list of a history whose items are ``seen``."""
         blocked = torch.tensor(self.blocked, dtype=torch.int64)
         return torch.cat([seen, blocked]) if self.request.exclude_seen else blocked
 
 
 def _places_in(candidates: Tensor, items: Tensor) -> Tensor:
-    """Where the items stand among the sorted candidates, those that do."""
+    """The positions, among the sorted candidates, of the items that are candidates."""
     return torch.searchsorted(candidates, items)[torch.isin(items, candidates)]
 
 

@@ -1,4 +1,4 @@
-"""What is asked of a trained model, and what it answers: histories in any of the usual shapes, and lists of items."""
+"""Requests to a trained model and its answers: histories in any of the usual formats, and lists of items."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ import pyarrow as pa
 
 from mme.errors import UserError, first_line
 
-SOURCE = "histories"  # how messages name what was given
+SOURCE = "histories"  # the name of the input in messages
 
 
 @dataclass(frozen=True)
 class RecommendationRequest:
-    """Histories and how to rank for them.
+    """Histories and the settings of their lists.
 
     Attributes:
-        histories: a table with `item_ids`, `timestamps` and, if wanted, `user_id`, `request_timestamp` and the columns that
-            the model reads as features.
-        k: items of a list.
-        exclude_seen: whether items of the history are left out.
-        candidates: raw ids; only these items are ranked. None: all.
-        blocked: raw ids that no list holds.
-        unknown: whether items that the model does not know are left out of a history, or refused.
+        histories: a table with `item_ids`, `timestamps` and optionally `user_id`, `request_timestamp` and the feature
+            columns that the model reads.
+        k: number of items per list.
+        exclude_seen: exclude items of the history.
+        candidates: raw ids of the only items to rank; None: all items.
+        blocked: raw ids of items that are never recommended.
+        unknown: "skip" ignores events of items that the model does not know; "refuse" is an error.
     """
 
     histories: pa.Table
@@ -44,11 +44,11 @@ class Answer:
     """One list per history, in the order of the request.
 
     Attributes:
-        item_ids: raw ids, best first; fewer than k where fewer can be ranked.
+        item_ids: raw ids, best first; fewer than k if fewer can be ranked.
         scores: cosines in [-1, 1], or in a fallback the number of events of each item.
-        fallback: whether the history held no known item, so that the most popular items stand in its list.
-        unknown_items: events left out because their item is unknown.
-        model: which model has answered.
+        fallback: whether the history has no known item, so that its list contains the most popular items.
+        unknown_items: number of events left out because their item is unknown.
+        model: name of the model that answered.
     """
 
     item_ids: list[list[Any]]
@@ -59,13 +59,13 @@ class Answer:
 
 
 def as_table(histories: Any) -> pa.Table:
-    """Histories as a table.
+    """Converts histories to a table.
 
     Args:
         histories: a pyarrow Table, a pandas or polars frame (anything that exports an Arrow stream), or a list of dicts.
 
     Raises:
-        UserError: it is something else, it is empty, or a column mixes types.
+        UserError: ``histories`` has another type or is empty, or a column mixes types.
     """
     try:
         if isinstance(histories, pa.Table):
@@ -86,8 +86,8 @@ def as_table(histories: Any) -> pa.Table:
     except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
         raise UserError(f"{SOURCE}: {first_line(error)}") from error
     for place, field in enumerate(table.schema):
-        if pa.types.is_list(field.type) and pa.types.is_null(field.type.value_type):  # only empty lists tell no type
+        if pa.types.is_list(field.type) and pa.types.is_null(field.type.value_type):  # empty lists have no type
             table = table.set_column(place, field.name, table[field.name].cast(pa.list_(pa.int64())))
     if table.num_rows == 0:
-        raise UserError(f"{SOURCE}: no rows, expected one history per row")
+        raise UserError(f"{SOURCE}: has no rows, expected one history per row")
     return table

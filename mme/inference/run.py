@@ -1,4 +1,4 @@
-"""A run's folder as a trained model: its configuration, its best checkpoint, and what its data set says of the items."""
+"""Loads a trained model from a run's folder: its configuration, its best checkpoint and facts from its data set."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mme.inference.weights import read_checkpoint
 
 
 def load_run(run: Path, step: int | None = None, device: str | torch.device | None = None) -> TrainedModel:
-    """The model of a run's checkpoint ``step``; None: the best by validation.
+    """Loads checkpoint ``step`` of a run; None selects the best by validation.
 
     Raises:
-        UserError: the run, its data set or the checkpoint is missing or damaged, or they do not belong together.
+        UserError: the run, its data set or the checkpoint is missing or damaged, or they do not match.
     """
     config = load_run_config(run)
     data = Path(config.data.path)
@@ -29,19 +29,19 @@ def load_run(run: Path, step: int | None = None, device: str | torch.device | No
     checkpoint = read_checkpoint(run, step)
     if checkpoint.numbering not in ("", numbering_sha256(data, info, config.model.feature_columns)):
         raise UserError(
-            f"{run}: step {checkpoint.step} was trained on a data set that numbers items, or values of features, in "
-            f"another way than {data} does now"
+            f"{run}: step {checkpoint.step} was trained on a data set whose indices of items or feature values differ from "
+            f"those of {data}"
         )
     knowledge = Knowledge(numbering, read_item_counts(data), time_range(data, info))
     return TrainedModel(config, knowledge, checkpoint.weights, f"{run}@step_{checkpoint.step}", device)
 
 
 def version_of(path: Path) -> tuple[int, ...]:
-    """What changes when a better checkpoint, or another export, comes to ``path``.
+    """A value that changes when ``path`` gets a better checkpoint or another export.
 
     Raises:
-        UserError: a run without a complete checkpoint.
-        OSError: there is nothing.
+        UserError: the run has no complete checkpoint.
+        OSError: the path does not exist.
     """
     if path.is_dir():
         return (best_step(path),)

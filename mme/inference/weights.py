@@ -1,4 +1,4 @@
-"""The weights of a checkpoint as whole tensors, read without a process group."""
+"""Reads the weights of a checkpoint as whole tensors, without a process group."""
 
 from __future__ import annotations
 
@@ -18,10 +18,11 @@ WEIGHTS = ("tables/", "decoder/")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """
+    """The weights of a checkpoint.
+
     Attributes:
-        step: of training.
-        numbering: SHA-256 of the numbering it was trained on, see `mme.data.numbering`; "": an old checkpoint.
+        step: training step.
+        numbering: SHA-256 of the training data's numbering, see `mme.data.numbering`; "" in old checkpoints.
         weights: whole float32 tensors by name, such as `tables/item_0` and `decoder/blocks.0.uvqk`; no optimizer states.
     """
 
@@ -31,7 +32,7 @@ class Checkpoint:
 
 
 def read_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
-    """The weights of checkpoint ``step``; None: of the best by validation, or the next best where that one is damaged.
+    """Reads checkpoint ``step``; None selects the best by validation that is not damaged.
 
     Raises:
         UserError: there is no such checkpoint, or all candidates are damaged.
@@ -54,7 +55,7 @@ def _whole_tensors(run: Path, step: int, index: Index) -> dict[str, Tensor]:
     for entry in index.files:
         with safe_open(folder(run, step) / entry.file, framework="pt") as file:
             for piece in entry.pieces:
-                # An optimizer state has its weight's name before its own.
+                # The name of an optimizer state begins with that of its weight.
                 if not piece.name.startswith(WEIGHTS) or piece.name.rpartition("/")[0] in names:
                     continue
                 if piece.name not in weights:

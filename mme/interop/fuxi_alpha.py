@@ -1,7 +1,7 @@
-"""FuXi blocks from the weights of the public FuXi-α code (arXiv 2502.03036).
+"""Builds FuXi blocks from the weights of the public FuXi-α code (arXiv 2502.03036).
 
 Public name → ours: `_uvqk` uvqk; `_rel_attn_bias._ts_w` ts_weights; `_rel_attn_bias._pos_w` pos_weights; `_mffn.lin0`
-the output projection (W_0, b_0); `_mffn.lin1`, `lin3`, `lin2` the dense FFN's W_1, W_3, W_2, which torch's Linear keeps
+the output projection (W_0, b_0); `_mffn.lin1`, `lin3`, `lin2` the dense FFN's W_1, W_3, W_2, which torch's Linear stores
 transposed.
 
 Legend: B sequences, T tokens, d model width, f hidden width of the FFN.
@@ -25,12 +25,12 @@ def block_from_public(params: Mapping[str, Any], *, max_seq_len: int, num_heads:
 
     Args:
         params: arrays or tensors by public name, such as `_uvqk` (d, 3·H·dv + H·dv + 2·H·dqk). A tensor that requires
-            a gradient is used as it is and receives it; anything else becomes a parameter of that name.
-        max_seq_len: the N of the position weights (2N − 1 entries) and of the division of the semantic channel.
+            a gradient is used directly and receives it; anything else becomes a parameter of that name.
+        max_seq_len: the N of the position weights (2N − 1 entries) and of the semantic channel's scale 1 / N.
 
     Returns:
-        a module, called as ``block(x, seq_offsets, timestamps)`` with x (T, d), seq_offsets (B + 1,) int64 and the
-        jagged timestamps (T + B,) int64 seconds → (T, d). Its parameters carry the public names.
+        A module, called as ``block(x, seq_offsets, timestamps)`` with x (T, d), seq_offsets (B + 1,) int64 and the
+        jagged timestamps (T + B,) int64 seconds → (T, d). Its parameters have the public names.
 
     Raises:
         KeyError: a weight is missing.
@@ -39,13 +39,13 @@ def block_from_public(params: Mapping[str, Any], *, max_seq_len: int, num_heads:
 
 
 class PublicBlock(nn.Module):
-    """`FuxiBlock` on weights that keep the public code's names and layout, so that gradients compare by name."""
+    """`FuxiBlock` on weights with the public code's names and layout, so that gradients can be compared by name."""
 
     def __init__(self, params: Mapping[str, Any], max_seq_len: int, num_heads: int, dqk: int, dv: int) -> None:
         super().__init__()
         self.public = {name: _register(self, name, value) for name, value in params.items()}
         hidden_dim, dim = self.public["_mffn.lin1.weight"].shape
-        # The block lends its arithmetic alone: its own weights are replaced in each call and are not registered here.
+        # Each call replaces the block's weights, so they are not registered here.
         self._block = [FuxiBlock(dim, max_seq_len, num_heads, dqk, dv, DenseFFN(dim, hidden_dim)).eval()]
 
     def forward(self, x: Tensor, seq_offsets: Tensor, timestamps: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class PublicBlock(nn.Module):
 
 
 def _register(root: nn.Module, name: str, value: Any) -> Tensor:
-    """Registers ``value`` under a dotted name, making the modules in between."""
+    """Registers ``value`` under a dotted name and creates the modules in between."""
     *path, leaf = name.split(".")
     module = root
     for part in path:

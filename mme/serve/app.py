@@ -1,11 +1,11 @@
-"""The HTTP interface: what a request may hold, and how each outcome is answered.
+"""The HTTP interface: its requests, answers and errors.
 
     POST /recommend   lists of items for histories
     GET  /health      200 while a model serves
     GET  /metrics     Prometheus
     GET  /docs        OpenAPI
 
-A request that is wrong gets 422 and names the field, a full queue 503 with Retry-After, a body that is too large 413. No
+A wrong request gets 422 and names the field; a full queue gives 503 with Retry-After, and a body that is too large 413. No
 field of a request names a file.
 """
 
@@ -32,31 +32,33 @@ from mme.serve.batching import Batcher, QueueFull
 from mme.serve.holder import ModelHolder
 
 ItemId = int | str
-MAX_EVENTS = 100_000  # of one history
-MAX_HISTORIES = 1_024  # of one request
+MAX_EVENTS = 100_000  # per history
+MAX_HISTORIES = 1_024  # per request
 MAX_K = 1_000
-MAX_LISTED = 1_000_000  # candidates or blocked items of one request
+MAX_LISTED = 1_000_000  # candidates or blocked items per request
 
 
 class History(BaseModel):
-    """One user's events, oldest first. Columns that the model reads as features stand beside them by name."""
+    """One user's events, oldest first. Further fields are feature columns by name."""
 
     model_config = ConfigDict(extra="allow")
 
     item_ids: list[ItemId] = Field(max_length=MAX_EVENTS)
     timestamps: list[int] = Field(max_length=MAX_EVENTS, description="Seconds since 1970, one per item.")
     user_id: int | str | None = None
-    request_timestamp: int | None = Field(None, description="When the list is wanted; default: the last event's time.")
+    request_timestamp: int | None = Field(None, description="Time of the list. Default: the last event's time.")
 
     @model_validator(mode="after")
     def _as_many_times_as_items(self) -> History:
         if len(self.item_ids) != len(self.timestamps):
-            raise ValueError(f"{len(self.item_ids)} item_ids and {len(self.timestamps)} timestamps: expected as many")
+            raise ValueError(
+                f"{len(self.item_ids)} item_ids and {len(self.timestamps)} timestamps: expected equal numbers"
+            )
         return self
 
 
 class RecommendBody(BaseModel):
-    """What `POST /recommend` takes."""
+    """The body of `POST /recommend`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -64,9 +66,11 @@ class RecommendBody(BaseModel):
     k: int = Field(10, ge=1, le=MAX_K)
     exclude_seen: bool = True
     candidates: list[ItemId] | None = Field(None, max_length=MAX_LISTED, description="Rank these items only.")
-    blocked: list[ItemId] = Field(default_factory=list, max_length=MAX_LISTED, description="Items that no list holds.")
+    blocked: list[ItemId] = Field(
+        default_factory=list, max_length=MAX_LISTED, description="Never recommend these items."
+    )
     unknown: Literal["skip", "refuse"] = Field(
-        "skip", description="Whether items that the model does not know are left out."
+        "skip", description="Items that the model does not know: skip ignores them, refuse is an error."
     )
 
 
@@ -76,11 +80,11 @@ class Recommendation(BaseModel):
     user_id: int | str | None = None
     item_ids: list[ItemId]
     scores: list[float]
-    fallback: bool = Field(description="The history held no known item: these are the most popular ones.")
+    fallback: bool = Field(description="The history has no known item, so these are the most popular items.")
 
 
 class RecommendAnswer(BaseModel):
-    """What `POST /recommend` returns, in the order of the histories."""
+    """The answer of `POST /recommend`, in the order of the histories."""
 
     model: str
     results: list[Recommendation]
@@ -89,13 +93,14 @@ class RecommendAnswer(BaseModel):
 
 @dataclass(frozen=True)
 class ServeSettings:
-    """
+    """Limits and intervals of the server.
+
     Attributes:
-        max_batch: histories that are encoded together.
-        max_wait_ms: how long the first request of a batch waits for others.
-        max_waiting: histories that may wait; beyond it a request gets 503.
-        reload_every_s: how often the server looks for a newer model; 0: never.
-        max_body_bytes: of one request.
+        max_batch: number of histories that are encoded together.
+        max_wait_ms: time that the first request of a batch waits for others.
+        max_waiting: number of histories that may wait; further requests get 503.
+        reload_every_s: interval between checks for a newer model; 0: never.
+        max_body_bytes: maximum size of a request's body.
     """
 
     max_batch: int = 64
@@ -127,7 +132,7 @@ def create_app(holder: ModelHolder, settings: ServeSettings) -> FastAPI:
 
     @app.exception_handler(StarletteHTTPException)
     async def undecodable(request: Request, error: StarletteHTTPException) -> Response:
-        """FastAPI answers 400 to a body that is not UTF-8; it is as wrong as one that is not JSON."""
+        """Turns FastAPI's 400 for a body that is not UTF-8 into the 422 of a body that is not JSON."""
         if error.status_code == 400:
             detail = [{"loc": ["body"], "msg": str(error.detail), "type": "json_invalid"}]
             return JSONResponse({"detail": detail}, status_code=422)
@@ -177,7 +182,7 @@ def create_app(holder: ModelHolder, settings: ServeSettings) -> FastAPI:
 
 
 class _Measures:
-    """What `/metrics` shows, in a registry of its own, so that several applications may live in one process."""
+    """The metrics for `/metrics`, in a separate registry, so that one process can hold several applications."""
 
     def __init__(self, holder: ModelHolder) -> None:
         self.registry = CollectorRegistry()
@@ -189,7 +194,7 @@ class _Measures:
             registry=self.registry,
             buckets=[2**n for n in range(11)],
         )
-        self.reloads = Counter("mme_reloads", "Models loaded, by outcome", ["outcome"], registry=self.registry)
+        self.reloads = Counter("mme_reloads", "Reloads by outcome", ["outcome"], registry=self.registry)
         self.registry_gauge("mme_items", "Items that the model knows", lambda: holder.num_items)
 
     def registry_gauge(self, name: str, text: str, value: Callable[[], float]) -> None:
@@ -197,7 +202,7 @@ class _Measures:
 
 
 async def _reload(holder: ModelHolder, every_s: float, measures: _Measures) -> None:
-    """Looks for a newer model; the one that serves stays until the newer one is ready."""
+    """Loads newer models periodically; the current one serves until the newer one is ready."""
     while True:
         await asyncio.sleep(every_s)
         outcome = await asyncio.to_thread(holder.reload)
@@ -206,7 +211,7 @@ async def _reload(holder: ModelHolder, every_s: float, measures: _Measures) -> N
 
 
 async def _too_large(request: Request, limit: int) -> Response | None:
-    """The answer to a body over the limit, by its declared length; a body without one is read up to the limit."""
+    """The error for a body that is over the limit or has no declared length; None if the body is acceptable."""
     declared = request.headers.get("content-length")
     if declared is not None and declared.isdigit():
         size = int(declared)

@@ -1,7 +1,7 @@
 """Collects the requests of many clients into batches for one model.
 
-A request waits in a bounded queue. One task takes what is there, up to ``max_batch`` histories, after at most ``max_wait_s``, and
-ranks it in a worker thread, so that the event loop goes on accepting. While a batch runs, the next one collects.
+A request waits in a bounded queue. A task takes up to ``max_batch`` histories from it after at most ``max_wait_s`` and ranks
+them in a worker thread, so that the event loop keeps accepting requests. While one batch runs, the next one is collected.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mme.inference.requests import RecommendationRequest
 
 
 class QueueFull(Exception):
-    """More histories wait than the server admits."""
+    """The queue has no space for the request's histories."""
 
 
 @dataclass
@@ -27,12 +27,13 @@ class _Waiting:
 
 @dataclass
 class Batcher:
-    """
+    """A queue of requests and the task that ranks them in batches.
+
     Args:
         rank: ranks several requests at once; called in a thread, one call at a time.
-        max_batch: histories of one call. A single request may have more.
-        max_wait_s: how long the first request of a batch waits for company.
-        max_waiting: histories that may wait.
+        max_batch: maximum number of histories per call; a single request may have more.
+        max_wait_s: time that the first request of a batch waits for others.
+        max_waiting: maximum number of waiting histories.
         observe: called with the number of histories of each batch.
     """
 
@@ -51,8 +52,8 @@ class Batcher:
         """The answer to one request.
 
         Raises:
-            QueueFull: no place is left in the queue.
-            Exception: what ranking raised for this request.
+            QueueFull: the queue has no space for the request.
+            Exception: the error that ranking raised for this request.
         """
         if self.waiting + request.num_histories > self.max_waiting:
             raise QueueFull
@@ -84,7 +85,7 @@ class Batcher:
                     entry.answer.set_result(result)
 
     async def _collect(self) -> list[_Waiting]:
-        """At least one request, and as many more as fit and arrive in time."""
+        """Takes at least one request, and further ones that fit and arrive in time."""
         loop = asyncio.get_running_loop()
         batch: list[_Waiting] = []
         size, deadline = 0, 0.0

@@ -17,16 +17,24 @@ SERVING_PACKAGES = ("fastapi", "uvicorn", "prometheus_client")
 def serve(
     run: Annotated[Path, typer.Option("--run", metavar="DIR", help="Folder of a run, or an export of its weights.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free port, which is printed.")] = 8000,
-    max_batch: Annotated[int, typer.Option(min=1, help="Histories that are encoded together.")] = 64,
-    max_wait_ms: Annotated[float, typer.Option(min=0, help="How long the first request of a batch waits.")] = 2.0,
-    max_waiting: Annotated[int, typer.Option(min=1, help="Histories that may wait; more get 503.")] = 2_048,
-    reload_every_s: Annotated[float, typer.Option(min=0, help="How often to look for a newer model; 0: never.")] = 5.0,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 chooses a free one and prints it.")
+    ] = 8000,
+    max_batch: Annotated[int, typer.Option(min=1, help="Maximum histories per batch.")] = 64,
+    max_wait_ms: Annotated[
+        float, typer.Option(min=0, help="Milliseconds that the first request of a batch waits for others.")
+    ] = 2.0,
+    max_waiting: Annotated[
+        int, typer.Option(min=1, help="Maximum waiting histories; further requests get 503.")
+    ] = 2_048,
+    reload_every_s: Annotated[
+        float, typer.Option(min=0, help="Seconds between checks for a newer model; 0: never.")
+    ] = 5.0,
 ) -> None:
     """Serve recommendations over HTTP: POST /recommend, GET /health, /metrics and /docs.
 
-    Requests of all clients are collected into batches. A better checkpoint, or a newer export under the same name, is loaded
-    while the server goes on serving. The server has no authentication: put it behind a proxy that has.
+    Requests of all clients are collected into batches. A better checkpoint, or a newer export with the same name, is loaded
+    without interrupting the service. The server has no authentication: put it behind a proxy that has.
 
     Example:
 

@@ -1,4 +1,4 @@
-"""The model that serves now, and its replacement by a newer one without a lost request."""
+"""Holds the serving model and replaces it by a newer one without losing requests."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from mme.inference.requests import Answer, RecommendationRequest
 
 
 class ModelHolder:
-    """Loads a run or an export, and loads it again when it has changed on disk.
+    """Loads a run or an export, and reloads it when it has changed on disk.
 
-    A batch keeps the model with which it began, so a reload changes no answer that is under way.
+    A batch keeps the model with which it began, so a reload does not affect requests in progress.
 
     Args:
         path: a run's folder or an export's file.
-        version_of: tells from the path which model stands there now, such as a run's best checkpoint.
-        load: reads that model.
+        version_of: returns the version of the model at a path, such as a run's best checkpoint.
+        load: loads the model at a path.
     """
 
     def __init__(self, path: Path, version_of: Callable[[Path], Any], load: Callable[[Path], TrainedModel]) -> None:
@@ -37,25 +37,25 @@ class ModelHolder:
         return self._model.num_items
 
     def rank(self, requests: Sequence[RecommendationRequest]) -> list[Answer | Exception]:
-        """The answers in order; a request that is wrong gets its error, and the others their answers."""
+        """The answers in order; a wrong request gets its error without affecting the others."""
         return self._model.answer(requests)
 
     def reload(self) -> str | None:
-        """``loaded`` or ``failed`` where another model has come to the path, otherwise None.
+        """Loads the model if it has changed; returns ``loaded``, ``failed``, or None if it has not changed.
 
-        A model that can't be loaded is tried again only when it changes.
+        A model that cannot be loaded is retried only when it changes again.
         """
         try:
             version = self._version_of(self._path)
         except (OSError, UserError):
-            return None  # being replaced at this moment
+            return None  # it is being replaced
         if version == self._version:
             return None
         self._version = version
         try:
             self._model = self._load(self._path)
         except (OSError, UserError) as error:
-            print(f"reload failed, the former model goes on serving: {error}", file=sys.stderr, flush=True)
+            print(f"reload failed, the previous model keeps serving: {error}", file=sys.stderr, flush=True)
             return "failed"
         print(f"now serving {self.name}", file=sys.stderr, flush=True)
         return "loaded"

@@ -1,4 +1,4 @@
-"""Runs the application under uvicorn on one address."""
+"""Runs the application with uvicorn on one address."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from fastapi import FastAPI
 
 from mme.errors import UserError
 
-ENDS_WITHIN_S = 30  # requests that are under way when the server is asked to end
+ENDS_WITHIN_S = 30  # time for requests in progress when the server is asked to stop
 
 
 def listen(app: FastAPI, host: str, port: int) -> None:
-    """Serves until SIGINT or SIGTERM; requests under way are answered first.
+    """Serves until SIGINT or SIGTERM, and then answers the requests in progress.
 
     Raises:
-        UserError: the address can't be listened on.
+        UserError: the server cannot listen on the address.
     """
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
@@ -24,7 +24,7 @@ def listen(app: FastAPI, host: str, port: int) -> None:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind((host, port))
     except OSError as error:
-        raise UserError(f"--host {host} --port {port}: {error.strerror}: expected an address that is free") from error
+        raise UserError(f"--host {host} --port {port}: {error.strerror}, expected a free address") from error
     bound = listener.getsockname()[1]
     print(f"serving on http://{host}:{bound}, see /docs", flush=True)
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=ENDS_WITHIN_S, access_log=False)

@@ -1,1 +1,1 @@
-"""Hyper-parameter search: `mme tune`."""
+"""Hyper-parameter search for `mme tune`."""

@@ -1,4 +1,4 @@
-"""The command ``mme tune``: its options, and the table that it ends with."""
+"""The command ``mme tune``: its options and its final table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from mme.errors import UserError
 from mme.run.exit_status import job_status
 
-# typer reads the annotations and Python 3.10 shows Optional[X] and X | None to it alike.
+# typer reads these annotations at run time; on Python 3.10 it needs Optional[X] for a value that may be missing.
 # ruff: noqa: UP045
 
 SHOWN_TRIALS = 20
@@ -22,21 +22,21 @@ def tune(
     space: Annotated[
         Path, typer.Option(metavar="FILE", help="YAML search space: keys with bounds or lists of values.")
     ],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder of the search: journal, trials, best.yaml.")],
-    trials: Annotated[int, typer.Option(min=1, help="Trials in all, those of earlier starts included.")] = 20,
-    metric: Annotated[str, typer.Option(help="Metric of the validation split that is maximised.")] = "ndcg@10",
-    jobs: Annotated[int, typer.Option(min=1, help="Trials at the same time.")] = 1,
-    nproc_per_node: Annotated[int, typer.Option(min=1, help="Processes of each trial.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the proposals; trials keep train.seed.")] = 0,
-    prune: Annotated[bool, typer.Option(help="Stop trials that lag behind the median of the others.")] = True,
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the search: journal, trials, best.yaml.")],
+    trials: Annotated[int, typer.Option(min=1, help="Total number of trials, including those of earlier starts.")] = 20,
+    metric: Annotated[str, typer.Option(help="Metric on the validation split to maximise.")] = "ndcg@10",
+    jobs: Annotated[int, typer.Option(min=1, help="Number of concurrent trials.")] = 1,
+    nproc_per_node: Annotated[int, typer.Option(min=1, help="Processes per trial.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the proposals; trials keep train.seed.")] = 0,
+    prune: Annotated[bool, typer.Option(help="Stop trials that are below the median of the others.")] = True,
     overrides: Annotated[
-        Optional[list[str]], typer.Argument(metavar="KEY.PATH=VALUE", help="Values that replace those of the file.")
+        Optional[list[str]], typer.Argument(metavar="KEY.PATH=VALUE", help="Override values of the file.")
     ] = None,
 ) -> None:
-    """Search hyper-parameters by training; needs a protocol with a validation split.
+    """Search hyper-parameters by training. The protocol must have a validation split.
 
-    A search that was stopped resumes with the same command: finished trials count, and a trial that was running resumes from
-    its checkpoint. The best trial's configuration is written to best.yaml, all trials to trials.json.
+    The same command resumes a search that was stopped: finished trials count, and a trial that was running resumes from its
+    checkpoint. The command writes the best trial's configuration to best.yaml and all trials to trials.json.
 
     Example:
 
@@ -54,7 +54,7 @@ def tune(
         except InterruptedError as error:
             raise KeyboardInterrupt from error
         if result.best is None:
-            raise UserError(f"{output}: no trial has come to an evaluation; trials.json says why")
+            raise UserError(f"{output}: no trial completed an evaluation; trials.json gives the reasons")
         _show(metric, result.rows)
         print(f"best {metric} {result.best:.4f}: {output / 'best.yaml'}")
 

@@ -1,7 +1,7 @@
-"""The search space: for each configuration key the values that trials may take.
+"""The search space: the values that trials may take for each configuration key.
 
     train.lr: {low: 1e-4, high: 1e-2, log: true}      a float between two bounds
-    model.num_blocks: {low: 1, high: 4}               an integer where both bounds are; step: 2 skips values
+    model.num_blocks: {low: 1, high: 4}               an integer if both bounds are integers; step: 2 skips values
     model.dropout: {low: 0.1, high: 0.5, step: 0.1}
     model.embedding_dim: [64, 128, 256]               one of a list
 
@@ -32,11 +32,11 @@ class Choice:
     values: tuple[Any, ...]
 
     def suggest(self, trial: Any) -> Any:
-        """A value of this key for an Optuna trial. Lists travel as JSON, because Optuna keeps only scalars."""
+        """A value of this key for an Optuna trial. Values are encoded as JSON, because Optuna stores only scalars."""
         return self.decode(trial.suggest_categorical(self.key, [json.dumps(value) for value in self.values]))
 
     def decode(self, value: str) -> Any:
-        """The value that a trial uses, from what Optuna keeps."""
+        """The value for a trial, decoded from the value that Optuna stores."""
         return json.loads(value)
 
     def extremes(self) -> tuple[Any, ...]:
@@ -45,7 +45,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Range:
-    """A number from ``low`` to ``high``, both included."""
+    """A number from ``low`` to ``high``, inclusive."""
 
     key: str
     low: float
@@ -65,7 +65,7 @@ class Range:
         return self.decode(trial.suggest_float(self.key, self.low, self.high, step=self.step, log=self.log))
 
     def decode(self, value: float) -> float:
-        """The value that a trial uses, from what Optuna keeps: six digits, such as 0.3 for 0.30000000000000004."""
+        """The value for a trial, rounded from Optuna's to six digits: 0.3 for 0.30000000000000004."""
         return value if self.is_integer else float(f"{value:.6g}")
 
     def extremes(self) -> tuple[float, ...]:
@@ -73,12 +73,12 @@ class Range:
 
 
 def override(key: str, value: Any) -> str:
-    """``key=value`` as the command line takes it."""
+    """``key=value`` for the command line."""
     return f"{key}={json.dumps(value)}"
 
 
 def read_space(path: Path, config: Path, overrides: list[str]) -> list[Choice | Range]:
-    """The space of a YAML file.
+    """Reads a search space from a YAML file.
 
     Raises:
         UserError: the file is missing or not YAML, a key is unknown to the configuration, a bound is missing, or a value
@@ -87,9 +87,9 @@ def read_space(path: Path, config: Path, overrides: list[str]) -> list[Choice | 
     try:
         content = yaml.safe_load(read_text(path))
     except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file: expected a search space in YAML") from error
+        raise UserError(f"{path}: no such file, expected a search space in YAML") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: not readable as YAML: {first_line(error)}") from error
+        raise UserError(f"{path}: cannot be read as YAML: {first_line(error)}") from error
     if not isinstance(content, dict) or not content:
         raise UserError(
             f"{path}: expected keys of the configuration with the values to try, such as model.dropout: [0.1, 0.3]"
@@ -112,7 +112,7 @@ def _parse(path: Path, key: str, value: Any) -> Choice | Range:
         )
     bounds = [value[name] for name in ("low", "high", "step") if value.get(name) is not None]
     if not all(isinstance(bound, (int, float)) and not isinstance(bound, bool) for bound in bounds):
-        raise UserError(f"{path}: {key}: low, high and step must be numbers (1e-3 is a text in YAML: write 1.0e-3)")
+        raise UserError(f"{path}: {key}: low, high and step must be numbers (YAML reads 1e-3 as text: write 1.0e-3)")
     found = Range(key, value["low"], value["high"], value.get("step"), bool(value.get("log", False)))
     if found.low > found.high:
         raise UserError(f"{path}: {key}: low ({found.low}) is above high ({found.high})")
@@ -130,13 +130,13 @@ def _require_key(path: Path, base: Any, key: str) -> None:
             raise UserError(f"{path}: {key}: no such key in the configuration (docs/configuration.md lists them)")
         place = getattr(place, name)
     if hasattr(place, "__dataclass_fields__"):
-        raise UserError(f"{path}: {key}: a group of keys, expected one key such as {key}.{next(iter(vars(place)))}")
+        raise UserError(f"{path}: {key}: is a section, expected one key such as {key}.{next(iter(vars(place)))}")
     if key == "output_dir":
-        raise UserError(f"{path}: output_dir: each trial has a folder of its own")
+        raise UserError(f"{path}: output_dir: cannot be searched, because each trial has its own folder")
 
 
 def _require_value(path: Path, config: Path, overrides: list[str], key: str, value: Any) -> None:
-    """A value of the wrong type is the space's fault. What only does not fit together with other keys may fit in a trial."""
+    """Rejects a value of the wrong type. A value that only contradicts other keys may fit in a trial."""
     try:
         load_config(config, [*overrides, override(key, value)])
     except UserError as error:

@@ -1,7 +1,7 @@
-"""The search: Optuna proposes trials, `mme.tune.trial` runs them, a journal on disk keeps every result.
+"""The search: Optuna proposes trials, `mme.tune.trial` runs them, and a journal on disk records every result.
 
 A search that was stopped resumes: finished trials are read from the journal, and a trial that was running resumes from its
-own checkpoint. Trials that lag behind the median of the others at the same number of evaluations are stopped.
+checkpoint. Trials that are below the median of the others at the same number of evaluations are stopped.
 """
 
 from __future__ import annotations
@@ -27,19 +27,19 @@ from mme.tune.space import Choice, Range, override, read_space
 from mme.tune.trial import Outcome, remove_checkpoints, run_trial, training_command
 
 STUDY = "mme"
-UNPRUNED_TRIALS = 4  # before the first one may be stopped
-UNPRUNED_EVALUATIONS = 2  # of each trial
-FOLDER, REFUSED = "folder", "refused"  # attributes of a trial
+UNPRUNED_TRIALS = 4  # trials before one may be stopped
+UNPRUNED_EVALUATIONS = 2  # evaluations of each trial before it may be stopped
+FOLDER, REASON = "folder", "refused"  # attributes of a trial; the second is the reason of a failure
 
 
 @dataclass(frozen=True)
 class Search:
-    """What is searched, and how.
+    """The settings of a search.
 
     Attributes:
-        trials: in all, those of earlier starts included.
-        jobs: trials at the same time.
-        processes: of each trial.
+        trials: total number of trials, including those of earlier starts.
+        jobs: number of concurrent trials.
+        processes: processes per trial.
     """
 
     config: Path
@@ -56,9 +56,10 @@ class Search:
 
 @dataclass(frozen=True)
 class TuneResult:
-    """
+    """The result of a search.
+
     Attributes:
-        best: the highest value of the metric; None: no trial has come to one.
+        best: the highest value of the metric; None if no trial completed an evaluation.
         rows: one dict per trial: its name, state, metric, values, and the reason of a failure.
     """
 
@@ -67,10 +68,10 @@ class TuneResult:
 
 
 def tune(search: Search, say: Any = print) -> TuneResult:
-    """Runs the trials that are missing and writes ``best.yaml`` and ``trials.json`` into the output folder.
+    """Runs the remaining trials and writes ``best.yaml`` and ``trials.json`` to the output folder.
 
     Raises:
-        UserError: the space is wrong, the folder holds another search, or another process is searching there.
+        UserError: the space is wrong, or the folder contains another search or is in use by another process.
         InterruptedError: the search was asked to stop; the same call resumes it.
     """
     space = read_space(search.space, search.config, search.overrides)
@@ -98,7 +99,7 @@ class _Runner:
         done = [trial for trial in self.study.get_trials(deepcopy=False) if trial.state.is_finished()]
         remaining = self.search.trials - len(done)
         if remaining <= 0:
-            self.say(f"{len(done)} trials are done: nothing is left to run")
+            self.say(f"all {len(done)} trials are done")
             return
         slots = iter(range(self.search.jobs))
         with ThreadPoolExecutor(self.search.jobs) as pool:
@@ -124,7 +125,7 @@ class _Runner:
         try:
             load_config(self.search.config, overrides)
         except UserError as error:
-            trial.set_user_attr(REFUSED, str(error))
+            trial.set_user_attr(REASON, str(error))
             self.study.tell(trial, state=TrialState.FAIL)
             self.say(f"trial {folder.name}: not a valid configuration: {error}")
             return
@@ -148,13 +149,13 @@ class _Runner:
     def _tell(self, trial: Trial, folder: Path, outcome: Outcome) -> None:
         if outcome.status is None:
             self.study.tell(trial, state=TrialState.PRUNED)
-            self.say(f"trial {folder.name}: stopped, it lags behind ({self.search.metric} {outcome.best or 0:.4f})")
+            self.say(f"trial {folder.name}: stopped below the median ({self.search.metric} {outcome.best or 0:.4f})")
         elif outcome.status == 0 and outcome.best is not None:
             self.study.tell(trial, outcome.best)
             self.say(f"trial {folder.name}: {self.search.metric} {outcome.best:.4f}")
         else:
             reason = outcome.error or f"no {self.search.metric} on a validation split"
-            trial.set_user_attr(REFUSED, reason)
+            trial.set_user_attr(REASON, reason)
             self.study.tell(trial, state=TrialState.FAIL)
             self.say(f"trial {folder.name}: failed: {reason}")
         best = _best(self.study)
@@ -162,7 +163,7 @@ class _Runner:
             remove_checkpoints(folder)
 
     def _environment(self, slot: int) -> dict[str, str]:
-        """A share of the cores for each job, and of the GPUs where there are any."""
+        """Environment variables that give each job its share of the cores and GPUs."""
         cores = len(os.sched_getaffinity(0))
         per_process = max(1, cores // (self.search.jobs * self.search.processes))
         environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(per_process))}
@@ -176,16 +177,16 @@ class _Runner:
 
 
 def _study(search: Search, space: list[Choice | Range]) -> optuna.Study:
-    """The study on disk, with the trials that an earlier start left running in the queue again.
+    """Opens the study on disk and queues the trials again that an earlier start left running.
 
     Raises:
-        UserError: the folder's study is of another search.
+        UserError: the folder contains another search.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage = JournalStorage(JournalFileBackend(str(search.output / "journal.log")))
     pruner = optuna.pruners.MedianPruner(UNPRUNED_TRIALS, UNPRUNED_EVALUATIONS)
     known = STUDY in optuna.get_all_study_names(storage)
-    # Proposals follow from the seed and from how many trials there are, so that a resumed search does not repeat them.
+    # Proposals depend on the seed and the number of trials, so that a resumed search does not repeat them.
     count = len(optuna.load_study(study_name=STUDY, storage=storage).trials) if known else 0
     sampler = optuna.samplers.TPESampler(seed=search.seed + count)
     study = optuna.create_study(
@@ -195,7 +196,7 @@ def _study(search: Search, space: list[Choice | Range]) -> optuna.Study:
         found = study.user_attrs.setdefault(name, value) if known else value
         if found != value:
             raise UserError(
-                f"--output {search.output}: holds a search with another {name}: choose another folder, or remove this one"
+                f"--output {search.output}: contains a search with another {name}: choose another folder or remove this one"
             )
         study.set_user_attr(name, value)
     for trial in study.get_trials(states=[TrialState.RUNNING]):
@@ -205,7 +206,7 @@ def _study(search: Search, space: list[Choice | Range]) -> optuna.Study:
 
 
 def _identity(search: Search, space: list[Choice | Range]) -> dict[str, str]:
-    """What must not change when a search resumes."""
+    """The settings that must not change when a search resumes."""
 
     def digest(value: str) -> str:
         return hashlib.sha256(value.encode()).hexdigest()
@@ -235,7 +236,7 @@ def _write_results(search: Search, space: list[Choice | Range], study: optuna.St
             search.metric: trial.value if trial.state == TrialState.COMPLETE else None,
             "evaluations": len(trial.intermediate_values),
             "values": _values(trial, space),
-            **({"reason": trial.user_attrs[REFUSED]} if REFUSED in trial.user_attrs else {}),
+            **({"reason": trial.user_attrs[REASON]} if REASON in trial.user_attrs else {}),
         }
         for trial in study.get_trials()
         if trial.state.is_finished()

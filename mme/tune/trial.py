@@ -1,4 +1,4 @@
-"""One trial: a training job in processes of its own, watched through its metrics, stopped when it lags behind."""
+"""One trial: a training job in separate processes, monitored through its metrics and stopped if it lags behind."""
 
 from __future__ import annotations
 
@@ -24,10 +24,11 @@ STOPS_WITHIN_S = 90.0
 
 @dataclass(frozen=True)
 class Outcome:
-    """
+    """The outcome of a trial.
+
     Attributes:
-        status: of the process; None: it was stopped because it lagged behind.
-        best: the highest value of the metric on the validation split, None without an evaluation.
+        status: exit status of the process; None: it was stopped because it lagged behind.
+        best: the highest value of the metric on the validation split; None without an evaluation.
         error: the last line on standard error of a job that failed.
     """
 
@@ -44,12 +45,12 @@ def run_trial(
     lags_behind: Callable[[int, float], bool],
     stop: threading.Event,
 ) -> Outcome:
-    """Runs ``command``, which trains into ``folder``.
+    """Runs ``command``, which writes its run to ``folder``.
 
     Args:
-        metric: such as ``ndcg@10``, of the evaluations on the validation split.
-        lags_behind: told the number of each evaluation (from 1) and its value; True ends the trial.
-        stop: set when the search is to end; the job saves a checkpoint and leaves.
+        metric: metric of the evaluations on the validation split, such as ``ndcg@10``.
+        lags_behind: called with the number of each evaluation (from 1) and its value; True ends the trial.
+        stop: event that ends the search; the job then saves a checkpoint and exits.
 
     Raises:
         InterruptedError: ``stop`` was set.
@@ -88,18 +89,18 @@ def validation_values(folder: Path, metric: str) -> list[float]:
     try:
         records = read_metrics(folder / METRICS_FILE)
     except UserError:
-        return []  # nothing is written yet
+        return []  # the job has not written metrics yet
     found = [r for r in records if r["kind"] == "eval" and r.get("split") == "valid" and r.get("model") != "popularity"]
     return [float(record[metric]) for record in found if record.get(metric) is not None]
 
 
 def remove_checkpoints(folder: Path) -> None:
-    """What takes space in a trial that will not be used again; its configuration and metrics stay."""
+    """Frees the space of a trial that will not be used again; its configuration and metrics remain."""
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
 
 def training_command(config: Path, overrides: list[str], processes: int) -> list[str]:
-    """Trains in one process, or by the launcher in several."""
+    """The command that trains in one process, or through the launcher in several."""
     if processes == 1:
         return [sys.executable, "-m", "mme", "train", "--config", str(config), *overrides]
     arguments = ["--config", str(config), "--nproc-per-node", str(processes)]
@@ -107,7 +108,7 @@ def training_command(config: Path, overrides: list[str], processes: int) -> list
 
 
 def _wait(process: subprocess.Popen[Any], stop: threading.Event) -> int | None:
-    """The exit status, or None while the process runs, after a moment or when ``stop`` is set."""
+    """Waits a moment, or not at all if ``stop`` is set; returns the exit status, or None if the process is running."""
     try:
         return process.wait(0 if stop.is_set() else LOOK_EVERY_S)
     except subprocess.TimeoutExpired:
@@ -115,7 +116,7 @@ def _wait(process: subprocess.Popen[Any], stop: threading.Event) -> int | None:
 
 
 def _end(process: subprocess.Popen[Any]) -> None:
-    """Asks the job to save and leave, and ends it where it does not."""
+    """Asks the job to save and exit, and kills it if it does not."""
     os.killpg(process.pid, signal.SIGTERM)
     try:
         process.wait(STOPS_WITHIN_S)

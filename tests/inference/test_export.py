@@ -116,4 +116,4 @@ def test_an_output_that_cannot_be_written_is_refused(
     assert export(trained, "items", tmp_path / "file" / "items.parquet") == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert export(trained, "items", tmp_path) == 2
-    assert "a folder, expected the name of a file" in capsys.readouterr().err
+    assert "is a folder, expected a file name" in capsys.readouterr().err

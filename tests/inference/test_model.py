@@ -119,7 +119,7 @@ def test_unknown_items_are_left_out_or_refused(model: TrainedModel) -> None:
     popular = np.argsort(-model.knowledge.counts, kind="stable")
     (found,) = model.recommend([stranger], k=3, blocked=[ids[popular[0]]]).to_pylist()
     assert found["fallback"] and found["item_ids"] == [ids[place] for place in popular[1:4]]
-    with pytest.raises(UserError, match="row 0: no known item"):
+    with pytest.raises(UserError, match="row 0: has no known item"):
         model.user_embeddings([stranger])
 
 

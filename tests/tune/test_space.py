@@ -31,18 +31,18 @@ def test_bounds_and_lists(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("model.drop: [0.1]", r"model\.drop: no such key"),
-        ("model: [1]", r"model: a group of keys, expected one key such as model\."),
+        ("model: [1]", r"model: is a section, expected one key such as model\."),
         ("model.dropout: [much]", r"model\.dropout: \"much\": .*could not be converted to Float"),
         ("model.dropout: 0.3", r"expected a list of values, or low and high"),
         ("model.dropout: []", r"expected a list of values, or low and high"),
         ("model.dropout: {low: 0.1}", r"expected a list of values, or low and high"),
         ("model.dropout: {low: 0.5, high: 0.1}", r"low \(0\.5\) is above high \(0\.1\)"),
         ("train.lr: {low: 0.0, high: 0.1, log: true}", r"log needs low above 0"),
-        ("train.lr: {low: 1e-4, high: 1e-2}", r"must be numbers \(1e-3 is a text in YAML"),
+        ("train.lr: {low: 1e-4, high: 1e-2}", r"must be numbers \(YAML reads 1e-3 as text"),
         ("model.num_blocks: {low: 1, high: 4, step: 0}", r"step \(0\) must be above 0"),
-        ("output_dir: [a, b]", r"each trial has a folder of its own"),
+        ("output_dir: [a, b]", r"each trial has its own folder"),
         ("- 1", r"expected keys of the configuration"),
-        ("a: [", r"not readable as YAML"),
+        ("a: [", r"cannot be read as YAML"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, text: str, message: str) -> None:

@@ -100,7 +100,7 @@ def test_another_search_in_the_same_folder_is_refused(
     study = create_study(storage=JournalStorage(JournalFileBackend(str(folder / "journal.log"))), study_name="mme")
     study.set_user_attr("space", "another")
     assert main(arguments(tmp_path, data, 1)) == 2
-    assert "holds a search with another space" in capsys.readouterr().err
+    assert "contains a search with another space" in capsys.readouterr().err
 
 
 def test_a_trial_that_fails_says_why(tmp_path: Path) -> None:
