@@ -39,9 +39,10 @@ from launcher.devices import DEVICES
 from launcher.shape import Shape
 from launcher.step_time import time_parts, total_s
 from mme.config import DataConfig, load_config
-from mme.data.balance import deal, sequence_cost, straggler_share
+from mme.data.balance import deal, sequence_cost
 from mme.data.dataset import PreparedDataset
 from mme.data.loaders import TrainLoader, Worker
+from mme.data.parts import IntArray
 from mme.data.split import Split
 from mme.prepare.writer import DatasetWriter
 
@@ -264,6 +265,12 @@ def _print(results: dict[str, Any]) -> None:
     console.print(table)
     for name in ("straggler", "training", "h100"):
         console.print(f"{name}: {results[name]}", highlight=False)
+
+
+def straggler_share(costs: IntArray, ranks: IntArray, world_size: int) -> float:
+    """The average share of time that ranks wait for the slowest one: (max − mean) / max of their loads."""
+    load = np.bincount(ranks, weights=costs, minlength=world_size)
+    return float(1 - load.mean() / load.max())
 
 
 if __name__ == "__main__":

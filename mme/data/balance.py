@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mme.config import ModelConfig
+from mme.data.parts import IntArray
 from mme.flops import attention_pair, expert_row, projections
-
-IntArray = NDArray[np.int64]
 
 
 def attention_equals_rest_at(model: ModelConfig) -> int:
@@ -48,9 +46,3 @@ def deal(costs: IntArray, world_size: int) -> IntArray:
         loads[lightest[:number]] = after[:number]
         place += number
     return ranks
-
-
-def straggler_share(costs: IntArray, ranks: IntArray, world_size: int) -> float:
-    """The average share of time that ranks wait for the slowest one: (max − mean) / max of their loads."""
-    load = np.bincount(ranks, weights=costs, minlength=world_size)
-    return float(1 - load.mean() / load.max())

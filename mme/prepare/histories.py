@@ -15,8 +15,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from mme.data.layout import FEATURE_PREFIX, FRACTIONS
+from mme.data.parts import IntArray
 
-IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 NEW = -1

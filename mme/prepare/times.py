@@ -20,11 +20,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
+from mme.data.parts import IntArray
 from mme.errors import UserError
 from mme.prepare.readers import SourceFile
 from mme.prepare.values import as_integers, is_missing, is_number, is_text, mask, plain, trimmed
 
-IntArray = NDArray[np.int64]
 BoolArray = NDArray[np.bool_]
 
 PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}

@@ -8,8 +8,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks.data_loading import straggler_share
 from mme.config import ModelConfig, MoEConfig
-from mme.data.balance import attention_equals_rest_at, deal, sequence_cost, straggler_share
+from mme.data.balance import attention_equals_rest_at, deal, sequence_cost
 
 RANKS = 8
 
