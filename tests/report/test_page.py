@@ -82,7 +82,7 @@ def test_what_the_model_learned_is_shown(tmp_path: Path) -> None:
     page = Page(write_report(write_run(tmp_path / "run", [*train_records(), record])))
     for text in [
         "What the model learned",
-        "Effective rank of the tables, of 2 possible: 1.9, 1.0",
+        "Effective rank of the tables, at most 2: 1.9, 1.0",
         "3,000 histories",
         "all views0.1900",
         "view 1 alone0.1750",
