@@ -1,10 +1,15 @@
 """Feature columns of events, such as an action or a rating, with their values as indices.
 
 Each column has a vocabulary that numbers its values from 1 in order of appearance; 0 stands for a missing or unknown value.
-Values are texts. Numbers and booleans are converted to their text, 4.0 to 4. Existing indices stay when events are added,
-and new values get the next ones.
+Existing indices stay when events are added, and new values get the next ones. The kind of a column determines what counts as
+one value:
 
-    features.parquet    one row per value: column, value_index (from 1, without a gap), value
+    category    texts; numbers and booleans are converted to their text, 4.0 to 4
+    number      finite numbers, or texts of numbers, in logarithmic buckets, see `Numbers`
+
+    features.parquet    one row per value: column, value_index (from 1, without a gap), value, kind of the column
+
+To add a kind, write a subclass of `Vocabulary` and add it to `KINDS`. Everything after this module handles only indices.
 """
 
 from __future__ import annotations
@@ -25,6 +30,8 @@ from mme.data.layout import FEATURE_PREFIX, FEATURES_FILE
 from mme.errors import UserError, first_line
 
 MOST_VALUES = 1_000_000  # per column, because they are kept in memory and each has a row in the model's tables
+BUCKETS_PER_OCTAVE = 4
+SMALLEST = 4300  # more than 4 · 1074, so that the code of the smallest number is positive
 TRAILING_ZEROS = r"^([+-]?\d+)\.0+$"
 
 
@@ -44,19 +51,25 @@ NO_FEATURES = Features()
 
 
 class Vocabulary:
-    """The values of one column and their indices."""
+    """The values of one column and their indices; this class is the kind "category"."""
+
+    kind = "category"
 
     def __init__(self, values: Iterable[str] = ()) -> None:
         self.numbers = {value: number for number, value in enumerate(values, 1)}
+
+    def texts(self, column: pa.Array) -> pa.Array:
+        """The values as texts, null if missing; raises TypeError if the column does not have this kind."""
+        return category_texts(column)
 
     def learn(self, column: pa.Array) -> NDArray[np.int32]:
         """The index of each value; new values get the next indices.
 
         Raises:
-            TypeError: the column does not hold texts, numbers or booleans.
+            TypeError: the column does not have this kind.
             OverflowError: the column has more than `MOST_VALUES` values.
         """
-        encoded = category_texts(column).dictionary_encode()
+        encoded = self.texts(column).dictionary_encode()
         numbers = [self.numbers.setdefault(value, len(self.numbers) + 1) for value in encoded.dictionary.to_pylist()]
         if len(self.numbers) > MOST_VALUES:
             raise OverflowError(f"has more than {MOST_VALUES:,} different values, too many for a category")
@@ -64,8 +77,64 @@ class Vocabulary:
 
     def find(self, column: pa.Array) -> NDArray[np.int32]:
         """The index of each value, 0 if it is missing or unknown; raises TypeError like `learn`."""
-        encoded = category_texts(column).dictionary_encode()
-        return _take([self.numbers.get(value, 0) for value in encoded.dictionary.to_pylist()], encoded)
+        encoded = self.texts(column).dictionary_encode()
+        return _take([self.index_of(value) for value in encoded.dictionary.to_pylist()], encoded)
+
+    def index_of(self, value: str) -> int:
+        """The index of a value, 0 if it is unknown."""
+        return self.numbers.get(value, 0)
+
+
+class Numbers(Vocabulary):
+    """Finite numbers in buckets of relative width 2^(1/4); a value in features.parquet is the code of its bucket.
+
+    The code of v is sign(v) · (4300 + ⌊4 · log2 |v|⌋), and 0 for v = 0, so that codes have the order of the numbers. A number
+    in an unknown bucket gets the index of the nearest known one.
+    """
+
+    kind = "number"
+
+    def __init__(self, values: Iterable[str] = ()) -> None:
+        """Raises ValueError if a value is not a code."""
+        super().__init__(values)
+        list(map(int, self.numbers))
+
+    def texts(self, column: pa.Array) -> pa.Array:
+        return bucket_codes(column).cast(pa.string())
+
+    def index_of(self, value: str) -> int:
+        nearest = min(self.numbers, key=lambda known: abs(int(known) - int(value)), default="")
+        return self.numbers.get(nearest, 0)
+
+
+KINDS = {vocabulary.kind: vocabulary for vocabulary in (Vocabulary, Numbers)}
+
+
+def split_kind(column: str) -> tuple[str, str]:
+    """``price:number`` → (price, number); a name without a kind is a category."""
+    name, _, kind = column.rpartition(":")
+    return (name, kind) if name and kind in KINDS else (column, Vocabulary.kind)
+
+
+def bucket_codes(column: pa.Array) -> pa.Array:
+    """The bucket's code of each number, int64, null if missing; see `Numbers`.
+
+    Raises:
+        TypeError: the column does not hold numbers.
+    """
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        trimmed = pc.utf8_trim_whitespace(column)
+        column = pc.if_else(pc.equal(trimmed, ""), None, trimmed)
+    elif not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
+        raise TypeError(f"holds {column.type}, expected numbers")
+    try:
+        numbers = column.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    except pa.ArrowInvalid as error:
+        raise TypeError(f"holds a value that is not a number ({first_line(error)})") from error
+    known = np.isfinite(numbers)
+    magnitude = np.abs(np.where(known & (numbers != 0), numbers, 1.0))
+    codes = np.sign(np.where(known, numbers, 0.0)) * (SMALLEST + np.floor(BUCKETS_PER_OCTAVE * np.log2(magnitude)))
+    return pa.array(codes.astype(np.int64), mask=~known)
 
 
 def category_texts(column: pa.Array) -> pa.Array:
@@ -107,6 +176,7 @@ def write_vocabularies(folder: Path, vocabularies: dict[str, Vocabulary]) -> Non
                 "column": pa.array([name] * len(vocabulary.numbers), pa.string()),
                 "value_index": pa.array(list(vocabulary.numbers.values()), pa.int64()),
                 "value": pa.array(list(vocabulary.numbers), pa.string()),
+                "kind": pa.array([vocabulary.kind] * len(vocabulary.numbers), pa.string()),
             }
         )
         for name, vocabulary in vocabularies.items()
@@ -126,10 +196,16 @@ def read_vocabularies(folder: Path, names: Iterable[str]) -> dict[str, Vocabular
     path = folder / FEATURES_FILE
     try:
         table = pq.read_table(path).sort_by("value_index")
-        return {name: Vocabulary(table.filter(pc.equal(table["column"], name))["value"].to_pylist()) for name in names}
-    except (pa.ArrowException, KeyError, OSError) as error:
+        return {name: _vocabulary(table.filter(pc.equal(table["column"], name))) for name in names}
+    except (pa.ArrowException, KeyError, ValueError, TypeError, OSError) as error:
         reason = first_line(error)
         raise UserError(f"{path}: cannot be read: {reason}; run `mme prepare` again") from error
+
+
+def _vocabulary(rows: pa.Table) -> Vocabulary:
+    """The vocabulary of one column; sets of older versions have no kinds."""
+    kind = rows["kind"][0].as_py() if "kind" in rows.column_names and rows.num_rows else Vocabulary.kind
+    return KINDS[kind](rows["value"].to_pylist())
 
 
 def feature_sizes(folder: Path, info: dict[str, Any], names: Iterable[str]) -> dict[str, int]:

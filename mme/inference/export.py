@@ -86,6 +86,9 @@ def _weights(model: TrainedModel, output: Path) -> dict[str, Any]:
         exported.FEATURES: json.dumps(
             {name: list(vocabulary.numbers) for name, vocabulary in numbering.vocabularies.items()}
         ),
+        exported.FEATURE_KINDS: json.dumps(
+            {name: vocabulary.kind for name, vocabulary in numbering.vocabularies.items()}
+        ),
         exported.TIMES: json.dumps(knowledge.times),
     }
     with replacing(output) as partial:

@@ -1,7 +1,8 @@
 """Reads exported weights: one safetensors file that needs neither the run nor its data set.
 
 tensors     the model's weights by name; raw ids as the bytes of an Arrow stream; event counts of the items
-metadata    format, name, config (YAML), features ({column: values}), times ([first, last] in seconds)
+metadata    format, name, config (YAML), features ({column: values}), feature_kinds ({column: kind}),
+            times ([first, last] in seconds)
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mme.config import parse_saved_config
-from mme.data.features import Vocabulary
+from mme.data.features import KINDS, Vocabulary
 from mme.data.numbering import Numbering
 from mme.errors import UserError, first_line
 from mme.files import open_to_read
@@ -23,7 +24,7 @@ from mme.inference.model import Knowledge, TrainedModel
 from mme.inference.weights import WEIGHTS
 
 FORMAT = "mme-weights-1"
-NAME, CONFIG, FEATURES, TIMES = "name", "config", "features", "times"
+NAME, CONFIG, FEATURES, FEATURE_KINDS, TIMES = "name", "config", "features", "feature_kinds", "times"
 ITEM_IDS, USER_IDS, COUNTS = "item_ids", "user_ids", "item_counts"
 
 
@@ -44,7 +45,11 @@ def read_export(path: Path, device: str | torch.device | None = None) -> Trained
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         config = parse_saved_config(metadata[CONFIG], f"{path}: configuration")
-        vocabularies = {name: Vocabulary(values) for name, values in json.loads(metadata[FEATURES]).items()}
+        kinds = json.loads(metadata.get(FEATURE_KINDS, "{}"))
+        vocabularies = {
+            name: KINDS[kinds.get(name, Vocabulary.kind)](values)
+            for name, values in json.loads(metadata[FEATURES]).items()
+        }
         users = _ids_from_tensor(tensors[USER_IDS]) if USER_IDS in tensors else None
         numbering = Numbering(_ids_from_tensor(tensors[ITEM_IDS]), vocabularies, users)
         first, last = json.loads(metadata[TIMES])

@@ -108,8 +108,9 @@ def prepare(
         Optional[str],
         typer.Option(
             metavar="NAMES",
-            help="Columns of categories to keep beside item and time, separated by commas, such as action,rating; the "
-            "model reads those that model.event_features and model.user_features name.",
+            help="Further columns to keep, separated by commas, such as action,price:number. A column holds categories "
+            "unless its name ends with :number. The model reads the columns in model.event_features and "
+            "model.user_features.",
         ),
     ] = None,
     memory_limit: Annotated[Optional[str], typer.Option(help="Memory to use at most; default 4GiB.")] = None,

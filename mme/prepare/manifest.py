@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mme.data.description import file_sum
+from mme.data.features import split_kind
 from mme.prepare.feedback import FeedbackFilter
 from mme.prepare.formats import ReadOptions
 from mme.prepare.histories import CountFilter
@@ -22,13 +23,18 @@ class Settings:
     """How files are read and what is kept of them; the same for all that is added to a set.
 
     Attributes:
-        features: names of the further columns that are kept.
+        features: further columns to keep, by name or as ``name:kind``, see `mme.data.features`.
     """
 
     read: ReadOptions = field(default_factory=ReadOptions)
     feedback: FeedbackFilter = field(default_factory=FeedbackFilter)
     counts: CountFilter = field(default_factory=lambda: CountFilter(1, 1, True))
     features: list[str] = field(default_factory=list)
+
+    @property
+    def feature_kinds(self) -> dict[str, str]:
+        """The kinds of the further columns by their names."""
+        return dict(map(split_kind, self.features))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Settings:

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 from mme.config import USER_ID
-from mme.data.features import Vocabulary, parts_column, write_vocabularies
+from mme.data.features import KINDS, parts_column, write_vocabularies
 from mme.errors import UserError, first_line
 from mme.paths import local_path
 from mme.prepare.cleaning import ID_ROLES, Cleaner
@@ -85,7 +85,8 @@ def prepare(
     time that is none, a wrong number of fields) are left out and counted. Then users with fewer than ``min_user_events``
     and items with fewer than ``min_item_events`` events are dropped, repeatedly until all that are left have enough or,
     with ``filter_once``, by one count of all events. Items are numbered in the order of their raw ids.
-    ``feature_columns`` names columns of categories that are kept beside item and time (`mme.data.features`).
+    ``feature_columns`` names columns to keep beside item and time, such as ``action`` or ``price:number``
+    (`mme.data.features`).
 
     Raises:
         UserError: a file is missing, empty, truncated, no regular file or lacks a column; what it holds can be read in
@@ -99,7 +100,7 @@ def prepare(
         CountFilter(min_user_events, min_item_events, iterate=not filter_once),
         list(dict.fromkeys(feature_columns)),
     )
-    if USER_ID in settings.features:
+    if USER_ID in settings.feature_kinds:
         raise UserError(f"--feature-columns {USER_ID}: every set has it (model.user_features: [{USER_ID}])")
     limit = _memory_limit(memory_limit)
     output = local_path(output, "--output")
@@ -172,9 +173,11 @@ def _open(
     formats = [identify(path, read.format) for path in paths]
     if settings.feedback.clicks_only is None:
         settings = replace(settings, feedback=replace(settings.feedback, clicks_only="kuairand" in formats))
-    roles = [*settings.feedback.roles(), *map(parts_column, settings.features)]
+    roles = [*settings.feedback.roles(), *map(parts_column, settings.feature_kinds)]
     sources = [open_source(path, read, format, roles) for path, format in zip(paths, formats, strict=True)]
-    vocabularies = prior.vocabularies if prior else {name: Vocabulary() for name in settings.features}
+    vocabularies = (
+        prior.vocabularies if prior else {name: KINDS[kind]() for name, kind in settings.feature_kinds.items()}
+    )
     ids = prior.ids if prior else {role: IdColumn() for role in ID_ROLES}
     for column in ids.values():
         column.said = read.id_type

@@ -49,7 +49,7 @@ class PriorSet:
         self.settings = Settings.from_dict(self.info["settings"])
         self.ids = {role: self._ids(role) for role in ID_ROLES}
         self.has_fractions = bool(self.info.get("has_fractions"))
-        self.vocabularies = read_vocabularies(folder, self.settings.features)
+        self.vocabularies = read_vocabularies(folder, self.settings.feature_kinds)
         self.features = [parts_column(name) for name in self.vocabularies]
         items = _read(folder / ITEMS_FILE).sort_by("item_index")
         self.raw_items = items["item_id"].combine_chunks()

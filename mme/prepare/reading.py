@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mme.data.features import Vocabulary
+from mme.data.features import KINDS
 from mme.errors import UserError
 from mme.prepare.cleaning import Cleaner
 from mme.prepare.malformed import Malformed
@@ -74,7 +74,7 @@ class Reading:
             ids = cleaner.ids[role]
             ids.kind, ids.negative, ids.large = kind, negative, large
         for name, values in state["vocabularies"].items():
-            cleaner.vocabularies[name].numbers = Vocabulary(values).numbers
+            cleaner.vocabularies[name] = KINDS[cleaner.vocabularies[name].kind](values)
 
     def check(self) -> None:
         """Refuses files of which too much is malformed."""

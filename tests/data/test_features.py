@@ -16,7 +16,7 @@ import torch
 from mme.config import DataConfig
 from mme.data.dataset import PreparedDataset
 from mme.data.description import read_info
-from mme.data.features import Features, Vocabulary, read_vocabularies
+from mme.data.features import Features, Numbers, Vocabulary, bucket_codes, read_vocabularies
 from mme.data.loaders import EvaluationLoader, TrainLoader, Worker
 from mme.errors import UserError
 from mme.files import sha256
@@ -183,3 +183,39 @@ def test_an_index_beyond_the_vocabulary_is_found(folder: Path, tmp_path: Path) -
     (tmp_path / "set" / "dataset.json").write_text(json.dumps(info))
     with pytest.raises(UserError, match=r"part-00000.parquet: row 0: feature_action index 9, expected 0 to 3"):
         PreparedDataset.open(tmp_path / "set")
+
+
+def test_buckets_of_numbers_have_their_order_and_width() -> None:
+    numbers = [-3.0, -2.0, -5e-324, 0.0, 5e-324, 1.0, 1.18, 1.2, 2.0, 1e300, None, float("nan"), float("inf")]
+    codes = bucket_codes(pa.array(numbers)).to_pylist()
+    assert codes[-3:] == [None] * 3
+    assert codes[:10] == sorted(codes[:10])
+    assert codes[3:9] == [0, 4, 4300, 4300, 4301, 4304]  # 2 ** 0.25 = 1.189
+    assert codes[:2] == [-4306, -4304]
+    assert bucket_codes(pa.array([" 1.2 ", "", "2"])).to_pylist() == [4301, None, 4304]
+    assert bucket_codes(pa.array([2**62 + 1])).to_pylist() == [4300 + 4 * 62]
+
+
+def test_a_number_in_an_unknown_bucket_gets_the_nearest_index() -> None:
+    prices = Numbers()
+    assert prices.learn(pa.array([1.0, 100.0, None, 1.1])).tolist() == [1, 2, 0, 1]
+    assert prices.find(pa.array([1.5, 90.0, 1e9, -7.0, None])).tolist() == [1, 2, 2, 1, 0]
+    assert Numbers().find(pa.array([1.0])).tolist() == [0]
+
+
+@pytest.mark.parametrize("values", [["cheap"], [True], [[1.0]]])
+def test_a_column_of_numbers_holds_nothing_else(values: list[Any]) -> None:
+    with pytest.raises(TypeError, match=r"expected numbers|not a number"):
+        Numbers().learn(pa.array(values))
+
+
+def test_a_prepared_column_of_numbers_keeps_its_kind_when_events_are_added(tmp_path: Path) -> None:
+    (tmp_path / "first.csv").write_text("user_id,item_id,timestamp,price\n1,5,1,9.99\n1,6,2,\n1,7,3,12.5\n")
+    (tmp_path / "second.csv").write_text("user_id,item_id,timestamp,price\n1,8,4,10.1\n1,5,5,1200\n")
+    prepare([tmp_path / "first.csv"], "csv", tmp_path / "set", feature_columns=["price:number"], min_user_events=1)
+    info = add_events([tmp_path / "second.csv"], tmp_path / "set")
+    found = read_vocabularies(tmp_path / "set", ["price"])["price"]
+    assert isinstance(found, Numbers) and len(found.numbers) == info["features"]["price"] == 3
+    (row,) = pq.read_table(tmp_path / "set" / info["parts"][0]["file"]).to_pylist()
+    assert row["feature_price"] == [1, 0, 2, 1, 3]
+    assert found.find(pa.array(["10.0"])).tolist() == [1]
