@@ -1,4 +1,4 @@
-"""A disk that is full, as far as this process is concerned."""
+"""Simulates a full disk for this process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def files_of_at_most(num_bytes: int) -> Iterator[None]:
-    """The system refuses to make a file larger: 'File too large', where a full disk says 'No space left on device'."""
+    """Limits the size of files: writes fail with 'File too large', like 'No space left on device' on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:

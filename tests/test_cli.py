@@ -1,4 +1,4 @@
-"""The mme command: what it prints where, and its exit status."""
+"""The mme command: its output and its exit status."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def run_mme(*arguments: str | Path, cwd: Path = REPOSITORY, **environment: str) 
 
 
 def error_line(capsys: pytest.CaptureFixture[str]) -> str:
-    """The one line on standard error; nothing else may have been printed."""
+    """The single line on standard error; nothing else may have been printed."""
     captured = capsys.readouterr()
     assert captured.out == ""
     (line,) = captured.err.splitlines()
@@ -62,7 +62,7 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_an_error_is_one_write(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two would let another rank's line in between: torchrun runs its workers without a buffer."""
+    """With two writes another rank's line could come between them, because torchrun's workers are unbuffered."""
     reading, writing = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with reading, writing, writing.makefile("wb", buffering=0) as raw:
         monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(raw, write_through=True))
@@ -77,7 +77,7 @@ def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture[str]) -
     assert "Example" in output and f"mme {command} --" in output
 
 
-def test_help_is_quick_because_it_imports_nothing_heavy() -> None:
+def test_help_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'omegaconf', 'pyarrow'}"
     code = f"import sys, mme.cli; mme.cli.main(['--help']); print(sorted({heavy} & set(sys.modules)))"
     output = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True, check=True)
@@ -144,7 +144,7 @@ def test_wrong_configuration_ends_with_one_line_and_status_2(
 
 
 @pytest.mark.parametrize("content", ["", "- 1\n", "a: [\n", "\x00\x01"])
-def test_file_that_is_no_configuration(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_file_that_is_not_a_configuration(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(content)
     assert main(["train", "--config", str(path)]) == 2
@@ -164,7 +164,7 @@ def test_failed_job_ends_with_status_1_and_its_traceback_in_the_log(
 ) -> None:
     (tmp_path / "config.yaml").write_text("data: {path: nowhere}\n")
     (tmp_path / "metrics.jsonl").write_text('{"kind": "run", "step": 0}\n')
-    with files_of_at_most(4000):  # enough for the log, too little for the page
+    with files_of_at_most(4000):  # enough for the log, too small for the report
         assert main(["report", "--run", str(tmp_path)]) == 1
     assert error_line(capsys) == f"{tmp_path / 'report.html'}: File too large (traceback in {tmp_path / 'log.txt'})"
     assert "OSError: [Errno 27]" in (tmp_path / "log.txt").read_text()
@@ -172,11 +172,11 @@ def test_failed_job_ends_with_status_1_and_its_traceback_in_the_log(
 
 
 @pytest.mark.parametrize(("launched", "status"), [(False, 1), (True, 3)])
-def test_a_full_disk_ends_in_one_line_and_is_not_started_again(
+def test_a_full_disk_ends_in_one_line_without_a_restart(
     launched: bool, status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if launched:
-        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")  # under torchrun the launcher is told by the status
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")  # under torchrun the status informs the launcher
     with pytest.raises(typer.Exit) as ended, job_status():
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
     assert ended.value.exit_code == status
@@ -185,7 +185,7 @@ def test_a_full_disk_ends_in_one_line_and_is_not_started_again(
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small run made by the commands that a user types."""
+    """A small run made by the user's commands."""
     folder = tmp_path_factory.mktemp("first")
     prepared = run_mme(
         "prepare",
@@ -212,7 +212,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_train_leaves_what_the_contract_says(run: Path) -> None:
+def test_train_writes_all_documented_files(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert names >= {"config.yaml", "metrics.jsonl", "checkpoints", "tensorboard", "report.html", "log.txt"}
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -224,7 +224,7 @@ def test_train_leaves_what_the_contract_says(run: Path) -> None:
 
 
 @pytest.mark.slow
-def test_evaluate_prints_json_alone(run: Path) -> None:
+def test_evaluate_prints_only_json(run: Path) -> None:
     done = run_mme("evaluate", "--run", run)
     assert done.returncode == 0, done.stderr
     metrics = json.loads(done.stdout)
@@ -276,7 +276,7 @@ def test_recommend_writes_top_k_for_each_history(run: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_a_data_set_that_numbers_the_items_in_another_way_is_refused(run: Path, tmp_path: Path) -> None:
+def test_a_data_set_with_other_item_indices_is_rejected(run: Path, tmp_path: Path) -> None:
     for folder in ("data", "run"):
         shutil.copytree(run.parent / folder, tmp_path / folder)
     config = (run / "config.yaml").read_text().replace(str(run.parent / "data"), str(tmp_path / "data"))
@@ -297,7 +297,7 @@ def test_a_data_set_that_numbers_the_items_in_another_way_is_refused(run: Path, 
 
 
 @pytest.mark.slow
-def test_recommend_refuses_what_is_no_history(run: Path, tmp_path: Path) -> None:
+def test_recommend_rejects_malformed_histories(run: Path, tmp_path: Path) -> None:
     users = tmp_path / "wrong.parquet"
     pq.write_table(pa.table({"user": [1]}), users)
     done = run_mme("recommend", "--run", run, "--users", users, "--output", tmp_path / "top.parquet")
@@ -307,7 +307,7 @@ def test_recommend_refuses_what_is_no_history(run: Path, tmp_path: Path) -> None
 
 
 @pytest.mark.slow
-def test_interrupt_ends_with_one_line_and_the_same_command_goes_on(run: Path) -> None:
+def test_interrupt_ends_with_one_line_and_the_same_command_resumes(run: Path) -> None:
     output = run.parent / "interrupted"
     arguments = [
         "train",
@@ -324,7 +324,7 @@ def test_interrupt_ends_with_one_line_and_the_same_command_goes_on(run: Path) ->
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # Where the tests run in the background of a shell, Ctrl-C is ignored, and so by what they start.
+        # If the tests run in the background of a shell, they and their processes ignore Ctrl-C.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     for _ in range(3000):
@@ -341,7 +341,7 @@ def test_interrupt_ends_with_one_line_and_the_same_command_goes_on(run: Path) ->
 
 
 @pytest.mark.parametrize(("local_rank", "printed"), [("0", "rank 3: error: the disk is full\n"), ("1", "")])
-def test_a_mistake_of_one_node_is_told_there_once(
+def test_an_error_of_one_node_is_reported_there_once(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], local_rank: str, printed: str
 ) -> None:
     monkeypatch.setenv("RANK", "3")
@@ -365,7 +365,7 @@ def test_control_characters_stay_escaped_in_messages_and_log(
     assert len((tmp_path / "log.txt").read_text().splitlines()) == 1
 
 
-def test_a_strangers_run_writes_into_itself_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_untrusted_run_writes_only_into_its_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run, mine = tmp_path / "run", tmp_path / "mine"
     run.mkdir()
     mine.write_text("mine\n")
@@ -399,7 +399,7 @@ def test_the_readers_environment_is_not_resolved_into_a_run(
         assert main([command, "--run", str(tmp_path)]) == 2
         assert "data.path: '${oc.env:SECRET}' is not resolved in a run's configuration" in capsys.readouterr().err
     assert "hunter2" not in (tmp_path / "log.txt").read_text()
-    assert load_config(tmp_path / "config.yaml").data.path == "hunter2"  # the user's own file
+    assert load_config(tmp_path / "config.yaml").data.path == "hunter2"  # a file that the user passes
 
 
 @pytest.mark.parametrize(

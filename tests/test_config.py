@@ -1,4 +1,4 @@
-"""Ranges of the keys, and what the rest of the program asks the configuration instead of deriving it again."""
+"""Ranges of the keys, and values that other modules derive from the configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WITH_RANGE = {name: field.metadata[RANGE] for name, field, _ in keys_of(Config()
 
 @pytest.mark.parametrize("name", WITH_RANGE)
 def test_a_number_out_of_range_is_named(name: str) -> None:
-    """Just beyond each bound; a bound that is included is allowed."""
+    """Values just beyond each bound are rejected, and inclusive bounds are accepted."""
     allowed = WITH_RANGE[name]
     outside = [allowed.above, allowed.below]
     outside += [
@@ -27,7 +27,7 @@ def test_a_number_out_of_range_is_named(name: str) -> None:
         assert flat(load_config(None, ["data.path=unused", f"{name}={value}"]))[name] == value
 
 
-def test_ranges_say_their_bounds() -> None:
+def test_ranges_describe_their_bounds() -> None:
     assert Range(above=0).phrase() == "positive"
     assert Range(above=0).notation() == "> 0"
     assert Range(at_least=0, below=1).phrase() == "at least 0 and below 1"
@@ -35,7 +35,7 @@ def test_ranges_say_their_bounds() -> None:
     assert Range(above=1, at_most=2).phrase() == "above 1 and at most 2"
 
 
-def test_a_list_belongs_to_one_configuration() -> None:
+def test_configurations_do_not_share_lists() -> None:
     first = Config(data=DataConfig(path="unused"))
     first.train.profile_ranks.append(5)
     assert Config().train.profile_ranks == [0]
@@ -82,7 +82,7 @@ def test_negatives_of_a_batch(loss: LossConfig, groups: list[int], scored: int) 
 
 @pytest.mark.parametrize("key", ["data.path", "data.cache_dir", "output_dir"])
 @pytest.mark.parametrize("path", ["s3://bucket/folder", "gs:/bucket/folder", "file:///folder"])
-def test_a_url_is_no_path(key: str, path: str) -> None:
+def test_a_url_is_not_a_path(key: str, path: str) -> None:
     values = {"data.path": "set", key: path}
     with pytest.raises(
         UserError, match=f"^{key}: {path}: {path.partition(':')[0]}:// is not supported: expected a path"

@@ -1,4 +1,4 @@
-"""docs/configuration.md has the tables that the schema gives, and the shipped configurations are valid."""
+"""docs/configuration.md has the tables of the schema, and the shipped configurations are valid."""
 
 from __future__ import annotations
 
@@ -51,6 +51,6 @@ def test_every_description_fits_into_a_table() -> None:
 
 
 @pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.name)
-def test_shipped_configuration_is_valid_and_says_what_it_is(path: Path) -> None:
+def test_shipped_configuration_is_valid_and_described(path: Path) -> None:
     assert load_config(path, ["data.path=anywhere"]).data.path == "anywhere"
     assert path.read_text().startswith("# ")

@@ -1,4 +1,4 @@
-"""What README, docs/ and the head of each configuration and benchmark tell a reader to follow or to run is there.
+"""Links and commands in README, docs/ and the head comments of configurations and benchmarks work.
 
 A command counts as one that runs if its program parses it: subcommand, options, their types, and, where a shipped
 configuration is named, its overrides.
@@ -69,13 +69,13 @@ def test_a_wrong_command_is_noticed() -> None:
 
 
 def anchors(page: Path) -> set[str]:
-    """The names of a page's headings, as its links name them."""
+    """The anchors of a page's headings."""
     headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 def text_of(source: Path | str) -> str:
-    """A page; or the heads of all configurations or benchmarks, or the help texts of all commands."""
+    """The text of a page, of the head comments of all configurations or benchmarks, or of all help texts."""
     if isinstance(source, Path):
         return source.read_text()
     if source == "configs":
@@ -90,15 +90,15 @@ def text_of(source: Path | str) -> str:
 
 
 def commands_in(text: str) -> Iterator[str]:
-    """The commands of a text, each on one line: those that have a line of their own, and those in backticks."""
+    """The commands of a text, each on one line: those on separate lines and those in backticks."""
     for line in text.replace("\\\n", " ").splitlines():
         candidates = [re.sub(r"^#?\s*", "", line), *re.findall(r"`([^`]+)`", line)]
         yield from (candidate for candidate in candidates if COMMAND.match(candidate))
 
 
 def check(command: str) -> None:
-    """Raises where the command's program would refuse its words."""
-    plain = re.sub(r"\[(--[\w-]+)\]", r"\1", command)  # options that may be left out
+    """Raises if the command's program would reject its arguments."""
+    plain = re.sub(r"\[(--[\w-]+)\]", r"\1", command)  # optional arguments
     words = shlex.split(re.sub(r"\(.*\)$|>.*$|…$", "", plain), comments=True)  # without remarks and redirections
     while "=" in words[0]:
         words = words[1:]
@@ -124,7 +124,7 @@ def app_of(module: str) -> typer.Typer:
 
 def parse(command: Any, arguments: list[str]) -> None:
     if not arguments and command.no_args_is_help:
-        return  # its name alone
+        return  # only its name
     context = command.make_context("", list(arguments))
     if hasattr(command, "commands"):
         _, subcommand, rest = command.resolve_command(context, [*context._protected_args, *context.args])

@@ -1,4 +1,4 @@
-"""Features of events and users by the real commands: prepared, trained on two processes, resumed, evaluated, recommended."""
+"""Event and user features with the real commands: prepare, train on two processes, resume, evaluate, recommend."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 from tests.test_train import losses, train
 
 NUM_ITEMS = 40
-STEP_OF = {"view": 1, "buy": 7}  # to the next item: it can't be told without the action
+STEP_OF = {"view": 1, "buy": 7}  # step to the next item, which is unpredictable without the action
 FEATURES = ["model.event_features=[action]", "model.user_features=[segment,user_id]"]
 QUICK = ["loss.kind=full_softmax", "model.dropout=0", "train.lr=0.01", "train.epochs=20", "train.eval_every=50"]
 
@@ -53,10 +53,10 @@ def run(data: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_what_the_action_tells_is_learned_and_a_stopped_run_goes_on(data: Path, run: Path, tmp_path: Path) -> None:
+def test_actions_are_learned_and_a_stopped_run_resumes(data: Path, run: Path, tmp_path: Path) -> None:
     done = train(data, tmp_path / "without", *QUICK, processes=2)
     assert done.returncode == 0, done.stderr
-    assert losses(run)[-1][1] < losses(tmp_path / "without")[-1][1] - 0.3  # ln 2 is what the action tells
+    assert losses(run)[-1][1] < losses(tmp_path / "without")[-1][1] - 0.3  # knowing the action is worth ln 2
     stopped = tmp_path / "stopped"
     for overrides in (["train.steps=7"], []):
         done = train(data, stopped, *QUICK, *FEATURES, *overrides, processes=2)
@@ -65,11 +65,11 @@ def test_what_the_action_tells_is_learned_and_a_stopped_run_goes_on(data: Path, 
 
 
 @pytest.mark.slow
-def test_evaluation_and_recommendations_use_them(data: Path, run: Path, tmp_path: Path) -> None:
+def test_evaluation_and_recommendations_use_features(data: Path, run: Path, tmp_path: Path) -> None:
     done = mme("evaluate", "--run", run)
     assert done.returncode == 0, done.stderr
     metrics = json.loads(done.stdout)
-    assert metrics["mrr"] > 0.6  # 0.5 where the two items can't be told apart
+    assert metrics["mrr"] > 0.6  # 0.5 if the two items cannot be distinguished
     actions = [action for _ in range(NUM_ITEMS) for action in STEP_OF]
     histories = {
         "user_id": [f"u{number}" for number in range(len(actions))],

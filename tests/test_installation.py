@@ -1,4 +1,4 @@
-"""What an installed package finds away from a checkout, and what it says where a package is missing.
+"""An installed package finds its files outside a checkout, and names missing packages.
 
 `scripts/check_wheel.sh` does the whole way with a wheel in a clean environment; `.ci/run` calls it.
 """
@@ -44,7 +44,7 @@ def test_missing_training_packages_are_named_with_the_command_that_installs_them
         require_training_packages()
 
 
-def test_version_and_a_light_import() -> None:
+def test_version_and_import_without_heavy_packages() -> None:
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
     heavy = "import mme, sys; print(sorted({'torch', 'pyarrow', 'torchrec', 'deepspeed'} & {*sys.modules}))"
     done = subprocess.run([sys.executable, "-c", heavy], env=environment, capture_output=True, text=True, check=True)

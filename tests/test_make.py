@@ -1,4 +1,4 @@
-"""What `make bench` and `make train` run: benchmarks that need no arguments, and which data under which name."""
+"""`make bench` runs benchmarks without arguments, and `make train` names data sets and runs."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUICKSTART = "configs/quickstart.yaml"
 
 
 def test_every_benchmark_of_make_runs_without_arguments() -> None:
-    # Without the settings of the make that may be running these tests.
+    # Without the variables of a make that may be running these tests.
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MAKE", "BENCHMARKS"))}
     command = ["make", "--dry-run", "--no-print-directory", "bench"]
     done = subprocess.run(command, cwd=REPOSITORY, env=environment, capture_output=True, text=True, check=True)
@@ -32,7 +32,7 @@ def test_every_benchmark_of_make_runs_without_arguments() -> None:
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """The script in a folder of its own, where the interpreter writes down its arguments and makes an empty set."""
+    """The script in a temporary project, whose interpreter records its arguments and creates an empty set."""
     project = tmp_path / "project"
     for folder in ("scripts", ".venv/bin", "configs", "mme/data", "mme/prepare"):
         (project / folder).mkdir(parents=True)
@@ -110,7 +110,7 @@ def test_a_changed_file_in_a_folder_is_noticed(project: Path) -> None:
         ),
     ],
 )
-def test_what_can_not_be_read_is_refused_in_one_line(project: Path, data: str, message: str) -> None:
+def test_unreadable_data_is_rejected_in_one_line(project: Path, data: str, message: str) -> None:
     (project / "empty.csv").touch()
     os.mkfifo(project / "pipe")
     command = ["scripts/train.sh", QUICKSTART, data]

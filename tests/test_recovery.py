@@ -1,4 +1,4 @@
-"""Real jobs that are stopped, killed and frozen go on by themselves, and end with the bits of one that was left alone."""
+"""Jobs that are stopped, killed or frozen recover and end with the bits of an undisturbed job."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.distributed.processes import run_on
 from tests.test_train import SMALL, losses, metrics
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
-# Checkpoints at almost every step, so that kills meet them, too.
+# Checkpoints at almost every step, so that kills also hit them.
 OFTEN = [
     "train.checkpoint_every=2",
     "train.eval_every=7",
@@ -52,7 +52,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run of a job that was left alone."""
+    """The run of an undisturbed job."""
     run = tmp_path_factory.mktemp("whole") / "run"
     with started(data, run) as job:
         assert job.wait(PATIENCE_S) == 0
@@ -61,7 +61,7 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @contextmanager
 def started(data: Path, run: Path, *overrides: str, max_restarts: int = 3) -> Iterator[subprocess.Popen[str]]:
-    """`launcher run` of two processes; whatever is left of it at the end is killed."""
+    """`launcher run` with two processes, which are killed at the end."""
     command = [sys.executable, "-m", "launcher", "run", "--config", str(QUICKSTART), "--nproc-per-node", "2"]
     command += [
         "--max-restarts",
@@ -84,7 +84,7 @@ def started(data: Path, run: Path, *overrides: str, max_restarts: int = 3) -> It
 
 
 def workers(run: Path) -> list[psutil.Process]:
-    """The processes of a run that train, in the order of their ranks."""
+    """The training processes of a run, in rank order."""
     found = {}
     for process in psutil.process_iter(["cmdline"]):
         words = process.info["cmdline"] or []
@@ -114,14 +114,14 @@ def reached(run: Path, step: int) -> bool:
 
 
 def check_same(run: Path, whole: Path) -> None:
-    """Every loss, every metric, bit for bit; nothing twice, nothing missing."""
+    """All losses and metrics are bitwise equal, none is missing or repeated."""
     assert losses(run) == losses(whole)
     assert metrics(run, "valid") == metrics(whole, "valid")
     assert metrics(run, "test")[-2:] == metrics(whole, "test")[-2:]
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_the_same_command_goes_on(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_sigterm_saves_and_the_same_command_resumes(data: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started(data, run) as job:
         wait_until(lambda: reached(run, 3), job)
@@ -160,7 +160,7 @@ def stop_while_it_evaluates(world: World, data: str, run: str) -> str:
 
 
 @pytest.mark.slow
-def test_sigterm_in_an_evaluation_leaves_it_to_the_next_start(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_after_sigterm_in_an_evaluation_the_next_start_evaluates(data: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     (message, _) = run_on(2, stop_while_it_evaluates, str(data), str(run))
     assert message == "asked to stop: saved at step 14; the same command resumes from there"
@@ -172,8 +172,8 @@ def test_sigterm_in_an_evaluation_leaves_it_to_the_next_start(data: Path, whole:
 
 
 @pytest.mark.slow
-def test_killed_again_and_again_it_ends_with_the_same_bits(data: Path, whole: Path, tmp_path: Path) -> None:
-    """Any worker at any moment; more often than it may restart without getting on."""
+def test_repeated_kills_do_not_change_the_bits(data: Path, whole: Path, tmp_path: Path) -> None:
+    """Kills any worker at any moment, more often than restarts without progress are allowed."""
     run, moments = tmp_path / "run", random.Random(5)
     with started(data, run, max_restarts=2) as job:
         for kill in range(4):
@@ -187,7 +187,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(data: Path, whole: Pa
 
 
 @pytest.mark.slow
-def test_killed_launcher_leaves_no_worker_and_loses_nothing(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_killed_launcher_leaves_no_worker_and_loses_nothing(data: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started(data, run) as job:
         wait_until(lambda: reached(run, 3), job)
@@ -204,20 +204,20 @@ def test_killed_launcher_leaves_no_worker_and_loses_nothing(data: Path, whole: P
 
 
 @pytest.mark.slow
-def test_a_frozen_worker_is_named_and_the_job_goes_on(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_a_frozen_worker_is_named_and_the_job_recovers(data: Path, whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     with started(data, run, "train.hang_timeout_s=20") as job:
         wait_until(lambda: len(workers(run)) == 2 and reached(run, 3), job)
         frozen = workers(run)[1]
         os.kill(frozen.pid, signal.SIGSTOP)
         wait_until(lambda: "rank 1 hangs (its process does not answer)" in errors_of(run), job)
-        frozen.kill()  # torchrun would, a minute later
+        frozen.kill()  # torchrun would do so a minute later
         assert job.wait(PATIENCE_S) == 0, errors_of(run)
     check_same(run, whole)
 
 
 @pytest.mark.slow
-def test_data_damaged_in_use_are_named_and_laid_out_anew(data: Path, whole: Path, tmp_path: Path) -> None:
+def test_data_damaged_during_training_are_named_and_rewritten(data: Path, whole: Path, tmp_path: Path) -> None:
     """The flat file of the events is truncated during training: the job fails with one line, and the next attempt rewrites the file and resumes."""
     run, own = tmp_path / "run", tmp_path / "own"
     shutil.copytree(data, own, ignore=shutil.ignore_patterns(CACHE_FOLDER))
@@ -231,7 +231,7 @@ def test_data_damaged_in_use_are_named_and_laid_out_anew(data: Path, whole: Path
 
 
 @pytest.mark.slow
-def test_a_part_that_is_gone_ends_the_job_at_once(data: Path, tmp_path: Path) -> None:
+def test_a_missing_part_ends_the_job_immediately(data: Path, tmp_path: Path) -> None:
     own = tmp_path / "own"
     shutil.copytree(data, own)
     (own / "part-00000.parquet").unlink()

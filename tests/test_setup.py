@@ -1,4 +1,4 @@
-"""The environment's script: who calls it, what it refuses, when it has nothing to do; and the pins."""
+"""The set-up script: its callers, invalid settings, and when it does nothing; and the pins."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SCRIPT = "scripts/setup_environment.sh"
 
 
 def run_script(folder: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """The script in a folder of its own, where pip can reach no index: nothing can be installed by a test."""
+    """The script in a temporary folder where pip can reach no index, so that tests install nothing."""
     (folder / "scripts").mkdir(exist_ok=True)
     shutil.copy(REPOSITORY / SCRIPT, folder / SCRIPT)
     shutil.copytree(REPOSITORY / "requirements", folder / "requirements", dirs_exist_ok=True)
@@ -38,9 +38,9 @@ def run_script(folder: Path, **environment: str) -> subprocess.CompletedProcess[
     )
 
 
-def test_make_and_the_image_install_by_the_same_script() -> None:
+def test_make_and_the_image_use_the_same_script() -> None:
     assert f'RUN TORCH_INDEX_URL="${{TORCH_INDEX_URL}}" {SCRIPT}\n' in (REPOSITORY / "Dockerfile").read_text()
-    # Without the settings of the make that may be running these tests.
+    # Without the variables of a make that may be running these tests.
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
     commands = subprocess.run(
         ["make", "--dry-run", "--no-print-directory", "test"],
@@ -61,9 +61,7 @@ def test_make_and_the_image_install_by_the_same_script() -> None:
         ({"PYTHON": "/bin/false"}, "setup: PYTHON=/bin/false: expected CPython 3.10 to 3.13 with the venv module"),
     ],
 )
-def test_settings_that_cannot_work_are_refused_in_one_line(
-    tmp_path: Path, settings: dict[str, str], message: str
-) -> None:
+def test_invalid_settings_are_rejected_in_one_line(tmp_path: Path, settings: dict[str, str], message: str) -> None:
     done = run_script(tmp_path, **settings)
     assert done.returncode == 1
     assert done.stderr == message + "\n"
@@ -76,16 +74,16 @@ def installed_stamp(stack: str) -> str:
     return f"{stack} {done.stdout}"
 
 
-def test_nothing_is_done_where_all_is_installed_until_a_pin_changes(tmp_path: Path) -> None:
+def test_nothing_is_installed_until_a_pin_changes(tmp_path: Path) -> None:
     venv.create(tmp_path / ".venv", with_pip=False)
     (tmp_path / ".venv" / "installed").write_text(installed_stamp("cpu"))
     (tmp_path / ".venv" / "stack").write_text("cpu\n")
     done = run_script(tmp_path, MME_STACK="cpu")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
-    # Another build is another environment: it would be made anew, which /bin/false can't.
+    # Another build needs a new environment, which /bin/false cannot create.
     done = run_script(tmp_path, MME_STACK="cuda", PYTHON="/bin/false")
     assert done.stderr.startswith("setup: PYTHON=/bin/false")
-    # Other pins: the environment stays and pip is called, which is not there.
+    # With other pins the environment stays and pip is called, which does not exist.
     (tmp_path / ".venv" / "installed").write_text("cpu 0\n")
     done = run_script(tmp_path, MME_STACK="cpu")
     assert done.returncode == 1
@@ -93,7 +91,7 @@ def test_nothing_is_done_where_all_is_installed_until_a_pin_changes(tmp_path: Pa
     assert not (tmp_path / ".venv" / "installed").exists()
 
 
-def test_an_interpreter_that_is_no_virtual_environment_is_never_installed_into(tmp_path: Path) -> None:
+def test_packages_are_never_installed_outside_a_virtual_environment(tmp_path: Path) -> None:
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
     stand_in = tmp_path / ".venv" / "bin" / "python"
     stand_in.write_text(f'#!/bin/sh\n[ "$1" = -m ] && touch {tmp_path}/called\nexec {sys.executable} -S "$@"\n')
@@ -124,7 +122,7 @@ def pins_of(file: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["build", "common", "dev", "cpu", "cuda"])
-def test_every_pin_is_locked_with_the_sums_of_its_files(name: str) -> None:
+def test_every_pin_is_locked_with_the_hashes_of_its_files(name: str) -> None:
     requirements = REPOSITORY / "requirements"
     pins = [pin for pin in pins_of(requirements / f"{name}.txt") if not pin.startswith("torch==")]
     assert pins_of(requirements / "locked" / f"{name}.txt") == pins, "run scripts/lock_requirements.py"
@@ -136,20 +134,20 @@ def test_every_pin_is_locked_with_the_sums_of_its_files(name: str) -> None:
         assert all(re.search(r" --hash=sha256:[0-9a-f]{64}", line) for line in lines if not line.startswith("#"))
 
 
-def test_what_a_pinned_package_requires_is_pinned() -> None:
+def test_requirements_of_pinned_packages_are_pinned() -> None:
     requirements = REPOSITORY / "requirements"
     pinned = {canonicalize_name(pin.split("==")[0]) for file in requirements.rglob("*.txt") for pin in pins_of(file)}
     for name in pinned:
         try:
             required = map(Requirement, distribution(name).requires or [])
-        except PackageNotFoundError:  # of the other stack, or of another Python
+        except PackageNotFoundError:  # it belongs to the other stack or another Python
             continue
         for each in required:
             if each.marker is None or each.marker.evaluate({"extra": ""}):
                 assert canonicalize_name(each.name) in pinned, f"{name} requires {each}"
 
 
-def test_every_install_but_that_of_torch_from_another_index_requires_hashes() -> None:
+def test_every_install_requires_hashes_except_torch_from_another_index() -> None:
     script = (REPOSITORY / SCRIPT).read_text()
     installs = [line for line in script.splitlines() if '"${pip[@]}" install' in line]
     without = [line for line in installs if "--require-hashes" not in line and "-e ." not in line]

@@ -1,4 +1,4 @@
-"""Whole training jobs by the real command: the same seed gives the same bits, a stopped run goes on as if never stopped."""
+"""Whole training jobs with the real command: a seed determines the bits, and a stopped run resumes exactly."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def train(data: Path, run: Path, *overrides: str, processes: int = 1) -> subproc
         command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     config = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
     command += ["mme", "train", "--config", str(config), f"data.path={data}", f"output_dir={run}", *SMALL, *overrides]
-    # As a user's terminal is: the interpreter of Triton kernels is for tests of kernels.
+    # As in a user's terminal; Triton's interpreter is only for tests of kernels.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(command, capture_output=True, text=True, env=environment | {"OMP_NUM_THREADS": "1"})
 
@@ -76,11 +76,11 @@ def metrics(run: Path, split: str) -> list[dict[str, Any]]:
     ],
     ids=["as configured", "popularity"],
 )
-def test_a_stopped_run_goes_on_bit_for_bit(data: Path, tmp_path: Path, overrides: list[str]) -> None:
+def test_a_stopped_run_resumes_bit_for_bit(data: Path, tmp_path: Path, overrides: list[str]) -> None:
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     done = train(data, whole, *overrides)
     assert done.returncode == 0, done.stderr
-    assert train(data, stopped, "train.steps=5", *overrides).returncode == 0  # in the middle of an epoch of seven
+    assert train(data, stopped, "train.steps=5", *overrides).returncode == 0  # in the middle of an epoch of seven steps
     assert train(data, stopped, *overrides).returncode == 0
     assert losses(stopped) == losses(whole)
     assert len(losses(whole)) == 14
@@ -132,14 +132,14 @@ def test_two_processes_repeat_their_losses(data: Path, tmp_path: Path, overrides
     with_capacity = "model.moe.capacity_factor=1" in overrides
     for record in records(runs[0], "experts"):
         assert ("dropped" in record) == with_capacity
-        for first, second in record.get("dropped", []):  # the first view's rows come first and may all find room
+        for first, second in record.get("dropped", []):  # the first view's rows have priority and may all fit
             assert 0 <= first < 1 and 0 < second < 1
     assert {"protocol", "sort_rule", "hr@10", "hr@50", "ndcg@10", "ndcg@50", "mrr"} <= set(model)
 
 
 @pytest.mark.slow
 def test_with_other_global_batches_every_sequence_is_trained_on_once(data: Path, tmp_path: Path) -> None:
-    """Two steps of an epoch by two processes of 16 each, the rest by one of 12: 100 sequences, 2 × 32 and then 36 by 12."""
+    """Two processes with batches of 16 do two steps, and one with batches of 12 does the rest: 100 = 2 · 32 + 3 · 12."""
     run = tmp_path / "run"
     assert train(data, run, "train.steps=2", processes=2).returncode == 0
     again = train(data, run, "data.batch_size=12")
@@ -162,7 +162,7 @@ def test_a_split_without_targets_is_refused(tmp_path: Path) -> None:
 
 
 def train_with_a_slow_disk(world: World, data: str, run: str) -> tuple[list[int], list[str]]:
-    """The steps that were done before the first checkpoint was written, and the splits that were evaluated in the end.
+    """The steps done before the first checkpoint was written, and the splits that were evaluated in the end.
 
     The data set's folder is gone by then.
     """
@@ -195,11 +195,11 @@ def train_with_a_slow_disk(world: World, data: str, run: str) -> tuple[list[int]
     return before, [line["split"] for line in records_of_test]
 
 
-def test_checkpoints_are_written_beside_the_steps_and_the_data_set_may_go(data: Path, tmp_path: Path) -> None:
+def test_checkpoints_are_written_in_the_background_and_the_data_set_may_disappear(data: Path, tmp_path: Path) -> None:
     copy = tmp_path / "data"
     shutil.copytree(data, copy)
     ((before, splits),) = run_on(1, train_with_a_slow_disk, str(copy), str(tmp_path / "run"))
-    assert before[0] >= 9  # the first is of step 7
+    assert before[0] >= 9  # the first checkpoint is that of step 7
     assert splits == ["test", "test"]
 
 
@@ -219,7 +219,7 @@ def test_a_checkpoint_of_another_model_is_refused(data: Path, tmp_path: Path) ->
     assert "belongs to another model configuration" in refused.stderr
 
 
-def test_a_run_that_begins_anew_leaves_nothing_of_the_run_before(data: Path, tmp_path: Path) -> None:
+def test_starting_over_removes_the_previous_run(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(data, run).returncode == 0
     done = train(data, run, "train.resume=false", "train.epochs=1", "train.seed=1")
@@ -231,7 +231,7 @@ def test_a_run_that_begins_anew_leaves_nothing_of_the_run_before(data: Path, tmp
     assert len(list((run / "tensorboard").iterdir())) == 1
 
 
-def test_a_finished_run_says_what_is_asked_for_anew_and_that_nothing_is_trained(data: Path, tmp_path: Path) -> None:
+def test_a_finished_run_reports_changed_settings_and_trains_nothing(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     assert train(data, run, "train.epochs=1").returncode == 0
     again = train(data, run, "train.epochs=1", "train.lr=0.5")

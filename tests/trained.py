@@ -16,7 +16,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Trained:
-    """The folder of a run and that of its data set."""
+    """The folders of a run and of its data set."""
 
     run: Path
     data: Path

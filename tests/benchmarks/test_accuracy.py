@@ -1,4 +1,4 @@
-"""The accuracy table: its arithmetic, and every model of it trained by the real command."""
+"""The accuracy table: its arithmetic, and training of all its models by the real command."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ["data.max_seq_len=16", "data.batch_size=32", "train.log_every=1", "train.keep_checkpoints=1"]
 
 
-def test_ndcg_of_a_user_is_that_of_the_rank() -> None:
+def test_ndcg_of_a_user_depends_on_the_rank() -> None:
     assert ndcg_at_10(torch.tensor([1, 3, 10, 11])).tolist() == pytest.approx([1, 0.5, 0.289065, 0])
 
 
-def test_p_is_that_of_all_choices_of_signs() -> None:
-    # Of the 2⁶ choices only all plus and all minus reach the sum: p = 2 / 64.
+def test_p_covers_all_choices_of_signs() -> None:
+    # Of the 2⁶ choices of signs, only all plus and all minus reach the sum: p = 2 / 64.
     assert paired_p(torch.tensor([1.0, 2, 3, 4, 5, 6, 0, 0])) == pytest.approx(2 / 64)
     assert paired_p(torch.tensor([0.0, 3, 0])) == 1
     assert paired_p(torch.tensor([1.0, -1, 2, -2])) == 1
@@ -54,7 +54,7 @@ def test_models_have_tables_of_the_same_number_of_parameters(data: str, tables: 
     }
 
 
-def test_ratings_as_published_are_the_same_set_as_in_parquet(tmp_path: Path) -> None:
+def test_published_ratings_and_parquet_give_the_same_set(tmp_path: Path) -> None:
     events = [(user, item, 1000 * user + item) for user in range(1, 6) for item in range(1, 5)]
     csv, parquet = tmp_path / "ratings.csv", tmp_path / "ratings.parquet"
     lines = [f"{user},{item},4.5,{seconds}" for user, item, seconds in events]
@@ -67,7 +67,7 @@ def test_ratings_as_published_are_the_same_set_as_in_parquet(tmp_path: Path) -> 
     assert first.equals(second)
 
 
-def test_a_setting_is_for_every_model_or_for_one() -> None:
+def test_a_setting_applies_to_all_models_or_to_one() -> None:
     settings = ["train.lr=0.1", "hstu:model.dropout=0.5", "data.path=a:b"]
     assert set_for("hstu", settings) == ["train.lr=0.1", "model.dropout=0.5", "data.path=a:b"]
     assert set_for("sasrec", settings) == ["train.lr=0.1", "data.path=a:b"]
@@ -83,7 +83,7 @@ def run_table(work: Path, *options: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_every_model_trains_and_a_stopped_table_goes_on(tmp_path: Path) -> None:
+def test_every_model_trains_and_a_stopped_table_resumes(tmp_path: Path) -> None:
     prepare_synthetic("quickstart", tmp_path / "data" / "quickstart", users=100, items=120, seed=3)
     done = run_table(tmp_path, "--seed", "1")
     assert done.returncode == 0, done.stderr
@@ -93,7 +93,7 @@ def test_every_model_trains_and_a_stopped_table_goes_on(tmp_path: Path) -> None:
         assert 0 < table["models"][name]["p"] <= 1 if name != "fuxi-alpha" else "p" not in table["models"][name]
         assert table["models"][name]["parameters"]["item tables"] == 128 * 120
 
-    # One run lost its end: it alone is trained again, from its checkpoint, and the table is the same.
+    # Only the run that lost its end is trained again, from its checkpoint, and the table does not change.
     lost = tmp_path / "runs" / "quickstart" / "hstu" / "seed-1"
     (lost / "test_ranks.json").unlink()
     shutil.rmtree(tmp_path / "runs" / "quickstart" / "moe" / "seed-1" / "checkpoints")  # not needed any more

@@ -1,4 +1,4 @@
-"""The shortcuts that are measured compute what the definition says, buckets that no whole second reaches included."""
+"""The measured shortcuts agree with the definition, also for buckets that no whole second falls into."""
 
 from __future__ import annotations
 

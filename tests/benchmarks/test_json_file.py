@@ -1,4 +1,4 @@
-"""Figures as JSON: one row a line, nothing lost; and the summaries of raw figures."""
+"""Figures as JSON with one row per line and without loss, and summaries of raw figures."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_json_is_read_back(value: object, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "new" / "figures.json").read_text()) == value
 
 
-def test_a_row_has_a_line() -> None:
+def test_each_row_is_one_line() -> None:
     assert to_json([ROW, ROW]).splitlines() == ["[", f" {to_json(ROW)},", f" {to_json(ROW)}", "]"]
 
 

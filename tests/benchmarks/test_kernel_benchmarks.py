@@ -1,4 +1,4 @@
-"""The kernels' benchmarks at tiny sizes: every form is measured once it agrees, and what is written can be read."""
+"""The kernels' benchmarks at tiny sizes: every form is checked, then measured, and the results can be read back."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ OURS = backends(torch.device("cuda") if torch.cuda.is_available() else CPU)  # t
 
 
 def run(main: Callable[..., None], path: Path, **options: Any) -> list[dict[str, Any]]:
-    """The rows that a benchmark writes, each with a time and, where there is arithmetic, a share of the bound."""
+    """The rows that a benchmark writes, each with a time and, for arithmetic, a share of the bound."""
     main(**options, json_path=path)
     written = json.loads(path.read_text())
     assert written["device"] and written["torch"] == torch.__version__
@@ -50,7 +50,7 @@ def test_attention(skewed: bool, tmp_path: Path) -> None:
 
 
 def semantic_channel(q: Tensor, k: Tensor, v: Tensor, seq_offsets: Tensor, longest: int, alpha: float) -> Tensor:
-    """What the public kernels compute, on (T, heads, width)."""
+    """The computation of the public kernels, on (T, heads, width)."""
     token = torch.arange(len(q))
     sequence = torch.searchsorted(seq_offsets, token, right=True)
     mask = (sequence[:, None] == sequence[None, :]) & (token[:, None] >= token[None, :])
@@ -66,10 +66,8 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, name: str, **attributes: Any) -> N
 
 
 @pytest.mark.parametrize("alpha", [1.0, 0.5], ids=["the same", "another arithmetic"])
-def test_public_kernels_are_measured_beside_ours_where_they_compute_the_same(
-    alpha: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither package runs without a GPU: functions of their signatures stand in for them."""
+def test_public_kernels_are_measured_if_they_compute_the_same(alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither package runs without a GPU, so functions with the same signatures replace them."""
 
     def hstu_mha(
         max_seq_len: int, scale: float, q: Tensor, k: Tensor, v: Tensor, seq_offsets: Tensor, kernel: str
@@ -131,6 +129,6 @@ def test_step_memory_of_a_long_history_is_a_small_share_of_the_padded_forms(tmp_
     assert kernels["share"] == kernels["step_mem_gib"] / padded["step_mem_gib"]
 
 
-def test_peak_memory_counts_what_was_given_back() -> None:
+def test_peak_memory_includes_freed_memory() -> None:
     assert peak_memory(lambda: torch.ones(64 << 18).sum(), CPU) == pytest.approx(1 / 16, rel=0.2)
     assert peak_memory(lambda: None, CPU) < 0.01

@@ -1,4 +1,4 @@
-"""The benchmark of sampled softmax tells no time of a form that computes something else."""
+"""The benchmark of sampled softmax rejects forms that compute something else."""
 
 from __future__ import annotations
 

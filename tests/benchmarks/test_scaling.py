@@ -1,4 +1,4 @@
-"""`benchmarks.scaling`: its predictions are the plan's, and its efficiencies those of its rates."""
+"""`benchmarks.scaling`: its predictions equal those of `plan`, and its efficiencies follow from its rates."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_predictions_are_those_of_the_plan(tmp_path: Path) -> None:
             assert row["step_ms"] == pytest.approx(1e3 * planned.step_s)
             assert sum(part["ms"] for part in row["parts"].values()) == pytest.approx(row["step_ms"])
         assert run["rows"][0]["efficiency"] == 1
-    # A batch of 8 × 64 sequences cannot be dealt to 1,024 GPUs.
+    # A batch of 8 × 64 sequences cannot be divided among 1,024 GPUs.
     assert [row["gpus"] for row in fixed_a100["rows"]] == [8, 16, 32, 64, 128, 256, 512]
     assert {row["gpus"] * row["tokens_a_gpu"] for row in fixed_a100["rows"]} == {8 * 65_536}
     summary = json.loads(brief.read_text())["predicted"]["runs"]
@@ -49,7 +49,7 @@ def test_predictions_are_those_of_the_plan(tmp_path: Path) -> None:
         assert short["rows"][0]["parts_ms"].keys() == run["rows"][0]["parts"].keys()
 
 
-def test_another_configuration_has_the_items_of_its_data_set(
+def test_another_configuration_uses_the_items_of_its_data_set(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file, config = tmp_path / "scaling.json", REPOSITORY / "configs/ml-1m.yaml"
@@ -69,7 +69,7 @@ def test_another_configuration_has_the_items_of_its_data_set(
     assert predict(items=5000) == 5000
 
 
-def test_a_part_is_the_largest_from_where_it_first_is() -> None:
+def test_a_part_counts_as_largest_from_the_first_size_at_which_it_is() -> None:
     def row(gpus: int, **ms: float) -> dict[str, object]:
         return {"gpus": gpus, "parts": {name: {"ms": value} for name, value in ms.items()}}
 
@@ -82,7 +82,7 @@ def test_a_part_is_the_largest_from_where_it_first_is() -> None:
     assert _largest_from(rows, beside="host") == {"host": None, "attention": 8, "exchange": 16}
 
 
-def test_efficiency_is_the_rate_of_a_process_beside_one_alone() -> None:
+def test_efficiency_compares_the_rate_per_process_with_a_single_process() -> None:
     runs = [
         {"processes": n, "sequences": 64, "tokens_per_s_all": [rate] * 3, "tokens_per_cpu_s_all": [rate / n] * 3}
         for n, rate in ((4, 200.0), (1, 100.0))

@@ -1,4 +1,4 @@
-"""What the throughput benchmark compares with computes FuXi-α, and its figures are those of the steps that it ran."""
+"""The padded model of the throughput benchmark computes FuXi-α, and the figures come from the steps that were run."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_flops_of_the_public_setting() -> None:
     expected = {part: 6 * 3 * count for part, count in per_token.items()}
     expected["attention"] += 6 * 6 * per_pair
     assert training_flops(config, num_tokens=3, num_pairs=6, num_items=1000) == expected
-    config.loss.views = "both"  # of one view, a loss twice
+    config.loss.views = "both"  # with one view, the same loss twice
     assert training_flops(config, num_tokens=3, num_pairs=6, num_items=1000) == expected | {
         "loss": 2 * expected["loss"]
     }
@@ -100,7 +100,7 @@ def test_wrong_input_is_refused_in_one_line(words: list[str], message: str) -> N
 
 
 @pytest.mark.slow
-def test_the_benchmark_says_where_the_time_went(tmp_path: Path) -> None:
+def test_the_benchmark_shows_time_by_part(tmp_path: Path) -> None:
     data, result = tmp_path / "data", tmp_path / "result.json"
     prepare_synthetic("quickstart", data, users=60, items=80, seed=3)
     command = [sys.executable, "-m", "benchmarks.train_throughput", "--data", str(data), "--json", str(result)]

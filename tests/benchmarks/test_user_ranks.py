@@ -1,4 +1,4 @@
-"""The ranks of a run's users, whatever its model reads."""
+"""The ranks of a run's users, also for models with features."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ SMALL = ["data.max_seq_len=8", "model.num_tables=2", "model.embedding_dim=8", "m
 
 
 def save_and_rank(run: Path) -> None:
-    """A checkpoint of a model that was not trained, and the ranks that it gives."""
+    """Writes a checkpoint of an untrained model and returns its ranks."""
     config = load_config(None, [f"data.path={run}", "model.user_features=[user_id]", *SMALL])
     save_config(config, run / "config.yaml")
     dataset = PreparedDataset.open(run)
     with process_group() as world:
         recommender = Recommender(config, dataset.num_items, world, dataset.feature_sizes(["user_id"]))
-        initialize_engine(recommender.decoder, config)  # makes the optimizer's state, which is saved too
+        initialize_engine(recommender.decoder, config)  # creates the optimizer's state, which is also saved
         with CheckpointWriter(run, recommender, keep=1) as writer:
             writer.save(Progress(1, 0, 0))
     user_ranks.main(run)
@@ -34,7 +34,7 @@ def save_and_rank(run: Path) -> None:
 
 def test_a_model_that_reads_features_has_ranks(tmp_path: Path) -> None:
     prepare_synthetic("quickstart", tmp_path, users=20, items=30, seed=3)
-    # A group of processes leaves its mark on the one that was in it.
+    # A separate process, because a process group leaves state behind.
     with multiprocessing.get_context("forkserver").Pool(1) as pool:
         pool.apply(save_and_rank, (tmp_path,))
     ranks = json.loads((tmp_path / user_ranks.RANKS_FILE).read_text())

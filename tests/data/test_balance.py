@@ -1,4 +1,4 @@
-"""Costs that follow the model's widths, and the straggler's share on skewed lengths."""
+"""Costs depend on the model's widths, and balancing limits stragglers on skewed lengths."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mme.data.balance import attention_equals_rest_at, deal, sequence_cost
 RANKS = 8
 
 
-def test_cost_follows_the_models_widths() -> None:
+def test_cost_depends_on_the_models_widths() -> None:
     narrow = attention_equals_rest_at(ModelConfig(embedding_dim=64, num_tables=1))
     assert narrow == 528
     assert attention_equals_rest_at(ModelConfig(embedding_dim=128, num_tables=1)) == 2 * narrow
@@ -35,7 +35,7 @@ def test_stragglers_share_is_below_5_percent_on_skewed_lengths() -> None:
     assert np.mean(after) < 0.05
 
 
-def test_a_giant_has_its_rank_to_itself_and_no_rank_is_empty() -> None:
+def test_a_giant_sequence_has_its_own_rank_and_no_rank_is_empty() -> None:
     ranks = deal(sequence_cost(np.array([4000] + [100] * 255), 528), 4)
     assert np.bincount(ranks).tolist() == [1, 85, 85, 85]
     assert deal(np.zeros(5, dtype=np.int64) + 1, 5).tolist() == [0, 1, 2, 3, 4]
@@ -43,7 +43,7 @@ def test_a_giant_has_its_rank_to_itself_and_no_rank_is_empty() -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.integers(1, 12) | st.integers(1, 10**6), max_size=60), st.integers(1, 9))
-def test_dealing_many_at_once_is_dealing_one_by_one(costs: list[int], world_size: int) -> None:
+def test_dealing_many_at_once_equals_dealing_one_by_one(costs: list[int], world_size: int) -> None:
     heap = [(0, rank) for rank in range(world_size)]
     expected = [0] * len(costs)
     for place in sorted(range(len(costs)), key=lambda place: -costs[place]):

@@ -1,4 +1,4 @@
-"""A data set from a stranger, or a damaged one, is found before anything is computed with it."""
+"""Damaged and malicious data sets are detected before they are used."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def in_info(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
 
 
 def one_other_event(folder: Path) -> None:
-    """Another item, in range: nothing but the sum tells."""
+    """Another valid item, which only the checksum detects."""
     path = folder / "part-00000.parquet"
     table = pq.read_table(path)
     items = table["item_ids"].to_pylist()
@@ -52,7 +52,7 @@ def two_items_exchanged(folder: Path) -> None:
 
 
 def bomb(folder: Path) -> None:
-    """Some kilobytes that unpack to 40 million events of one user."""
+    """A few kilobytes that decompress to 40 million events of one user."""
     path, count = folder / "part-00000.parquet", 40_000_000
     info = json.loads((folder / "dataset.json").read_text())
     users, bounds = info["parts"][0]["users"], pa.array([0, count], pa.int32())
@@ -90,11 +90,11 @@ def pipe(folder: Path) -> None:
         (bomb, r"part-00000.parquet: item_ids has more events than dataset.json says \(\d+\)"),
         (
             in_info(lambda info: info.update(num_items=10**8)),
-            r"items.parquet: 40 rows, dataset.json says 100000000",
+            r"items.parquet: has 40 rows, dataset.json says 100000000",
         ),
         (
             in_info(lambda info: (info.update(num_users=10**9), info["parts"][0].update(users=10**9))),
-            r"part-00000.parquet: 60 rows, dataset.json says 1000000000",
+            r"part-00000.parquet: has 60 rows, dataset.json says 1000000000",
         ),
         (in_info(lambda info: info.update(num_items=10**12)), r"dataset.json: num_items: Input should be less than"),
         (in_info(lambda info: info.update(num_events=-1)), r"dataset.json: num_events: Input should be greater than"),
@@ -115,7 +115,7 @@ def pipe(folder: Path) -> None:
         (lambda folder: (folder / "dataset.json").write_bytes(b'{"\xff'), r"dataset.json: byte 2 is not UTF-8"),
     ],
 )
-def test_damage_is_found_before_it_is_computed_with(folder: Path, damage: Callable[[Path], None], message: str) -> None:
+def test_damage_is_detected_before_use(folder: Path, damage: Callable[[Path], None], message: str) -> None:
     damage(folder)
     with pytest.raises(UserError, match=message) as found:
         PreparedDataset.open(folder)
@@ -123,7 +123,7 @@ def test_damage_is_found_before_it_is_computed_with(folder: Path, damage: Callab
     assert not list(folder.glob(".cache/*.events"))
 
 
-def test_every_file_has_its_sum_and_an_older_set_without_sums_is_read(folder: Path) -> None:
+def test_every_file_has_a_checksum_and_older_sets_without_are_read(folder: Path) -> None:
     info = read_info(folder)
     assert [sorted(part) for part in info["parts"]] == [["bytes", "events", "file", "sha256", "users"]]
     assert info["files"].keys() == {"items.parquet"}
@@ -131,12 +131,12 @@ def test_every_file_has_its_sum_and_an_older_set_without_sums_is_read(folder: Pa
     in_info(lambda info: (info.pop("files"), info["parts"][0].pop("sha256"), info["parts"][0].pop("bytes")))(folder)
     older = PreparedDataset.open(folder)
     assert (older.training_counts(Split("leave_two_out", 0.1)) == counts).all()
-    # A checkpoint tells the data set that it was trained on by this.
+    # A checkpoint identifies its training set by this hash.
     assert older.sha256 == content_sha256(info)
     assert content_sha256(info | {"num_events": 1}) != content_sha256(info)
 
 
-def test_the_cache_is_not_reached_through_a_link(folder: Path, tmp_path: Path) -> None:
+def test_a_link_to_the_cache_is_not_followed(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "old.events").write_text("mine")
     (folder / ".cache").symlink_to(tmp_path / "mine")
@@ -154,7 +154,7 @@ def test_the_cache_is_not_reached_through_a_link(folder: Path, tmp_path: Path) -
     assert (tmp_path / "mine" / "old.events").read_text() == "mine"
 
 
-def test_a_set_and_a_cache_that_the_user_has_linked_serve(folder: Path, tmp_path: Path) -> None:
+def test_links_that_the_user_gives_for_set_and_cache_work(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "linked").symlink_to(folder)
     (tmp_path / "cache").symlink_to(tmp_path / "mine")

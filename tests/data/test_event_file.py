@@ -1,4 +1,4 @@
-"""The flat file of a set's events: written once, whole or not at all, never another set's, and its faults named."""
+"""The flat file of a set's events: written once and atomically, matched to its set, with clear errors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ ROOT = os.geteuid() == 0
 
 
 def write_set(path: Path, seed: int, events_per_part: int = 300) -> list[tuple[list[int], list[int]]]:
-    """A set in several parts; items and times of each user."""
+    """A set in several parts, and the items and times of each user."""
     rng = np.random.default_rng(seed)
     histories = [(rng.integers(NUM_ITEMS, size=n), np.sort(rng.integers(10**6, size=n))) for n in range(1, 60)]
     with DatasetWriter(path, events_per_part) as writer:
@@ -63,18 +63,18 @@ def test_holds_every_event_and_is_written_once(tmp_path: Path, monkeypatch: pyte
     assert len(list((tmp_path / "set").glob("part-*"))) > 4
     assert read_all(PreparedDataset.open(tmp_path / "set")) == histories
     (file,) = event_files(tmp_path / "set")
-    monkeypatch.setattr(event_file, "_write", None)  # not called again
+    monkeypatch.setattr(event_file, "_write", None)  # must not be called again
     assert read_all(PreparedDataset.open(tmp_path / "set")) == histories
     assert event_files(tmp_path / "set") == [file]
 
 
 def test_another_set_in_the_same_place_gets_its_own(folder: Path) -> None:
-    """Prepared anew; and a part changed behind the manifest's back, which is read and checked again."""
+    """A set prepared again, and a set with a modified part, which is read and checked again."""
     running = PreparedDataset.open(folder)
     before, (older,) = read_all(running), event_files(folder)
     histories = write_set(folder, seed=2)
     assert read_all(PreparedDataset.open(folder)) == histories != before
-    assert read_all(running) == before  # a job that has the older one open goes on with it
+    assert read_all(running) == before  # a running job keeps the older file open
     (file,) = event_files(folder)
     assert file != older
     part = folder / "part-00001.parquet"
@@ -83,7 +83,7 @@ def test_another_set_in_the_same_place_gets_its_own(folder: Path) -> None:
         PreparedDataset.open(folder)
 
 
-def test_in_a_folder_of_its_own_that_sets_share(tmp_path: Path) -> None:
+def test_sets_can_share_a_cache_folder(tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     histories = {name: write_set(tmp_path / name / "set", seed) for seed, name in enumerate("ab")}
     for _ in range(2):
@@ -94,10 +94,10 @@ def test_in_a_folder_of_its_own_that_sets_share(tmp_path: Path) -> None:
     histories["a"] = write_set(tmp_path / "a" / "set", 7)
     for name, expected in histories.items():
         assert read_all(PreparedDataset.open(tmp_path / name / "set", cache)) == expected
-    assert len(event_files(cache)) == 2  # the older one of a is gone
+    assert len(event_files(cache)) == 2  # the older file of set a is gone
 
 
-def test_two_at_once_write_one_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_concurrent_jobs_write_one_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written, writing = [], event_file._write
 
     def slow(*arguments: Any) -> None:
@@ -131,7 +131,7 @@ PreparedDataset.open(sys.argv[1])
 """
 
 
-def test_killed_while_writing_the_next_goes_on(tmp_path: Path) -> None:
+def test_a_job_killed_while_writing_does_not_affect_the_next(tmp_path: Path) -> None:
     histories = write_set(tmp_path / "set", seed=1)
     command = [sys.executable, "-c", KILLED_WHILE_WRITING, str(tmp_path / "set")]
     assert subprocess.run(command).returncode == -signal.SIGKILL
@@ -155,14 +155,14 @@ def test_no_space_is_one_line_and_leaves_nothing(folder: Path, monkeypatch: pyte
     assert not event_files(folder)
 
 
-def test_a_folder_that_can_not_be_written_to(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"file/cache: cannot be written: Not a directory"):
         PreparedDataset.open(folder, tmp_path / "file" / "cache")
 
 
 @pytest.mark.skipif(ROOT, reason="root may write anywhere")
-def test_a_set_that_is_read_only(folder: Path, tmp_path: Path) -> None:
+def test_a_read_only_set(folder: Path, tmp_path: Path) -> None:
     folder.chmod(0o555)
     with pytest.raises(UserError, match=r"set/.cache: cannot be written: Permission denied"):
         PreparedDataset.open(folder)
@@ -184,8 +184,8 @@ def trained_on(folder: Path, opened: TrainLoader | None = None) -> int:
     return number
 
 
-def test_cut_off_while_it_is_read(folder: Path) -> None:
-    """One line, and what is left of the file goes, so that the next start mends it."""
+def test_a_file_truncated_during_reading(folder: Path) -> None:
+    """Gives one line and removes the file, so that the next start writes it again."""
     stream = loader(folder).stream()
     next(stream)
     (file,) = event_files(folder)
@@ -198,15 +198,15 @@ def test_cut_off_while_it_is_read(folder: Path) -> None:
     assert trained_on(folder) == 57
 
 
-def test_removed_while_it_is_read(folder: Path) -> None:
-    """The job goes on with the file that it has open; the next start writes another."""
+def test_a_file_removed_during_reading(folder: Path) -> None:
+    """The job continues with the open file; the next start writes a new one."""
     running = loader(folder)
     shutil.rmtree(folder / event_file.CACHE_FOLDER)
     assert trained_on(folder, running) == 57
     assert trained_on(folder) == 57
 
 
-def test_an_item_that_can_not_be(folder: Path) -> None:
+def test_an_invalid_item(folder: Path) -> None:
     PreparedDataset.open(folder)
     (file,) = event_files(folder)
     with file.open("r+b") as bytes_:
@@ -217,7 +217,7 @@ def test_an_item_that_can_not_be(folder: Path) -> None:
     assert not event_files(folder)
 
 
-def test_offsets_that_can_not_be(folder: Path) -> None:
+def test_invalid_offsets(folder: Path) -> None:
     PreparedDataset.open(folder)
     (file,) = event_files(folder)
     with file.open("r+b") as bytes_:
@@ -247,5 +247,5 @@ def test_memory_does_not_grow_with_the_events(tmp_path: Path) -> None:
     figures = in_process(memory_of, tmp_path / "set")
     assert figures["flat_file_bytes"] > 96e6
     grown = {name: value["anonymous_mib"] for name, value in figures.items() if isinstance(value, dict)}
-    del grown["first_open"]  # holds decoded row groups, a bounded number of them
+    del grown["first_open"]  # contains a bounded number of decoded row groups
     assert len(grown) == 4 and max(grown.values()) < 32, grown

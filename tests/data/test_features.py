@@ -1,4 +1,4 @@
-"""Columns beside item and time: kept with their events through filters and additions, and read into batches."""
+"""Feature columns stay with their events through filters and additions, and are read into batches."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ COLUMNS = ["action", "my rating"]
 
 
 def log(seed: int, rows: int = 400) -> pa.Table:
-    """Random events; the action and rating of each follow from its user, item and time."""
+    """Random events, whose actions and ratings are functions of user, item and time."""
     generator = np.random.default_rng(seed)
     user, item = generator.integers(0, 40, rows), generator.integers(100, 130, rows)
     time = generator.integers(0, 300, rows)
@@ -48,7 +48,7 @@ def values_of(user: int, item: int, time: int) -> tuple[str | None, str | None]:
 
 
 def raw_events(folder: Path) -> dict[int, list[tuple[Any, ...]]]:
-    """By user (item, time, action, rating), all raw."""
+    """Raw (item, time, action, rating) by user."""
     info = json.loads((folder / "dataset.json").read_text())
     items = pq.read_table(folder / "items.parquet").sort_by("item_index")["item_id"].to_pylist()
     names = {name: [None, *vocabulary.numbers] for name, vocabulary in read_vocabularies(folder, COLUMNS).items()}
@@ -86,7 +86,7 @@ def test_every_event_keeps_its_values_through_filters_and_additions(folder: Path
             assert tuple(values) == values_of(user, item, time)
 
 
-def test_new_values_come_behind(tmp_path: Path) -> None:
+def test_new_values_get_the_next_indices(tmp_path: Path) -> None:
     (tmp_path / "first.csv").write_text(
         "user,item,time,mood\n" + "".join(f"1,{i},{i},b\n1,{i},{i},x\n" for i in range(5))
     )
@@ -114,7 +114,7 @@ def test_new_values_come_behind(tmp_path: Path) -> None:
         (pa.nulls(2), [None, None]),
     ],
 )
-def test_a_value_is_what_it_is_written_as(column: pa.Array, texts: list[str | None]) -> None:
+def test_values_are_compared_as_texts(column: pa.Array, texts: list[str | None]) -> None:
     vocabulary = Vocabulary()
     numbers = vocabulary.learn(column)
     names = [None, *vocabulary.numbers]
@@ -145,11 +145,11 @@ def test_batches_carry_the_values_of_the_events_read_and_none_of_the_target(fold
             found = [(names["action"][a], names["my rating"][b]) for a, b in numbers]
             assert found == [(action, rating) for _, _, action, rating in window]
             action, user = batch.user_features[sequence].tolist()
-            assert names["action"][action] == window[0][2]  # of the first event read
+            assert names["action"][action] == window[0][2]  # that of the first event read
             assert user == row + 1
 
 
-def test_a_column_that_the_set_does_not_have_is_named(folder: Path) -> None:
+def test_a_missing_column_is_named(folder: Path) -> None:
     dataset = PreparedDataset.open(folder / "whole")
     assert dataset.feature_sizes(["action", "user_id"]) == {"action": 4, "user_id": dataset.num_users + 1}
     with pytest.raises(UserError, match=r"no column 'actoin', .* its columns are action, my rating; --feature-columns"):

@@ -1,4 +1,4 @@
-"""Cuts, batches, dealing over ranks and damaged folders, against loops that read user by user."""
+"""Splits, batches, distribution over ranks and damaged folders, compared with loops that read user by user."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def first_epoch(loader: TrainLoader) -> list[SequenceBatch]:
 
 
 def cut(histories: Histories, protocol: str) -> list[tuple[int, dict[str, int]]]:
-    """(number of training events, place of the target of each split) of each user."""
+    """(number of training events, position of the target of each split) of each user."""
     times = sorted(time for _, stamps in histories for time in stamps)
     cut_off = times[int(len(times) * (1 - FRACTION))]
     cuts: list[tuple[int, dict[str, int]]] = []
@@ -84,10 +84,10 @@ def cut(histories: Histories, protocol: str) -> list[tuple[int, dict[str, int]]]
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 @pytest.mark.parametrize(("tokens_per_batch", "stride"), [(None, None), (20, None), (None, 10), (20, 4)])
-def test_every_target_is_trained_on_once_an_epoch(
+def test_every_target_is_trained_on_once_per_epoch(
     folder: Path, histories: Histories, protocol: str, world_size: int, tokens_per_batch: int | None, stride: int | None
 ) -> None:
-    """Of each user's newest window, or with a stride of the whole history; each with as much history as there is."""
+    """Covers the targets of each user's newest window or, with a stride, of the whole history, with their context."""
     dataset, max_seq_len = PreparedDataset.open(folder), 10
     data = DataConfig(
         protocol=protocol,
@@ -124,7 +124,7 @@ def test_every_target_is_trained_on_once_an_epoch(
                 for token in range(end - begin):
                     target = last - (end - begin - 1 - token)
                     history = min(target, max_seq_len)
-                    # A stride of S leaves each target N - S tokens of history, where it has as many.
+                    # With stride S each target has N - S tokens of history, if there are as many.
                     assert (
                         token + 1 >= (min(history, max_seq_len - stride + 1) if stride else 1)
                         or not trained[begin + token]
@@ -137,7 +137,7 @@ def test_every_target_is_trained_on_once_an_epoch(
 
 
 def place_of(history: tuple[list[int], list[int]], items: list[int], target: int, times: list[int]) -> int:
-    """Where in the history the window ends whose items, last target and times these are."""
+    """The end, in the history, of the window with these items, last target and times."""
     wanted = list(zip([*items, target], times, strict=True))
     events = list(zip(*history, strict=True))
     (end,) = (n for n in range(len(events) + 1) if events[max(0, n - len(wanted)) : n] == wanted)
@@ -145,7 +145,7 @@ def place_of(history: tuple[list[int], list[int]], items: list[int], target: int
 
 
 @pytest.mark.parametrize("tokens_per_batch", [None, 20])
-def test_the_stream_goes_on_from_any_place_whatever_the_readers(folder: Path, tokens_per_batch: int | None) -> None:
+def test_the_stream_resumes_anywhere_with_any_number_of_readers(folder: Path, tokens_per_batch: int | None) -> None:
     dataset = PreparedDataset.open(folder)
 
     def taken(readers: int, epoch: int, first: int, number: int) -> list[tuple[int, int, bool, list[int]]]:
@@ -169,7 +169,7 @@ def test_the_stream_goes_on_from_any_place_whatever_the_readers(folder: Path, to
 
 
 @pytest.mark.parametrize("tokens_per_batch", [None, 10])
-def test_what_is_left_of_an_epoch_is_the_same_on_any_number_of_processes(
+def test_the_rest_of_an_epoch_is_the_same_on_any_number_of_processes(
     folder: Path, tokens_per_batch: int | None
 ) -> None:
     """Trained on by 2, then 3, then 1 process, every sequence is used once, in the order of one process."""
@@ -177,7 +177,7 @@ def test_what_is_left_of_an_epoch_is_the_same_on_any_number_of_processes(
     data = DataConfig(protocol="leave_one_out", max_seq_len=10, batch_size=1, tokens_per_batch=tokens_per_batch)
 
     def taken(world_size: int, epoch: int, first: int, number: int) -> tuple[list[set[int]], int, bool]:
-        """Users of each global batch, and how far the epoch is then."""
+        """Users of each global batch, and the progress of the epoch after it."""
         loaders = [TrainLoader(dataset, data, worker(rank, world_size), seed=7) for rank in range(world_size)]
         batches, end, is_last = [], first, False
         streams = [loader.stream(epoch, first) for loader in loaders]
@@ -204,7 +204,7 @@ def test_what_is_left_of_an_epoch_is_the_same_on_any_number_of_processes(
         assert is_last and end == 12
         order = [user for batch in whole for user in batch]
         assert sorted(user for batch in first + second + rest for user in batch) == sorted(order)
-        if tokens_per_batch is None:  # one sequence a process: the order itself can be seen
+        if tokens_per_batch is None:  # one sequence per process shows the order itself
             assert first == [set(order[:2]), set(order[2:4])] and second == [set(order[4:7])]
             assert rest == [{user} for user in order[7:]]
     assert taken(1, 0, 0, 1000)[0] != taken(1, 3, 0, 1000)[0]
@@ -245,7 +245,7 @@ def test_token_budget_is_kept_and_used(folder: Path) -> None:
     loader = TrainLoader(PreparedDataset.open(folder), data, worker(), seed=3)
     tokens = [batch.num_tokens for batch in first_epoch(loader)]
     assert max(tokens) <= 20
-    assert all(first + 10 > 20 for first in tokens[:-1])  # another sequence has at most 10 tokens: none fitted
+    assert all(first + 10 > 20 for first in tokens[:-1])  # a further sequence of at most 10 tokens did not fit
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -286,13 +286,13 @@ def test_evaluation_ranks_each_target_once_after_its_whole_history(
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_training_counts_leave_out_what_is_held_out(folder: Path, histories: Histories, protocol: str) -> None:
+def test_training_counts_exclude_held_out_events(folder: Path, histories: Histories, protocol: str) -> None:
     counts = PreparedDataset.open(folder).training_counts(Split(protocol, FRACTION))
     kept = [item for (items, _), (n, _) in zip(histories, cut(histories, protocol), strict=True) for item in items[:n]]
     assert counts.tolist() == np.bincount(kept, minlength=NUM_ITEMS).tolist()
 
 
-def test_hash_of_targets_tells_other_targets(folder: Path) -> None:
+def test_hash_distinguishes_targets(folder: Path) -> None:
     import hashlib
 
     dataset = PreparedDataset.open(folder)
@@ -306,7 +306,7 @@ def test_hash_of_targets_tells_other_targets(folder: Path) -> None:
 
 
 def without_sums(folder: Path) -> None:
-    """As a set of an older version, whose parts are checked by what is in them alone."""
+    """Makes a set of an older version, whose parts have no checksums."""
     info = json.loads((folder / "dataset.json").read_text())
     info.pop("files", None)
     for part in info["parts"]:
@@ -397,9 +397,9 @@ def damage_counts(folder: Path) -> None:
         (lambda folder: (folder / "dataset.json").write_text("{"), r"dataset.json: Invalid JSON"),
         (lambda folder: (folder / "dataset.json").write_text("{}"), r"dataset.json: name: Field required"),
         (damage_part, r"dataset.json: parts\[1\].events: Field required"),
-        (add_user, r"part-00001.parquet: \d+ rows, dataset.json says \d+"),
+        (add_user, r"part-00001.parquet: has \d+ rows, dataset.json says \d+"),
         (add_event, r"part-00001.parquet: has more events than dataset.json says \(\d+\)"),
-        (remove_event, r"part-00001.parquet: \d+ events, dataset.json says \d+"),
+        (remove_event, r"part-00001.parquet: has \d+ events, dataset.json says \d+"),
         (lambda folder: (folder / "items.parquet").unlink(), r"items.parquet: no such file"),
         (damage_counts, r"dataset.json: num_events is 7, but its parts add up to \d+"),
     ],
@@ -407,7 +407,7 @@ def damage_counts(folder: Path) -> None:
 @pytest.mark.parametrize("opened_before", [False, True])
 def test_damage_is_named_by_file_and_row(folder: Path, damage: object, message: str, opened_before: bool) -> None:
     without_sums(folder)
-    if opened_before:  # the events lie in the flat file by now
+    if opened_before:  # the events are in the flat file by now
         PreparedDataset.open(folder)
     damage(folder)  # type: ignore[operator]
     with pytest.raises(UserError, match=message):

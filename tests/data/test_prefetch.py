@@ -1,4 +1,4 @@
-"""Elements made ahead come in order, a bounded number of them, and errors where they arose."""
+"""Prefetched elements arrive in order and in bounded number, and errors are raised in their place."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def readers_alive() -> list[threading.Thread]:
 
 @pytest.mark.parametrize("readers", [1, 2, 5])
 def test_order_is_that_of_the_makers(readers: int) -> None:
-    """Though the first of every three takes longest."""
+    """Also if the first of every three takes longest."""
 
     def make(number: int) -> int:
         time.sleep(0.02 if number % 3 == 0 else 0)
@@ -74,7 +74,7 @@ def test_an_error_of_the_source_is_raised() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: copies run on a stream of their own")
-def test_copies_to_a_gpu_are_whole_and_on_time() -> None:
+def test_copies_to_a_gpu_are_complete_before_use() -> None:
     device = torch.device("cuda")
 
     def make(number: int) -> SequenceBatch:

@@ -1,4 +1,4 @@
-"""The cuts of each protocol on three histories written out by hand."""
+"""The splits of each protocol on three histories written out by hand."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs a function on several real processes that form one gloo group."""
+"""Runs a function on several processes that form one gloo group."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tests.ports import free_port
 
 
 def run_on(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """``function(world, *args)`` on each of ``world_size`` processes; its results in rank order.
+    """Runs ``function(world, *args)`` on each of ``world_size`` processes; returns the results in rank order.
 
     Raises:
         AssertionError: with the traceback of the first process that failed.
@@ -33,7 +33,7 @@ def run_on(world_size: int, function: Callable[..., Any], *args: Any) -> list[An
     received = dict(pickle.loads(results.get(timeout=300)) for _ in workers)
     for worker in workers:
         worker.join()
-    for rank, (ok, value) in received.items():  # in the order of arrival: the first to fail is the cause
+    for rank, (ok, value) in received.items():  # in the order of arrival, because the first failure is the cause
         assert ok, f"rank {rank} of {world_size}:\n{value}"
     return [received[rank][1] for rank in range(world_size)]
 
@@ -45,7 +45,9 @@ def _work(rank: int, world_size: int, port: int, function: Callable[..., Any], a
     torch.set_num_threads(1)
     try:
         with process_group() as world:
-            answer = pickle.dumps((rank, (True, function(world, *args))))  # by value: a tensor outlives its process
+            answer = pickle.dumps(
+                (rank, (True, function(world, *args)))
+            )  # by value, so that tensors outlive their process
     except BaseException:
         answer = pickle.dumps((rank, (False, traceback.format_exc())))
     results.put(answer)

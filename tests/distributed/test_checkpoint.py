@@ -1,4 +1,4 @@
-"""Checkpoints hold everything, load at another number of processes, and damage is found."""
+"""Checkpoints are complete, load on any number of processes, and damage is detected."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def train_and_save(world: World, run: str, overrides: list[str]) -> Any:
             step(number, sequences(SPLITS[world.size][world.rank]))
             writer.save(Progress(number + 1, 0, number + 1, score=-number))
         saved = everything(recommender)
-        # The steps that follow change nothing of what is being written.
+        # Later steps do not change what is being written.
         losses = [step(number, sequences(SPLITS[world.size][world.rank])).loss for number in (3, 4)]
     return saved, losses
 
@@ -62,7 +62,7 @@ def load_and_train(world: World, run: str, overrides: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "rowwise_adagrad"])
-def test_a_checkpoint_loads_at_another_size(tmp_path: Path, optimizer: str) -> None:
+def test_a_checkpoint_loads_on_another_number_of_processes(tmp_path: Path, optimizer: str) -> None:
     overrides = [f"train.table_optimizer={optimizer}"]
     saved = run_on(2, train_and_save, str(tmp_path), overrides)
     wanted, losses = whole([parts for parts, _ in saved]), saved[0][1]
@@ -125,7 +125,7 @@ def load_damaged(world: World, run: str) -> Any:
     return progress, notes, str(damaged.value), str(missing.value), str(mismatch.value)
 
 
-def test_a_truncated_checkpoint_is_passed_over(tmp_path: Path) -> None:
+def test_a_truncated_checkpoint_is_skipped(tmp_path: Path) -> None:
     run_on(1, train_and_save, str(tmp_path), [])
     file = tmp_path / "checkpoints" / "step_3" / "rank_00000.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
@@ -147,7 +147,7 @@ def resume_from_damaged(world: World, run: str) -> str:
     return str(refused.value)
 
 
-def test_training_does_not_begin_again_where_all_checkpoints_are_damaged(tmp_path: Path) -> None:
+def test_training_does_not_start_over_if_all_checkpoints_are_damaged(tmp_path: Path) -> None:
     run_on(1, train_and_save, str(tmp_path), [])
     for file in tmp_path.glob("checkpoints/step_*/*.safetensors"):
         file.write_bytes(file.read_bytes()[:-100])
@@ -157,7 +157,7 @@ def test_training_does_not_begin_again_where_all_checkpoints_are_damaged(tmp_pat
 
 
 class Bomb:
-    """Leaves a file behind where it is unpickled."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark
@@ -176,14 +176,14 @@ def in_index(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
 
 
 def plant_pickle(folder: Path) -> None:
-    """In place of the tensors, with a sum that fits."""
+    """Replaces the tensors, with a matching checksum."""
     file = folder / "rank_00000.safetensors"
     file.write_bytes(pickle.dumps(Bomb(folder.parent / "executed")))
     in_index(lambda index: index["files"][0].update(sha256=sha256(file)))(folder)
 
 
 def in_file(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
-    """Changes tensors, and the sum so that it fits."""
+    """Changes tensors and the checksum to match."""
 
     def tamper(folder: Path) -> None:
         file = folder / "rank_00000.safetensors"
@@ -279,7 +279,7 @@ def load_tampered(world: World, run: Path) -> dict[str, tuple[Any, list[str]]]:
     return found
 
 
-def test_a_checkpoint_from_a_stranger_is_named_and_passed_over_and_nothing_of_it_is_executed(tmp_path: Path) -> None:
+def test_a_malicious_checkpoint_is_skipped_and_not_executed(tmp_path: Path) -> None:
     run = tmp_path / "run"
     run_on(1, train_and_save, str(run), [])
     (found,) = run_on(1, load_tampered, run)
@@ -289,7 +289,7 @@ def test_a_checkpoint_from_a_stranger_is_named_and_passed_over_and_nothing_of_it
         assert message in note and "\n" not in note, note
     assert not (run / "checkpoints" / "executed").exists()
     pickle.loads(pickle.dumps(Bomb(run / "checkpoints" / "executed")))
-    assert (run / "checkpoints" / "executed").exists()  # the bomb is a real one
+    assert (run / "checkpoints" / "executed").exists()  # the payload works if it is unpickled
 
 
 def load_without_a_rank(world: World, run: Path) -> Any:
@@ -299,7 +299,7 @@ def load_without_a_rank(world: World, run: Path) -> Any:
     return str(refused.value)
 
 
-def test_an_index_that_lost_a_ranks_file_is_refused(tmp_path: Path) -> None:
+def test_an_index_without_a_ranks_file_is_rejected(tmp_path: Path) -> None:
     run_on(2, train_and_save, str(tmp_path), [])
     step = tmp_path / "checkpoints" / "step_3"
     assert [(step / name).stat().st_mode & 0o777 for name in ("rank_00001.safetensors", "index.json")] == [0o644] * 2
@@ -311,7 +311,7 @@ def test_an_index_that_lost_a_ranks_file_is_refused(tmp_path: Path) -> None:
     assert found == f"{step / 'index.json'}: damaged index (tensor tables/item_0: its pieces do not cover it exactly)"
 
 
-def test_checkpoints_in_a_folder_behind_a_link_are_not_read(tmp_path: Path) -> None:
+def test_checkpoints_behind_a_link_are_not_read(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "mine" / "step_1").mkdir(parents=True)
     (tmp_path / "mine" / "step_1" / "index.json").touch()

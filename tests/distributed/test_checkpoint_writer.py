@@ -1,4 +1,4 @@
-"""Checkpoints written beside the training: killed or refused at any moment, the one before stays and is used."""
+"""Checkpoints are written in the background. After a kill or failure at any moment, the previous one remains usable."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def save_until_killed(run: Path, delay_s: float) -> None:
 
 
 def save_spoiled(world: World, run: str) -> tuple[str, str]:
-    """Saves a table whose row 33, on the last rank, holds an infinity; the error's kind and text."""
+    """Saves a table with an infinity in row 33, on the last rank; returns type and text of the error."""
     recommender, _ = recommender_of(world)
     for shard in recommender.tables.weights():
         row = 33 - shard.offsets[0]
@@ -78,7 +78,7 @@ def load_and_save(world: World, run: str) -> Any:
     return progress.step, notes
 
 
-def test_a_writer_killed_in_the_middle_leaves_the_checkpoint_before(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     context = mp.get_context("forkserver")
     moments = random.Random(1)
     for attempt in range(3):
@@ -100,18 +100,18 @@ def save_behind_a_damaged_one(world: World, run: Path) -> list[int]:
             writer.save(Progress(step, 0, step))
     file = run / "checkpoints" / "step_9" / "rank_00000.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
-    with CheckpointWriter(run, recommender, keep=1) as writer:  # went on from an earlier one
+    with CheckpointWriter(run, recommender, keep=1) as writer:  # resumed from an earlier one
         for step in (2, 3):
             writer.save(Progress(step, 0, step))
     return checkpoint.steps(run)
 
 
-def test_a_damaged_checkpoint_of_a_later_step_takes_no_sound_one_with_it(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_of_a_later_step_does_not_displace_a_sound_one(tmp_path: Path) -> None:
     assert run_on(1, save_behind_a_damaged_one, tmp_path) == [[3, 9]]
 
 
 def save_where_one_cannot(world: World, run: str, rank: int) -> str:
-    """Where ``rank`` would write there is a folder; the others go on with their steps, and all raise at the same one."""
+    """A folder blocks the file of ``rank``; the others continue their steps, and all raise at the same step."""
     recommender, _ = recommender_of(world)
     run_folder = Path(run)
     with pytest.raises(CheckpointError) as raised, CheckpointWriter(run_folder, recommender, keep=1) as writer:
@@ -132,7 +132,7 @@ def save_where_one_cannot(world: World, run: str, rank: int) -> str:
     return str(raised.value)
 
 
-def test_a_checkpoint_that_cannot_be_written_is_told_to_all_ranks_in_one_line(tmp_path: Path) -> None:
+def test_all_ranks_learn_of_a_failed_write_in_one_line(tmp_path: Path) -> None:
     messages = run_on(2, save_where_one_cannot, str(tmp_path), 1)
     assert messages[0] == messages[1]
     assert messages[0].startswith(
@@ -143,7 +143,7 @@ def test_a_checkpoint_that_cannot_be_written_is_told_to_all_ranks_in_one_line(tm
 
 def save_where_nothing_can_be_named(world: World, run: str) -> str:
     recommender, _ = recommender_of(world)
-    # A file where the finished folder would go: the rename fails, in rank 0's thread.
+    # A file blocks the finished folder, so the rename fails in rank 0's thread.
     (Path(run) / "checkpoints").mkdir(exist_ok=True)
     (Path(run) / "checkpoints" / "step_1").touch()
     with pytest.raises(CheckpointError) as raised, CheckpointWriter(Path(run), recommender, keep=1) as writer:
@@ -154,7 +154,7 @@ def save_where_nothing_can_be_named(world: World, run: str) -> str:
     return str(raised.value)
 
 
-def test_a_failure_at_the_end_is_told_too(tmp_path: Path) -> None:
+def test_a_failure_at_the_end_is_reported(tmp_path: Path) -> None:
     messages = run_on(2, save_where_nothing_can_be_named, str(tmp_path))
     assert messages[0] == messages[1]
     assert messages[0].startswith(f"checkpoint not written: {tmp_path}/checkpoints/step_1: ")
@@ -162,7 +162,7 @@ def test_a_failure_at_the_end_is_told_too(tmp_path: Path) -> None:
 
 
 def save_on_and_on(run: Path, announced: Any) -> None:
-    """Checkpoints without end, each announced once it is said to be complete."""
+    """Writes checkpoints endlessly and announces each when it is complete."""
     with process_group() as world, CheckpointWriter(run, recommender_of(world)[0], keep=2) as writer:
         for step in itertools.count(1):
             writer.save(Progress(step, 0, step))
@@ -171,7 +171,7 @@ def save_on_and_on(run: Path, announced: Any) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_nothing_announced_is_lost(tmp_path: Path) -> None:
+def test_no_announced_checkpoint_is_lost_by_a_kill(tmp_path: Path) -> None:
     context = mp.get_context("forkserver")
     moments = random.Random(2)
     for attempt in range(10):

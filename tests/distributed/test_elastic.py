@@ -1,4 +1,4 @@
-"""A run resumes with more or fewer processes and other shares of experts and tables, with the same losses."""
+"""A run resumes on more or fewer processes and with other layouts of experts and tables, with the same losses."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Seen = list[tuple[int, list[int]]]  # step, and the users of this rank's batch
 
 
 def train(world: World, data: str, run: str, overrides: list[str], stop_after: int | None) -> Seen:
-    """Trains to the end, or is asked to stop so that it saves after the step ``stop_after``."""
+    """Trains to the end, or stops and saves after the step ``stop_after``."""
     config = load_config(QUICKSTART, [f"data.path={data}", f"output_dir={run}", *JOB, *overrides])
     seen = []
     with Preemption() as preemption:
@@ -55,7 +55,7 @@ def by_step(seen_by_rank: list[Seen]) -> dict[int, list[int]]:
 
 @pytest.mark.slow
 def test_on_other_numbers_of_processes_the_losses_stay_the_same(data: Path, tmp_path: Path) -> None:
-    """Resumed twice within an epoch, with dropout, sampled negatives and other layouts: each sequence once, the same losses."""
+    """Resumes twice within an epoch with dropout, sampled negatives and other layouts: each sequence once, equal losses."""
     whole, changing = tmp_path / "whole", tmp_path / "changing"
     wanted = by_step(run_on(2, train, str(data), str(whole), [], None))
     found: dict[int, list[int]] = {}

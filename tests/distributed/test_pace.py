@@ -1,4 +1,4 @@
-"""What ranks wait for each other is measured: the slow one is named, the others' waiting is counted."""
+"""The wait of ranks for each other is measured, and the slowest rank is named."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def steps_with_a_slow_rank(world: World) -> tuple[dict[str, float], float, bool]
     wait = dist.Work.wait
     with Pace(world) as pace:
         time.sleep(SLEEP_S * world.rank)
-        world.barrier()  # of no step
+        world.barrier()  # belongs to no step
         for _ in range(2):
             pace.begin_step()
             time.sleep(SLEEP_S * (world.rank == 1))
@@ -40,14 +40,14 @@ def test_the_slowest_rank_is_named_and_the_others_wait_for_it() -> None:
     for found, _, restored in results:
         assert found == results[0][0]
         assert found["slowest_rank"] == 1
-        # Rank 0 waits as long as rank 1 sleeps, rank 1 hardly: half of the sleep is the mean, and beyond the mean.
+        # Rank 0 waits as long as rank 1 sleeps and rank 1 hardly waits, so the mean wait is half of the sleep.
         assert found["wait_ms"] > 400 * SLEEP_S
         assert found["straggler_ms"] > 400 * SLEEP_S
         assert restored
 
 
 @pytest.mark.slow
-def test_a_run_records_it_and_shows_it(data: Path, tmp_path: Path) -> None:
+def test_a_run_records_and_shows_waits(data: Path, tmp_path: Path) -> None:
     done = train(data, tmp_path / "run", "train.steps=4", "train.log_every=2", processes=2)
     assert done.returncode == 0, done.stderr
     lines = records(tmp_path / "run", "train")

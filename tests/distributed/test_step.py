@@ -23,11 +23,11 @@ from tests.distributed.processes import run_on
 
 NUM_ITEMS = 40
 LENGTHS = [5, 3, 10, 1, 7]
-POPULAR = 7  # the only item that negatives by popularity are, so that they are the same on any number of processes
+POPULAR = 7  # the only item among negatives by popularity, so that they are the same on any number of processes
 
 
 def sequences(wanted: list[int], with_features: bool = False) -> SequenceBatch:
-    """The wanted of five fixed sequences, as one batch; their features are made of the items."""
+    """A batch of the selected ones of five fixed sequences, whose features depend on the items."""
     generator = torch.Generator().manual_seed(7)
     items = [torch.randint(NUM_ITEMS, (length + 1,), generator=generator) for length in LENGTHS]
     times = [torch.randint(100_000, (length + 1,), generator=generator).cumsum(0) for length in LENGTHS]
@@ -88,7 +88,7 @@ def one_step(
 
 
 def whole(parts_by_rank: list[Parts]) -> dict[str, Tensor]:
-    """The whole tensors from every rank's parts."""
+    """Assembles whole tensors from every rank's parts."""
     tensors: dict[str, Tensor] = {}
     for name, shape, offsets, part in (entry for parts in parts_by_rank for entry in parts):
         target = tensors.setdefault(name, torch.full(shape, torch.nan))
@@ -107,7 +107,7 @@ def check(alone: Any, split: list[list[int]], *overrides: str, atol: float = 1e-
 
 
 def compare(alone: Any, results: list[tuple[float, Parts, Parts]], atol: float = 1e-7) -> None:
-    """Losses to 1e-6; ``atol`` of a gradient is the rounding of sums in another order."""
+    """Compares losses to 1e-6; ``atol`` of gradients allows for sums in another order."""
     loss, gradients, weights = alone
     for rank_loss, _, _ in results:
         assert rank_loss == pytest.approx(loss, rel=1e-6)
@@ -115,7 +115,7 @@ def compare(alone: Any, results: list[tuple[float, Parts, Parts]], atol: float =
         torch.testing.assert_close(found, gradients[name], rtol=1e-4, atol=atol, msg=lambda m, n=name: f"{n}: {m}")
     for name, found in whole([weights for _, _, weights in results]).items():
         if name.startswith("tables/"):
-            # Ten times the gradient's rounding: so far the tables move.
+            # Ten times the gradient's rounding, because the tables' learning rate is 10.
             torch.testing.assert_close(found, weights[name], rtol=1e-4, atol=5e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
@@ -153,7 +153,7 @@ def test_every_layout_gives_the_same(alone: Any, split: list[list[int]], expert_
     [[[0, 3], [1, 2, 4]], pytest.param([[0], [1, 2], [], [3, 4]], marks=pytest.mark.slow)],
     ids=["two", "four"],
 )
-def test_experts_and_processes_that_receive_no_token(split: list[list[int]]) -> None:
+def test_experts_and_processes_without_tokens(split: list[list[int]]) -> None:
     """Two of four experts get all rows: the processes that own the others get none, and their gradient is zero."""
     ((loss, gradients, weights),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], [], 2)
     expected = (loss, whole([gradients]), whole([weights]))
@@ -176,7 +176,7 @@ def test_a_process_without_sequences(alone: Any) -> None:
     "split, zero_stage", [([[0, 1, 2, 3, 4]], 1), ([[0, 3], [1, 2, 4]], 1), ([[0, 1, 2, 4], [3]], 2)]
 )
 def test_a_batch_in_parts(split: list[list[int]], zero_stage: int) -> None:
-    """As in one piece, but for the balance of the routers, which is of each part's own counts; some parts are empty."""
+    """Equals the undivided batch, except for the routers' balance loss, which uses each part's counts; some are empty."""
     no_balance = "model.moe.load_balance_coef=0"
     ((loss, gradients, weights),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], [no_balance])
     in_one = (loss, whole([gradients]), whole([weights]))
@@ -192,16 +192,16 @@ def test_negatives_by_popularity_with_their_correction() -> None:
 @pytest.mark.parametrize("sampling", ["uniform", "popularity"])
 @pytest.mark.parametrize("split", [[[0, 3], [1, 2, 4]], [[0, 1, 2, 3, 4], []]])
 def test_sampled_negatives_are_the_same_on_any_split(split: list[list[int]], sampling: str) -> None:
-    """Each token draws its own, whichever process and part of a batch it is in."""
+    """A token's negatives do not depend on its process or its part of a batch."""
     sampled = ["loss.kind=sampled_softmax", "loss.num_negatives=8", f"loss.sampling={sampling}"]
-    sampled += ["model.moe.load_balance_coef=0"]  # which is of each part's own counts
-    sampled += ["train.seed=7"]  # leaves no gradient so near zero that Adam magnifies its rounding
+    sampled += ["model.moe.load_balance_coef=0"]  # which depends on each part's counts
+    sampled += ["train.seed=7"]  # with this seed no gradient is so near zero that Adam magnifies its rounding
     ((loss, gradients, weights),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], sampled)
     check((loss, whole([gradients]), whole([weights])), split, *sampled, "train.micro_batches=2")
 
 
 def test_features_of_events_and_users() -> None:
-    """As on one process, and the rows of all values that occur move."""
+    """Equals one process, and the rows of all values that occur are updated."""
     ((loss, gradients, weights),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], FEATURES)
     check((loss, whole([gradients]), whole([weights])), [[0, 3], [1, 2, 4]], *FEATURES)
     ((_, _, start),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], ["train.table_lr=1e-30", *FEATURES])
@@ -210,7 +210,11 @@ def test_features_of_events_and_users() -> None:
     assert moved[NUM_ITEMS:].tolist() == [True] * 3 + [True] * 4 + [False] + [True] * 2 + [False] + [True] * 5
 
 
-DROPOUT = ["model.dropout=0.4", "model.moe.load_balance_coef=0", "loss.num_negatives=8"]  # the balance is of each part
+DROPOUT = [
+    "model.dropout=0.4",
+    "model.moe.load_balance_coef=0",
+    "loss.num_negatives=8",
+]  # the balance loss depends on each part
 
 
 @pytest.mark.parametrize(
@@ -230,7 +234,7 @@ DROPOUT = ["model.dropout=0.4", "model.moe.load_balance_coef=0", "loss.num_negat
     ],
 )
 def test_dropout_is_the_same_on_any_split(split: list[list[int]], options: list[str]) -> None:
-    """Each row of a token drops the same, whichever process and part of a batch it is in; and dropout does something."""
+    """A token's dropout does not depend on its process or its part of a batch, and dropout has an effect."""
     options = [*DROPOUT, *options]
     ((loss, gradients, weights),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], options)
     ((without, *_),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], [*options, "model.dropout=0"])
@@ -251,7 +255,7 @@ def test_recomputed_blocks_give_the_same_bits() -> None:
 
 @pytest.mark.parametrize("zero_stage", [1, 2])
 def test_bfloat16_is_near_float32(alone: Any, zero_stage: int) -> None:
-    """Products in bfloat16 carry 8 bits; what is learned, and its gradient, is float32 and within 3% in norm."""
+    """bfloat16 products have 8 bits; the float32 weights and gradients agree within 3% in norm."""
     loss, gradients, _ = alone
     overrides = ["train.precision=bfloat16", "train.recompute=blocks", f"parallel.zero_stage={zero_stage}"]
     results = run_on(2, one_step, [[0, 3], [1, 2, 4]], overrides)
@@ -274,7 +278,7 @@ def test_bfloat16_is_near_float32(alone: Any, zero_stage: int) -> None:
 def test_clipping_scales_by_the_norm_of_decoder_and_tables_together(
     alone: Any, split: list[list[int]], overrides: list[str]
 ) -> None:
-    _, decoder_gradients, moved = alone  # tables by plain gradient descent at a rate of 10
+    _, decoder_gradients, moved = alone  # the tables use plain gradient descent with learning rate 10
     ((_, _, parts),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], ["train.table_lr=1e-30"])
     start = {name: weight for name, weight in whole([parts]).items() if name.startswith("tables/")}
     table_gradients = {name: (weight - moved[name]) / 10 for name, weight in start.items()}
@@ -286,9 +290,9 @@ def test_clipping_scales_by_the_norm_of_decoder_and_tables_together(
         torch.testing.assert_close(weights[name], weight - 10 * table_gradients[name] / 4, rtol=1e-4, atol=1e-6)
 
 
-def test_all_of_it_together_is_near_plain_float32(alone: Any) -> None:
-    """bfloat16, recomputed blocks, ZeRO-2, a batch in parts, a limit that bites, tables cut by columns: what the tables
-    learn is within 5% in norm of what they learn without."""
+def test_all_options_together_are_near_plain_float32(alone: Any) -> None:
+    """With bfloat16, recomputed blocks, ZeRO-2, micro-batches, an active gradient limit and column-wise tables, the update
+    of the tables agrees within 5% in norm with the update without."""
     limit, no_balance = ["train.grad_clip=0.5"], ["model.moe.load_balance_coef=0"]
     ((_, _, parts),) = run_on(1, one_step, [[0, 1, 2, 3, 4]], [*limit, *no_balance])
     plain = whole([parts])
@@ -302,7 +306,7 @@ def test_all_of_it_together_is_near_plain_float32(alone: Any) -> None:
     unlimited = alone[2]
     for name in (name for name in weights if name.startswith("tables/")):
         learned = plain[name] - start[name]
-        assert learned.norm() < 0.9 * (unlimited[name] - start[name]).norm()  # the limit did bite
+        assert learned.norm() < 0.9 * (unlimited[name] - start[name]).norm()  # the limit had an effect
         assert (weights[name] - plain[name]).norm() <= 0.05 * learned.norm(), name
 
 
@@ -332,7 +336,7 @@ def test_adam_gets_the_whole_gradient_unless_a_limit_is_set(limit: float) -> Non
 
 
 def masked_steps(world: World, split: list[list[int]], keep: list[str]) -> list[tuple[float, int, Tensor]]:
-    """Loss, targets and this rank's gradient of the items, trained on the tokens that each of ``keep`` says."""
+    """Loss, targets and this rank's gradient of the items, trained on the tokens that ``keep`` selects."""
     config = configuration("model.moe.load_balance_coef=0")
     recommender = Recommender(config, NUM_ITEMS, world)
     step = TrainStep(config, recommender, initialize_engine(recommender.decoder, config), total_steps=2)
@@ -352,13 +356,13 @@ def refused(world: World, overrides: list[str]) -> str:
     return str(error.value)
 
 
-def test_a_process_without_rows_of_a_table_is_refused_where_it_cannot_be() -> None:
+def test_a_process_without_rows_of_a_fused_table_is_rejected() -> None:
     for line in run_on(3, refused, ["train.table_optimizer=adagrad"]):
         assert "a process would have none of the 4 rows of an item table" in line
 
 
-def test_a_token_for_context_alone_has_no_loss() -> None:
-    """What the one half of the targets gives and what the other does add up to what all give."""
+def test_a_context_token_has_no_loss() -> None:
+    """The results for the two halves of the targets add up to the result for all."""
     for late, early, whole_batch in run_on(2, masked_steps, [[0, 3], [1, 2, 4]], ["late", "early", "all"]):
         assert late[1] + early[1] == whole_batch[1] == sum(LENGTHS)
         assert 0 < late[1] < whole_batch[1]

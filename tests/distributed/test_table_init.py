@@ -30,7 +30,7 @@ def initial(world: World, shardings: list[str], dim: int = 9, rows: int = 40) ->
 
 
 def test_weights_do_not_depend_on_the_sharding() -> None:
-    """Columns of an odd number and pieces of an odd number of columns: two neighbours share a word of random bits."""
+    """With odd columns and odd numbers of columns per piece, because two neighbours share a word of random bits."""
     (alone,) = run_on(1, initial, ["row_wise"])
     expected = whole([alone[0]])
     assert not torch.equal(expected["item_0"], expected["item_1"])
@@ -54,13 +54,13 @@ def some_rows(world: World) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return all_rows, shard.tensor.clone(), chosen
 
 
-def test_chosen_rows_get_what_they_had_in_a_new_table_and_the_others_stay() -> None:
+def test_selected_rows_get_their_initial_values_and_the_others_stay() -> None:
     ((all_rows, again, chosen),) = run_on(1, some_rows)
     assert torch.equal(again[chosen], all_rows[chosen])
     assert (again[~chosen] == 7).all()
 
 
-def test_the_distribution_is_a_cut_normal_one() -> None:
+def test_the_distribution_is_a_truncated_normal_one() -> None:
     ((parts,),) = run_on(1, initial, ["row_wise"], 8, ROWS)
     tables = torch.cat([table for *_, table in parts]).double() / INIT_STD
     assert tables.abs().max() <= 2 * (1 + 1e-6)

@@ -1,4 +1,4 @@
-"""Adam of the tables: the rows that a batch looks up, or all of them, as a float64 reference has it."""
+"""Adam of the tables, for looked-up rows or for all rows, equals a float64 reference."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from tests.distributed.test_step import configuration, whole
 
 ROWS, VIEWS, DIM = 12, 2, 8
 LR, BETAS, EPS = 0.03, (0.9, 0.98), 1e-8
-# The ids that each of two ranks looks up, by step: some on both, some in one step alone, once none on one rank.
+# The ids that each of two ranks looks up, by step: some on both, some in only one step, and once none on one rank.
 LOOKUPS = [([0, 3, 7], [3, 11]), ([1, 3], []), ([0, 7], [2, 3, 11]), ([3], [3])]
 
 
 def gradient(step: int, rank: int) -> Tensor:
-    """(n, M, d) of the rows that a rank looks up in a step; of very different sizes, and zero for the first row."""
+    """(n, M, d) gradients of the rows that a rank looks up in a step: very different sizes, and zero for the first row."""
     generator = torch.Generator().manual_seed(10 * step + rank)
     rows = torch.randn(len(LOOKUPS[step][rank]), VIEWS, DIM, generator=generator) * 10.0 ** (rank - 1)
     rows[:1] = 0
@@ -53,7 +53,7 @@ def steps(world: World, optimizer: str, sharding: str) -> tuple[list, list]:
         for rank in ranks:
             rows[[ids.index(i) for i in lookups[rank]]] += gradient(step, rank) / len(ranks)
         with torch.no_grad():
-            tables.lookup(torch.arange(ROWS))  # as an evaluation does: no step of the optimizer
+            tables.lookup(torch.arange(ROWS))  # as in an evaluation, which is no step of the optimizer
         tables.set_optimizer_step(step)
         tables.lookup(torch.tensor(ids, dtype=torch.int64)).backward(rows)
         tables.step()
@@ -61,7 +61,7 @@ def steps(world: World, optimizer: str, sharding: str) -> tuple[list, list]:
 
 
 def reference(weight: Tensor, table: int, dense: bool) -> dict[str, Tensor]:
-    """Adam in float64: of the rows that any rank looked up (FBGEMM's on CUDA), or of all rows (torch.optim's)."""
+    """Adam in float64, of the rows that any rank looked up (as FBGEMM on CUDA) or of all rows (as torch.optim)."""
     weight = weight.double()
     m, v = torch.zeros_like(weight), torch.zeros_like(weight)
     for step, lookups in enumerate(LOOKUPS):
@@ -98,7 +98,7 @@ def test_adam_is_the_reference_for_every_sharding(processes: int) -> None:
 
 
 def test_adam_leaves_the_rows_of_other_batches_alone() -> None:
-    """Row 5 is never looked up; row 11 in two steps of four, and in the others it moves only if all rows do."""
+    """Row 5 is never looked up. Row 11 is looked up in two steps of four, and changes in the others only if all rows do."""
     (((before, after),),) = run_on(1, all_steps, [("adam", "row_wise")])
     start, end = whole([before])["item_0"], whole([after])["item_0"]
     assert torch.equal(start[5], end[5])
@@ -107,7 +107,7 @@ def test_adam_leaves_the_rows_of_other_batches_alone() -> None:
 
 
 def columns_of(world: World, sharding: str) -> set[int]:
-    """The widths of the pieces that tables of 512 columns are stored in."""
+    """The widths of the pieces in which tables of 512 columns are stored."""
     config = configuration(
         "train.table_optimizer=rowwise_adagrad",
         f"parallel.table_sharding={sharding}",
@@ -118,7 +118,7 @@ def columns_of(world: World, sharding: str) -> set[int]:
 
 
 def test_rowwise_adagrad_keeps_rows_whole() -> None:
-    """A row that is cut by columns would have a state a piece: another optimizer, which another sharding cannot resume."""
+    """A row split by columns would have one state per piece, and another sharding could not resume it."""
     with pytest.raises(UserError, match=r"column_wise: train\.table_optimizer=rowwise_adagrad has one state per row"):
         load_config(
             None, ["data.path=unused", "train.table_optimizer=rowwise_adagrad", "parallel.table_sharding=column_wise"]

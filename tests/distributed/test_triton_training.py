@@ -1,4 +1,4 @@
-"""The whole model trains on the Triton kernels as it does on their PyTorch forms."""
+"""The whole model trains with the Triton kernels as with their PyTorch forms."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ STEPS = 3
 
 
 def train(world: World, backend: str, negatives: str) -> tuple[list[float], dict[str, Tensor]]:
-    """The losses of a few steps and the weights after them; two views, mixtures of experts, no dropout."""
+    """Losses of a few steps and the weights after them, with two views and experts, without dropout."""
     config = load_config(
         None,
         [

@@ -1,4 +1,4 @@
-"""The processes of one machine are reached from this machine alone."""
+"""Processes on one machine listen only on the loopback interface."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def listening(world: World) -> Any:
     return [each.laddr.ip for each in connections if each.status == psutil.CONN_LISTEN]
 
 
-def test_a_group_on_the_loopback_listens_there_alone() -> None:
+def test_a_group_on_the_loopback_listens_only_there() -> None:
     addresses = [address for of_rank in run_on(2, listening) for address in of_rank]
-    assert len(addresses) >= 3  # the store, and gloo of each process
+    assert len(addresses) >= 3  # the store, and gloo in each process
     assert all(ipaddress.ip_address(address).is_loopback for address in addresses)

@@ -1,4 +1,4 @@
-"""Exports are the model, bit for bit, and damaged ones are refused."""
+"""Exports equal the model bit for bit, and damaged ones are rejected."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def export(trained: Trained, what: str, output: Path, *more: str) -> int:
     return main(["export", "--run", str(trained.run), "--what", what, "--output", str(output), *more])
 
 
-def test_exported_weights_are_the_run(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_exported_weights_equal_the_run(trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     output = tmp_path / "deep" / "model.safetensors"
     assert export(trained, "weights", output) == 0
     manifest = json.loads(capsys.readouterr().out)
@@ -55,7 +55,7 @@ def test_vectors_by_raw_id(trained: Trained, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["exact", "hnsw"])
-def test_an_index_finds_the_lists(trained: Trained, tmp_path: Path, kind: str) -> None:
+def test_an_index_finds_the_same_lists(trained: Trained, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "items.faiss"
     assert export(trained, "index", path, "--exact" if kind == "exact" else "--no-exact") == 0
     manifest = json.loads((tmp_path / "items.faiss.manifest.json").read_text())

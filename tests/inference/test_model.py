@@ -1,4 +1,4 @@
-"""`mme.load`: the lists of `mme recommend`, the scores of evaluation, every shape of histories, and what is refused."""
+"""`mme.load`: lists as `mme recommend`, scores as evaluation, all formats of histories, and rejected input."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def history(model: TrainedModel, *items: int, **more: Any) -> dict[str, Any]:
     return {"item_ids": ids, "timestamps": [first + 60 * place for place in range(len(ids))], **more}
 
 
-def test_lists_are_those_of_mme_recommend(trained: Trained, model: TrainedModel, tmp_path: Path) -> None:
+def test_lists_equal_those_of_mme_recommend(trained: Trained, model: TrainedModel, tmp_path: Path) -> None:
     users = trained.users()
     pq.write_table(users, tmp_path / "users.parquet")
     files = ["--users", tmp_path / "users.parquet", "--output", tmp_path / "lists.parquet"]
@@ -80,7 +80,7 @@ def test_embeddings_multiply_to_scores(model: TrainedModel) -> None:
     np.testing.assert_array_equal(model.item_embeddings(ids[::-1]), items[10:20][::-1])
 
 
-def test_every_shape_of_histories_gives_the_same_lists(model: TrainedModel) -> None:
+def test_all_formats_of_histories_give_the_same_lists(model: TrainedModel) -> None:
     import pandas
     import polars
 

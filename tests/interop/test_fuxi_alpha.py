@@ -27,7 +27,7 @@ def relative_error(found: torch.Tensor, expected: np.ndarray) -> float:
 def test_block_agrees_with_the_public_code(path: Path) -> None:
     golden = np.load(path)
     offsets = torch.from_numpy(golden["seq_offsets"])
-    # Padded (B, N): the time of the next event stands right after each history's own.
+    # Padded (B, N): the time of the next event follows each history's times.
     timestamps = torch.cat(
         [torch.from_numpy(row[: length + 1]) for row, length in zip(golden["timestamps"], offsets.diff(), strict=True)]
     )

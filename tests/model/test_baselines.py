@@ -1,4 +1,4 @@
-"""SASRec and HSTU blocks against dense float64 definitions, one padded sequence at a time, and what a chunk may hold."""
+"""SASRec and HSTU blocks compared with dense float64 definitions of one sequence, and the memory of a chunk."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def layer_norm(x: Tensor) -> Tensor:
 
 
 def dense_sasrec(w: dict[str, Tensor], x: Tensor, times: list[int]) -> Tensor:
-    """One view of one sequence (L, d), token by token as the paper's equations read."""
+    """One view of one sequence (L, d), token by token as in the paper's equations."""
     normed = torch.stack([layer_norm(t) for t in x]) * w["attention_norm.weight"] + w["attention_norm.bias"]
     projected = normed @ w["qkv.weight"].T + w["qkv.bias"]
     rows = []
@@ -79,7 +79,7 @@ def dense_hstu(w: dict[str, Tensor], x: Tensor, times: list[int]) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", ["sasrec", "hstu"])
-def test_block_and_all_gradients_are_those_of_the_dense_definition(kind: str) -> None:
+def test_block_and_all_gradients_equal_the_dense_definition(kind: str) -> None:
     block = make(kind)
     x, offsets, times = inputs(LENGTHS)
     x.requires_grad_()
@@ -109,7 +109,7 @@ def test_block_and_all_gradients_are_those_of_the_dense_definition(kind: str) ->
 
 
 class Largest(TorchDispatchMode):
-    """The largest tensor that any operation makes."""
+    """The largest tensor that any operation creates."""
 
     elements = 0
 
@@ -153,6 +153,6 @@ def test_a_batch_without_tokens_and_dropout(kind: str) -> None:
     torch.testing.assert_close(model(*batch).hidden, model(*batch).hidden, rtol=0, atol=0)
 
 
-def test_experts_belong_to_fuxi_blocks() -> None:
+def test_only_fuxi_blocks_have_experts() -> None:
     with pytest.raises(UserError, match=r"num_experts \(8\) must be 0 with model.block=hstu: only fuxi has experts"):
         load_config(None, ["data.path=unused", "model.block=hstu"])

@@ -1,4 +1,4 @@
-"""What `model.block` and `loss.kind` may name is what there is."""
+"""`model.block` and `loss.kind` accept exactly the implemented names."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def test_every_name_has_an_implementation() -> None:
 
 @pytest.mark.parametrize("kind", BLOCKS)
 def test_a_block_keeps_the_shape_and_sees_no_later_token(kind: str) -> None:
-    """Two sequences, of 3 and 4 tokens; the last token of the first and all of the second change."""
+    """Changes the last token of a sequence of 3 tokens, and all tokens of one of 4."""
     options = ["model.num_tables=2", "model.embedding_dim=16", "model.moe.num_experts=0", "data.max_seq_len=5"]
     block = make_block(load_config(None, ["data.path=unused", f"model.block={kind}", *options]), 0).eval()
     x, seq_offsets, timestamps = torch.randn(2, 7, 8), torch.tensor([0, 3, 7]), torch.arange(9) * 100

@@ -1,4 +1,4 @@
-"""The decoder: what one view computes is what FuXi-α computes, and no sequence or view sees another."""
+"""The decoder with one view computes FuXi-α, and sequences and views do not see each other."""
 
 from __future__ import annotations
 
@@ -50,14 +50,14 @@ def test_views_share_the_decoder_and_do_not_see_each_other() -> None:
     torch.testing.assert_close(model(changed, index, offsets, times).hidden[:, 0], hidden[:, 0])
 
 
-def test_placement_says_which_blocks_have_experts() -> None:
+def test_placement_selects_the_blocks_with_experts() -> None:
     model = decoder("model.num_tables=2", "model.num_blocks=3", "model.moe.num_experts=4", "model.moe.placement=[1]")
     assert [hasattr(block.ffn, "router") for block in model.blocks] == [False, True, False]
     rows, index, offsets, times = inputs([4], 2)
     assert len(model(rows, index, offsets, times).routing) == 1
 
 
-def test_positions_start_anew_in_each_sequence() -> None:
+def test_positions_start_at_zero_in_each_sequence() -> None:
     assert positions_in_sequence(torch.tensor([0, 2, 2, 5]), 5).tolist() == [0, 1, 0, 1, 2]
 
 

@@ -1,4 +1,4 @@
-"""What the features of events and users do to a decoder's input and output, and what they don't."""
+"""The effects of event and user features on a decoder's input and output."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from mme.model.inputs import UserTokens
 from mme.model.loss import NextItemLoss
 from tests.model.test_decoder import NUM_ITEMS, decoder, inputs
 
-NUM_ROWS = NUM_ITEMS  # `inputs` names rows at random: features may share them with items
+NUM_ROWS = NUM_ITEMS  # `inputs` picks rows at random, so features may share rows with items
 
 
 @pytest.mark.parametrize("block", ["fuxi", "hstu", "sasrec"])
-def test_a_users_token_is_seen_by_its_sequence_alone(block: str) -> None:
+def test_only_its_sequence_sees_a_users_token(block: str) -> None:
     model = decoder("model.num_tables=2", "model.moe.num_experts=0", f"model.block={block}")
     rows, index, offsets, times = inputs([4, 0, 8], 2)
     users = torch.tensor([[0], [1], [2]])
@@ -30,7 +30,7 @@ def test_a_users_token_is_seen_by_its_sequence_alone(block: str) -> None:
     torch.testing.assert_close(other[4:], hidden[4:], rtol=0, atol=0)
 
 
-def test_a_users_token_is_an_item_before_the_first() -> None:
+def test_a_users_token_acts_like_an_item_before_the_first() -> None:
     """With the user's row as the first item and its time twice, an ordinary sequence computes the same."""
     model = decoder("model.num_tables=2", "model.moe.num_experts=4")
     rows, index, offsets, times = inputs([8], 2)
@@ -56,7 +56,7 @@ def test_features_are_added_to_the_item_of_their_event() -> None:
     changed = events.clone()
     changed[2, 1] = (changed[2, 1] + 1) % NUM_ROWS
     difference = model(rows, index, offsets, times, event_index=changed).hidden - found
-    assert difference[:2].abs().max() == 0  # what was before knows nothing of it
+    assert difference[:2].abs().max() == 0  # earlier tokens do not change
     assert difference[2:4].abs().amax((1, 2)).min() > 1e-6
     assert difference[4:].abs().max() == 0
 
@@ -69,7 +69,7 @@ def test_no_features_give_the_same_bits() -> None:
     assert torch.equal(model(rows, index, offsets, times, *none).hidden, without)
 
 
-def test_user_tokens_stand_before_each_sequence() -> None:
+def test_user_tokens_precede_each_sequence() -> None:
     """The worked example of `UserTokens` and of `mme.data.batch`: lengths [2, 0, 3]."""
     times = torch.tensor([10, 11, 12, 20, 30, 31, 32, 33])
     tokens = UserTokens.before(torch.tensor([0, 2, 2, 5]), times, 5)
@@ -91,7 +91,7 @@ def batch() -> SequenceBatch:
 
 
 @pytest.mark.parametrize("kind", ["sampled_softmax", "full_softmax"])
-def test_rows_of_features_stand_behind_the_items(kind: str) -> None:
+def test_rows_of_features_follow_the_items(kind: str) -> None:
     options = ["model.event_features=[action,rating]", "model.user_features=[segment]"]
     config = load_config(None, ["data.path=unused", f"loss.kind={kind}", *options])
     rows = FeatureRows(config.model, 10, {"action": 3, "rating": 4, "segment": 5})
@@ -107,7 +107,7 @@ def test_rows_of_features_stand_behind_the_items(kind: str) -> None:
             assert items.ids[items.negatives].max() < 10
 
 
-def test_the_full_softmax_is_over_items_alone() -> None:
+def test_the_full_softmax_covers_only_items() -> None:
     options = ["data.path=unused", "loss.kind=full_softmax", "model.num_tables=2", "model.embedding_dim=8"]
     hidden, tables = torch.randn(5, 2, 4), torch.randn(22, 2, 4)
     found = []
@@ -148,6 +148,6 @@ def test_a_users_token_counts_in_max_seq_len() -> None:
         (["model.user_features=[a]", "data.max_seq_len=1"], r"data.max_seq_len \(1\) must be at least 2"),
     ],
 )
-def test_names_that_cannot_be_are_refused(options: list[str], message: str) -> None:
+def test_invalid_names_are_rejected(options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(None, ["data.path=unused", *options])

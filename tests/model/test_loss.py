@@ -1,4 +1,4 @@
-"""The losses against their definition, with negatives and items as a training step has them."""
+"""The losses compared with their definition, with negatives and items as in a training step."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_loss_is_the_softmax_over_target_and_negatives(
     hidden = torch.randn(7, VIEWS, DIM)
     found = loss(hidden, tables[items.ids], items)
 
-    # What each softmax is over, and its share of the loss.
+    # The views of each softmax, and its share of the loss.
     all_views, one_view = [slice(0, VIEWS)], [slice(m, m + 1) for m in range(VIEWS)]
     apart = {"together": all_views, "each": one_view, "both": all_views + one_view}[views]
     shares = {"together": [1.0], "each": [0.5, 0.5], "both": [0.5, 0.25, 0.25]}[views]
@@ -79,12 +79,12 @@ def test_loss_is_the_softmax_over_target_and_negatives(
         assert found[token].item() == pytest.approx(expected, abs=1e-4)
 
 
-def test_views_of_their_own_need_scores_of_their_own() -> None:
+def test_separate_views_need_per_view_scores() -> None:
     with pytest.raises(UserError, match=r"loss\.views=each .* needs model\.score_norm=per_view"):
         load_config(None, ["data.path=unused", "loss.views=each"])
 
 
-def test_a_view_counts_alike_in_per_view_scores() -> None:
+def test_views_count_equally_in_per_view_scores() -> None:
     hidden, item = torch.randn(VIEWS, DIM), torch.randn(VIEWS, DIM)
     cosines = torch.cosine_similarity(hidden, item, dim=-1)
     assert (normalize_views(hidden, "per_view") @ normalize_views(item, "per_view")).item() == pytest.approx(

@@ -1,4 +1,4 @@
-"""The mixture of experts against a loop over tokens, and its balance losses against their definitions."""
+"""The mixture of experts compared with a loop over tokens, and its balance losses with their definitions."""
 
 from __future__ import annotations
 

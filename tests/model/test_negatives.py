@@ -1,4 +1,4 @@
-"""Negatives are drawn as often as they should be, and the log-Q correction makes the loss that of the whole catalogue."""
+"""Negatives have the right frequencies, and the log-Q correction gives the loss of the whole catalogue."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def keys(count: int, seed: int = 0) -> Tensor:
 
 
 def assert_frequencies(drawn: Tensor, expected: Tensor) -> None:
-    """Each item's share lies within five standard deviations of what is expected."""
+    """Checks that each item's share is within five standard deviations of its expectation."""
     found = torch.bincount(drawn.flatten(), minlength=NUM_ITEMS).double() / drawn.numel()
     deviation = (expected * (1 - expected) / drawn.numel()).sqrt()
     assert ((found - expected).abs() <= 5 * deviation).all(), (found, expected)
@@ -42,7 +42,7 @@ def assert_frequencies(drawn: Tensor, expected: Tensor) -> None:
 
 @pytest.mark.parametrize("size", [1, 2, 3, 50, 5000])
 @pytest.mark.parametrize("power", [0.0, 0.75, 3.0])
-def test_alias_table_holds_the_probabilities(size: int, power: float) -> None:
+def test_alias_table_represents_the_probabilities(size: int, power: float) -> None:
     generator = np.random.default_rng(size)
     weights = generator.pareto(0.7, size) ** power * (generator.random(size) < 0.7)
     weights[-1] = 1
@@ -63,7 +63,7 @@ def test_popularity(power: float) -> None:
     assert_frequencies(drawn, weights / weights.sum())
 
 
-def test_in_batch_and_a_share_of_uniform_ones() -> None:
+def test_in_batch_negatives_with_a_share_of_uniform_ones() -> None:
     frequency = torch.bincount(TARGETS, minlength=NUM_ITEMS).double() / TARGETS.numel()
     drawn = NegativeSampler(LossConfig(sampling="in_batch"), NUM_ITEMS, None).draw(keys(DRAWS // 128), TARGETS)
     assert_frequencies(drawn, frequency)
@@ -93,7 +93,7 @@ def test_splitmix64_gives_the_published_numbers() -> None:
     assert torch.equal(random_bits(torch.tensor([7]), 2, 3), random_bits(torch.tensor([7]), 0, 5)[:, 2:])
 
 
-def test_a_token_draws_the_same_wherever_it_stands() -> None:
+def test_a_tokens_negatives_do_not_depend_on_its_batch() -> None:
     lengths, users = [3, 5, 0, 2], [8, 2, 5, 1_000_000_000]
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     items = torch.arange(10)
@@ -141,7 +141,7 @@ def gradients_of(config: Config, seed: int) -> list[Tensor]:
 
 
 def logits(hidden: Tensor, tables: Tensor) -> Tensor:
-    """(T, I) of the whole catalogue."""
+    """(T, I) logits of the whole catalogue."""
     return normalize_views(hidden, "concat") @ normalize_views(tables, "concat").T / 0.5
 
 
@@ -175,7 +175,7 @@ def test_corrected_loss_and_gradients_against_the_definition(sampling: str, nega
 
 
 def error_against_full_softmax(sampling: str, *options: str) -> float:
-    """Of the mean gradient over many draws, relative to that of the softmax over the whole catalogue."""
+    """The error of the mean gradient over many draws, relative to that of the softmax over the whole catalogue."""
     exact = torch.cat([gradient.flatten() for gradient in gradients_of(config_of("loss.kind=full_softmax"), 0)[1:]])
     config = config_of(f"loss.sampling={sampling}", "loss.num_negatives=500", *options)
     draws = [torch.cat([g.flatten() for g in gradients_of(config, seed)[1:]]) for seed in range(20)]
@@ -183,15 +183,15 @@ def error_against_full_softmax(sampling: str, *options: str) -> float:
 
 
 @pytest.mark.parametrize("sampling", ["uniform", "popularity"])
-def test_correction_brings_the_gradient_of_the_full_softmax(sampling: str) -> None:
-    """Every item has some chance; without the correction popular ones are pushed down for their popularity."""
+def test_correction_gives_the_gradient_of_the_full_softmax(sampling: str) -> None:
+    """Every item can be sampled; without the correction, popular items are penalised for their popularity."""
     corrected = error_against_full_softmax(sampling, "loss.uniform_share=0.2", "loss.log_q_correction=true")
     without = error_against_full_softmax(sampling, "loss.uniform_share=0.2")
     assert corrected < 0.02
     assert without > 5 * corrected
 
 
-def test_batches_on_average_are_corrected_by_the_training_counts() -> None:
+def test_training_counts_correct_in_batch_negatives_on_average() -> None:
     """Over batches whose targets follow the training events, in-batch negatives sum to the whole catalogue."""
     config = config_of("loss.sampling=in_batch", "loss.log_q_correction=true", "loss.uniform_share=0.2")
     sampler = NegativeSampler(config.loss, NUM_ITEMS, COUNTS)
@@ -204,7 +204,7 @@ def test_batches_on_average_are_corrected_by_the_training_counts() -> None:
     assert torch.stack(sums).mean().item() == pytest.approx(whole.exp().sum().item(), rel=0.03)
 
 
-def test_what_cannot_go_together_is_refused() -> None:
+def test_contradicting_settings_are_rejected() -> None:
     with pytest.raises(UserError, match=r"loss.kind=full_softmax has no negatives"):
         config_of("loss.kind=full_softmax", "loss.log_q_correction=true")
     with pytest.raises(UserError, match=r"loss.uniform_share \(1.5\) must be at least 0 and at most 1"):

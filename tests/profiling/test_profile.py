@@ -37,11 +37,11 @@ def test_each_moment_of_a_cpu_counts_once() -> None:
         mark("lookup", 100, 300),
         event("cpu_op", "c10d::alltoall_base_", 120, 140),
         event("user_annotation", "gloo:all_to_all", 130, 250, thread=9),
-        event("cpu_op", "aten::copy_", 200, 230),  # hides a part of the exchange
+        event("cpu_op", "aten::copy_", 200, 230),  # hides part of the exchange
         mark("attention", 300, 500),
         event("cpu_op", "aten::detach", 310, 320, **forward),
         event("cpu_op", "aten::mm", 320, 480, **forward),
-        event("cpu_op", "aten::silu", 500, 520, **{"Sequence number": 8}),  # in no part
+        event("cpu_op", "aten::silu", 500, 520, **{"Sequence number": 8}),  # belongs to no part
         mark("backward", 600, 900),
         event("cpu_op", f"{of_backward}MmBackward0", 650, 800, **backward),
         event("cpu_op", "aten::mm", 660, 780),
@@ -74,7 +74,7 @@ def test_each_moment_of_a_gpu_counts_once() -> None:
         mark("experts", 200, 300),
         event("cpu_op", "aten::mm", 210, 250, **{"Sequence number": 3}),
         event("cuda_runtime", "cudaLaunchKernel", 220, 225, correlation=11),
-        event("cuda_driver", "cuLaunchKernel", 260, 265, correlation=12),  # Triton's launches are no operations
+        event("cuda_driver", "cuLaunchKernel", 260, 265, correlation=12),  # Triton's launches are not operations
         event("kernel", "gemm", 230, 400, thread=7, correlation=11),
         event("kernel", "silu_kernel", 400, 450, thread=7, correlation=12),
         mark("backward", 300, 900),
@@ -90,7 +90,7 @@ def test_each_moment_of_a_gpu_counts_once() -> None:
         {
             "data": 0.2,  # the GPU waits for the host, which waits for data
             "experts": 0.03 + 0.17 + 0.05,
-            "backward: experts": 0.04 + 0.1,  # launched, and waited for, by autograd's thread
+            "backward: experts": 0.04 + 0.1,  # launched and awaited by autograd's thread
             "exchange": 0.1,  # the other half is hidden behind a product
             "backward": 0.01 + 0.2,
             "other": 0.1,
@@ -196,7 +196,7 @@ def test_every_operation_of_the_decoder_is_in_a_region(tmp_path: Path) -> None:
         assert found.parts_ms[part] > 0 and found.parts_ms[f"backward: {part}"] > 0
 
 
-def test_a_rank_that_does_not_exist_is_refused() -> None:
+def test_a_missing_rank_is_rejected() -> None:
     config = load_config(None, ["data.path=unused", "train.profile=2", "train.profile_ranks=[0,2]"])
     validate_world_size(config, 3)
     with pytest.raises(UserError, match=r"train.profile_ranks names rank 2: expected 0 to 1"):
@@ -204,7 +204,7 @@ def test_a_rank_that_does_not_exist_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_a_profiled_job_has_the_losses_of_one_that_is_not(tmp_path: Path) -> None:
+def test_profiling_does_not_change_losses(tmp_path: Path) -> None:
     data, plain, profiled = tmp_path / "data", tmp_path / "plain", tmp_path / "profiled"
     prepare_synthetic("quickstart", data, users=100, items=120, seed=3)
     wanted = ["train.profile=2", "train.profile_start=2", "train.profile_ranks=[1]", "train.checkpoint_every=4"]

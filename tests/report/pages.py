@@ -1,4 +1,4 @@
-"""Runs to report on, written as `mme train` leaves them, and a parser for the page."""
+"""Writes runs as `mme train` does, and parses the page."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VOID = {"meta", "link", "br", "img", "hr", "input"}
 
 
 class Page(HTMLParser):
-    """A report: its text, its charts' specifications, and everything in it that a browser would load or run."""
+    """A report: its text, its charts' specifications, and everything that a browser would load or run."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -120,7 +120,7 @@ EXPERTS = {
 
 
 def learned() -> dict[str, Any]:
-    """What a test record says under ``insight``."""
+    """The field ``insight`` of a test record."""
     groups = {"groups": ["a", "b", "<c>"], "share": [[[0.25, 0.75]] * 3]}
     return {
         "singular_values": [[4.0, 2.0], [3.0, 0.0]],

@@ -1,4 +1,4 @@
-"""The report in a real browser: every chart draws, and the content security policy refuses nothing of the page."""
+"""The report in a browser: all charts are drawn, and the content security policy blocks nothing of the page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (Debian:
 
 
 def opened(page: Path, profile: Path) -> tuple[str, list[str]]:
-    """The page's DOM without its scripts once they have run, and the lines of the browser's console."""
+    """The page's DOM, without scripts, after they have run, and the lines of the browser's console."""
     assert BROWSER is not None
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={profile}"]
     command += ["--enable-logging=stderr", "--virtual-time-budget=20000", "--window-size=1400,900", "--dump-dom"]
@@ -29,7 +29,7 @@ def opened(page: Path, profile: Path) -> tuple[str, list[str]]:
     return dom, [line for line in done.stderr.splitlines() if ":CONSOLE" in line]
 
 
-def test_charts_draw_and_the_policy_refuses_nothing(tmp_path: Path) -> None:
+def test_charts_are_drawn_and_the_policy_blocks_nothing(tmp_path: Path) -> None:
     record = evaluation("fuxi-mme", "test", 200, 0.11, insight=learned(), standard_errors={"ndcg@10": 0.01})
     records = [RUN, *train_records(), EXPERTS, *EVALUATIONS, record]
     page = write_report(write_run(tmp_path / "run", records))
@@ -38,7 +38,7 @@ def test_charts_draw_and_the_policy_refuses_nothing(tmp_path: Path) -> None:
     assert 'data-charts="drawn"' in dom and "could not be drawn" not in dom
     places = len(re.findall(r'class="chart[ "]', dom))
     assert places == 15 and len(re.findall(r"<svg [^>]*class=\"marks\"", dom)) == places
-    assert "70.0" in dom  # the load of the first expert, a text that only the chart holds
+    assert "70.0" in dom  # the load of the first expert, a text that occurs only in the chart
 
 
 def test_hostile_run_is_drawn_and_runs_nothing(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_hovering_shows_values_and_only_ctrl_and_the_wheel_zoom(tmp_path: Path) 
     assert seen["before"] != seen["after"]
 
 
-def test_policy_refuses_a_script_that_is_not_the_page_s_own(tmp_path: Path) -> None:
+def test_policy_blocks_foreign_scripts(tmp_path: Path) -> None:
     page = write_report(write_run(tmp_path / "run", [RUN, *train_records()]))
     page.write_text(page.read_text().replace("<main>", "<main><script>document.body.dataset.evil = 1</script>", 1))
     dom, console = opened(page, tmp_path / "profile")

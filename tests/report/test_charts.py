@@ -1,4 +1,4 @@
-"""Specifications of charts: what they draw, and that Vega-Lite compiles them."""
+"""Specifications of charts: Vega-Lite compiles them and draws the right marks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from scripts.bundle_vega import BUNDLE, VEGA_LITE, bundle
 
 
 def drawn(chart: Chart | None) -> str:
-    """The chart as SVG, drawn by Vega outside of a browser."""
+    """Draws the chart as SVG with Vega, without a browser."""
     assert chart is not None
     spec = chart.spec | {"width": 400}
     return vl_convert.vegalite_to_svg(spec, vl_version=VEGA_LITE)
@@ -36,11 +36,11 @@ def test_line_chart_draws_a_line_for_each_name_and_a_dot_for_each_mark() -> None
     svg = drawn(chart)
     assert svg.count('stroke="var(--c0)"') == 1 and svg.count('stroke="var(--c1)"') == 1
     assert svg.count('stroke-dasharray="4,4"') == 1
-    assert svg.count('aria-roledescription="point"') == 2 + 5  # the marks; and what hovering shows
+    assert svg.count('aria-roledescription="point"') == 2 + 5  # the marks, and the points for hovering
     assert line_chart([Line("nothing", [])], title="") is None
 
 
-def test_confidence_band_is_drawn_around_its_line_alone() -> None:
+def test_confidence_band_is_drawn_only_around_its_line() -> None:
     banded = Line("with", [(0, 0.5), (1, 0.6)], errors=[0.1, 0.2])
     chart = line_chart([banded, Line("without", [(0, 0.1), (1, 0.2)], colour=1)], title="")
     assert [(row["low"], row["high"]) for row in rows(chart) if "low" in row] == [(0.4, 0.6), (0.4, 0.8)]

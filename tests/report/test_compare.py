@@ -66,7 +66,7 @@ def runs(tmp_path: Path) -> list[Path]:
     ]
 
 
-def test_ranks_come_back_as_written_in_the_order_of_the_data_set(tmp_path: Path) -> None:
+def test_ranks_are_read_back_in_the_order_of_the_data_set(tmp_path: Path) -> None:
     rank = np.array([5, UNRANKED, 1, 12])
     written = user_ranks(rank)
     order = np.array([2, 0, 3, 1])
@@ -82,7 +82,7 @@ def test_ranks_come_back_as_written_in_the_order_of_the_data_set(tmp_path: Path)
             np.testing.assert_array_equal(getattr(found, name), value)
 
 
-def test_better_run_is_told_from_chance(runs: list[Path]) -> None:
+def test_a_better_run_is_distinguished_from_chance(runs: list[Path]) -> None:
     popularity, base, better, noise = compare(runs)
     assert [row.name for row in (popularity, base, better, noise)] == ["popularity", "base", "better", "noise"]
     assert popularity.metrics["mrr"] == pytest.approx((1 / 3, 0.0)) and base.difference is None
@@ -100,7 +100,7 @@ def test_better_run_is_told_from_chance(runs: list[Path]) -> None:
     )
 
 
-def test_p_is_that_of_a_paired_test() -> None:
+def test_p_equals_that_of_a_paired_test() -> None:
     differences = np.array([0.5, -0.25, 0.75, 0.5, 0.0, 0.25])
     t = differences.mean() / (differences.std(ddof=1) / 6**0.5)
     from scipy import stats

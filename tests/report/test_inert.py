@@ -1,4 +1,4 @@
-"""Nothing that comes from a run's files runs, loads or hides anything in the page or in the command to copy."""
+"""Text from a run's files cannot run, load or hide anything in the page or in the command to copy."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TAGS += "figcaption script html head body pre details summary"
 
 
 def hostile_records() -> list[dict[str, Any]]:
-    """Records that hold HOSTILE wherever a string may stand."""
+    """Records with HOSTILE in place of every string."""
     found = learned()
     for name in ("view", "popularity", "position"):
         found["routing"][name] = found["routing"][name] | {"groups": [HOSTILE, "b", "c"]}
@@ -65,13 +65,13 @@ def check_inert(page: Page) -> None:
     )
 
 
-def test_strings_from_files_are_text_wherever_they_stand(hostile: Path) -> None:
+def test_strings_from_files_are_text_everywhere(hostile: Path) -> None:
     page = Page(write_report(hostile))
     check_inert(page)
     shown = one_line(HOSTILE)
     assert page.text.count(shown) >= 10 and "\\x1b[2J\\u202e" in shown and "{{7*7}}" in shown
     assert shown in page.series()
-    assert page.counts["script"] == 3  # the charts' data, Vega, what draws them
+    assert page.counts["script"] == 3  # the charts' data, Vega and the code that embeds the charts
 
 
 def test_several_hostile_runs_are_text_too(hostile: Path, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_command_to_reproduce_is_one_line_that_a_shell_reads_as_the_folder(hosti
 
 
 @given(st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])), min_size=1, max_size=3))
-def test_any_words_come_back_from_the_shell(words: list[str]) -> None:
+def test_the_shell_returns_any_words_unchanged(words: list[str]) -> None:
     command = shell_command(words)
     assert command.isprintable()
     output = subprocess.run(
@@ -142,7 +142,7 @@ def test_damaged_record_is_named_by_file_line_and_field(
 
 
 @pytest.mark.parametrize("line", ["[" * 100_000, '{"kind": "train", "step": ' + "9" * 5000 + "}", '{"kind": 3}'])
-def test_lines_that_are_no_records_are_named(tmp_path: Path, line: str) -> None:
+def test_lines_that_are_not_records_are_named(tmp_path: Path, line: str) -> None:
     run = write_run(tmp_path / "run", [RUN])
     with (run / "metrics.jsonl").open("a") as file:
         file.write(line + "\n")
@@ -150,7 +150,7 @@ def test_lines_that_are_no_records_are_named(tmp_path: Path, line: str) -> None:
         read_run(run)
 
 
-def test_popularity_alone_is_shown_as_what_it_is(tmp_path: Path) -> None:
+def test_a_run_with_only_popularity_is_shown(tmp_path: Path) -> None:
     page = Page(write_report(write_run(tmp_path / "run", [RUN, EVALUATIONS[-1]])))
     assert "0.0220" in page.text and "times popularity" not in page.text
 

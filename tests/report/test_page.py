@@ -43,7 +43,7 @@ def test_whole_report_is_self_contained_and_has_every_part(tmp_path: Path) -> No
     assert "0:10" in page.text  # 200 steps of 50 ms
 
 
-def test_what_was_not_recorded_is_left_out(tmp_path: Path) -> None:
+def test_missing_figures_are_left_out(tmp_path: Path) -> None:
     page = Page(write_report(write_run(tmp_path / "run", train_records()[:1])))
     assert "The run has no evaluation" in page.text
     assert len(page.charts) == 3
@@ -56,19 +56,19 @@ def test_run_without_validation_shows_its_test_metrics_and_no_chosen_checkpoint(
     assert "chosen checkpoint" not in page.text
 
 
-def test_run_cut_off_before_its_test_shows_validation(tmp_path: Path) -> None:
+def test_a_run_interrupted_before_its_test_shows_validation(tmp_path: Path) -> None:
     page = Page(write_report(write_run(tmp_path / "run", [RUN, *train_records(), *EVALUATIONS[:4]])))
     assert "0.1200" in page.text and "on the validation split" in page.text
 
 
-def test_line_cut_off_by_a_crash_does_not_stop_the_report(tmp_path: Path) -> None:
+def test_a_truncated_line_does_not_stop_the_report(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", train_records())
     with (run / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "eval", "mod')
     assert "Training loss" in Page(write_report(run)).text
 
 
-def test_expert_that_takes_all_is_named(tmp_path: Path) -> None:
+def test_an_expert_that_gets_all_tokens_is_named(tmp_path: Path) -> None:
     load = [[[0.02, 0.5, 0.48], [0.04, 0.42, 0.54]], [[0.4, 0.3, 0.3], [0.3, 0.3, 0.4]]]
     records = [RUN, {"kind": "experts", "step": 1, "blocks": [0, 1], "load": load}]
     page = Page(write_report(write_run(tmp_path / "run", records, "model.moe.num_experts=3")))
@@ -145,7 +145,7 @@ def test_confidence_intervals_are_in_the_table_and_around_the_curves(tmp_path: P
     }
 
 
-def test_several_runs_stand_side_by_side(tmp_path: Path) -> None:
+def test_several_runs_are_shown_side_by_side(tmp_path: Path) -> None:
     first = write_run(tmp_path / "first", [RUN, *train_records(), *EVALUATIONS], "train.lr=0.004")
     second = write_run(
         tmp_path / "second",
@@ -184,12 +184,12 @@ def test_missing_or_damaged_metrics_are_named(tmp_path: Path, content: str | Non
     assert not (run / "report.html").exists()
 
 
-def test_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+def test_a_folder_without_a_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such run folder"):
         write_report(tmp_path / "nothing")
 
 
-def test_output_in_no_folder_is_named(tmp_path: Path) -> None:
+def test_an_output_in_a_missing_folder_is_named(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [RUN])
     with pytest.raises(UserError, match="expected a file in an existing folder"):
         write_report(run, tmp_path / "nowhere" / "report.html")

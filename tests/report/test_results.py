@@ -1,4 +1,4 @@
-"""Results as the terminal shows them."""
+"""The results in the terminal."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_no_results_no_table(tmp_path: Path) -> None:
     assert results_table(read_run(write_run(tmp_path / "run", train_records()))) is None
 
 
-def test_below_popularity_by_the_metric_that_chooses_the_checkpoint(tmp_path: Path) -> None:
+def test_below_popularity_uses_the_metric_that_selects_the_checkpoint(tmp_path: Path) -> None:
     baseline = evaluation("popularity", "test", 9, 0.05)
     for ndcg, is_below in ((0.049, True), (0.05, False), (0.3, False)):
         record = evaluation("fuxi-mme", "test", 9, ndcg) | {"hr@10": 0.9}
@@ -59,7 +59,7 @@ def test_a_data_set_that_was_replaced_does_not_stop_the_report(tmp_path: Path) -
         assert read_run(run).oracle == {}
 
 
-def test_the_last_lines_of_training_warn_of_a_model_below_popularity(
+def test_training_ends_with_a_warning_if_the_model_is_below_popularity(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     baseline = evaluation("popularity", "test", 9, 0.05)

@@ -1,4 +1,4 @@
-"""`mme serve`: the same lists over HTTP, one status for each outcome, batches of many clients, reloads without a lost request."""
+"""`mme serve`: the same lists over HTTP, a status for each error, shared batches, and reloads without lost requests."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def rows_of(trained: Trained, count: int) -> list[dict[str, Any]]:
     return trained.users().slice(0, count).to_pylist()
 
 
-def test_lists_over_http_are_those_of_the_model(client: TestClient, trained: Trained, model: TrainedModel) -> None:
+def test_lists_over_http_equal_those_of_the_model(client: TestClient, trained: Trained, model: TrainedModel) -> None:
     rows = rows_of(trained, 5)
     body = {"histories": rows, "k": 4, "blocked": [model.item_ids[0].as_py()]}
     answer = client.post("/recommend", json=body)
@@ -96,7 +96,7 @@ def test_a_wrong_request_gets_422_and_names_the_field(client: TestClient, body: 
     assert client.post("/recommend", json={"histories": [HISTORY]}).status_code == 200
 
 
-def test_what_is_no_request_is_refused(trained: Trained) -> None:
+def test_malformed_requests_are_rejected(trained: Trained) -> None:
     with client_of(trained.run, max_body_bytes=2_000) as client:
         assert (
             client.post("/recommend", content=b"\xff{", headers={"content-type": "application/json"}).status_code == 422
@@ -116,7 +116,7 @@ def test_a_full_queue_gets_503(trained: Trained) -> None:
         assert client.post("/recommend", json={"histories": [HISTORY] * 2}).status_code == 200
 
 
-def test_many_clients_share_batches_and_a_wrong_request_spoils_none(
+def test_many_clients_share_batches_and_a_wrong_request_affects_no_other(
     client: TestClient, trained: Trained, model: TrainedModel
 ) -> None:
     rows = rows_of(trained, 24)
@@ -149,7 +149,7 @@ def test_a_newer_export_is_loaded_and_a_damaged_one_is_not(trained: Trained, tmp
 
 
 @pytest.mark.slow
-def test_the_server_reloads_while_clients_ask_and_ends_when_asked(trained: Trained, tmp_path: Path) -> None:
+def test_the_server_reloads_during_requests_and_stops_on_request(trained: Trained, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     assert main(["export", "--run", str(trained.run), "--what", "weights", "--output", str(path)]) == 0
     command = [sys.executable, "-m", "mme", "serve", "--run", str(path), "--port", "0", "--reload-every-s", "0.2"]

@@ -1,4 +1,4 @@
-"""Which search spaces are read, and what is said of the others."""
+"""Valid search spaces are read, and invalid ones are rejected with a clear error."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from mme.errors import UserError
 from mme.tune.space import Choice, Range, override, read_space
 
-CONFIG = Path("configs/quickstart.yaml")  # the shipped one, from any folder
+CONFIG = Path("configs/quickstart.yaml")  # the shipped configuration, from any folder
 
 
 def read(tmp_path: Path, text: str) -> list[Choice | Range]:
@@ -45,7 +45,7 @@ def test_bounds_and_lists(tmp_path: Path) -> None:
         ("a: [", r"cannot be read as YAML"),
     ],
 )
-def test_what_is_wrong_is_said_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_spaces_give_one_line(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
         read(tmp_path, text)
     assert "\n" not in str(caught.value) and str(tmp_path / "space.yaml") in str(caught.value)

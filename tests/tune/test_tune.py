@@ -1,4 +1,4 @@
-"""`mme tune` with real trainings on a small generated set: results, resuming, stopping, bad input."""
+"""`mme tune` with real training on a small generated set: results, resuming, stopping, bad input."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_killed_search_resumes_and_writes_the_best_configuration(tmp_path: Pat
     assert kept == {best["trial"]}
 
     before = rows
-    assert main(arguments(tmp_path, data, 3)) == 0  # nothing is left to run
+    assert main(arguments(tmp_path, data, 3)) == 0  # all trials are done
     assert trials_of(tmp_path) == before
 
 
@@ -103,7 +103,7 @@ def test_another_search_in_the_same_folder_is_refused(
     assert "contains a search with another space" in capsys.readouterr().err
 
 
-def test_a_trial_that_fails_says_why(tmp_path: Path) -> None:
+def test_a_failed_trial_gives_the_reason(tmp_path: Path) -> None:
     outcome = run_trial(
         training_command(CONFIG, [f"data.path={tmp_path}/nothing", f"output_dir={tmp_path}/trial"], 1),
         tmp_path / "trial",
