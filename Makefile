@@ -1,6 +1,8 @@
 # The commands of this project; `make help` lists them.
 PYTHON_IN_VENV := .venv/bin/python
-PYTEST := $(PYTHON_IN_VENV) -m pytest
+# Tests run on two processes, a file of tests on one of them; TEST_PROCESSES=0 runs them in one, for a debugger.
+TEST_PROCESSES ?= 2
+PYTEST := $(PYTHON_IN_VENV) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 # Variables of make train: DATA=file or folder of interactions, OVERRIDES="train.epochs=3 model.num_tables=2",
 # CONFIG=configuration, which trains on its data.path unless DATA is given.
