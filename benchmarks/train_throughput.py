@@ -42,7 +42,7 @@ from mme.run.exit_status import job_status
 
 if TYPE_CHECKING:
     from mme.data.batch import SequenceBatch
-    from mme.train import Training
+    from mme.training import Training
 
 RESULT = "MME_THROUGHPUT_RESULT"  # where the worker of rank 0 leaves its figures
 
@@ -127,7 +127,7 @@ def run_worker(arguments: list[str]) -> None:
     from mme.data.dataset import PreparedDataset
     from mme.distributed.world import process_group
     from mme.run.preemption import Preemption
-    from mme.train import Training
+    from mme.training import Training
 
     config = load_config(Path(arguments[0]), arguments[5:])
     steps, repetitions, padded_steps, profiled_steps = map(int, arguments[1:5])

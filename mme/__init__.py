@@ -1,6 +1,7 @@
 """Fuxi-MME: a sequential recommender with many item-embedding tables and a shared mixture-of-experts decoder.
 
-    model = mme.load("runs/quickstart")
+    run = mme.train("configs/quickstart.yaml", ["train.epochs=20"])
+    model = mme.load("runs/quickstart")  # or run.load()
     model.recommend([{"item_ids": [3, 17, 4], "timestamps": [1700000000, 1700000600, 1700086400]}], k=10)
 
 Importing this package loads nothing heavy; the first call of `load` imports torch and pyarrow.
@@ -11,11 +12,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
     from pathlib import Path
+    from typing import Any
 
     import torch
 
+    from mme.config import Config
     from mme.inference.model import TrainedModel
+    from mme.inference.run import Run
 
 __version__ = "0.1.0"
 
@@ -45,3 +50,23 @@ def load(path: str | Path, device: str | torch.device | None = None, checkpoint:
     if found.exists():
         return read_export(found, device)
     raise UserError(f"{found}: no such run or export")
+
+
+def train(config: Config | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Run:
+    """Trains a model in this process, as `mme train` does, and returns its run.
+
+    The run's folder, ``output_dir``, gets what `mme train` writes there, report.html included. A run that is there already
+    resumes from its newest complete checkpoint.
+
+    Args:
+        config: a YAML file, the same as nested mappings, or a `mme.config.Config`.
+        overrides: values that replace those of ``config``, such as ``"train.lr=0.002"``.
+
+    Raises:
+        mme.errors.UserError: the configuration or the data are wrong, or a package is missing.
+        mme.errors.JobError: the job failed, for example because the loss is not finite.
+        mme.errors.Preempted: SIGTERM stopped the job; everything is saved.
+    """
+    from mme.inference.run import train_run
+
+    return train_run(config, overrides)

@@ -21,7 +21,7 @@ import typer
 from mme import __version__
 from mme.errors import UserError
 from mme.inference.command import export
-from mme.installation import require_training_packages
+from mme.installation import prepare_training
 from mme.prepare.command import prepare
 from mme.run.exit_status import job_status, print_error, rank
 from mme.serve.command import serve
@@ -121,9 +121,8 @@ def train(
         settings = load_config(config, overrides)
         validate_world_size(settings, int(os.environ.get("WORLD_SIZE", "1")))
         job.folder = Path(settings.output_dir)
-        require_training_packages()
-        _name_accelerator()
-        from mme.train import train as train_model
+        prepare_training()
+        from mme.training import train as train_model
 
         train_model(settings)
         if rank() == 0:
@@ -159,8 +158,7 @@ def evaluate(
     """
     with job_status() as job, _standard_output_to_error() as output:
         job.folder = _run_folder(run)
-        require_training_packages()
-        _name_accelerator()
+        prepare_training()
         from mme.evaluation.evaluate import evaluate_run
 
         metrics = evaluate_run(run, checkpoint, seen, save_ranks=save_ranks)
@@ -217,8 +215,7 @@ def recommend(
     """
     with job_status() as job:
         job.folder = _run_folder(run)
-        require_training_packages()
-        _name_accelerator()
+        prepare_training()
         from mme.evaluation.recommend import Options
         from mme.evaluation.recommend import recommend as recommend_items
 
@@ -347,14 +344,6 @@ def _quiet_libraries() -> None:
     # Without a handler, Python would print the warnings to the terminal.
     logging.getLogger().addHandler(logging.NullHandler())
     logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
-
-
-def _name_accelerator() -> None:
-    """Selects DeepSpeed's CPU accelerator without a GPU, because DeepSpeed warns on import if it has to search."""
-    import torch
-
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 
 from mme.errors import UserError
 
@@ -13,8 +14,17 @@ HOW = (
 )
 
 
-def require_training_packages() -> None:
-    """Raises UserError if TorchRec, FBGEMM or DeepSpeed is not installed."""
+def prepare_training() -> None:
+    """Checks that TorchRec, FBGEMM and DeepSpeed are installed, and names the accelerator for DeepSpeed.
+
+    Raises:
+        UserError: a package is missing.
+    """
     missing = [name for name in TRAINING_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"training and evaluation need {', '.join(missing)}, not installed: {HOW}")
+    import torch
+
+    # DeepSpeed looks for an accelerator when it is imported and warns if it finds none.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")

@@ -17,4 +17,4 @@ if not gpus():
     os.environ.setdefault("TRITON_INTERPRET", "1")
     # The fork server of the tests starts once, with all imports done. (Not with GPUs, because CUDA must not be initialised
     # in a process that forks.)
-    multiprocessing.set_forkserver_preload(["mme.train"])
+    multiprocessing.set_forkserver_preload(["mme.training"])

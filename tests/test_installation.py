@@ -16,7 +16,7 @@ import pytest
 from mme import __version__
 from mme.config import load_config
 from mme.errors import UserError
-from mme.installation import require_training_packages
+from mme.installation import prepare_training
 from mme.shipped import own_or_shipped, shipped
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -41,7 +41,7 @@ def test_missing_training_packages_are_named_with_the_command_that_installs_them
     with pytest.raises(
         UserError, match=r"^training and evaluation need torchrec, not installed: .*pip install 'mme\[cuda\]'"
     ):
-        require_training_packages()
+        prepare_training()
 
 
 def test_version_and_import_without_heavy_packages() -> None:

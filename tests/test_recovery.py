@@ -27,7 +27,7 @@ from mme.errors import Preempted
 from mme.prepare.synthetic import prepare_synthetic
 from mme.run.metrics_file import read_metrics
 from mme.run.preemption import Preemption
-from mme.train import Training
+from mme.training import Training
 from tests.distributed.processes import run_on
 from tests.test_train import SMALL, losses, metrics
 

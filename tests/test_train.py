@@ -23,7 +23,7 @@ from mme.distributed.world import World
 from mme.prepare.synthetic import prepare_synthetic
 from mme.prepare.writer import DatasetWriter
 from mme.run.preemption import Preemption
-from mme.train import Training
+from mme.training import Training
 from tests.distributed.processes import run_on
 
 SMALL = [

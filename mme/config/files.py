@@ -9,7 +9,7 @@ import difflib
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,26 @@ CONFIG_FILE = "config.yaml"  # in a run's folder
 MAX_YAML_BYTES = 1 << 20
 
 
-def load_config(path: str | Path | None, overrides: list[str] | None = None) -> Config:
-    """The configuration of ``path`` (YAML; None: the defaults) with ``key.path=value`` overrides, validated.
+def load_config(source: str | Path | Mapping[str, Any] | Config | None, overrides: list[str] | None = None) -> Config:
+    """A configuration with ``key.path=value`` overrides, validated.
 
-    If the working folder has no ``configs/NAME.yaml``, the shipped configuration of that name is used.
+    Args:
+        source: a YAML file, the same as nested mappings, a configuration, or None for the defaults. If the working folder has
+            no ``configs/NAME.yaml``, the shipped configuration of that name is used.
 
     Raises:
         UserError: the file is missing or not YAML, a key is unknown, a value has the wrong type, or two values contradict
             each other.
     """
-    return _validated(path, None if path is None else _read_yaml(own_or_shipped(Path(path))), overrides or [])
+    if source is None:
+        return _validated(None, None, overrides or [])
+    if isinstance(source, (str, Path)):
+        return _validated(source, _read_yaml(own_or_shipped(Path(source))), overrides or [])
+    try:
+        values = OmegaConf.structured(source) if isinstance(source, Config) else OmegaConf.create(dict(source))
+    except OmegaConfBaseException as error:
+        raise UserError(f"configuration: {first_line(error)}") from error
+    return _validated("configuration", values, overrides or [])
 
 
 def load_saved_config(run: Path) -> Config:

@@ -128,7 +128,7 @@ def process_group(patience_s: float = PATIENCE_S) -> Iterator[World]:
             # signals when they are done, so wait.
             dist.barrier()
             time.sleep(LEAVE_S)
-        dist.destroy_process_group()
+        deepspeed.comm.destroy_process_group()  # and DeepSpeed's groups: a later job in this process makes its own
 
 
 def _group_store(rank: int, size: int, patience: timedelta) -> dist.Store | None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from mme.config import load_run_config
+from mme.config import Config, load_config, load_run_config, validate_world_size
 from mme.data.description import read_info
 from mme.data.numbering import Numbering, numbering_sha256, read_item_counts
 from mme.data.times import time_range
@@ -14,6 +18,44 @@ from mme.distributed.checkpoint_index import best_step
 from mme.errors import UserError
 from mme.inference.model import Knowledge, TrainedModel
 from mme.inference.weights import read_checkpoint
+from mme.installation import prepare_training
+
+Metrics = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training job.
+
+    Attributes:
+        folder: with configuration, checkpoints, metrics.jsonl and report.html.
+        metrics: of the chosen checkpoint on the test split, such as ``ndcg@10``, with protocol, step and targets.
+        popularity: the same of the ranking by popularity.
+    """
+
+    folder: Path
+    metrics: Metrics
+    popularity: Metrics
+
+    def load(self, device: str | torch.device | None = None, checkpoint: int | None = None) -> TrainedModel:
+        """The trained model; see `mme.load`."""
+        return load_run(self.folder, checkpoint, device)
+
+
+def train_run(config: Config | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Run:
+    """See `mme.train`."""
+    settings = load_config(config, list(overrides))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    validate_world_size(settings, world_size)
+    prepare_training()
+    from mme.report.page import write_report
+    from mme.training import train
+
+    metrics, popularity = train(settings)
+    folder = Path(settings.output_dir)
+    if os.environ.get("RANK", "0") == "0":
+        write_report(folder)
+    return Run(folder, metrics, popularity)
 
 
 def load_run(run: Path, step: int | None = None, device: str | torch.device | None = None) -> TrainedModel:

@@ -14,7 +14,7 @@ from mme.data.dataset import PreparedDataset
 from mme.distributed.world import World
 from mme.errors import Preempted
 from mme.run.preemption import Preemption
-from mme.train import Training
+from mme.training import Training
 from tests.distributed.processes import run_on
 from tests.test_recovery import QUICKSTART, data
 from tests.test_train import SMALL, losses
