@@ -4,7 +4,7 @@ PYTHON_IN_VENV := .venv/bin/python
 TEST_PROCESSES ?= 2
 PYTEST := $(PYTHON_IN_VENV) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
-# Variables of make train: DATA=file or folder of interactions, OVERRIDES="train.epochs=3 model.num_tables=2",
+# Variables of make train: DATA=file or folder of interactions, OVERRIDES="train.lr=0.002 model.num_tables=4",
 # CONFIG=configuration, which trains on its data.path unless DATA is given.
 CONFIG ?= configs/quickstart.yaml
 OVERRIDES ?=
@@ -27,7 +27,7 @@ help: ## show this list
 setup: ## create .venv with pinned dependencies (the CUDA build if an NVIDIA driver answers)
 	@scripts/setup_environment.sh
 
-train: setup ## set up, prepare the data and train; DATA=file uses your interactions; OVERRIDES="train.epochs=3 …"
+train: setup ## set up, prepare the data and train; DATA=file uses your interactions; OVERRIDES="train.lr=0.002 …"
 	@scripts/train.sh "$$CONFIG" "$$DATA" $(OVERRIDES)
 
 test: setup ## set up and run the fast tests; TESTS=tests/launcher selects some

@@ -115,7 +115,7 @@ def run(
 
     Examples:
 
-        mme-launch run --config configs/quickstart.yaml train.epochs=3
+        mme-launch run --config configs/quickstart.yaml
 
         mme-launch run --config configs/quickstart.yaml --nnodes 2 --rdzv-endpoint node0:29500   (on both nodes)
     """

@@ -7,6 +7,7 @@ import os
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from mme.config import USER_ID, Config, flat, load_config, settings_sha256, validate_world_size
 from mme.errors import UserError
@@ -37,12 +38,17 @@ class Job:
     def rendezvous_id(self) -> str:
         """A hash of configuration, output folder and data set, equal on all nodes of a job.
 
-        It keeps two jobs apart that are started at the same endpoint.
+        It keeps two jobs apart that are started at the same endpoint (`launcher.same_job` reports them).
         """
+        return f"mme-{settings_sha256(self.settings)[:16]}"
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What must be the same on all nodes, by its key."""
         config = self.load()
         description = Path(config.data.path) / "dataset.json"
         data = hashlib.sha256(description.read_bytes()).hexdigest() if description.is_file() else None
-        return f"mme-{settings_sha256({**flat(config), 'dataset.json': data})[:16]}"
+        return {**flat(config), "the SHA-256 of dataset.json in data.path": data, "--nnodes": self.nnodes}
 
     def load(self) -> Config:
         """The configuration, checked against the number of processes.

@@ -26,7 +26,9 @@ import psutil
 
 from launcher.job import Job
 from launcher.rendezvous import hosts_unrecognised, local_address, meeting_file
+from launcher.same_job import other_job
 from launcher.torchrun_output import LAST_WORDS, own_lines, say
+from mme.errors import one_line
 from mme.run.exit_status import NO_RESTART, PREEMPTED
 from mme.run.preemption import signal_when_parent_dies
 
@@ -154,6 +156,7 @@ def _run_once(job: Job, resumes: bool, module: list[str] | None) -> tuple[int, _
     watch = _Watch(process, job, resumes, stopping)
     if job.nnodes > 1:
         threading.Thread(target=watch.give_up_without_workers, daemon=True).start()
+        threading.Thread(target=watch.give_way_to_another_job, daemon=True).start()
     try:
         assert process.stderr is not None
         watch.follow(process.stderr)
@@ -276,11 +279,25 @@ class _Watch:
                 return
             time.sleep(1)
 
+    def give_way_to_another_job(self) -> None:
+        """Ends torchrun if the node waits for others that were started with another job (`launcher.same_job`)."""
+        line = other_job(self.job, self._is_past_meeting)
+        if line is not None and self.stopping.received is None and self.stopped_for is None:
+            self.stopped_for, self.error_shown = USER_ERROR, True
+            print(f"error: {one_line(line)}", file=sys.stderr, flush=True)
+            self.process.send_signal(signal.SIGTERM)
+
+    def _is_past_meeting(self) -> bool:
+        """Whether the nodes have met, so that workers were started, or torchrun has ended."""
+        with suppress(psutil.Error):
+            return self.process.poll() is not None or bool(_living_workers(self.process.pid))
+        return True
+
     def _say_not_met(self, why: str) -> None:
         endpoint, nodes = self.job.rdzv_endpoint, self.job.nnodes
         ended = {
             "Timeout": f"fewer than {nodes} nodes joined at {endpoint} within {self.job.rdzv_timeout_s} s: a node is down, "
-            "unreachable, not started, or started with another configuration or data set",
+            "unreachable or not started",
             "Connection": f"the rendezvous at {endpoint} does not answer: its node is down, unreachable or has given up",
         }
         say(ended.get(why, f"the rendezvous at {endpoint} was closed: another node has given up; see its output"))

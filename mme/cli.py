@@ -23,7 +23,7 @@ from mme.errors import UserError
 from mme.inference.command import export
 from mme.installation import prepare_training
 from mme.prepare.command import prepare
-from mme.run.exit_status import job_status, print_error, rank
+from mme.run.exit_status import job_status, print_error, rank, warn_of
 from mme.serve.command import serve
 from mme.tune.command import tune
 
@@ -111,7 +111,7 @@ def train(
 
         mme train --config configs/quickstart.yaml
 
-        mme train --config configs/quickstart.yaml train.epochs=3 output_dir=runs/short
+        mme train --config configs/quickstart.yaml train.seed=2 output_dir=runs/second-seed
 
         torchrun --nproc-per-node 2 -m mme train --config configs/quickstart.yaml
     """
@@ -361,18 +361,26 @@ def _standard_output_to_error() -> Iterator[int]:
 
 
 def _print_results(run: Path) -> None:
-    """Prints the results, a warning if they are worse than the baseline, and the path of the report."""
-    from rich.console import Console
+    """Prints the results, a warning if they are worse than the baseline, and the path of the report.
 
-    from mme.report.page import write_report
-    from mme.report.results import below_popularity, read_run, results_table
 
-    path = write_report(run)
-    result = read_run(run)
-    table = results_table(result)
-    console = Console()
-    if table is not None:
-        console.print(table)
-    if warning := below_popularity(result):
-        console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"report: {path}", markup=False, highlight=False, soft_wrap=True)
+    A report that cannot be written is only a warning, because the job is done and must not be restarted.
+    """
+    try:
+        from rich.console import Console
+
+        from mme.report.results import below_popularity, read_run, results_table
+
+        result = read_run(run)
+        table = results_table(result)
+        console = Console()
+        if table is not None:
+            console.print(table)
+        if warning := below_popularity(result):
+            console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+
+        from mme.report.page import write_report
+
+        console.print(f"report: {write_report(run)}", markup=False, highlight=False, soft_wrap=True)
+    except Exception as error:
+        warn_of(error, run, f"training is done, but its report failed; `mme report --run {run}` writes it")

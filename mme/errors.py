@@ -21,11 +21,20 @@ class JobError(Exception):
 
 
 class NonFiniteError(JobError):
-    """A loss, gradient, weight or vector is NaN or infinite, so results that depend on it would be wrong."""
+    """A loss, gradient, weight or vector is NaN or infinite, so results that depend on it would be wrong.
+
+    ``step``: the step whose state is not finite, if it differs from the step that training has reached.
+    """
+
+    step: int | None = None
 
 
-class DiskError(JobError):
-    """A file cannot be written, and a retry could not write it either, so the job is not restarted."""
+class FinalError(JobError):
+    """A retry would fail too, so the launcher does not restart the job."""
+
+
+class DiskError(FinalError):
+    """A file cannot be written, and a retry could not write it either."""
 
 
 class Preempted(Exception):

@@ -12,7 +12,16 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from mme.config import CONFIG_FILE, Config, flat, load_saved_config, save_config, settings_sha256, validate_world_size
+from mme.config import (
+    CONFIG_FILE,
+    Config,
+    flat,
+    load_saved_config,
+    save_config,
+    settings_sha256,
+    validate_world_size,
+    warnings,
+)
 from mme.data.balance import attention_equals_rest_at
 from mme.data.batch import SequenceBatch
 from mme.data.dataset import PreparedDataset
@@ -26,7 +35,7 @@ from mme.distributed.engine import initialize_engine
 from mme.distributed.pace import Pace
 from mme.distributed.recommender import Recommender
 from mme.distributed.world import PATIENCE_S, World, process_group
-from mme.errors import NonFiniteError, Preempted, UserError
+from mme.errors import FinalError, NonFiniteError, Preempted, UserError
 from mme.evaluation.evaluate import evaluate
 from mme.evaluation.record import SELECTED_BY, repeats_warning
 from mme.profiling.profile import PROFILE_FOLDER, StepProfile
@@ -112,7 +121,7 @@ class Training:
             log_every=config.train.log_every,
         )
         self.writer = writer = CheckpointWriter(self.run_folder, self.recommender, config.train.keep_checkpoints)
-        with monitor, self.watchdog, writer, self.pace, self._counted_attempt():
+        with monitor, self.watchdog, self._counted_attempt(), writer, self.pace:
             progress = self._start(monitor)
             if progress.evaluate:
                 self._evaluate_and_save(monitor, progress)
@@ -139,9 +148,10 @@ class Training:
         """Counts attempts that end with a NaN or infinity in the run's folder (`mme.run.attempts`)."""
         try:
             yield
-        except NonFiniteError:
+        except NonFiniteError as error:
             if self.world.rank == 0:
-                attempts.record_failure(self.run_folder, self.job, self.resumed_from, self.reached)
+                failed_at = self.reached if error.step is None else error.step
+                attempts.record_failure(self.run_folder, self.job, self.resumed_from, failed_at)
             raise
         if self.world.rank == 0:
             attempts.forget(self.run_folder)
@@ -149,8 +159,7 @@ class Training:
     def _start(self, monitor: Monitor) -> Progress:
         progress = None
         if self.config.train.resume:
-            if self.world.rank == 0 and (line := attempts.go_back(self.run_folder, self.job)):
-                monitor.note(line)
+            self._go_back(monitor)
             progress = checkpoint.load_training(self.run_folder, self.recommender, self.engine, monitor.note)
         else:
             self._start_over(monitor)
@@ -158,7 +167,7 @@ class Training:
             progress = Progress(0, 0, 0)
         else:
             self._resume(progress, monitor)
-        self.skipped = progress.skipped
+        self.skipped, self.skipped_in_a_row = progress.skipped, progress.skipped_in_a_row
         self.resumed_from = self.reached = progress.step
         if self.world.rank == 0:
             save_config(self.config, self.run_folder / CONFIG_FILE)
@@ -170,13 +179,17 @@ class Training:
                 "dataset": {key: self.dataset.info[key] for key in ("name", "num_users", "num_items", "num_events")},
             }
         )
-        moe = self.config.model.moe
-        if moe.num_experts and moe.top_k == 1 and moe.renormalize:
-            monitor.note(
-                "warning: model.moe.top_k=1 with renormalize=true gives each token's expert the weight p / p = 1, so the "
-                "router gets no gradient from the task, only from its balance losses; renormalize=false keeps p"
-            )
+        for warning in warnings(self.config):
+            monitor.note(f"warning: {warning}")
         return progress
+
+    def _go_back(self, monitor: Monitor) -> None:
+        """Sets checkpoints aside that lead to the same failure again (`mme.run.attempts`)."""
+        found = self.world.of_first(attempts.go_back(self.run_folder, self.job) if self.world.rank == 0 else None)
+        if isinstance(found, FinalError):
+            raise found
+        if found is not None:
+            monitor.note(found)
 
     def _start_over(self, monitor: Monitor) -> None:
         """Removes old checkpoints, which could otherwise be newer or better than those of this run."""
@@ -296,6 +309,7 @@ class Training:
         return replace(
             after,
             skipped=self.skipped,
+            skipped_in_a_row=self.skipped_in_a_row,
             evaluate=due or after.step == self.total_steps,
             shares=self.loader.shares,
             rank_batch=rank_batch(self.config),

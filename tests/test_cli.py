@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,7 +22,7 @@ import typer
 import yaml
 
 from mme.cli import main
-from mme.config import load_config
+from mme.config import load_config, save_config
 from mme.errors import UserError
 from mme.run.exit_status import job_status, print_error
 from tests.limits import files_of_at_most
@@ -125,6 +126,8 @@ def test_wrong_arguments_end_with_one_line_and_status_2(
         ("train.steps=many", "train.steps"),
         ("train.lr=-1", "train.lr (-1.0) must be above 0"),
         ("train.table_lr=.nan", "train.table_lr (nan) must be finite"),
+        ("train.table_lr=1e38", "train.table_lr (1e+38) must be at most 3.4e+37 with train.table_optimizer=adam"),
+        ("train.lr=1e38", "train.lr (1e+38) must be above 0 and at most 1000000.0"),
         ("train.beta1=2", "train.beta1 (2.0) must be at least 0 and below 1"),
         ("train.seed=-1", "train.seed (-1) must be at least 0"),
         ("train.lr=${lr}", "Interpolation key 'lr' not found"),
@@ -209,6 +212,32 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for text in ["step ", " tokens/s", "fuxi-mme", "popularity", "times popularity", f"report: {folder / 'run'}"]:
         assert text in trained.stdout, text
     return folder / "run"
+
+
+def test_a_report_that_fails_leaves_a_finished_training_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Status 0, so that the launcher does not start the job again; the results are printed all the same."""
+
+    def trained(config: Any) -> None:
+        run = Path(config.output_dir)
+        run.mkdir()
+        save_config(config, run / "config.yaml")
+        record = {"kind": "eval", "step": 3, "split": "test", "users": 5, "ndcg@10": 0.25}
+        lines = [{"kind": "run", "step": 0}, record | {"model": "fuxi-mme"}, record | {"model": "popularity"}]
+        (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+        (run / "report.html").mkdir()
+
+    monkeypatch.setattr("mme.train.train", trained)
+    config, run = str(REPOSITORY / "configs/quickstart.yaml"), tmp_path / "run"
+    assert main(["train", "--config", config, f"data.path={tmp_path}", f"output_dir={run}"]) == 0
+    captured = capsys.readouterr()
+    assert "0.2500" in captured.out
+    assert captured.err.startswith(
+        f"warning: training is done, but its report failed; `mme report --run {run}` writes it: "
+    )
+    assert captured.err.count("\n") == 1
+    assert "Traceback" in (run / "log.txt").read_text()
 
 
 @pytest.mark.slow

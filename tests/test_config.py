@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mme.config import Config, DataConfig, LossConfig, ModelConfig, MoEConfig, flat, load_config
+from mme.config import Config, DataConfig, LossConfig, ModelConfig, MoEConfig, flat, load_config, warnings
 from mme.config.key import RANGE, Range, keys_of
 from mme.errors import UserError
 
@@ -97,3 +97,18 @@ def test_a_url_is_not_a_path(key: str, path: str) -> None:
 def test_automatic_precision_follows_the_device(precision: str, on_gpu: str, on_cpu: str) -> None:
     train = load_config(None, ["data.path=unused", f"train.precision={precision}"]).train
     assert (train.precision_on("cuda"), train.precision_on("cpu")) == (on_gpu, on_cpu)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_warned"),
+    [
+        (["model.moe.num_experts=4", "model.moe.top_k=1", "model.moe.renormalize=true"], True),
+        (["model.moe.num_experts=4", "model.moe.top_k=1", "model.moe.renormalize=false"], False),
+        (["model.moe.num_experts=4", "model.moe.top_k=2", "model.moe.renormalize=true"], False),
+        (["model.moe.num_experts=0", "model.moe.top_k=1", "model.moe.renormalize=true"], False),
+    ],
+)
+def test_a_router_without_a_gradient_from_the_task_is_warned_of(overrides: list[str], is_warned: bool) -> None:
+    found = warnings(load_config(None, ["data.path=unused", *overrides]))
+    assert len(found) == is_warned
+    assert all("the router gets no gradient from the task" in warning for warning in found)

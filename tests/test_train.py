@@ -45,11 +45,21 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(data: Path, run: Path, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m"]
+    command = ["mme", "train"]
     if processes > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
+        command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", *command]
+    return _run(command, data, run, *overrides)
+
+
+def launch(data: Path, run: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """One process that the launcher starts again three times."""
+    return _run(["launcher", "run", "--nproc-per-node", "1"], data, run, *overrides)
+
+
+def _run(command: list[str], data: Path, run: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
     config = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
-    command += ["mme", "train", "--config", str(config), f"data.path={data}", f"output_dir={run}", *SMALL, *overrides]
+    command = [sys.executable, "-m", *command, "--config", str(config)]
+    command += [f"data.path={data}", f"output_dir={run}", *SMALL, *overrides]
     # As in a user's terminal; Triton's interpreter is only for tests of kernels.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(command, capture_output=True, text=True, env=environment | {"OMP_NUM_THREADS": "1"})
@@ -212,7 +222,9 @@ def test_a_backend_that_cannot_run_here_is_refused(data: Path, tmp_path: Path) -
 
 def test_a_checkpoint_of_another_model_is_refused(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert train(data, run, "train.steps=1").returncode == 0
+    first = train(data, run, "train.steps=1", "model.moe.top_k=1")
+    assert first.returncode == 0
+    assert "warning: model.moe.top_k=1 with renormalize=true gives" in first.stdout
     refused = train(data, run, "model.embedding_dim=32")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1

@@ -2,6 +2,7 @@
 
 from mme.config.files import (
     CONFIG_FILE,
+    differing_keys,
     dump_config,
     flat,
     load_config,
@@ -11,7 +12,7 @@ from mme.config.files import (
     save_config,
     settings_sha256,
 )
-from mme.config.rules import validate, validate_world_size
+from mme.config.rules import validate, validate_world_size, warnings
 from mme.config.schema import (
     USER_ID,
     Config,
@@ -37,6 +38,7 @@ __all__ = [
     "ModelConfig",
     "ParallelConfig",
     "TrainConfig",
+    "differing_keys",
     "dump_config",
     "flat",
     "load_config",
@@ -47,4 +49,5 @@ __all__ = [
     "settings_sha256",
     "validate",
     "validate_world_size",
+    "warnings",
 ]

@@ -134,6 +134,12 @@ def settings_sha256(settings: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def differing_keys(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """The keys with different values, or in one of the two alone, in the order of ``first``."""
+    keys = dict.fromkeys([*first, *second])
+    return [key for key in keys if key not in first or key not in second or first[key] != second[key]]
+
+
 def _read_yaml(path: Path, root: Path | None = None) -> DictConfig:
     try:
         text = read_text(path, root, MAX_YAML_BYTES)

@@ -10,6 +10,7 @@ from mme.config.schema import USER_ID, Config
 from mme.errors import UserError
 from mme.paths import refuse_scheme
 
+LARGEST_FLOAT32 = 3.4028234663852886e38
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # in bytes, of Linux
 
 
@@ -19,6 +20,7 @@ def validate(config: Config) -> None:
     _check_paths(config)
     _check_model(config)
     _check_tables(config)
+    _check_table_lr(config)
     _check_experts(config)
     _check_loss(config)
     _check_data(config)
@@ -37,6 +39,17 @@ def validate_world_size(config: Config, world_size: int) -> None:
             f"parallel.expert_parallel_size ({size}) must divide the number of processes ({world_size}): choose a "
             f"divisor of {world_size}, or 0 for the largest that fits"
         )
+
+
+def warnings(config: Config) -> list[str]:
+    """What is allowed but hardly meant, one line each."""
+    moe = config.model.moe
+    if moe.num_experts and moe.top_k == 1 and moe.renormalize:
+        return [
+            "model.moe.top_k=1 with renormalize=true gives each token's expert the weight p / p = 1, so the router gets no "
+            "gradient from the task, only from its balance losses; renormalize=false keeps p"
+        ]
+    return []
 
 
 def _check_ranges(config: Config) -> None:
@@ -89,6 +102,20 @@ def _check_tables(config: Config) -> None:
             "parallel.table_sharding=column_wise: train.table_optimizer=rowwise_adagrad has one state per row, which "
             "column_wise would split; expected row_wise, table_wise, data_parallel or auto"
         )
+
+
+def _check_table_lr(config: Config) -> None:
+    """Adam divides the rate by 1 − beta1 in its first step: a quotient beyond float32 can't be handed to the kernels."""
+    train = config.train
+    lr = train.table_lr or train.lr
+    largest = LARGEST_FLOAT32 * (1 - train.beta1)
+    if train.table_optimizer in ("adam", "dense_adam") and lr > largest:
+        raise UserError(
+            f"train.table_lr ({lr}) must be at most {largest:.3g} with train.table_optimizer={train.table_optimizer} and "
+            f"train.beta1={train.beta1}"
+        )
+    if lr > LARGEST_FLOAT32:
+        raise UserError(f"train.table_lr ({lr}) must be at most {LARGEST_FLOAT32:.3g}, the largest float32")
 
 
 def _check_experts(config: Config) -> None:

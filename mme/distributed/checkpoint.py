@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 
 from mme.distributed.checkpoint_index import (
+    FOLDER,
     Index,
     PieceEntry,
     Progress,
@@ -33,8 +33,9 @@ from mme.distributed.engine import set_optimizer_step
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import Piece, optimizer_pieces, weight_pieces
 from mme.distributed.world import World
-from mme.errors import UserError
+from mme.errors import NonFiniteError, UserError
 
+SET_ASIDE = ".set_aside"  # in the name of a checkpoint that led to values that are not finite
 ELSEWHERE = "choose another output_dir, or train.resume=false, which removes this run's checkpoints"
 
 
@@ -49,7 +50,7 @@ def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -
     candidates = recommender.world.of_first(steps(run)[::-1])
     for step in candidates:
         index = _sound_index(run, step, recommender.world)
-        if isinstance(index, str):
+        if not isinstance(index, Index):
             note(f"checkpoint skipped: {index}")
             continue
         _restore(run, step, index, [*weight_pieces(recommender), *optimizer_pieces(recommender)], f" ({ELSEWHERE})")
@@ -78,11 +79,12 @@ def load_weights(run: Path, step: int | None, recommender: Recommender, numberin
     Raises:
         UserError: there is no such checkpoint, it (or every one) is damaged, or it belongs to another configuration or
             numbering.
+        NonFiniteError: the same, if the damage is a weight or optimizer state that is NaN or infinite.
     """
     candidates = recommender.world.of_first(from_the_best(run)) if step is None else [step]
     for candidate in candidates:
         index = _sound_index(run, candidate, recommender.world)
-        if not isinstance(index, str):
+        if isinstance(index, Index):
             if index.progress.numbering not in ("", numbering):
                 raise UserError(
                     f"{folder(run, candidate)}: was trained on a data set whose indices of items or feature values differ "
@@ -90,17 +92,30 @@ def load_weights(run: Path, step: int | None, recommender: Recommender, numberin
                 )
             _restore(run, candidate, index, list(weight_pieces(recommender)))
             return candidate
-        if candidate != candidates[-1] and (note or recommender.world.rank == 0):
+        if candidate == candidates[-1]:
+            raise index
+        if note or recommender.world.rank == 0:
             (note or partial(print, file=sys.stderr))(f"checkpoint skipped: {index}")
-    raise UserError(index)
+    raise AssertionError("there is at least one candidate")
 
 
 def remove_all(run: Path) -> int:
-    """Removes all complete checkpoints of the run; returns their number."""
+    """Removes all checkpoints of the run, including those set aside; returns the number of complete ones."""
     found = steps(run)
     for step in found:
         remove(folder(run, step))
+    for aside in (run / FOLDER).glob(f"step_*{SET_ASIDE}"):
+        remove(aside)
     return len(found)
+
+
+def set_aside(run: Path, step: int) -> None:
+    """Gives a complete checkpoint a name from which nothing resumes; an older one of the same name is removed."""
+    checkpoint = folder(run, step)
+    aside = checkpoint.with_name(checkpoint.name + SET_ASIDE)
+    if aside.exists():
+        remove(aside)
+    checkpoint.rename(aside)
 
 
 def remove(checkpoint: Path) -> None:
@@ -110,17 +125,17 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(nameless)
 
 
-def _sound_index(run: Path, step: int, world: World) -> Index | str:
-    """The index of a sound checkpoint, or one line that says what is wrong, the same on all ranks.
+def _sound_index(run: Path, step: int, world: World) -> Index | UserError | NonFiniteError:
+    """The index of a sound checkpoint, or an error that says what is wrong, the same on all ranks.
 
     Each rank checks its share of the files. A file that one rank does not see yet, because the file system is slow to show
     new files to other nodes, counts as missing for all.
     """
-    index = read_index(run, step)
-    mine = index if isinstance(index, str) else damage(run, step, index.files[world.rank :: world.size])
-    reports: list[str | None] = [None] * world.size
-    dist.all_gather_object(reports, mine)
-    return next((report for report in reports if report), index)
+    found = read_index(run, step)
+    index = UserError(found) if isinstance(found, str) else found
+    mine = damage(run, step, index.files[world.rank :: world.size]) if isinstance(index, Index) else index
+    reports: list[UserError | NonFiniteError | None] = world.gather_objects(mine)
+    return next((report for report in reports if report is not None), index)
 
 
 def _restore(run: Path, step: int, index: Index, pieces: list[Piece], advice: str = "") -> None:

@@ -12,13 +12,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
-from mme.errors import UserError
+from mme.errors import NonFiniteError, UserError
 from mme.files import read_text, require_folder, sha256
 from mme.records import parse_record
 
@@ -38,6 +38,7 @@ class Progress:
     Attributes:
         sequences: number of sequences of ``epoch``, in its order, that all processes have trained on.
         skipped: number of steps that were skipped.
+        skipped_in_a_row: how many of them directly precede this state.
         evaluate: whether this step still has to be evaluated.
         score: the validation NDCG@10 at this step, if it was measured.
         shares, rank_batch: a global batch is ``shares`` times ``rank_batch``, such as "64 sequences".
@@ -48,6 +49,7 @@ class Progress:
     epoch: Count
     sequences: Count
     skipped: Count = 0
+    skipped_in_a_row: Count = 0
     evaluate: bool = False
     score: Annotated[float, Field(allow_inf_nan=False)] | None = None
     shares: Annotated[int, Field(ge=1)] = 1
@@ -159,19 +161,21 @@ def read_index(run: Path, step: int) -> Index | str:
     return index if flaw is None else f"{path}: damaged index ({flaw})"
 
 
-def damage(run: Path, step: int, files: Sequence[FileEntry]) -> str | None:
-    """One line that says what is wrong with one of the files; None if all are sound."""
+def damage(run: Path, step: int, files: Sequence[FileEntry]) -> UserError | NonFiniteError | None:
+    """What is wrong with one of the files, as an error to raise or to report; None if all are sound."""
     for entry in files:
         path = folder(run, step) / entry.file
         try:
             if sha256(path, run) != entry.sha256:
-                return f"{path}: damaged: its SHA-256 is not the one in {INDEX}"
+                return UserError(f"{path}: damaged: its SHA-256 is not the one in {INDEX}")
             if flaw := _flaw_of_file(path, entry.pieces):
-                return f"{path}: damaged: {flaw}"
+                return UserError(f"{path}: damaged: {flaw}")
+            if spoiled := _not_finite(path, entry.pieces):
+                return NonFiniteError(f"{path}: damaged: {spoiled}")
         except OSError as error:
-            return f"{error.filename or path}: {error.strerror}"
+            return UserError(f"{error.filename or path}: {error.strerror}")
         except SafetensorError as error:
-            return f"{path}: damaged: not a safetensors file ({error})"
+            return UserError(f"{path}: damaged: not a safetensors file ({error})")
     return None
 
 
@@ -232,13 +236,22 @@ def _flaw_of_file(path: Path, pieces: list[PieceEntry]) -> str | None:
                 return f"has no piece {piece.key}, which {INDEX} names"
             if values.get_dtype() != DTYPE:
                 return f"piece {piece.key} is {values.get_dtype()}, expected {DTYPE}"
-            if not _is_finite(values, piece.local_shape):
-                return f"piece {piece.key} is not finite"
     return None
 
 
-def _is_finite(values: Any, shape: tuple[int, ...]) -> bool:
-    if not shape:
-        return bool(torch.isfinite(values[...]))
-    rows = max(1, VALUES_AT_ONCE // max(1, math.prod(shape[1:])))
-    return all(bool(torch.isfinite(values[first : first + rows]).all()) for first in range(0, shape[0], rows))
+def _not_finite(path: Path, pieces: list[PieceEntry]) -> str | None:
+    """Which piece holds NaN or infinity, and in which row of the tensor; None if all are finite."""
+    with safe_open(path, framework="pt") as file:
+        for piece in pieces:
+            values = file.get_slice(piece.key)
+            if not piece.local_shape:
+                if not torch.isfinite(values[...]):
+                    return f"piece {piece.key} is not finite"
+                continue
+            rows = max(1, VALUES_AT_ONCE // max(1, math.prod(piece.local_shape[1:])))
+            for first in range(0, piece.local_shape[0], rows):
+                is_finite = torch.isfinite(values[first : first + rows])
+                if not is_finite.all():
+                    row = piece.offsets[0] + first + int((~is_finite).nonzero()[0, 0])
+                    return f"piece {piece.key} is not finite, first in row {row}"
+    return None

@@ -177,8 +177,9 @@ class CheckpointWriter:
         file = partial / f"rank_{self.world.rank:05d}.safetensors"
         spoiled = next((where for piece, value in pieces if (where := _not_finite(piece, value))), None)
         if spoiled is not None:
-            step = self._parts_of.step if self._parts_of is not None else self._newest
-            self._entry = {"error": NonFiniteCheckpointError(f"checkpoint of step {step} not written: {spoiled}")}
+            error = NonFiniteCheckpointError(f"checkpoint of step {self._newest} not written: {spoiled}")
+            error.step = self._newest  # training may be some steps ahead
+            self._entry = {"error": error}
             return
         try:
             make_folder(partial, self.run)
@@ -258,6 +259,8 @@ def _not_finite(piece: Piece, value: Tensor) -> str | None:
     """
     if not value.numel() or torch.stack(torch.aminmax(value)).isfinite().all():
         return None
+    if not value.dim():
+        return f"{piece.name} is not finite"
     row = piece.offsets[0] + int((~value.isfinite()).nonzero()[0, 0])
     return f"{piece.name} is not finite, first in row {row}"
 

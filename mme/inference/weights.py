@@ -11,7 +11,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mme.distributed.checkpoint_index import Index, damage, folder, from_the_best, read_index
-from mme.errors import UserError
+from mme.errors import NonFiniteError, UserError
 
 WEIGHTS = ("tables/", "decoder/")
 
@@ -36,17 +36,22 @@ def read_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
 
     Raises:
         UserError: there is no such checkpoint, or all candidates are damaged.
+        NonFiniteError: the same, if the damage is a weight or optimizer state that is NaN or infinite.
     """
     candidates = from_the_best(run) if step is None else [step]
-    flaw = ""
+    flaw: UserError | NonFiniteError | None = None
     for candidate in candidates:
         index = read_index(run, candidate)
-        flaw = index if isinstance(index, str) else damage(run, candidate, index.files) or ""
-        if not flaw and not isinstance(index, str):
-            return Checkpoint(candidate, index.progress.numbering, _whole_tensors(run, candidate, index))
+        if isinstance(index, str):
+            flaw = UserError(index)
+        else:
+            flaw = damage(run, candidate, index.files)
+            if flaw is None:
+                return Checkpoint(candidate, index.progress.numbering, _whole_tensors(run, candidate, index))
         if candidate != candidates[-1]:
             print(f"checkpoint skipped: {flaw}", file=sys.stderr)
-    raise UserError(flaw)
+    assert flaw is not None  # there is at least one candidate
+    raise flaw
 
 
 def _whole_tensors(run: Path, step: int, index: Index) -> dict[str, Tensor]:

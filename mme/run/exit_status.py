@@ -16,7 +16,7 @@ from pathlib import Path
 
 import typer
 
-from mme.errors import DISK_ERRORS, DiskError, JobError, Preempted, UserError, indented_lines, one_line
+from mme.errors import DISK_ERRORS, FinalError, JobError, Preempted, UserError, indented_lines, one_line
 from mme.files import open_to_append
 
 PREEMPTED = 143  # 128 + SIGTERM, as a shell has it
@@ -50,7 +50,7 @@ def job_status() -> Iterator[ErrorContext]:
         if rank() == 0:
             print_error(str(error))
         append_to_log(job.folder, one_line(f"error: {error}"))
-        raise typer.Exit(_disk_status() if isinstance(error, DiskError) else 1) from error
+        raise typer.Exit(_final_status() if isinstance(error, FinalError) else 1) from error
     except Preempted as error:
         append_to_log(job.folder, one_line(str(error)))
         if rank() == 0:
@@ -64,10 +64,18 @@ def job_status() -> Iterator[ErrorContext]:
         where = "" if log is None else f" (traceback in {log})"
         if not is_full or rank() == 0 or os.environ.get("LOCAL_RANK") == "0":  # see UserError
             print_error(f"{_summary(error)}{where}")
-        raise typer.Exit(_disk_status() if is_full else 1) from error
+        raise typer.Exit(_final_status() if is_full else 1) from error
 
 
-def _disk_status() -> int:
+def warn_of(error: Exception, folder: Path, what: str) -> None:
+    """Says in one line that ``what`` failed, where the job is done all the same; the log takes the traceback."""
+    log = append_to_log(folder, indented_lines(traceback.format_exc()))
+    where = "" if log is None else f" (traceback in {log})"
+    sys.stderr.write(f"warning: {one_line(f'{what}: {_summary(error)}{where}')}\n")
+    sys.stderr.flush()
+
+
+def _final_status() -> int:
     return NO_RESTART if "TORCHELASTIC_RUN_ID" in os.environ else 1
 
 

@@ -11,7 +11,7 @@ import time
 import uuid
 from pathlib import Path
 
-from mme.config import Config, flat, settings_sha256
+from mme.config import Config, differing_keys, flat, settings_sha256
 from mme.distributed.world import World
 from mme.errors import UserError
 from mme.files import read_text, write_text
@@ -26,7 +26,7 @@ def require_same_job(config: Config, dataset_sha256: str, world: World) -> None:
     Raises:
         UserError: on all ranks, where one differs from rank 0; the line names the rank and the first key that differs.
     """
-    mine = {**flat(config), "the data set in data.path": dataset_sha256}
+    mine = {**flat(config), "the SHA-256 of the data set in data.path": dataset_sha256}
     sums = world.gather_objects(settings_sha256(mine))
     if len(set(sums)) == 1:
         return
@@ -34,7 +34,7 @@ def require_same_job(config: Config, dataset_sha256: str, world: World) -> None:
     host_of_first, first = all_settings[0]
     rank = next(rank for rank, digest in enumerate(sums) if digest != sums[0])
     host, other = all_settings[rank]
-    key = next(key for key in first.keys() | other.keys() if first.get(key) != other.get(key))
+    key = differing_keys(first, other)[0]
     raise UserError(
         f"the ranks don't run the same job: {key} is {other.get(key)} on rank {rank} ({host}) and {first.get(key)} on "
         f"rank 0 ({host_of_first}): expected the same configuration and data on every node"

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mme.errors import UserError
+from mme.errors import NonFiniteError, UserError
 from mme.inference.model import TrainedModel
 from mme.inference.requests import Answer, RecommendationRequest
 
@@ -54,7 +54,7 @@ class ModelHolder:
         self._version = version
         try:
             self._model = self._load(self._path)
-        except (OSError, UserError) as error:
+        except (OSError, UserError, NonFiniteError) as error:
             print(f"reload failed, the previous model keeps serving: {error}", file=sys.stderr, flush=True)
             return "failed"
         print(f"now serving {self.name}", file=sys.stderr, flush=True)

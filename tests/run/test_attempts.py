@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from mme.distributed import checkpoint_index as checkpoint
+from mme.distributed.checkpoint import remove_all
+from mme.errors import FinalError, NonFiniteError
+from mme.inference.weights import read_checkpoint
 from mme.run.attempts import FILE, forget, go_back, record_failure
-from tests.test_train import data
+from tests.test_train import data, launch, records, train
 
 __all__ = ["data"]  # a fixture
 JOB = "hash of the configuration"
@@ -23,23 +32,38 @@ def with_checkpoints(run: Path, *steps: int) -> Path:
     return run
 
 
-def test_two_failures_at_one_step_set_the_newest_checkpoint_aside(tmp_path: Path) -> None:
-    run = with_checkpoints(tmp_path, 10, 11)
-    record_failure(run, JOB, resumed_from=11, failed_at=12)
+def test_each_failure_after_the_first_goes_back_one_checkpoint(tmp_path: Path) -> None:
+    run = with_checkpoints(tmp_path, 7)
+    record_failure(run, JOB, resumed_from=7, failed_at=14)
     assert go_back(run, JOB) is None
-    record_failure(run, JOB, resumed_from=11, failed_at=12)
+    with_checkpoints(run, 12, 13)
+    record_failure(run, JOB, resumed_from=13, failed_at=14)
     assert go_back(run, JOB) == (
-        "warning: step 12 was not finite in 2 attempts from the checkpoint of step 11: that one is set aside as "
-        "step_11.set_aside, and training goes back to step 10"
+        "warning: step 14 was not finite in 2 attempts: training goes back to the checkpoint of step 12; set aside as "
+        "step_N.set_aside: step_13"
     )
-    assert checkpoint.steps(run) == [10]
-    assert (run / "checkpoints" / "step_11.set_aside" / checkpoint.INDEX).read_text() == "11"
-    assert go_back(run, JOB) is None  # the count starts again
+    assert checkpoint.steps(run) == [7, 12]
+    assert (run / "checkpoints" / "step_13.set_aside" / checkpoint.INDEX).read_text() == "13"
+
+    with_checkpoints(run, 13)  # the third attempt writes it again
+    record_failure(run, JOB, resumed_from=12, failed_at=14)
+    assert go_back(run, JOB) == (
+        "warning: step 14 was not finite in 3 attempts: training goes back to the checkpoint of step 7; set aside as "
+        "step_N.set_aside: step_12, step_13"
+    )
+    assert checkpoint.steps(run) == [7]
+
+    record_failure(run, JOB, resumed_from=7, failed_at=14)
+    stuck = go_back(run, JOB)
+    assert isinstance(stuck, FinalError)
+    assert str(stuck).startswith("step 14 was not finite in 4 attempts, and no older checkpoint is left")
+    assert checkpoint.steps(run) == [7]
+    assert go_back(run, JOB) is None  # the user may insist
+    assert remove_all(run) == 1
+    assert list((run / "checkpoints").iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    "second", [("another configuration", 11, 12), (JOB, 10, 12), (JOB, 11, 13)], ids=["job", "checkpoint", "step"]
-)
+@pytest.mark.parametrize("second", [("another configuration", 11, 12), (JOB, 11, 13)], ids=["job", "step"])
 def test_another_failure_starts_the_count_again(tmp_path: Path, second: tuple[str, int, int]) -> None:
     run = with_checkpoints(tmp_path, 10, 11)
     record_failure(run, JOB, 11, 12)
@@ -48,12 +72,10 @@ def test_another_failure_starts_the_count_again(tmp_path: Path, second: tuple[st
     assert checkpoint.steps(run) == [10, 11]
 
 
-def test_the_only_checkpoint_stays(tmp_path: Path) -> None:
-    run = with_checkpoints(tmp_path, 11)
+def test_without_a_checkpoint_there_is_nothing_to_go_back_from(tmp_path: Path) -> None:
     for _ in range(3):
-        record_failure(run, JOB, 11, 12)
-    assert go_back(run, JOB) is None
-    assert checkpoint.steps(run) == [11]
+        record_failure(tmp_path, JOB, 0, 12)
+    assert go_back(tmp_path, JOB) is None
 
 
 def test_a_damaged_count_is_no_count(tmp_path: Path) -> None:
@@ -63,3 +85,69 @@ def test_a_damaged_count_is_no_count(tmp_path: Path) -> None:
     forget(tmp_path)
     forget(tmp_path)
     assert not (tmp_path / FILE).exists()
+
+
+@pytest.mark.slow
+def test_a_job_whose_weights_overflow_goes_back_instead_of_resuming_for_ever(data: Path, tmp_path: Path) -> None:
+    """Gradient descent at a rate of 1e30 leaves weights of 1e28: their squares, and the vectors' lengths, are infinite.
+
+    Losses stay finite, so the last evaluation finds it. The first attempt resumes at step 7 and writes checkpoints up to
+    13, the second resumes there, and each one after it one checkpoint further back, until none is left.
+    """
+    run, descent = tmp_path / "run", "train.table_optimizer=sgd"
+    assert train(data, run, descent, "train.epochs=1").returncode == 0
+    done = launch(data, run, descent, "train.table_lr=1e30", "train.checkpoint_every=1", "train.eval_every=100")
+    assert done.returncode == 1
+    lines = [line.split(" ", 2)[2] for line in (run / "log.txt").read_text().splitlines() if line.startswith("20")]
+    resumed = [line for line in lines if line.startswith("resumed at step")]
+    assert resumed == [f"resumed at step {step}" for step in (7, 13, 12, 7)]
+    assert [line.split(";")[0] for line in lines if "training goes back" in line] == [
+        "warning: step 14 was not finite in 2 attempts: training goes back to the checkpoint of step 12",
+        "warning: step 14 was not finite in 3 attempts: training goes back to the checkpoint of step 7",
+    ]
+    *errors, last = [line for line in lines if line.startswith("error: ")]
+    assert len(errors) == 4
+    assert all(error.startswith("error: the item vectors are not finite for 120 of 120 items") for error in errors)
+    assert last.startswith("error: step 14 was not finite in 4 attempts, and no older checkpoint is left to go back to")
+    assert done.stderr.splitlines()[-1] == last
+    evaluated = [line for line in records(run, "eval") if line["model"] == "fuxi-mme"]
+    assert {line["step"] for line in evaluated} == {7}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_that_would_hold_nan_is_not_written_and_counted_by_its_step(data: Path, tmp_path: Path) -> None:
+    run, descent = tmp_path / "run", "train.table_optimizer=sgd"
+    assert train(data, run, descent, "train.steps=3").returncode == 0
+    for _ in range(2):
+        failed = train(data, run, descent, "train.table_lr=1e38", "train.checkpoint_every=1", "train.eval_every=100")
+        assert failed.returncode == 1
+        (line,) = failed.stderr.splitlines()
+        assert line.startswith("error: checkpoint of step 4 not written: tables/item_0 is not finite, first in row ")
+    assert checkpoint.steps(run) == [3]
+    assert json.loads((run / FILE).read_text())["failed_at"] == 4
+    assert json.loads((run / FILE).read_text())["failures"] == 2
+
+
+@pytest.mark.slow
+def test_a_run_with_nothing_but_nan_is_evaluated_with_status_1(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert train(data, run, "train.steps=1").returncode == 0
+    (file,) = run.glob("checkpoints/step_1/*.safetensors")
+    tensors = load_file(file)
+    tensors["tables/item_1@0,0"][5, 3] = torch.nan
+    save_file(tensors, file)
+    index = file.with_name(checkpoint.INDEX)
+    content = json.loads(index.read_text())
+    content["files"][0]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    index.write_text(json.dumps(content))
+    failed = subprocess.run(
+        [sys.executable, "-m", "mme", "evaluate", "--run", str(run)], capture_output=True, text=True, check=False
+    )
+    assert (failed.returncode, failed.stdout) == (1, "")
+    expected = f"{file}: damaged: piece tables/item_1@0,0 is not finite, first in row 5"
+    assert failed.stderr == f"error: {expected}\n"
+    with pytest.raises(NonFiniteError, match=re.escape(expected)):
+        read_checkpoint(run)
+    refused = train(data, run, "train.steps=2")  # it does not begin again unasked
+    assert refused.returncode == 2
+    assert "all 1 checkpoints are damaged" in refused.stderr.splitlines()[-1]

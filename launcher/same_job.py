@@ -1,0 +1,81 @@
+"""Finds out that nodes at one endpoint were started with different jobs, and which setting differs.
+
+Their rendezvous ids differ, so torchrun never brings them together and each side would wait in silence until it gives up.
+Each node therefore publishes its settings in the store that the rendezvous uses, and compares them with those of the others.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+from launcher.job import Job, split_endpoint
+from mme.config import differing_keys
+
+PATIENCE_S = 10.0  # for the other nodes of the own job, once another job has been seen
+ANSWERS_WITHIN_S = 5.0
+LOOK_EVERY_S = 0.5
+COUNT, RECORD = "mme/nodes", "mme/node/{}"  # keys of the store
+
+
+def other_job(job: Job, has_met: Callable[[], bool]) -> str | None:
+    """Blocks until the nodes have met (``has_met``), which returns None, or another job stands in their way: its line."""
+    mine = {"id": job.rendezvous_id, "host": platform.node(), "settings": _as_json(job.settings)}
+    store: Any = None
+    others: list[dict[str, Any]] = []
+    seen_at: float | None = None
+    while not has_met():
+        try:
+            if store is None:
+                store = _connect(job)
+                store.set(RECORD.format(store.add(COUNT, 1)), json.dumps(mine))
+            records = _records(store)
+            others = [record for record in records if record["id"] != mine["id"]]
+            own = len(records) - len(others)
+            seen_at = (seen_at or time.monotonic()) if others and own < job.nnodes else None
+        except (RuntimeError, ValueError, KeyError, TypeError):
+            store = None  # not there yet, or gone with its node, after the others were seen
+        if seen_at is not None and time.monotonic() - seen_at > PATIENCE_S and not has_met():
+            return _line(job, mine, others[0])
+        time.sleep(LOOK_EVERY_S)
+    return None
+
+
+def _connect(job: Job) -> Any:
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it would warn of each attempt to connect
+    from torch.distributed import TCPStore  # takes seconds to import: only where several nodes meet
+
+    assert job.rdzv_endpoint is not None
+    host, port = split_endpoint(job.rdzv_endpoint)
+    return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=ANSWERS_WITHIN_S), wait_for_workers=False)
+
+
+def _records(store: Any) -> list[dict[str, Any]]:
+    records = []
+    for number in range(1, store.add(COUNT, 0) + 1):
+        with suppress(KeyError):
+            if store.check([RECORD.format(number)]):
+                records.append(json.loads(store.get(RECORD.format(number))))
+    return records
+
+
+def _line(job: Job, mine: dict[str, Any], other: dict[str, Any]) -> str:
+    keys = differing_keys(mine["settings"], other["settings"])
+    key = keys[0]
+    more = f" ({len(keys) - 1} more differ)" if len(keys) > 1 else ""
+    return (
+        f"--rdzv-endpoint {job.rdzv_endpoint}: another job was started there: {key} is {other['settings'].get(key)} on "
+        f"{other['host']} and {mine['settings'].get(key)} on {mine['host']}{more}: expected the same configuration, data "
+        "set and output_dir on every node, and an endpoint for each job"
+    )
+
+
+def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """As the other nodes read them."""
+    return json.loads(json.dumps(settings, default=str))
