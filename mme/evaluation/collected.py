@@ -1,4 +1,4 @@
-"""What the test keeps of each user while it ranks the targets: ranks, lists, segments and a few examples.
+"""What the test keeps for each user while it ranks the targets: ranks, lists, segments and a few examples.
 
 Legend: B histories of one rank's batch, U those of all ranks.
 """
@@ -40,7 +40,7 @@ class CollectedUsers:
         self._examples: list[dict[str, Any]] = []
 
     def add(self, batch: EvaluationBatch, ranker: Ranker, ranks: Tensor, popularity_ranks: Tensor) -> None:
-        """Of one batch on every rank; ``ranks`` and ``popularity_ranks``: (U,) of the targets."""
+        """Adds one batch of every rank; ``ranks`` and ``popularity_ranks``: (U,) ranks of the targets."""
         world = ranker.world
         facts = torch.stack([batch.sequences.user_rows, batch.targets, batch.seen_offsets.diff()], dim=1)
         user_row, target, history_events = torch.cat(world.gather(facts)).unbind(1)
@@ -63,14 +63,14 @@ class CollectedUsers:
         )
 
     def user_ranks(self, about: dict[str, Any]) -> UserRanks:
-        """Of all users added; ``about``: the metadata."""
+        """The ranks of all users added; ``about``: the metadata."""
         arrays = {name: torch.cat([of[name] for of in self._batches]).cpu().numpy() for name in self._batches[0]}
         return UserRanks(about, **arrays)
 
     def examples(self, dataset: PreparedDataset) -> list[dict[str, Any]]:
         """Users of rank 0's first batch, from the best to the worst ranked target, with raw item ids; named by their row.
 
-        None where the data set's folder has been removed since the job started: it alone knows the raw ids.
+        None if the data set's folder was removed after the job started, because only the folder has the raw ids.
         """
         if not dataset.folder.is_dir():
             return []
@@ -105,7 +105,7 @@ def segments(users: UserRanks) -> dict[str, dict[str, list[dict[str, Any]]]]:
 
 
 def _examples(batch: EvaluationBatch, ranks: Tensor, items: Tensor) -> list[dict[str, Any]]:
-    """Of rank 0's batch, which comes first among those of all ranks; as far apart in the order of the ranks as can be."""
+    """Chooses users of rank 0's batch, which comes first, spread as evenly as possible over the order of their ranks."""
     found = []
     offsets = batch.sequences.seq_offsets.tolist()
     order = torch.argsort(ranks[: batch.targets.numel()], stable=True).tolist()

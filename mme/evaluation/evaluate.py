@@ -39,9 +39,9 @@ def evaluate(
 ) -> list[dict[str, Any]]:
     """The records of `metrics.jsonl` for the model and for popularity on one held-out part, the same on every rank.
 
-    Each says how items that a user has had before were treated (``seen``, see `mme.evaluation.seen`) and which share of the
-    targets were such items (``repeated_targets``). On the test part the model's says under ``insight`` what it has learned
-    (`mme.evaluation.insight`).
+    Each record says how items that a user has had before were treated (``seen``, see `mme.evaluation.seen`) and which share of
+    the targets were such items (``repeated_targets``). On the test part the model's record has under ``insight`` what the
+    model has learned (`mme.evaluation.insight`).
 
     Args:
         before_batch: called before each batch, on every rank; what it raises ends the evaluation.
@@ -108,12 +108,12 @@ def _keep(
 
 @dataclass(frozen=True)
 class TargetRanks:
-    """Where each user's target stands, the same on every rank.
+    """The rank of each user's target, the same on every rank.
 
     The order of the users depends only on the data, the part and the number of processes.
 
     Attributes:
-        by_model: (users,) int64 ranks by the model, then by popularity; `UNRANKED` for a target in no list.
+        by_model: (users,) int64 ranks by the model, then by popularity; `UNRANKED` for a target that is in no list.
         repeated: (users,) bool, whether the user has had the target before.
     """
 
@@ -133,7 +133,7 @@ def target_ranks(
 
     Args:
         before_batch: see `evaluate`.
-        collected: is told of each batch.
+        collected: receives each batch.
 
     Raises:
         NonFiniteError: see `Ranker`.
@@ -165,7 +165,7 @@ def _loader(recommender: Recommender, dataset: PreparedDataset, config: Config, 
 def load_trained(
     run: Path, checkpoint: int | None, config: Config, world: World
 ) -> tuple[PreparedDataset, Recommender, int]:
-    """The data set of a run, and its model as of a checkpoint (None: its best), with the checkpoint's step.
+    """The data set of a run, its model at a checkpoint (None: the best one), and the step of the checkpoint.
 
     Raises:
         UserError: the data or the checkpoint is missing or damaged, or the data is not what the model was trained on.
@@ -181,7 +181,7 @@ def load_trained(
 def evaluate_run(
     run: Path, checkpoint: int | None, seen: Seen | None = None, *, save_ranks: bool = False
 ) -> dict[str, Any]:
-    """The test metrics of a run's checkpoint (None: its best), with popularity's under `popularity`, as one JSON object.
+    """The test metrics of a run's checkpoint (None: the best one) as one JSON object, with popularity's under `popularity`.
 
     Args:
         seen: replaces the run's `eval.seen`; None keeps it.

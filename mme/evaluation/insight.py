@@ -24,8 +24,8 @@ from mme.evaluation.ranking import Ranker
 from mme.evaluation.seen import excluded_items
 from mme.model.inputs import positions_in_sequence
 
-TABLE_ROWS = 65_536  # items of a rank that one lookup brings
-HISTORY_BATCHES = 16  # evaluation batches of each rank that are ranked by each view and whose routing is counted
+TABLE_ROWS = 65_536  # items of a rank per lookup
+HISTORY_BATCHES = 16  # evaluation batches of each rank that are ranked by each view, and for which routing is counted
 DECILES = 10
 
 
@@ -36,11 +36,11 @@ def insight(
     batches: Iterable[EvaluationBatch],
     before_batch: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
-    """Spectra and similarity of the tables, who uses which expert, and the learned curves; the same on every rank.
+    """Spectra and similarity of the tables, the use of the experts, and the learned curves; the same on every rank.
 
     Args:
         counts: (num_items,) int64, training events of each item.
-        batches: histories of this rank, as many batches on every rank.
+        batches: histories of this rank; every rank has the same number of batches.
         before_batch: called before each collective part of the work.
 
     Returns:
@@ -70,7 +70,7 @@ def table_products(recommender: Recommender, before_batch: Callable[[], Any]) ->
     share = -(-recommender.num_items // world.size)
     first = min(world.rank * share, recommender.num_items)
     last = min(first + share, recommender.num_items)
-    for start in range(0, share, TABLE_ROWS):  # as often on every rank: a lookup is a collective
+    for start in range(0, share, TABLE_ROWS):  # the same number on every rank, because a lookup is a collective
         before_batch()
         begin, end = min(first + start, last), min(first + start + TABLE_ROWS, last)
         rows = recommender.tables.lookup(torch.arange(begin, end, device=world.device)).flatten(1).double()
@@ -114,7 +114,7 @@ def _ranking(
 
 
 def _longest_gap_s(recommender: Recommender, batches: list[EvaluationBatch]) -> int:
-    """Over the histories of all ranks, between the first event read and the target; 0 without histories."""
+    """The longest time between the first event read and the target, over all ranks; 0 without histories."""
     longest = torch.zeros(1, dtype=torch.int64, device=recommender.world.device)
     for batch in batches:
         sequences = batch.sequences
@@ -168,7 +168,7 @@ def _routing(
 
 
 def _curves(recommender: Recommender) -> dict[str, Any]:
-    """time_weights [block][bucket] and position_weights [block][distance back], of blocks that have them."""
+    """time_weights [block][bucket] and position_weights [block][distance back] of the blocks that have them."""
     blocks: list[Any] = [block for block in recommender.decoder.blocks if hasattr(block, "ts_weights")]
     if not blocks:
         return {}

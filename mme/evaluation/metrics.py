@@ -14,7 +14,7 @@ def user_metrics(ranks: Tensor) -> dict[str, Tensor]:
 
     hr@k is 1 for a target among the first k and otherwise 0; ndcg@k is 1 / log2(rank + 1) among the first k and otherwise
     0, which is NDCG for a single relevant item; mrr is 1 / rank. ``ranks``: (users,) int64, 1 for a target ranked first,
-    `UNRANKED` for one that is in no list: it counts as 0 in every metric.
+    `UNRANKED` for one that is in no list, which counts as 0 in every metric.
     """
     ranked = ranks != UNRANKED
     ranks = ranks.double()

@@ -1,6 +1,6 @@
-"""The baseline: the items with the most training events first, the same list for every user.
+"""The baseline: items by falling number of training events, the same list for every user.
 
-Legend: B histories, n the events of them all.
+Legend: B histories, n all their events.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mme.evaluation.seen import is_repeated
 def popularity_order(counts: Tensor) -> Tensor:
     """(num_items,) counts of training events → (num_items,) int64 place of each item, 0 for the most popular.
 
-    Equally popular items stand in the order of their index.
+    Equally popular items are in the order of their index.
     """
     order = torch.argsort(counts, descending=True, stable=True)
     return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))

@@ -37,11 +37,11 @@ class GatheredHistories:
 
 
 class Ranker:
-    """Ranks the catalogue as the tables are now; after they change, a new one is needed. Each call is a collective.
+    """Ranks the catalogue by the present tables; after they change, a new Ranker is needed. Each call is a collective.
 
     Raises:
-        NonFiniteError: an item's vector or, in each method, a history's state is not finite: no comparison with NaN is
-            true, so that every target would rank first.
+        NonFiniteError: an item's vector or, in each method, a history's state is not finite. No comparison with NaN is
+            true, so every target would rank first.
     """
 
     def __init__(self, encoder: Encoder) -> None:
@@ -49,7 +49,7 @@ class Ranker:
         self.encoder, self.world = encoder, encoder.world
         self.first_item, vectors = encoder.catalogue()
         self.num_local = vectors.shape[0]
-        # Shares of one width, so that all ranks split the histories in the same way.
+        # All shares have one width, so that all ranks split the histories in the same way.
         width = -(-encoder.num_items // self.world.size)
         self.vectors = F.pad(vectors, (0, 0, 0, width - self.num_local))
         self._require_finite_vectors()
@@ -78,7 +78,7 @@ class Ranker:
         return torch.stack([self._ranks(histories, targets, of) for of in [*views, slice(None)]])
 
     def _ranks(self, histories: GatheredHistories, targets: Tensor, of: slice) -> Tensor:
-        """(U,) ranks of the targets of all ranks by the components ``of`` the vectors alone."""
+        """(U,) ranks of the targets of all ranks, by only the components ``of`` of the vectors."""
         columns = torch.arange(self.vectors.shape[0], device=targets.device)
         ranks = [targets[:0]]
         for part, scores in self._scores(histories, of):
@@ -95,7 +95,7 @@ class Ranker:
         """The k best items that are not excluded and their scores, for the histories of all ranks in rank order: both
         (U, k).
 
-        Places for which no item is left hold item −1 and score −inf.
+        Where no item is left, the item is −1 and the score −inf.
         """
         histories = self._gather(batch, excluded, offsets)
         items = [torch.empty(0, k, dtype=torch.int64, device=histories.states.device)]
@@ -119,7 +119,7 @@ class Ranker:
         return states
 
     def restricted_to(self, items: Tensor) -> Ranker:
-        """Ranks these items alone, (n,) int64 ascending, by their place among them; for a group of one process."""
+        """A Ranker of only these items, (n,) int64 ascending, numbered by their place among them; for a group of one process."""
         restricted = copy.copy(self)
         restricted.vectors, restricted.num_local = self.vectors[items], items.numel()
         return restricted
@@ -130,9 +130,9 @@ class Ranker:
         return GatheredHistories(self.states(batch), torch.cat(self.world.gather(excluded)), history_of)
 
     def _scores(self, histories: GatheredHistories, of: slice = slice(None)) -> Iterator[tuple[slice, Tensor]]:
-        """Scores (u, width) of this rank's share for a part of the histories; −inf where an item is not ranked.
+        """Yields scores (u, width) of this rank's share for parts of the histories; −inf where an item is not ranked.
 
-        ``of``: the components of the vectors that count.
+        ``of``: the components of the vectors to use.
         """
         row, column = histories.history_of, histories.excluded - self.first_item
         is_local = (column >= 0) & (column < self.num_local)
@@ -147,7 +147,7 @@ class Ranker:
             yield part, scores
 
     def _require_finite_states(self, states: Tensor, batch: SequenceBatch) -> None:
-        """States of all ranks; with them and the vectors, each of length 1, the scores are finite too."""
+        """``states`` are those of all ranks. If they and the vectors, each of length 1, are finite, so are the scores."""
         spoiled = states.isnan().any(1)
         if count := int(spoiled.sum()):
             first = int(torch.cat(self.world.gather(batch.user_rows.to(states.device)))[spoiled][0])
@@ -171,9 +171,9 @@ class Ranker:
 
 
 def _first_of_the_best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Scores and columns, (u, 2k), that contain the k largest of each row, of equal ones the first.
+    """Scores and columns, (u, 2k), that contain the k largest of each row, with the first of equal ones.
 
-    `topk` alone may return any of the equal ones. The other places hold −inf.
+    `topk` alone may return any of several equal scores. The remaining places hold −inf.
     """
     width = scores.shape[1]
     best, column = scores.topk(k)

@@ -37,14 +37,14 @@ from mme.files import replacing
 
 @dataclass(frozen=True)
 class Options:
-    """What may be chosen.
+    """The options of `mme recommend`.
 
     Attributes:
-        top_k: items of a list.
+        top_k: length of a list.
         seen: whether items of the history may be recommended; None: the run's `eval.seen`.
-        unknown: what happens to an item that the training data doesn't have: its event is left out, or the file refused.
-        request_time: see `check_requests`. Evaluation knows the time of the next event; the last event's is the nearest to
-            it that a history holds, and a real request's time is better.
+        unknown: whether the event of an item that the training data doesn't have is left out, or the file is refused.
+        request_time: see `check_requests`. Evaluation uses the time of the next event. The time of the last event is the
+            nearest that a history holds; the time of a real request is better.
     """
 
     top_k: int = 10
@@ -55,7 +55,7 @@ class Options:
 
 @dataclass
 class Summary:
-    """What became of the histories.
+    """Counts of histories and of what was left out.
 
     Attributes:
         histories: how many there are.
@@ -69,7 +69,7 @@ class Summary:
     fallbacks: int = 0
 
     def notes(self) -> list[str]:
-        """One line for each thing that the reader should know."""
+        """Lines for the user about unknown items and fallbacks."""
         lines = []
         if self.unknown_events:
             lines.append(
@@ -100,9 +100,9 @@ def recommend(run: Path, users: Path, output: Path, options: Options) -> Summary
 
     Args:
         run: a run's folder; its best checkpoint is used.
-        users: Parquet, see `mme.evaluation.requests.check_requests`. Of each column that `model.event_features` names a list
-            with a value for each event, of `model.user_features` a value (or such a list, of which the first event read
-            counts); what is missing or not in the training data counts as unknown.
+        users: Parquet, see `mme.evaluation.requests.check_requests`. A column of `model.event_features` has a list with a
+            value for each event, one of `model.user_features` a value (or such a list, in which the first event read
+            counts). A value that is missing, or not in the training data, counts as unknown.
         output: Parquet with `user_id`, `item_ids` (list of raw item ids, best first), `scores` (list of float) and
             `fallback` (bool), written whole or not at all. A history without a known item gets the most popular items:
             `fallback` is true, and the scores are the events of each item in the data set.
@@ -137,7 +137,7 @@ def recommend(run: Path, users: Path, output: Path, options: Options) -> Summary
 
 
 def _rank(recommender: Recommender, config: Config, requests: Requests, top_k: int, seen: Seen) -> Lists:
-    """The lists of the histories that hold a known item; the others stay empty."""
+    """Lists for the histories that hold a known item; the others stay empty."""
     world, ranker = recommender.world, Ranker(recommender)
     lists = Lists.empty(requests.lengths.size, top_k)
     rows = np.flatnonzero(requests.lengths)
@@ -156,7 +156,7 @@ def _rank(recommender: Recommender, config: Config, requests: Requests, top_k: i
 
 
 def _fill_with_popular(lists: Lists, chosen: NDArray[np.bool_], data: Path) -> None:
-    """The most popular items in the ``chosen`` rows, (B,): none of them holds a known item, so all are unseen."""
+    """Puts the most popular items into the ``chosen`` rows, (B,). These histories hold no known item, so all are unseen."""
     if not chosen.any():
         return
     counts = torch.from_numpy(read_item_counts(data))

@@ -32,7 +32,7 @@ def sequence_batch(requests: Requests, rows: IntArray, config: Config) -> tuple[
         item_ids=items,
         seq_offsets=torch.from_numpy(seq_offsets),
         timestamps=torch.from_numpy(times),
-        target_ids=torch.zeros_like(items),  # nothing is predicted but the next item
+        target_ids=torch.zeros_like(items),  # only the next item is predicted
         user_rows=torch.from_numpy(rows),
         event_features=_side_by_side([requests.of_events[name][window] for name in model.event_features]),
         user_features=_side_by_side(of_users),
@@ -42,7 +42,7 @@ def sequence_batch(requests: Requests, rows: IntArray, config: Config) -> tuple[
 
 
 def _ranges(starts: IntArray, ends: IntArray) -> IntArray:
-    """The numbers start … end - 1 of each range, one range after another."""
+    """The numbers start … end - 1 of each range, range after range."""
     lengths = ends - starts
     offsets = np.cumsum(lengths) - lengths
     return np.repeat(starts - offsets, lengths) + np.arange(lengths.sum())

@@ -1,7 +1,7 @@
-"""The histories that recommendations are asked for: read from Parquet and checked as training data are.
+"""The histories for which recommendations are requested: read from Parquet and checked like training data.
 
-A history that is wrong (times that fall, milliseconds for seconds, a request before its last event) would still give a
-list, only a worse one. So it is refused with its row.
+A wrong history (falling times, milliseconds instead of seconds, a request before its last event) would still give a list,
+but a worse one, so it is refused with its row.
 
 Legend: B histories, n their events, one history after another.
 """
@@ -29,7 +29,7 @@ from mme.files import open_to_read
 REQUEST_COLUMN = "request_timestamp"
 RequestTime = Literal["now", "last", "column"]
 Unknown = Literal["skip", "refuse"]
-FAR_OUTSIDE = 100  # times this often beyond the training data's, or as far below, are in another unit
+FAR_OUTSIDE = 100  # times larger or smaller than the training data's by this factor are in another unit
 UNITS = {1_000: "milliseconds", 1_000_000: "microseconds", 1_000_000_000: "nanoseconds"}
 
 
@@ -42,9 +42,9 @@ class Requests:
         offsets: (B + 1,) int64, the events of history b are offsets[b] to offsets[b + 1].
         items: (n,) int64 item indices; −1: the training data doesn't have the item.
         times: (n,) int64 seconds.
-        request_times: (B,) int64 seconds, when the recommendation is for.
-        of_events: by name, (n,) int64 numbers of the values of a column with a value for each event.
-        of_users: by name, (B,) int64 numbers of the values of a column with a value for each history.
+        request_times: (B,) int64 seconds, the time that the recommendation is for.
+        of_events: column with a value for each event → (n,) int64 value indices.
+        of_users: column with a value for each history → (B,) int64 value indices.
     """
 
     user_ids: pa.Array
@@ -149,7 +149,7 @@ def check_requests(
 def with_features(
     requests: Requests, table: pa.Table, source: str, model: ModelConfig, numbering: Numbering
 ) -> Requests:
-    """The histories with the numbers of the values of the features that the model reads, 0 for an unknown value.
+    """The histories with the value indices of the features that the model reads, 0 for an unknown value.
 
     Raises:
         UserError: a column is missing or doesn't fit.
@@ -186,7 +186,7 @@ def with_features(
 def _request_times(
     table: pa.Table, source: str, last: IntArray, request_time: RequestTime | None, times_trained_on: tuple[int, int]
 ) -> IntArray:
-    """(B,) and never before the last event, (B,)."""
+    """(B,) request times, never before the last event, (B,)."""
     has_column = REQUEST_COLUMN in table.column_names
     if request_time == "last" or (request_time is None and not has_column):
         return last
@@ -223,7 +223,7 @@ def _require_no_fall(source: str, offsets: IntArray, times: IntArray) -> None:
 
 
 def _require_same_unit(source: str, what: str, rows: IntArray, times: IntArray, trained_on: tuple[int, int]) -> None:
-    """Refuses times of another magnitude than the training data's: the model would see gaps a thousand times as long."""
+    """Refuses times whose magnitude differs from the training data's: the model would see gaps a thousand times as long."""
     first, last = trained_on
     far = np.abs(times) > FAR_OUTSIDE * max(abs(first), abs(last), 1)
     if first > 0:
@@ -240,13 +240,13 @@ def _require_same_unit(source: str, what: str, rows: IntArray, times: IntArray, 
 
 
 def _user_numbers(column: pa.Array, source: str, numbering: Numbering) -> NDArray[Any]:
-    """One and the row of each user in the training data; 0 for a user that it doesn't have."""
+    """1 + the row of each user in the training data; 0 for a user that it doesn't have."""
     assert numbering.user_ids is not None
     return np.asarray(pc.add(_places(column, numbering.user_ids, source, USER_ID).fill_null(-1), 1))
 
 
 def _places(ids: pa.Array, known: pa.Array, source: str, column: str) -> pa.Array:
-    """The index of each raw id among those of the training data; null where it is not one of them."""
+    """The index of each raw id in the training data; null if it is not there."""
     try:
         return pc.index_in(ids.cast(known.type), known)
     except pa.ArrowException as error:
@@ -279,7 +279,7 @@ def _as_int64(column: Any, source: str, name: str) -> IntArray:
 
 
 def concatenate(parts: list[Requests]) -> Requests:
-    """The histories of all parts, in order, as one."""
+    """Joins the histories of all parts in order."""
     if len(parts) == 1:
         return parts[0]
     lengths = np.concatenate([part.lengths for part in parts])

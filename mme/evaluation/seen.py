@@ -3,9 +3,9 @@
     exclude   seen items are in no list, so a target that the user has had before is a miss (`UNRANKED`)
     include   all items are ranked
 
-The items seen are those of the whole history before the target, not only of the part that the model reads.
+Seen items are those of the whole history before the target, not only of the part that the model reads.
 
-Legend: B histories, n the events of them all.
+Legend: B histories, n all their events.
 """
 
 from __future__ import annotations

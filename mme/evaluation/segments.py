@@ -1,4 +1,4 @@
-"""Which users a metric is made of: groups by popularity of the target and by length of the history."""
+"""Groups of users by popularity of the target and by length of the history, and a metric's mean in each."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 NEW = "new"  # the target has no training event
-# Places in the order of popularity, as shares of the catalogue, up to which each group reaches.
+# The upper bound of each group: a place in the order of popularity, as a share of the catalogue.
 POPULARITY = {"top 1%": 0.01, "1–10%": 0.1, "10–50%": 0.5, "50–100%": 1.0}
-# Events of the history from which each group begins.
+# The least number of events in the history of each group.
 HISTORY = {"1–9": 1, "10–19": 10, "20–49": 20, "50–99": 50, "100 or more": 100}
 
 
@@ -38,7 +38,7 @@ def history_groups(history_events: Ints) -> dict[str, npt.NDArray[np.bool_]]:
 
 
 def group_means(values: Floats, groups: Mapping[str, npt.NDArray[np.bool_]], metric: str) -> list[dict[str, Any]]:
-    """One row a group that has users: ``group``, ``users``, the mean of ``metric`` and its ``standard_error``."""
+    """One row for each group that has users: ``group``, ``users``, the mean of ``metric`` and its ``standard_error``."""
     return [
         {
             "group": name,
@@ -52,5 +52,5 @@ def group_means(values: Floats, groups: Mapping[str, npt.NDArray[np.bool_]], met
 
 
 def standard_error(values: Floats) -> float:
-    """Of the mean: s / √n with the sample's standard deviation s; 0 for a single value."""
+    """Standard error of the mean, s / √n, with the sample's standard deviation s; 0 for a single value."""
     return float(values.std(ddof=1) / np.sqrt(values.size)) if values.size > 1 else 0.0

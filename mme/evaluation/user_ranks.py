@@ -1,6 +1,6 @@
-"""test_ranks.parquet of a run: where each test user's target stands, so that runs can be compared user by user.
+"""test_ranks.parquet of a run: the rank of each test user's target, so that runs can be compared user by user.
 
-One row a user, in the order of the data set:
+One row per user, in the order of the data set:
 
     user_row         int64         row of the user in the data set
     rank             int64         of the target by the model, from 1; null where it is in no list
@@ -40,7 +40,7 @@ _REQUIRED = {"model": str, "step": int, "targets_sha256": str, "num_items": int}
 
 @dataclass(frozen=True)
 class UserRanks:
-    """What the file holds, (users,) each; ranks are `UNRANKED` for null.
+    """The content of the file, each (users,); `UNRANKED` stands for null.
 
     Attributes:
         about: the metadata.
@@ -80,7 +80,7 @@ def read_user_ranks(run: Path) -> UserRanks:
     """Reads a run's file.
 
     Raises:
-        UserError: it is missing, damaged or not such a file.
+        UserError: the file is missing, damaged or of another kind.
     """
     path = run / RANKS_FILE
     try:

@@ -1,4 +1,4 @@
-"""Raw columns → ids, times and features, with the rows that are malformed or lack the feedback wanted counted by reason."""
+"""Raw columns → ids, times and features. Rows that are malformed or lack the wanted feedback are counted by reason."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ ID_ROLES = ("user", "item")
 
 
 class Cleaner:
-    """Cleans batch after batch of all files.
+    """Cleans the batches of all files.
 
     Attributes:
         ids: what is known of the ids, by role (user, item).
-        malformed: the rows left out because something is wrong with them.
+        malformed: the rows left out because they are malformed.
         unwanted: sound rows left out because of their feedback, by reason.
-        vocabularies: of the features, by column; they learn the values of sound rows.
+        vocabularies: feature column → its vocabulary, which learns the values of sound rows.
     """
 
     def __init__(
@@ -44,10 +44,10 @@ class Cleaner:
         self._time_unit = time_unit
 
     def examine(self, source: SourceFile, sample: pa.RecordBatch) -> None:
-        """Tells from the first rows of a file how its times are written and whether its ids are numbers or text.
+        """Finds out from the first rows of a file how its times are written and whether its ids are numbers or text.
 
         Raises:
-            UserError: a column can't hold ids or times, or not those of the files before.
+            UserError: a column can't hold ids or times, or its ids don't fit those of the files before.
         """
         if source.time_form is None:
             source.time_form = recognise(source, sample.column("timestamp"), self._time_unit)
@@ -59,7 +59,7 @@ class Cleaner:
         ``first_row`` on) and features.
 
         Raises:
-            UserError: a column has another type than ids or times can have.
+            UserError: a column has a type that ids or times can't have.
         """
         if source.time_form is None or any(ids.kind is None for ids in self.ids.values()):
             self.examine(source, batch)  # the sample had no value
@@ -76,7 +76,7 @@ class Cleaner:
             else:
                 times = convert(source, column, source.time_form)
                 columns[role], columns["fraction"], reasons = times.seconds, pa.array(times.nanoseconds), times.faults
-            if role == "timestamp" and source.times_may_be_missing:  # as published: nothing is wrong with the file
+            if role == "timestamp" and source.times_may_be_missing:  # published like this: the file is sound
                 missing = pc.and_(reasons.pop("no value"), sound)
                 self._leave_out("no time", missing)
                 sound = pc.and_not(sound, missing)
@@ -91,7 +91,7 @@ class Cleaner:
     def _with_features(
         self, source: SourceFile, batch: pa.RecordBatch, table: pa.Table, sound: pa.BooleanArray
     ) -> pa.Table:
-        """``table`` with the numbers of each feature's values."""
+        """Adds the value indices of each feature to ``table``."""
         for name, vocabulary in self.vocabularies.items():
             column = parts_column(name)
             try:
@@ -102,7 +102,7 @@ class Cleaner:
         return table
 
     def _wanted(self, source: SourceFile, batch: pa.RecordBatch, sound: pa.BooleanArray) -> pa.BooleanArray:
-        """Which of the ``sound`` rows have the feedback asked for."""
+        """The ``sound`` rows that have the feedback asked for."""
         for role in self._feedback.roles():
             name = source.columns[role]
             numbers = feedback_numbers(batch.column(role))

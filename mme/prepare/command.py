@@ -1,4 +1,4 @@
-"""The command ``mme prepare``: its options, and what it prints about the training set."""
+"""The command ``mme prepare``: its options, and the summary of the training set that it prints."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mme.run.exit_status import job_status
 # typer reads the annotations, and Python 3.10 shows it Optional[X] for both spellings.
 # ruff: noqa: UP045
 
-# What dataset.json counts → what `mme prepare` calls it, in the order shown.
+# Count in dataset.json → its label in the summary, in the order shown.
 PREPARED_LABELS = {
     "rows_read": "rows read",
     "malformed_rows": "malformed rows left out",

@@ -1,4 +1,4 @@
-"""What files were taken for, column by column, in words for the user."""
+"""Describes to the user what each file was recognised as, column by column."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SEPARATORS = {",": "comma", "\t": "tab", ";": "semicolon", "|": "bar", ":": "col
 
 
 def describe_sources(sources: list[SourceFile], ids: dict[str, IdColumn]) -> str:
-    """One entry for each run of files of the same form, and a warning where their times are of different units."""
+    """One entry per group of consecutive files of the same form, and a warning if their times differ in unit."""
     lines = []
     for text, group in groupby(sources, lambda source: _describe(source, ids)):
         files = list(group)

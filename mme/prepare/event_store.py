@@ -1,6 +1,6 @@
 """Events on disk, sorted and grouped by DuckDB under a memory limit.
 
-Ids that are numbers come as int64, unsigned ones wrapped (`mme.prepare.ids`); `number_items` and `histories` unwrap them.
+Numeric ids arrive as int64, unsigned ones wrapped (`mme.prepare.ids`); `number_items` and `histories` unwrap them.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from mme.prepare.histories import NEW, Histories, IntArray
 from mme.prepare.ids import as_bits, from_bits
 
 EVENTS_AT_ONCE = 1 << 18
-# Flips the sign bit: wrapped unsigned numbers are then in order, and numbers in order are wrapped again.
+# Flips the sign bit, which puts wrapped unsigned numbers in order; flipping again restores them.
 FLIPPED = "xor({}, (-9223372036854775808)::BIGINT)"
 
 
 class EventStore:
     """A table of events (user, item, timestamp, fraction, position, features, place) in ``folder``; see `Histories` for place.
 
-    DuckDB takes ``memory_limit`` bytes at most and spills to the folder.
+    DuckDB uses at most ``memory_limit`` bytes and spills to the folder.
 
     Attributes:
-        has_fractions: whether any event has a fraction; known when the events are loaded.
+        has_fractions: whether any event has a fraction; known once the events are loaded.
     """
 
     def __init__(self, folder: Path, memory_limit: int) -> None:
         self._database = duckdb.connect(str(folder / "events.duckdb"), config={"temp_directory": str(folder / "spill")})
         self._database.execute(f"SET memory_limit = '{memory_limit}B'")
-        # The position is a column, so that order need not be kept in memory as well.
+        # The position is a column, so the order of insertion need not be kept in memory.
         self._database.execute("SET preserve_insertion_order = false; SET enable_progress_bar = false")
         self._has_prior = self.has_fractions = False
 
@@ -48,10 +48,10 @@ class EventStore:
         self._database.close()
 
     def load(self, tables: Iterator[pa.Table], table: str = "events") -> None:
-        """Fills a table of the store, in place of an older one; ``tables`` have the same columns throughout.
+        """Fills a table of the store and replaces an older one; all ``tables`` have the same columns.
 
-        For `events` these are user, item, timestamp, fraction, position, features and, where there is a prior set, place.
-        An exception of ``tables`` comes out as it is.
+        The columns of `events` are user, item, timestamp, fraction, position, features and, if there is a prior set,
+        place. An exception raised by ``tables`` is raised unchanged.
         """
         failure: list[BaseException] = []
         first = next(tables, None)
@@ -76,17 +76,17 @@ class EventStore:
             self._database.unregister("stream")
 
     def has_events(self) -> bool:
-        """Whether an earlier process has loaded them."""
+        """Whether an earlier process has loaded the events."""
         return bool(self._database.execute("FROM duckdb_tables() WHERE table_name = 'events'").fetchall())
 
     def load_prior(self, user_rows: Iterator[pa.Table], raw_items: pa.Array, has_fractions: bool) -> None:
-        """What a prior set has: tables of user and row, its items in the order of their codes, perhaps fractions."""
+        """Loads a prior set: tables of user and row, and its items in the order of their codes."""
         self._has_prior, self.has_fractions = True, has_fractions
         self.load(user_rows, "prior_users")
         self.load(iter([pa.table({"item": as_bits(raw_items), "code": np.arange(len(raw_items))})]), "prior_items")
 
     def number_items(self, unsigned: bool) -> pa.Array:
-        """Gives each item its code, in the order of the raw ids; returns these in the order of the codes."""
+        """Gives each item its code, in the order of the raw ids; returns the raw ids in the order of the codes."""
         new, known = "SELECT DISTINCT item FROM events", ""
         if self._has_prior:
             new += " ANTI JOIN prior_items USING (item)"
@@ -101,9 +101,8 @@ class EventStore:
         return from_bits(table["item"].combine_chunks(), unsigned)
 
     def histories(self, unsigned: bool) -> Iterator[Histories]:
-        """Whole users, each with its events by time, then position: by their rows in the prior set, then by raw id.
-
-        ``unsigned``: the users' ids are unsigned numbers.
+        """Yields whole users, each with its events by time, then position. Users come by their rows in the prior set, then by raw
+        id. ``unsigned``: the users' ids are unsigned numbers.
         """
         ((largest,),) = self._database.execute("SELECT max(fraction) FROM events").fetchall()
         self.has_fractions |= bool(largest)
@@ -112,7 +111,7 @@ class EventStore:
         if self._has_prior or unsigned or self._users_are_text():
             self._number_users(FLIPPED.format("user") if unsigned else "user")
             columns, joins = "number, code, timestamp", f"{joins} JOIN users USING (user)"
-            # A connection of its own: both results are read side by side.
+            # A second connection, because both results are read side by side.
             described = self._database.cursor().sql("SELECT user, row FROM users ORDER BY number")
             users = _Stream(described.to_arrow_reader(EVENTS_AT_ONCE))
         if self._has_prior:
@@ -151,7 +150,7 @@ class EventStore:
         return bool(kind) and kind[0][0] == "VARCHAR"
 
     def _number_users(self, order: str) -> None:
-        """Users in their order, by numbers: sorting all events by text would take several times as long."""
+        """Numbers the users in their order, because sorting all events by text would take several times as long."""
         row, join = "-1::BIGINT", ""
         if self._has_prior:
             row, join = "coalesce(row, -1)", "LEFT JOIN prior_users USING (user)"
@@ -163,21 +162,21 @@ class EventStore:
 
 
 def was_interrupted(error: Exception) -> bool:
-    """Whether it is what DuckDB makes of Ctrl-C while it works."""
+    """Whether this is how DuckDB reports a Ctrl-C."""
     return isinstance(error, duckdb.InterruptException) or (
         type(error) is RuntimeError and "interrupted" in str(error).lower()
     )
 
 
 class _Stream:
-    """Takes as many rows at a time as are asked for."""
+    """Hands out as many rows at a time as are asked for."""
 
     def __init__(self, reader: pa.RecordBatchReader) -> None:
         self._reader = reader
         self._rest = reader.schema.empty_table()
 
     def take(self, number: int) -> pa.RecordBatch:
-        """The next ``number`` rows, which there must be."""
+        """The next ``number`` rows, which must exist."""
         tables = [self._rest]
         while sum(table.num_rows for table in tables) < number:
             tables.append(pa.Table.from_batches([self._reader.read_next_batch()]))

@@ -1,4 +1,4 @@
-"""Which interactions count, by what the user thought of them: rating, click, time watched."""
+"""Which interactions count, by the feedback of the user: rating, click, time watched."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TRUE_TEXTS, FALSE_TEXTS = ["true", "t", "yes"], ["false", "f", "no"]
 
 @dataclass(frozen=True)
 class FeedbackFilter:
-    """Events must meet every one of these; None and False ask for nothing.
+    """Conditions that every event must meet; None and False ask for nothing.
 
     Attributes:
         min_rating: the rating must be this or more.
@@ -28,7 +28,7 @@ class FeedbackFilter:
     min_watch_ratio: float | None = None
 
     def roles(self) -> list[str]:
-        """The columns that it asks for."""
+        """The roles of the columns that the conditions need."""
         asked = {
             "rating": self.min_rating is not None,
             "click": bool(self.clicks_only),
@@ -38,7 +38,7 @@ class FeedbackFilter:
         return [role for role, wanted in asked.items() if wanted]
 
     def fails(self, role: str, values: pa.Array, milliseconds: bool) -> tuple[str, pa.Array]:
-        """What to call the rows that fail, and which do; ``values`` are numbers."""
+        """A name for the rows that fail, and which rows do; ``values`` are numbers."""
         if role == "rating":
             return f"rating below {self.min_rating:g}", pc.less(values, float(self.min_rating or 0))
         if role == "click":
@@ -50,7 +50,7 @@ class FeedbackFilter:
 
 
 def feedback_numbers(column: pa.Array) -> pa.Array | None:
-    """float64, null where the value is missing or no number; None: the column can't hold feedback."""
+    """float64, null where the value is missing or not a number; None if the column can't hold feedback."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         column = column.dictionary_decode()

@@ -1,4 +1,4 @@
-"""What a file of interactions is, and which of its columns are user, item, time and feedback.
+"""Recognises the format of a file of interactions, and which columns hold user, item, time and feedback.
 
 | format | file | user, item, time |
 |---|---|---|
@@ -42,7 +42,7 @@ FIXED_NAMES = {
     "kuairand": ["user_id", "video_id", "time_ms"],
     "kuairec": ["user_id", "video_id", "timestamp"],
 }
-# Of FIXED_NAMES, the column that tells a format from others with the same names.
+# The column of FIXED_NAMES that distinguishes a format from others with the same names.
 TELLING_NAME = {"movielens-20m": "movieId", "kuairand": "time_ms", "kuairec": "watch_ratio"}
 SAME_FORMAT = {
     "movielens-10m": "movielens-1m",
@@ -76,13 +76,13 @@ TIME_SUFFIXES = ("ms", "us", "ns")  # of a column's name
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How files are read, as far as the user says so.
+    """How the user asks for files to be read.
 
     Attributes:
         format: a name of `FORMATS` or `SAME_FORMAT`.
         columns: role → name of the column, or its number from 1.
-        header: whether the first line of a text names the columns; None: told by its fields.
-        quoting: of text, what `"` means.
+        header: whether the first line of a text file names the columns; None: recognised by its fields.
+        quoting: what `"` means in a text file.
         time_unit: of times that are numbers, or `auto` or `iso` (`times.TIME_UNITS`).
         id_type: `auto`, `integer` or `text` (`mme.prepare.ids`).
     """
@@ -96,7 +96,7 @@ class ReadOptions:
 
 
 def same_format(format: str) -> str:
-    """The format that ``format`` is another name of, or itself."""
+    """The format for which ``format`` is another name, or ``format`` itself."""
     found = SAME_FORMAT.get(format, format)
     if found not in FORMATS:
         raise UserError(f"--format {format}: expected one of {', '.join([*FORMATS, *SAME_FORMAT])}")
@@ -106,10 +106,10 @@ def same_format(format: str) -> str:
 def open_source(path: Path, options: ReadOptions, format: str, more_roles: Iterable[str] = ()) -> SourceFile:
     """How to read ``path``, whose format is ``format`` (see `identify`).
 
-    ``more_roles`` are the further roles that are wanted: feedback, and `FEATURE_PREFIX` with the name of a column.
+    ``more_roles`` are further roles: feedback, and `FEATURE_PREFIX` with the name of a column.
 
     Raises:
-        UserError: the file is of another format, lacks a column for a role or has two of its name.
+        UserError: the file has another format, lacks a column for a role, or has two columns of that name.
     """
     first_lines = _first_lines(path)
     roles = [*ROLES, *more_roles]
@@ -135,7 +135,7 @@ def open_source(path: Path, options: ReadOptions, format: str, more_roles: Itera
 
 
 def identify(path: Path, format: str) -> str:
-    """The format of a file: ``format`` by its plain name, or what its first bytes tell where that is ``auto``."""
+    """The format of a file: the plain name of ``format`` or, if that is ``auto``, what its first bytes show."""
     format = same_format(format)
     if format != "auto":
         return format
@@ -160,7 +160,7 @@ def identify(path: Path, format: str) -> str:
 def _movielens_1m(path: Path, first_lines: list[str], roles: list[str]) -> SourceFile:
     if not MOVIELENS_ROW.fullmatch(first_lines[0]):
         raise UserError(f"{path}: line 1: {first_lines[0][:60]!r}: expected user::item::rating::seconds")
-    names = ["user", "1", "item", "3", "rating", "5", "timestamp"]  # "::" leaves an empty field between two
+    names = ["user", "1", "item", "3", "rating", "5", "timestamp"]  # "::" makes an empty field between two
     layout = Layout(":", names, header_lines=0)
     return SourceFile(path, _fixed(path, roles, names), "text", layout=layout, quoting="literal")
 
@@ -207,9 +207,9 @@ def _json(path: Path, first_lines: list[str], format: str, given: dict[str, str]
 
 
 def _amazon_columns(first_lines: list[str]) -> list[str] | None:
-    """The columns of Amazon's ratings without a header: user first (2014) or item first (2018), told by the ids' form.
+    """The columns of Amazon's ratings without a header: user first (2014) or item first (2018), by the form of the ids.
 
-    None: some line is of another form.
+    None if some line has another form.
     """
     rows = [line.split(",") for line in first_lines if line]
     for names in (["user", "item", "rating", "timestamp"], ["item", "user", "rating", "timestamp"]):
@@ -230,12 +230,12 @@ def _separator(line: str) -> str:
 
 
 def _is_value(text: str) -> bool:
-    """Whether a field of the first line is a number or a date, which no column is called."""
+    """Whether a field of the first line is a number or a date, so not the name of a column."""
     return re.fullmatch(r"[+-]?\d[\d.]*(?:[eE][+-]?\d+)?|\d{4}-\d{2}-\d{2}.*", text) is not None
 
 
 def _first_lines(path: Path) -> list[str] | None:
-    """The first whole lines of a text file (compressed too); None: it is Parquet."""
+    """The first whole lines of a text file, compressed or not; None if it is Parquet."""
     try:
         with path.open("rb") as file:
             if file.read(4) == b"PAR1":
@@ -275,7 +275,7 @@ def _parquet_names(path: Path) -> list[str]:
 
 
 def _fixed(path: Path, roles: list[str], names: list[str]) -> dict[str, str]:
-    """Columns of a file without a header, named by their roles."""
+    """The columns of a file without a header, which are named by their roles."""
     columns = {role: role.removeprefix(FEATURE_PREFIX) for role in roles}
     missing = [name for name in columns.values() if name not in names]
     if missing:
@@ -284,7 +284,7 @@ def _fixed(path: Path, roles: list[str], names: list[str]) -> dict[str, str]:
 
 
 def _resolve(path: Path, names: list[str], format: str, given: dict[str, str], roles: list[str]) -> dict[str, str]:
-    """The column of each role: as given, as the format says, or the first known name that is there."""
+    """The column of each role: as given, by the format, or the first known name in the file."""
     columns = {}
     fixed = dict(zip(ROLES, FIXED_NAMES.get(format, []), strict=False))
     for role in roles:
@@ -303,7 +303,7 @@ def _resolve(path: Path, names: list[str], format: str, given: dict[str, str], r
 
 
 def _named(path: Path, names: list[str], wanted: str) -> str:
-    """The column with this name, or else this number from 1."""
+    """The column with this name, otherwise with this number from 1."""
     if wanted in names:
         return wanted
     if wanted.isdecimal() and 1 <= int(wanted) <= len(names):

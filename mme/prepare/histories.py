@@ -1,7 +1,7 @@
-"""Whole users with their events in order, in arrays, and what is done to them on their way to the training set.
+"""Whole users with their events in order, as arrays, and the steps on their way to the training set.
 
 Legend: U users, E their events, user after user; codes: numbers of items, first those of a prior set in its order, then
-the new ones by their raw ids.
+new ones in the order of their raw ids.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Histories:
         times: (E,) int64 seconds, non-decreasing within a user.
         places: (E,) int64, for an event that the prior set left out, how many kept events of its user came before it;
             `NEW`: an event that the prior set does not have.
-        columns: further columns by their names in the parts, (E,) int32: the value indices of each feature and, where times
-            are finer than a second, `FRACTIONS`, the nanoseconds beyond ``times``.
+        columns: further columns by their names in the parts, (E,) int32: the value indices of each feature and, if times are
+            finer than a second, `FRACTIONS`, the nanoseconds beyond ``times``.
     """
 
     user_ids: pa.Array
@@ -63,7 +63,7 @@ class Histories:
         )
 
     def select(self, kept: BoolArray) -> Histories:
-        """The events where ``kept`` (E,), and the users that have any of them."""
+        """The events for which ``kept`` (E,) is true, and the users that have any of them."""
         lengths = _sum_by_user(kept, self.offsets)
         users = lengths > 0
         return Histories(
@@ -81,7 +81,7 @@ class Histories:
 
 
 def concatenate(pieces: Sequence[Histories]) -> Histories:
-    """Users of several pieces one after another."""
+    """The users of several pieces, one piece after another."""
     ends = np.cumsum([0] + [piece.codes.size for piece in pieces])
     return Histories(
         pa.concat_arrays([piece.user_ids for piece in pieces]),
@@ -95,7 +95,7 @@ def concatenate(pieces: Sequence[Histories]) -> Histories:
 
 
 def first_of_duplicates(histories: Histories) -> BoolArray:
-    """(E,) whether each event is the first of its user, item and time, at the resolution that the times have."""
+    """(E,) whether each event is the first with its user, item and time, at the resolution of the times."""
     user, times = histories.user_of_event(), histories.times
     kept = np.ones(times.size, bool)
     ties = (times[1:] == times[:-1]) & (user[1:] == user[:-1])
@@ -115,10 +115,10 @@ def first_of_duplicates(histories: Histories) -> BoolArray:
 
 @dataclass(frozen=True)
 class CountFilter:
-    """Drops users and items with too few events; of a prior set's users and items none, for they had enough before.
+    """Drops users and items with too few events, but none of a prior set, because those had enough before.
 
     Attributes:
-        iterate: until all that are left have enough; otherwise each is counted once, over all events.
+        iterate: repeat until all that remain have enough; otherwise count each once, over all events.
     """
 
     min_user_events: int
@@ -135,10 +135,10 @@ class CountFilter:
     def choose_items(
         self, spool: Spool, arriving: Iterable[Histories], num_items: int, num_prior: int
     ) -> tuple[BoolArray, IntArray]:
-        """Which items pass, and how many kept events each has; ``arriving`` are spooled on the way.
+        """Which items pass, and how many kept events each has; ``arriving`` are written to ``spool`` on the way.
 
-        Each round takes the items that passed the last one and counts the events that users leave of them. Of users it
-        keeps nothing in memory.
+        Each round takes the items that passed the last one and counts their events of users that have enough. Nothing
+        about single users stays in memory.
         """
         passes = np.ones(num_items, bool)
         users_only = replace(self, min_user_events=self.min_user_events if self.iterate else 0)
@@ -173,7 +173,7 @@ class Spool:
         self.path = path
 
     def writing(self, pieces: Iterable[Histories]) -> Iterator[Histories]:
-        """Passes on the pieces, each when it is written."""
+        """Yields the pieces, each after it is written."""
         writer: pa.RecordBatchFileWriter | None = None
         try:
             for histories in pieces:
@@ -186,10 +186,10 @@ class Spool:
                 writer.close()
 
     def read(self) -> Iterator[Histories]:
-        """All pieces; none where none was written."""
+        """All pieces that were written."""
         if not self.path.exists():
             return
-        # Read, not mapped: mapped pages would count as the process's memory.
+        # Not memory-mapped, because mapped pages would count as the process's memory.
         with pa.OSFile(str(self.path)) as file:
             reader = pa.ipc.open_file(file)
             for number in range(reader.num_record_batches):

@@ -1,4 +1,4 @@
-"""Which files paths, folders and patterns mean."""
+"""The files that paths, folders and patterns stand for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from mme.errors import UserError
 from mme.paths import local_path, regular_file
 
-# The files of a published folder that are the log; KuaiRand's random log and KuaiRec's small matrix are asked for by name.
+# The log among the files of a published folder; KuaiRand's random log and KuaiRec's small matrix must be named.
 FILES_IN_FOLDER = {
     "movielens-1m": ["ratings.dat"],
     "movielens-20m": ["ratings.csv"],
@@ -24,13 +24,13 @@ EXPECTED = "a file of interactions"
 
 
 def find_files(inputs: Sequence[str | Path], format: str) -> list[Path]:
-    """The files that paths, folders and patterns such as ``logs/2024-*.parquet`` mean, each group in order of names.
+    """The files that paths, folders and patterns such as ``logs/2024-*.parquet`` stand for, each group sorted by name.
 
-    Of a folder, at any depth, those that the publisher of ``format`` (a name of `formats.FORMATS`) calls the log, or all
-    files of its kind; hidden files and those beginning with an underscore don't count.
+    A folder stands for the files, at any depth, that the publisher of ``format`` (a name of `formats.FORMATS`) calls the
+    log, or for all files of that kind. Hidden files and those that begin with an underscore don't count.
 
     Raises:
-        UserError: nothing is there, or a path is no regular file with something in it.
+        UserError: there is no such file, or it is empty or not a regular file.
     """
     files: list[Path] = []
     for path in map(local_path, inputs):

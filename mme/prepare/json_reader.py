@@ -20,9 +20,9 @@ class JsonBlock:
     """Some rows of a file.
 
     Attributes:
-        columns: of the type that most values of the first rows have, or text where the block's values differ.
-        lines: (rows,) int64, the line of the file, from 1, of each row.
-        broken_lines: the lines that are no JSON object, or have a key of those wanted twice.
+        columns: typed as most values of the first rows, or text if the values of the block differ in type.
+        lines: (rows,) int64, the line of each row in the file, from 1.
+        broken_lines: the lines that are not a JSON object, or that have a wanted key twice.
     """
 
     columns: pa.RecordBatch
@@ -50,7 +50,7 @@ def read_blocks(stream: pa.NativeFile, wanted: Sequence[str], block_bytes: int =
 
 
 def json_fields(line: str | bytes, once: Collection[str] | None = None) -> dict[str, Any] | None:
-    """The fields of one line of JSON; None: it is no object, or has a key of ``once`` (None: any key) twice."""
+    """The fields of one line of JSON; None if it is not an object, or has a key of ``once`` (None: any key) twice."""
 
     def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -100,7 +100,7 @@ _KINDS = [(bool, pa.bool_()), (int, pa.int64()), (float, pa.float64())]
 
 
 def _read_fast(text: bytes, schema: pa.Schema) -> pa.RecordBatch | None:
-    """All lines as ``schema`` says, or with whole numbers up to 2^64 - 1; None: some line is not so."""
+    """Parses all lines by ``schema``, or with whole numbers up to 2^64 - 1; None if some line does not fit."""
     unsigned = pa.schema([(field.name, pa.uint64() if field.type == pa.int64() else field.type) for field in schema])
     for attempt in (schema, unsigned):
         try:
@@ -116,7 +116,7 @@ def _read_fast(text: bytes, schema: pa.Schema) -> pa.RecordBatch | None:
 
 
 def _read_slowly(text: bytes, wanted: Sequence[str], first_line: int) -> JsonBlock:
-    """Line by line, the values as the text that they are written as."""
+    """Parses line by line and keeps each value as the text in which it is written."""
     columns: dict[str, list[str | None]] = {name: [] for name in wanted}
     lines, broken = [], []
     for number, line in enumerate(text.split(b"\n"), start=first_line):

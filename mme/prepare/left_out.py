@@ -1,4 +1,4 @@
-"""The events that the count filters left out: when new days are added, they may have enough company to come back.
+"""The events that the count filters left out, kept because new days may bring their users and items past the filters.
 
 left_out.parquet, one row an event: user_id, item_id (raw), timestamp, place (how many kept events of its user come
 before it), and its `Histories.columns`. The events of one user stand together, in order.
@@ -18,7 +18,7 @@ from mme.prepare.histories import BoolArray, Histories, places_among
 
 
 class LeftOutWriter:
-    """Writes the file where there is any such event.
+    """Writes the file if there is any such event.
 
     Attributes:
         users: how many users have no event kept.
@@ -41,7 +41,7 @@ class LeftOutWriter:
             self._file.close()
 
     def add(self, histories: Histories, kept: BoolArray) -> None:
-        """Of whole histories, those events that are not ``kept`` (E,)."""
+        """Adds the events of whole histories that are not ``kept`` (E,)."""
         if kept.all():
             return
         out = ~kept
@@ -50,7 +50,7 @@ class LeftOutWriter:
         self.write(histories, out, places_among(kept, histories)[out])
 
     def write(self, histories: Histories, out: BoolArray, places: np.ndarray) -> None:
-        """The events where ``out`` (E,), with their ``places``."""
+        """Adds the events for which ``out`` (E,) is true, with their ``places``."""
         table = pa.table(
             {
                 "user_id": histories.user_ids.take(pa.array(histories.user_of_event()[out])),

@@ -1,4 +1,4 @@
-"""The rows that were left out because something is wrong with them: how many, why, and where the first ones stand."""
+"""Malformed rows: how many were left out, for which reasons, and where the first ones are."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class Malformed:
     """
     Attributes:
         counts: rows by reason.
-        examples: by reason, the places of the first `EXAMPLES` rows and what is there.
+        examples: reason → the places and values of the first `EXAMPLES` rows.
     """
 
     counts: Counter[str] = field(default_factory=Counter)

@@ -1,4 +1,4 @@
-"""What dataset.json records of how a training set came about, so that it can be checked and added to."""
+"""What dataset.json records about the origin of a training set, so that the set can be checked and added to."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOTALS = ("rows_read", "malformed_rows", "unwanted_rows", "duplicate_rows")
 
 @dataclass(frozen=True)
 class Settings:
-    """How files are read and what is kept of them; the same for all that is added to a set.
+    """How files are read and what is kept of them; the same for all files that are added to a set.
 
     Attributes:
         features: further columns to keep, by name or as ``name:kind``, see `mme.data.features`.
@@ -56,10 +56,10 @@ class Settings:
 def describe(
     name: str, settings: Settings, id_types: dict[str, str], run: dict[str, Any], earlier: dict[str, Any] | None
 ) -> dict[str, Any]:
-    """dataset.json's part on the origin: the sums over all runs, and each of them.
+    """The part of dataset.json about the origin: each run, and the sums over all runs.
 
-    ``run`` is what this run read and left out (with `files` and `TOTALS`); ``earlier`` is what dataset.json said before,
-    where events are added to a set.
+    ``run`` is what this run read and left out (with `files` and `TOTALS`); ``earlier`` is the former dataset.json if
+    events are added to a set.
     """
     runs = [*(earlier["runs"] if earlier else []), run]
     return {

@@ -1,8 +1,8 @@
 """New events and a prior training set → the new one.
 
-What the prior set kept stays: more events can only lift more users and items over the count filters. So the new events are
-filtered together with those that the prior set left out, and only its parts with a user among them are rewritten. Users
-keep their rows and items their indices; new ones are appended.
+What the prior set kept stays, because more events can only bring more users and items past the count filters. New events are
+filtered together with those that the prior set left out, and only the parts that hold a user among them are rewritten.
+Users keep their rows and items their indices; new ones are appended.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ def write_histories(
     left_out: LeftOutWriter,
     with_fractions: bool,
 ) -> NDArray[np.int32]:
-    """Writes the events that the filter keeps, with those of ``prior``, and those that it leaves out.
+    """Writes the events that the filter keeps, together with those of ``prior``, and the events that it leaves out.
 
-    ``item_passes`` and ``item_index`` (items,) tell of each code whether it is kept and its number in the set;
-    ``with_fractions``, whether the spooled histories have `FRACTIONS`. Returns the codes of new events that ``prior`` had
-    already.
+    ``item_passes`` and ``item_index`` (items,) give for each code whether it is kept, and its number in the set;
+    ``with_fractions``: the spooled histories have `FRACTIONS`. Returns the codes of the new events that ``prior`` already
+    had.
     """
     pieces = _ByRow(spool.read())
     known: list[NDArray[np.int32]] = []
@@ -72,8 +72,8 @@ def merge(
 ) -> tuple[Histories, BoolArray, NDArray[np.int32]]:
     """The users of ``kept``, a part of a prior set, with all their events in order.
 
-    Legend: E events of the result. ``arriving`` are events of some of the users: those left out go back to their
-    places, new ones behind all that are not younger; new ones that are there already are dropped.
+    Legend: E events of the result. ``arriving`` are events of some of these users. Events that had been left out return to
+    their places; new ones follow all events that are not younger; new ones that exist already are dropped.
 
     Returns:
         The histories; (E,) which of the events are kept now; the codes of those dropped.
@@ -107,21 +107,21 @@ def _order(users: IntArray, times: IntArray, fractions: NDArray[np.int32] | None
     """The stable order by user, time and fraction."""
     if fractions is not None and fractions.any():
         return np.lexsort((fractions, times, users))
-    # One number for user and time: times span less than 2 · 10^11 s, users of a part are fewer than 10^7. A stable sort of
-    # what is sorted already but for its end takes linear time.
+    # One number for user and time: times span less than 2 · 10^11 s, and a part has fewer than 10^7 users. A stable sort
+    # of values that are sorted except for their end takes linear time.
     first = times.min()
     return np.argsort(users * (1 + times.max() - first) + (times - first), kind="stable")
 
 
 class _ByRow:
-    """Histories in the order of their rows, those without a row at the end, taken step by step."""
+    """Hands out histories in the order of their rows, those without a row last."""
 
     def __init__(self, pieces: Iterator[Histories]) -> None:
         self._pieces = pieces
         self._next: Histories | None = next(pieces, None)
 
     def below(self, end: int | None) -> Iterator[Histories]:
-        """All that are left of rows below ``end``; None: with or without a row."""
+        """All remaining histories with rows below ``end``; None: all, with or without a row."""
         while self._next is not None:
             piece = self._next
             number = piece.rows.size
@@ -137,7 +137,7 @@ class _ByRow:
 
 
 def _touched_parts(spool: Spool, count_filter: CountFilter, item_passes: BoolArray, ends: IntArray) -> BoolArray:
-    """(parts,) whether any user of a part gets an event, new or left out before; ``ends`` (parts,) of their rows."""
+    """(parts,) whether any user of a part gets an event, new or left out before; ``ends`` (parts,): the row after each part."""
     touched = np.zeros(ends.size, bool)
     for histories in spool.read():
         changes = (histories.places == NEW) | count_filter.keeps(histories, item_passes)

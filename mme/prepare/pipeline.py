@@ -4,8 +4,8 @@
           → whole users, duplicates dropped, in a file (`histories`) → rounds of the count filters
           → with what a prior set has (`merging`) → Parquet (`writer`)
 
-Memory holds batches, some twenty bytes an item and the longest history; all else is on disk beside the output, where an
-interrupted run leaves the events that it had read to the next (`unfinished`).
+Memory holds batches, about twenty bytes per item, and the longest history. Everything else is on disk beside the output,
+where an interrupted run leaves the events that it had read for the next one (`unfinished`).
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from mme.prepare.writer import DatasetWriter
 
 _BYTES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SMALLEST_MEMORY = 512 * 2**20
-# What the process takes besides DuckDB: interpreter and libraries, batches on their way, the row group being written.
+# Memory beside DuckDB's: interpreter and libraries, batches in flight, the row group that is being written.
 OTHER_MEMORY = 384 * 2**20
 KEPT = Path(WORK_FOLDER, READ_FILE)  # of an interrupted run
-DUCKDB_SHARE = 0.9  # of the rest: DuckDB takes some more than the limit it is given
+DUCKDB_SHARE = 0.9  # of the rest, because DuckDB uses somewhat more than its limit
 
 
 def prepare(
@@ -75,24 +75,24 @@ def prepare(
     """Writes the training set of ``inputs`` to the folder ``output``; returns what its dataset.json holds.
 
     ``inputs`` are files, folders and patterns (`find_files`). ``columns`` names the column of a role (user, item,
-    timestamp, rating, click, watch_time, watch_ratio); `ReadOptions` has this and the further options of reading. Events
-    are those with the feedback asked for (`FeedbackFilter`; ``min_watch_time`` in seconds; ``clicks_only`` None: yes for
-    KuaiRand, whose log has all that was shown, otherwise no). ``tell`` gets, before anything is read, a text that says
-    what each file was taken for.
+    timestamp, rating, click, watch_time, watch_ratio); `ReadOptions` describes this and the other options of reading.
+    Events are rows with the feedback asked for (`FeedbackFilter`; ``min_watch_time`` in seconds; ``clicks_only`` None: yes
+    for KuaiRand, whose log has everything that was shown, otherwise no). ``tell`` is called before anything is read, with a
+    text that says what each file was recognised as.
 
-    Events are ordered by (time, original row), files in the order given, at the resolution that the times have; the set
-    has seconds. Of rows with the same user, item and time the first is kept. Malformed rows (no id, no time, an id or a
-    time that is none, a wrong number of fields) are left out and counted. Then users with fewer than ``min_user_events``
-    and items with fewer than ``min_item_events`` events are dropped, repeatedly until all that are left have enough or,
-    with ``filter_once``, by one count of all events. Items are numbered in the order of their raw ids.
+    Events are ordered by (time, original row), files in the order given, at the resolution of the times; the set stores
+    seconds. The first of several rows with the same user, item and time is kept. Malformed rows (a missing or invalid id
+    or time, a wrong number of fields) are left out and counted. Then users with fewer than ``min_user_events`` and items
+    with fewer than ``min_item_events`` events are dropped, repeatedly until all that remain have enough or, with
+    ``filter_once``, by one count of all events. Items are numbered in the order of their raw ids.
     ``feature_columns`` names columns to keep beside item and time, such as ``action`` or ``price:number``
     (`mme.data.features`).
 
     Raises:
-        UserError: a file is missing, empty, truncated, no regular file or lacks a column; what it holds can be read in
-            two ways; a column has a wrong type; more than the share ``max_malformed_share`` of the rows is malformed;
-            nothing is left after the filters; the memory limit is no size or too small; ``output`` can't be written.
-            Nothing is left behind then.
+        UserError: a file is missing, empty, truncated, not a regular file or lacks a column; its content can be read in two
+            ways; a column has a wrong type; more than the share ``max_malformed_share`` of the rows is malformed; nothing
+            is left after the filters; the memory limit is invalid or too small; ``output`` can't be written. Nothing is
+            left behind then.
     """
     settings = Settings(
         ReadOptions(format, _given(columns), header, quoting, time_unit, id_type),
@@ -125,12 +125,12 @@ def add_events(
 ) -> dict[str, Any]:
     """Adds the events of ``inputs`` to the training set in the folder ``prepared``; returns what dataset.json holds.
 
-    They are read and filtered as the set was, except for the options of reading that are given. Users keep their rows and
-    items their indices; new ones are appended in the order of their raw ids. Otherwise the set is the same as one made of
-    all files at once. An event that the set has already is dropped, so that adding a file twice changes nothing.
+    They are read and filtered as the set was, except for the reading options that are given. Users keep their rows and
+    items their indices; new ones are appended in the order of their raw ids. Otherwise the set equals one made of all files
+    together. An event that the set already has is dropped, so adding a file twice changes nothing.
 
     Raises:
-        UserError: as `prepare`, or ``prepared`` is no set made of files of interactions, or has ids of another type.
+        UserError: as `prepare`, or ``prepared`` was not made from files of interactions, or has ids of another type.
     """
     limit = _memory_limit(memory_limit)
     prepared = local_path(prepared, "--add-to")
@@ -160,7 +160,7 @@ def _open(
     max_malformed_share: float,
     tell: Callable[[str], None] | None,
 ) -> tuple[Settings, Reading]:
-    """The files, ready to be read, and the settings with what their formats decide."""
+    """The files, ready to be read, and the settings completed by what their formats decide."""
     read = settings.read
     for option, value, known in (
         ("time-unit", read.time_unit, TIME_UNITS),
@@ -233,13 +233,13 @@ def _make(
 
 @dataclass
 class _Chosen:
-    """Items by code, and which of them the set has.
+    """The items by code, and which of them are in the set.
 
     Attributes:
         raw_items: (items,) raw ids.
         passes: (items,) bool, whether the filter keeps an item.
-        counts: (items,) int64, events kept of each, those of the prior set too.
-        duplicates: events dropped because they are there twice.
+        counts: (items,) int64, kept events of each item, including those of the prior set.
+        duplicates: events dropped as duplicates.
         has_fractions: whether the histories have `FRACTIONS`.
     """
 
@@ -263,7 +263,7 @@ def _choose(
     memory_limit: int,
     output: Path,
 ) -> _Chosen:
-    """Reads, sorts and spools all events, those that the prior set left out too, and filters the items."""
+    """Reads, sorts and spools all events, including those that the prior set left out, and filters the items."""
     num_prior = len(prior.raw_items) if prior else 0
     try:
         with EventStore(work.path, int((memory_limit - OTHER_MEMORY) * DUCKDB_SHARE)) as store:
@@ -301,7 +301,7 @@ def _choose(
 
 
 def _with_left_out(tables: Iterator[pa.Table], prior: PriorSet | None) -> Iterator[pa.Table]:
-    """New events with those that the prior set left out."""
+    """The events that the prior set left out, then the new ones."""
     if prior is None:
         yield from tables
         return
@@ -312,7 +312,7 @@ def _with_left_out(tables: Iterator[pa.Table], prior: PriorSet | None) -> Iterat
 
 @dataclass
 class _Distinct:
-    """Histories without their duplicate events, and how many users and duplicates there were."""
+    """Histories without duplicate events; counts users and duplicates on the way."""
 
     arriving: Iterator[Histories]
     users: int = 0
@@ -327,7 +327,7 @@ class _Distinct:
 
 
 def _memory_limit(text: str) -> int:
-    """Bytes of a size such as 4GiB."""
+    """The number of bytes of a size such as 4GiB."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?B)\s*", text)
     if not match:
         raise UserError(f"--memory-limit {text}: expected a size such as 4GiB or 800MiB")

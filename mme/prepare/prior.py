@@ -20,7 +20,7 @@ from mme.prepare.histories import NEW, Histories, IntArray
 from mme.prepare.ids import IdColumn, IdKind, as_bits
 from mme.prepare.manifest import Settings
 
-ID_KINDS: dict[str, tuple[IdKind, bool]] = {  # by the type in dataset.json; whether the ids are unsigned
+ID_KINDS: dict[str, tuple[IdKind, bool]] = {  # type in dataset.json → whether the ids are unsigned
     "int64": ("integer", False),
     "uint64": ("integer", True),
     "string": ("text", False),
@@ -33,9 +33,9 @@ class PriorSet:
         info: its dataset.json.
         raw_items: raw ids by item index.
         counts: (items,) int64, events of each.
-        vocabularies: of its features.
-        features: what they are called in its parts.
-        ids: of what kind the users' and the items' ids are.
+        vocabularies: feature → its values.
+        features: the names of the features in the parts.
+        ids: the kinds of the users' and items' ids.
         has_fractions: whether its times are finer than a second.
     """
 
@@ -64,7 +64,7 @@ class PriorSet:
                 row += batch.num_rows
 
     def left_out(self) -> Iterator[pa.Table]:
-        """The events left out, as `Cleaner.clean` has them, with their place; positions are below 0, before all new ones."""
+        """The events left out, with the columns of `Cleaner.clean` and their place; their positions are negative, before all new ones."""
         path = self.folder / LEFT_OUT_FILE
         if not path.exists():
             return
@@ -86,7 +86,7 @@ class PriorSet:
             position += batch.num_rows
 
     def part(self, part: dict[str, Any], first_row: int, with_fractions: bool) -> Histories:
-        """One part, whose first user has the row ``first_row``; ``with_fractions``: its times have `FRACTIONS`, perhaps 0."""
+        """One part, whose first user has the row ``first_row``; ``with_fractions``: with `FRACTIONS`, 0 if the part has none."""
         table = _read(self.folder / part["file"])
         columns = {name: table[name].combine_chunks() for name in ("item_ids", "timestamps")}
         codes = columns["item_ids"].flatten().to_numpy().astype(np.int32)

@@ -1,9 +1,9 @@
-"""Where the records of a block of CSV end, with `"` that quote and `"` that are nothing but characters told apart.
+"""Finds where the records of a block of CSV end, and which `"` enclose a field and which are plain characters.
 
-A line is a record by itself where every field is quoted as a whole, or begins with something else than `"` (RFC 4180; a
-`"` inside such a field is a character). A line may also end inside a quoted field, which is then closed on a later one:
-a quoted line break. Any other `"` at the start of a field is stray; its line is rewritten so that it reads as a character.
-What looks like both, a quote that is closed but would take whole rows with it, is refused.
+A line is a record by itself if every field is either quoted as a whole or does not begin with `"` (RFC 4180; a `"` inside
+such a field is a character). A line may also end inside a quoted field that is closed on a later line: a quoted line
+break. Any other `"` at the start of a field is stray, and its line is rewritten so that the parser reads a character.
+A quote that is closed, but would enclose whole rows, could be either and is refused.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ LONGEST_FIELD_BYTES = 16 << 20  # a quote that is not closed within this is stra
 
 
 class OpenQuote(Exception):
-    """A quote that can't be read one way only.
+    """A quote that can be read in two ways.
 
     Attributes:
-        line: of the block, from 0, where it opens.
-        reason: what is wrong, after "a quote opens here".
+        line: the line of the block, from 0, on which it opens.
+        reason: what is wrong, as the end of a sentence that begins with "a quote opens here".
     """
 
     def __init__(self, line: int, reason: str) -> None:
@@ -40,10 +40,10 @@ class Records:
     """
     Attributes:
         data: bytes that a CSV parser reads as exactly these records.
-        lines: (records,) int64, the line of the block, from 0, on which each starts; blank lines are none. None: every
-            line is one.
-        num_lines: of the block, as far as it is used.
-        rest: bytes from the first line on that can't be told without what follows.
+        lines: (records,) int64, the line of the block, from 0, on which each starts; blank lines are not records. None: every
+            line is a record.
+        num_lines: lines of the block that are used.
+        rest: the bytes from the first line on that can't be decided without what follows.
         has_quotes: whether fields are enclosed in quotes.
     """
 
@@ -77,7 +77,7 @@ class RecordSplitter:
         self._like_row = rf'^(?:[^{s}\n]*{s}){{{time_field}}}\s*"?[-+:./\dTZ ]*\d[-+:./\dTZ ]*"?\s*(?:{s}|{end})'
 
     def split(self, block: bytes, is_last: bool) -> Records:
-        """The records of whole lines; ``is_last``: the file has no more.
+        """Splits whole lines into records; ``is_last``: the file has no more lines.
 
         Raises:
             OpenQuote: see the class.
@@ -106,7 +106,7 @@ class RecordSplitter:
     def _walk(
         self, lines: pa.Array, bounds: NDArray[np.int64], whole: NDArray[np.bool_], is_last: bool
     ) -> tuple[NDArray[np.bool_], list[int], int]:
-        """Which lines go on with the record before them, which hold stray quotes, and the first line not yet decided."""
+        """Which lines continue the record before them, which hold stray quotes, and the first line not yet decided."""
         opens, closes, reopens = (self._match(lines, p) for p in (self._opens, self._closes, self._reopens))
         not_inside = np.flatnonzero(~self._match(lines, self._inside))
         separators = np.asarray(pc.count_substring(lines, self._separator))
@@ -178,7 +178,7 @@ def _line_bounds(block: bytes) -> NDArray[np.int64]:
 
 
 def _is_not_blank(block: bytes, bounds: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(lines,) whether a line has more than its line break."""
+    """(lines,) whether a line holds more than its line break."""
     lengths = np.diff(bounds)
     short = np.flatnonzero(lengths <= 2)
     not_blank = np.ones(lengths.size, bool)

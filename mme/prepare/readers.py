@@ -1,4 +1,4 @@
-"""One file of interactions → batches of raw columns, in the order of the file, with the place of each row for messages."""
+"""Reads a file of interactions as batches of raw columns, in order, and knows the place of each row for messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ROLES = ("user", "item", "timestamp")
 PARQUET_ROWS = 1 << 18
-# What is read of a file to tell how its times and ids are written.
+# How much of a file is read to find out how its times and ids are written.
 SAMPLE_BYTES = 1 << 20
 SAMPLE_ROWS = 1 << 15
 
@@ -32,16 +32,16 @@ class SourceFile:
     """One file and how to read it.
 
     Attributes:
-        columns: role (user, item, timestamp; rating, click, … where a filter asks for them) → name of the column.
-        kind: what the bytes are.
-        format: what the file was taken for.
-        layout: of text.
-        quoting: of text, what `"` means.
-        time_unit: the unit that the format or the column's name says; None: told by the size of the times.
+        columns: role (user, item, timestamp; rating, click, … if a filter asks for them) → name of the column.
+        kind: how the bytes are encoded.
+        format: what the file was recognised as.
+        layout: of a text file.
+        quoting: what `"` means in a text file.
+        time_unit: the unit given by the format or the column's name; None: recognised by the size of the times.
         time_form: how the times are written, once that is known.
-        text_ids: ids are text even where they look like numbers.
-        times_may_be_missing: as published; such rows are no fault.
-        broken_rows: how many lines so far could not be taken apart into fields.
+        text_ids: ids are text even if they look like numbers.
+        times_may_be_missing: the published file has rows without a time, which are not malformed.
+        broken_rows: how many lines so far could not be split into fields.
         broken_lines: the first of them.
         rows_read: rows of the batches before the present one.
     """
@@ -62,14 +62,14 @@ class SourceFile:
     _lines: NDArray[np.int64] | None = None  # of the rows of the present batch
 
     def sample(self) -> pa.RecordBatch | None:
-        """The first rows, as `batches` has them; None where there is none. `place` then tells where they stand."""
+        """The first rows, in the form of `batches`; None if there are none. `place` then refers to them."""
         for batch in self._batches(SAMPLE_ROWS, SAMPLE_BYTES):
             if batch.num_rows:
                 return batch
         return None
 
     def batches(self) -> Iterator[pa.RecordBatch]:
-        """Record batches with one column a role; text columns as text."""
+        """Yields record batches with one column per role; CSV columns are text."""
         self.rows_read = self.broken_rows = 0
         self.broken_lines = []
         for batch in self._batches(PARQUET_ROWS, text_reader.BLOCK_BYTES):
@@ -77,7 +77,7 @@ class SourceFile:
             self.rows_read += batch.num_rows
 
     def place(self, row: int) -> str:
-        """Where row number ``row`` of the present batch (from 0) stands, for a message."""
+        """The place of row number ``row`` (from 0) of the present batch, for a message."""
         if self._lines is None:
             return f"row {self.rows_read + row}"
         return f"line {self._lines[row]}"

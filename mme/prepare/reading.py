@@ -27,10 +27,10 @@ class Reading:
     sound: int = 0
 
     def examine(self) -> None:
-        """Tells from the first rows of each file how its times and ids are written.
+        """Finds out from the first rows of each file how its times and ids are written.
 
         Raises:
-            UserError: a column can't hold them, or not those of the files before.
+            UserError: a column can't hold ids or times, or its ids don't fit those of the files before.
         """
         for source in self.sources:
             sample = source.sample()
@@ -53,7 +53,7 @@ class Reading:
                 raise UserError(f"{source.path}: no rows: expected one interaction a row")
 
     def state(self) -> dict[str, Any]:
-        """What was found, once all is read; for `restore`."""
+        """What was found while reading, for `restore`; called when all files are read."""
         cleaner = self.cleaner
         return {
             "rows": self.rows,
@@ -65,7 +65,7 @@ class Reading:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes over what `state` returned in a run that was interrupted."""
+        """Takes over the `state` of an interrupted run."""
         cleaner = self.cleaner
         self.rows, self.sound = state["rows"], state["sound"]
         cleaner.malformed = Malformed(Counter(state["malformed"]["counts"]), state["malformed"]["examples"])
@@ -77,7 +77,7 @@ class Reading:
             cleaner.vocabularies[name] = KINDS[cleaner.vocabularies[name].kind](values)
 
     def check(self) -> None:
-        """Refuses files of which too much is malformed."""
+        """Raises UserError if too large a share of the rows is malformed."""
         bad = self.cleaner.malformed
         if not self.sound and self.cleaner.unwanted:
             reasons = "; ".join(f"{reason}: {number:,}" for reason, number in self.cleaner.unwanted.items())
@@ -89,7 +89,7 @@ class Reading:
             )
 
     def _advice(self) -> str:
-        """The options that may mend what was found."""
+        """The options that may help, given the reasons found."""
         reasons = " ".join(self.cleaner.malformed.counts)
         advice = ""
         if "not a whole number" in reasons:
@@ -101,7 +101,7 @@ class Reading:
         return advice
 
     def names(self) -> str:
-        """The files; of many the first few."""
+        """The paths of the first few files, for messages."""
         paths = [str(source.path) for source in self.sources]
         return ", ".join(paths[:3]) + (f" and {len(paths) - 3} more files" if len(paths) > 3 else "")
 

@@ -8,7 +8,7 @@ from mme.data.parts import IntArray
 
 
 class LengthHistogram:
-    """How many users have each number of events; memory by the longest history, not by the number of users."""
+    """How many users have each number of events. Memory grows with the longest history, not with the number of users."""
 
     def __init__(self) -> None:
         self._users = np.zeros(1, np.int64)

@@ -4,11 +4,11 @@ An item has one value of each of several independent facets and a popularity tha
 interest is a conjunction, "value a of one facet and value b of another", and matches a few dozen items. A user has a
 few interests; how strongly each draws follows a random walk in time that is pulled back to its start (Ornstein and
 Uhlenbeck), so that interests fade and return. Events come in sessions: seconds to minutes apart inside one, hours to
-days between. A session has one interest: with probability `STAY` the last session's, otherwise one drawn by its present
-strength. An event takes, with probability 1 - `NOISE`, an item that matches the session's interest, otherwise any item;
-among those in question by popularity, and never an item that the user had before.
+days between. A session has one interest: with probability `STAY` that of the last session, otherwise one drawn by its present
+strength. An event takes, with probability 1 - `NOISE`, an item that matches the session's interest, otherwise any item. It is
+drawn by popularity, and never an item that the user had before.
 
-The oracle knows all of this, the user's state and the time of the event asked for, but not the draws of that event: it
+The oracle knows the process, the user's state and the time of the event to be predicted, but not the draws of that event. It
 ranks by the exact probability of each item. No model can do better on average.
 
 Legend: U users, I items, K interests of a user.
@@ -32,7 +32,7 @@ from mme.prepare.writer import DatasetWriter
 Array = NDArray[Any]
 
 GENERATOR_VERSION = 1
-FACET_SIZES = (8, 10, 12, 14)  # at 2,000 items; they grow with the root of the number of items
+FACET_SIZES = (8, 10, 12, 14)  # at 2,000 items; grows with the square root of the number of items
 ITEMS_OF_SIZES = 2000
 MIN_MATCHING = 12  # items that an interest matches at least, where the catalogue allows it
 POPULARITY_EXPONENT = 0.6
@@ -53,7 +53,7 @@ def prepare_synthetic(
 ) -> dict[str, Any]:
     """Generates a data set and writes it as a training set; returns what dataset.json holds.
 
-    ``name`` is `quickstart`, the one process there is. dataset.json has, besides the counts, `oracle`: for `valid` and
+    ``name`` is `quickstart`, the only process so far. dataset.json has, besides the counts, `oracle`: for `valid` and
     `test` of the protocol leave_two_out the hr@10 and ndcg@10 of the oracle. The same arguments give the same files.
 
     Raises:
@@ -111,7 +111,7 @@ def _catalogue(num_items: int, rng: np.random.Generator) -> _Catalogue:
 def _simulate(
     catalogue: _Catalogue, num_users: int, rng: np.random.Generator
 ) -> tuple[Array, Array, Array, dict[str, Array]]:
-    """Items, times and offsets of some users' events, and the oracle's rank of each one's last two."""
+    """Items, times and offsets of some users' events, and the oracle's rank of the last two events of each user."""
     most = min(MAX_EVENTS, catalogue.popularity.size // 2)  # no user takes an item twice
     length = np.clip(rng.gamma(2.5, MEAN_EVENTS / 2.5, num_users).round(), MIN_EVENTS, most).astype(np.int64)
     # The longest histories first: those that still have events to come are then always the first few rows.
@@ -140,7 +140,7 @@ def _simulate(
             ranks[split][rows] = _oracle_ranks(catalogue, interests[rows], shares[rows], seen[rows], chosen[rows])
         seen[np.arange(active), chosen] = True
         items[:active, step], times[:active, step] = chosen, now[:active]
-    # Users in random order again, so that row and length have nothing to do with each other.
+    # Users in random order again, so that the row says nothing about the length.
     order = rng.permutation(num_users)
     kept = np.arange(steps) < length[order, None]
     offsets = np.concatenate([[0], np.cumsum(length[order])])
@@ -155,7 +155,7 @@ def _gap(starts: Array, rng: np.random.Generator) -> Array:
 
 
 def _walk(log_strength: Array, gap: Array, rng: np.random.Generator) -> Array:
-    """(U, K) log strengths after ``gap`` seconds; their spread stays as it is."""
+    """(U, K) log strengths after ``gap`` seconds; their spread does not change."""
     kept = np.exp(-gap / STRENGTH_MEMORY_S)[:, None]
     return kept * log_strength + np.sqrt(1 - kept**2) * rng.normal(0, STRENGTH_SPREAD, log_strength.shape)
 
@@ -173,13 +173,13 @@ def _item_probabilities(catalogue: _Catalogue, interest: Array, seen: Array) -> 
     possible = np.where(seen, 0.0, catalogue.popularity)
     matching = possible * catalogue.matches[interest]
     total = matching.sum(1, keepdims=True)
-    noise = np.where(total > 0, NOISE, 1.0)  # where the user has had all that matches
+    noise = np.where(total > 0, NOISE, 1.0)  # if the user has had every item that matches
     possible *= noise / possible.sum(1, keepdims=True)
     return possible + matching * ((1 - noise) / np.where(total > 0, total, 1.0))
 
 
 def _draw(probabilities: Array, rng: np.random.Generator) -> Array:
-    """One column of each row, by its probability."""
+    """Draws one column of each row by its probability."""
     cumulative = np.cumsum(probabilities, axis=1)
     threshold = rng.random(len(cumulative)) * cumulative[:, -1]
     return (cumulative <= threshold[:, None]).sum(1)

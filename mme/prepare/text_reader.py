@@ -1,4 +1,4 @@
-"""CSV, and text like it → batches of text columns, with the line of each row; every line is accounted for."""
+"""CSV and similar text → batches of text columns, with the line of each row; every line is accounted for."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class UnreadableText(Exception):
-    """A text that can't be taken apart; the message names the line."""
+    """A text that can't be split into rows; the message names the line."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TextBlock:
     Attributes:
         columns: text columns, null where a value is missing; U+FFFD stands for bytes that are not UTF-8.
         lines: (rows,) int64, the line of the file, from 1, on which each row starts.
-        broken_lines: the lines of records with a wrong number of fields, which are no rows.
+        broken_lines: the lines of records with a wrong number of fields, which don't become rows.
     """
 
     columns: pa.RecordBatch
@@ -58,8 +58,8 @@ class Layout:
 
 
 def read_header(lines: Sequence[str], separator: str) -> tuple[list[str], int, bool]:
-    """The fields of the first record without blanks around them, how many lines it takes, and whether any field is
-    quoted after blanks."""
+    """The fields of the first record, without blanks around them; how many lines it takes; whether any field is quoted
+    after blanks."""
     reader = csv.reader(io.StringIO("\n".join(lines), newline=""), delimiter=separator, skipinitialspace=True)
     fields = [field.strip() for field in next(reader, [])]
     blanks = re.search(rf'(?:^|{re.escape(separator)})[ \t]+"', "\n".join(lines[: reader.line_num])) is not None
@@ -73,10 +73,10 @@ def read_blocks(
     splitter: RecordSplitter,
     block_bytes: int = BLOCK_BYTES,
 ) -> Iterator[TextBlock]:
-    """The ``wanted`` columns, about ``block_bytes`` of the file at a time.
+    """Yields the ``wanted`` columns, about ``block_bytes`` of the file at a time.
 
     Raises:
-        UnreadableText: a quote can be read in two ways, or a line is too long.
+        UnreadableText: a quote can be read in two ways, a line is too long, or lines and rows don't add up.
     """
     first_line, rest = 1, b""
     skip = layout.header_lines
@@ -136,7 +136,7 @@ def _parse(records: Records, layout: Layout, wanted: Sequence[str], first_line: 
     if lines.size:
         table = pyarrow.csv.read_csv(
             pa.BufferReader(records.data),
-            # One thread and one block: only then are the numbers of broken rows known.
+            # The numbers of broken rows are known only with one thread and one block.
             pyarrow.csv.ReadOptions(
                 use_threads=False,
                 block_size=len(records.data) + 1,

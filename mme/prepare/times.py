@@ -1,11 +1,11 @@
 """Times as people write them → whole seconds since 1970 (UTC) and the nanoseconds beyond them.
 
 A file's times are numbers (s, ms, us or ns since 1970, with or without a fraction), ISO 8601 text, or the timestamps and
-dates of Parquet. `recognise` tells which from the first rows; `convert` then turns batch after batch into seconds, rounded
+dates of Parquet. `recognise` finds out which from the first rows. `convert` then turns each batch into seconds, rounded
 down, and nanoseconds from 0 to 999,999,999, so that no resolution is lost before events are sorted.
 
-How numbers are told apart: a modern time (after 1973) has 9 or 10 digits in seconds and 3 more in each smaller unit. What
-two units could mean, such as 30,000,000,000 (the year 2920 in seconds, 1970 in milliseconds), is refused.
+How the unit of a number is recognised: a modern time (after 1973) has 9 or 10 digits in seconds and 3 more in each smaller
+unit. A number that two units could explain, such as 30,000,000,000 (the year 2920 in seconds, 1970 in milliseconds), is refused.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 TIME_UNITS = ["auto", *PER_SECOND, "iso"]
 BILLION = 10**9
 LARGEST = str(2**63 - 1)
-# Seconds reach 10^11 in the year 5138, milliseconds did in 1973: the size of a time tells its unit.
+# Seconds reach 10^11 in the year 5138, milliseconds did in 1973: the size of a time shows its unit.
 TOO_LATE_S = 10**11
 TOO_EARLY_S = -11_644_473_600  # 1601-01-01, the zero of Windows' clock; 0001-01-01, the zero of .NET's, is below
 MODERN_S = (10**8, 4_102_444_800)  # 1973 to 2100
@@ -56,11 +56,11 @@ class TimeForm:
     """How the times of one file are written.
 
     Attributes:
-        kind: numbers, ISO 8601 text, or a type of its own, as Parquet has.
-        unit: of numbers.
-        by_size: nobody said the unit, so a number of another unit's size is malformed.
-        zoned: of text, whether the first rows name a time zone; text without one is UTC.
-        note: what the reader should know, for the description of the file.
+        kind: numbers, ISO 8601 text, or a timestamp or date type of Parquet.
+        unit: of the numbers.
+        by_size: the unit was recognised by size, so a number with the size of another unit is malformed.
+        zoned: whether the text of the first rows names a time zone; text without one is UTC.
+        note: what the user should know, for the description of the file.
     """
 
     kind: Literal["number", "text", "typed"]
@@ -83,8 +83,8 @@ class Times:
     """
     Attributes:
         seconds: int64, rounded down.
-        nanoseconds: (rows,) int32, what is left of each.
-        faults: by reason, the rows that have no usable time.
+        nanoseconds: (rows,) int32, the rest of each.
+        faults: reason → the rows without a usable time.
     """
 
     seconds: pa.Array
@@ -93,12 +93,12 @@ class Times:
 
 
 def recognise(source: SourceFile, column: pa.Array, said: str) -> TimeForm | None:
-    """How ``column``, the times of the first rows, is written; None where it has no value.
+    """Finds out how ``column``, the times of the first rows, is written; None if it has no value.
 
     ``said`` is the unit given by the user, or `auto`.
 
     Raises:
-        UserError: it holds no times, or two units are possible.
+        UserError: the column holds no times, or two units are possible.
     """
     kind, column = column.type, plain(column)
     if pa.types.is_timestamp(column.type) or pa.types.is_date(column.type):
@@ -191,7 +191,7 @@ def convert(source: SourceFile, column: pa.Array, form: TimeForm) -> Times:
     """The times of a batch.
 
     Raises:
-        UserError: a date of which the day or the month may come first, or a column of another type than before.
+        UserError: a date whose day or month may come first, or a column whose type differs from that of the first rows.
     """
     column = plain(column)
     rows = len(column)
@@ -250,7 +250,7 @@ def _in_seconds(whole: IntArray, billionths: IntArray | None, per_second: int) -
 
 
 def _parse_numbers(column: pa.Array) -> tuple[IntArray, IntArray | None, BoolArray]:
-    """Whole units, rounded down; billionths of a unit (None: all 0); whether it is a number that fits."""
+    """Whole units, rounded down; billionths of a unit (None: all 0); whether the value is a number in range."""
     if pa.types.is_integer(column.type):
         valid = pc.is_valid(column)
         if column.type == pa.uint64():
@@ -263,7 +263,7 @@ def _parse_numbers(column: pa.Array) -> tuple[IntArray, IntArray | None, BoolArr
         numbers = np.where(fits, numbers, 0.0)
         if (np.floor(numbers) == numbers).all():
             return numbers.astype(np.int64), None, fits
-        # As text, which is the shortest that gives the number: so .1 is one tenth, as it is in CSV.
+        # Through the shortest text that gives the number, so that .1 is one tenth, as in CSV.
         whole, billionths, valid = _parse_numbers(pa.array(numbers).cast(pa.string()))
         return whole, billionths, valid & fits
     text = trimmed(column)
@@ -290,14 +290,14 @@ def _parse_numbers(column: pa.Array) -> tuple[IntArray, IntArray | None, BoolArr
 
 
 def _negated(whole: IntArray, part: IntArray, negative: BoolArray) -> tuple[IntArray, IntArray]:
-    """-(whole + part · 10⁻⁹) where ``negative``, with the part from 0 to 10⁹ - 1 again."""
+    """-(whole + part · 10⁻⁹) where ``negative``, with the part again between 0 and 10⁹ - 1."""
     has_part = part > 0
     flipped = -whole - has_part
     return np.where(negative, flipped, whole), np.where(negative & has_part, BILLION - part, part)
 
 
 def _integers(fields: pa.StructArray, name: str, digits: int | None = None) -> IntArray:
-    """The numbers of one group of a pattern, 0 where it did not match; ``digits``: of a fraction with as many digits."""
+    """The numbers of one group of a pattern, 0 where it did not match; ``digits``: the group is a fraction, scaled to so many digits."""
     text = pc.fill_null(pc.struct_field(fields, name), "")
     if digits is not None:
         text = pc.utf8_slice_codeunits(pc.utf8_rpad(text, digits, "0"), 0, digits)
@@ -307,9 +307,9 @@ def _integers(fields: pa.StructArray, name: str, digits: int | None = None) -> I
 def _parse_text(
     text: pa.Array, allow_digits: bool, zoned: bool | None = None
 ) -> tuple[IntArray, IntArray, BoolArray, BoolArray]:
-    """ISO 8601 → seconds, nanoseconds, whether it is one, whether it names a zone.
+    """ISO 8601 → seconds, nanoseconds, whether the text is a valid time, whether it names a zone.
 
-    ``allow_digits``: YYYYMMDD counts, too. ``zoned`` tells what to expect: all with or all without a zone go fast.
+    ``allow_digits``: YYYYMMDD is accepted too. ``zoned`` is what the first rows had: a batch that agrees throughout is faster.
     """
     if zoned is not None:
         try:
@@ -358,7 +358,7 @@ def _days(year: IntArray, month: IntArray, day: IntArray) -> IntArray:
 
 
 def _refuse_day_or_month_first(source: SourceFile, column: pa.Array) -> None:
-    """Raises UserError where a value is such as 03/04/2021."""
+    """Raises UserError for a value such as 03/04/2021."""
     found = pc.fill_null(pc.match_substring_regex(trimmed(column), DAY_OR_MONTH_FIRST), False)
     row = pc.index(found, True).as_py()
     if row >= 0:

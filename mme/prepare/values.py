@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 BLANKS = " \t\r\n\f\v"
-REPLACEMENT = "\ufffd"  # what stands in a text for bytes that are not UTF-8
+REPLACEMENT = "\ufffd"  # stands in a text for bytes that are not UTF-8
 
 
 def plain(column: pa.Array) -> pa.Array:
@@ -35,7 +35,7 @@ def plain(column: pa.Array) -> pa.Array:
 
 
 def is_text(kind: pa.DataType) -> bool:
-    """Whether a `plain` column is text."""
+    """Whether the type of a `plain` column is text."""
     return pa.types.is_string(kind)
 
 
@@ -44,7 +44,7 @@ def is_number(kind: pa.DataType) -> bool:
 
 
 def is_missing(column: pa.Array) -> pa.BooleanArray:
-    """Of a `plain` column, the rows with null, NaN or an empty text."""
+    """The rows of a `plain` column that hold null, NaN or an empty text."""
     if is_text(column.type):
         return pc.or_(pc.is_null(column), pc.fill_null(pc.equal(column, ""), False))
     return pc.is_null(column, nan_is_null=True)
@@ -57,9 +57,9 @@ def trimmed(text: pa.Array) -> pa.Array:
 
 
 def as_integers(text: pa.Array) -> pa.Array | None:
-    """int64 of a text column that holds plain digits only, as nearly all do: much faster than a pattern.
+    """int64 values of a text column of plain digits, which nearly all are: much faster than a pattern.
 
-    None: some value has a leading zero, a sign, more than 19 digits or is no number below 2^63.
+    None if some value has a leading zero, a sign, more than 19 digits, or is not a number below 2^63.
     """
     length = pc.binary_length(text)
     odd = pc.or_(pc.and_(pc.starts_with(text, "0"), pc.greater(length, 1)), pc.starts_with(text, "-"))
@@ -91,7 +91,7 @@ def _is_binary(kind: pa.DataType) -> bool:
 def _as_string(column: pa.Array) -> pa.Array:
     try:
         text = column.cast(pa.string())
-        text.validate(full=True)  # Parquet files are not checked while they are read
+        text.validate(full=True)  # Parquet files are not validated when they are read
         return text
     except pa.ArrowInvalid:
         values = column.cast(pa.large_binary()).to_pylist()

@@ -1,7 +1,7 @@
 """How a command ends: one line on standard error and an exit status.
 
 0: done. 1: the job failed, and the traceback is in log.txt. 2: the input or the configuration is wrong. 130: interrupted.
-143: asked to stop by SIGTERM, usually with everything saved. Control characters are escaped in every line, see `mme.errors.one_line`.
+143: asked to stop by SIGTERM, usually with everything saved. `mme.errors.one_line` escapes control characters in every line.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from mme.errors import DISK_ERRORS, FinalError, JobError, Preempted, UserError, 
 from mme.files import open_to_append
 
 PREEMPTED = 143  # 128 + SIGTERM, as a shell has it
-NO_RESTART = 3  # of a worker under torchrun, to the launcher: the job failed and would fail again
+NO_RESTART = 3  # tells the launcher that a worker under torchrun failed and would fail again
 
 
 class ErrorContext:
-    """What an error message must know: the folder whose log.txt takes the traceback, if there is one."""
+    """Where the traceback goes: ``folder`` is that of the log.txt, if there is one."""
 
     folder: Path | None = None
 
 
 @contextmanager
 def job_status() -> Iterator[ErrorContext]:
-    """Ends the command with one line and the exit status where its body raises."""
+    """Ends the command with one line and the exit status if its body raises."""
     job = ErrorContext()
     try:
         yield job
     except UserError as error:
-        # The same mistake meets every rank, or every one of a node, as a full disk does: one line a node is enough for the
-        # reader, each log keeps its own.
+        # Every rank, or every rank of a node, meets the same mistake. One line per node is enough for the reader; each
+        # log keeps its own.
         if rank() == 0 or os.environ.get("LOCAL_RANK") == "0":
             print_error(str(error))
         append_to_log(job.folder, one_line(f"error: {error}"))
@@ -95,14 +95,14 @@ def _interrupted(folder: Path | None) -> str:
 
 
 def print_error(text: str) -> None:
-    """One line on standard error, in one write: the ranks share it, and under torchrun no buffer joins two."""
+    """Prints one line on standard error in a single write, because the ranks share it and lines must not mix."""
     who = "" if rank() == 0 else f"rank {rank()}: "
     sys.stderr.write(f"{who}error: {one_line(text)}\n")
     sys.stderr.flush()
 
 
 def append_to_log(folder: Path | None, text: str) -> Path | None:
-    """Adds to this rank's log; None where there is no folder yet or it can't be written to."""
+    """Appends to this rank's log and returns its path; None if there is no folder yet or it can't be written to."""
     if folder is None or not folder.is_dir():
         return None
     path = folder / ("log.txt" if rank() == 0 else f"log.rank{rank()}.txt")

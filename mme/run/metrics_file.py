@@ -17,7 +17,7 @@ MAX_BYTES = 1 << 30
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of a metrics.jsonl. A last line that is cut off is left out: a job may still be writing it.
+    """The records of a metrics.jsonl. A truncated last line is left out, because a job may still be writing it.
 
     Raises:
         UserError: the file is missing, a line is not a JSON object with a kind, or a field does not hold what its kind
@@ -67,7 +67,7 @@ def name_in_errors(path: Path) -> Iterator[None]:
 
 
 def _parse(line: str) -> dict[str, Any] | None:
-    with suppress(ValueError, RecursionError):  # no JSON, a number of thousands of digits; lists in lists in lists
+    with suppress(ValueError, RecursionError):  # not JSON, or a number of thousands of digits; deeply nested lists
         record = json.loads(line)
         if isinstance(record, dict) and isinstance(record.get("kind"), str):
             return record

@@ -1,7 +1,7 @@
-"""What a run shows while it lives and leaves behind: the progress line, metrics.jsonl, TensorBoard and log.txt.
+"""What a run shows and records: the progress line, metrics.jsonl, TensorBoard and log.txt.
 
-Each rank makes one Monitor. Rank 0 shows and writes everything; the others only keep a log file of their own
-(``log.rank1.txt``, …). Every line is flushed when it is written, so that a run that dies leaves all of them.
+Each rank has one Monitor. Rank 0 shows and writes everything; the others only keep their own log file
+(``log.rank1.txt``, …). Every line is flushed as it is written, so that a run that dies loses none.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from mme.run.repeats import LibraryLog, RepeatLimit
 PACKAGES = ["torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "triton", "numpy", "pyarrow"]
 PLAIN_LINE_EVERY_S = 10.0
 REDRAW_EVERY_S = 0.25
-# An expert that all views of a block together send less than this part of an even share is starved.
+# An expert is starved if all views of a block together send it less than this fraction of an even share.
 STARVED_SHARE = 0.1
-# An expert that gets more than this part of the most that one can get, 1 / top_k, takes nearly all.
+# An expert takes nearly all tokens if it gets more than this fraction of its maximum, 1 / top_k.
 GREEDY_SHARE = 0.9
 
 
 class Monitor:
     """Shows and records one training run.
 
-    Call `run_info` once at the start, `resume_at` where a checkpoint is gone on from, `train_step` after every
-    optimizer step, `evaluation` and `experts` where there is something to say, `close` (or ``with``) at the end.
+    Call `run_info` once at the start, `resume_at` when resuming from a checkpoint, `train_step` after every optimizer step,
+    `evaluation` and `experts` when there are results, and `close` (or use ``with``) at the end.
 
     Args:
-        output_dir: the run's folder; made if it is missing.
+        output_dir: the run's folder; created if it is missing.
         total_steps: the step at which training will stop.
         rank, world_size: this process among its peers.
         log_every: steps between lines of metrics.
-        console: where the progress goes; default: standard output.
-        clock: seconds from any fixed moment.
+        console: where progress is shown; default: standard output.
+        clock: returns seconds since any fixed moment.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Monitor:
         self._resume_step = 0
         self._metrics: Any = None
         self._tensorboard: Any = None
-        self._warned: set[Hashable] = set()  # what has been warned of
+        self._warned: set[Hashable] = set()  # kinds of warnings already given
         self._constant: set[tuple[Any, Any]] = set()
         self._window_tokens: Any = 0
         self._window_s, self._window_steps = 0.0, 0
@@ -109,10 +109,9 @@ class Monitor:
         self.close()
 
     def resume_at(self, step: int, total_steps: int) -> None:
-        """Goes on after ``step`` until ``total_steps``: what metrics.jsonl says of later steps is dropped, new lines are
-        appended.
+        """Continues after ``step`` until ``total_steps``: drops the lines of later steps from metrics.jsonl and appends to it.
 
-        Without this call, or with step 0, metrics.jsonl begins anew.
+        Without this call, or with step 0, metrics.jsonl starts empty.
         """
         if self._metrics is not None:
             raise RuntimeError("resume_at comes before the first record")
@@ -123,9 +122,9 @@ class Monitor:
             self.note(f"resumed at step {step:,}")
 
     def run_info(self, info: Mapping[str, Any]) -> None:
-        """Records what the run consists of, such as ``device`` and ``parameters`` (part → count); adds the rest.
+        """Records facts about the run, such as ``device`` and ``parameters`` (part → count).
 
-        Added: step, time, host, command, Python and package versions, world_size.
+        Adds step, time, host, command, Python and package versions, and world_size.
         """
         if self.rank == 0:
             parameters = sum(info.get("parameters", {}).values())
@@ -179,8 +178,8 @@ class Monitor:
             self._started = (self._clock(), step)
         rate = float(self._window_tokens) / self._window_s if self._window_s > 0 else 0.0
         if self.is_line_due(step):
-            # The loss is this step's own, not a mean over the lines' steps: a run that goes on from a checkpoint
-            # between two lines then writes the same bits as one that was never stopped.
+            # The loss of this step, not a mean over several: a run that resumes between two lines then writes the same
+            # bits as one that was never stopped.
             value = float(loss)
             record: dict[str, Any] = {
                 "kind": "train",
@@ -210,7 +209,7 @@ class Monitor:
         self._scalars(int(record.get("step", 0)), {f"{place}/{name}": value for name, value in metrics.items()})
         if (seen := (record.get("model"), record.get("split"))) in self._constant:
             return
-        if record.get("model") == "popularity":  # the same at every step: said once
+        if record.get("model") == "popularity":  # the same at every step, so written once
             self._constant.add(seen)
         figures = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self.note(f"step {record.get('step', 0):,}  {record.get('split')}  {record.get('model')}  {figures}")
@@ -225,14 +224,14 @@ class Monitor:
         *,
         top_k: int = 1,
     ) -> None:
-        """Records how the routers spread the tokens.
+        """Records how the routers distribute the tokens.
 
         Args:
             load: [block][view][expert], the share of the view's routed tokens that went to the expert.
             entropy: [block][view], the mean entropy of the router's probabilities, in nats.
-            blocks: which blocks of the decoder these are; default: all, in order.
-            dropped: [block][view], the share of the routed tokens that found their expert full; None: nothing is dropped.
-            top_k: experts of a token: 1 / top_k is the most that one expert can get.
+            blocks: the indices of these blocks in the decoder; default: all, in order.
+            dropped: [block][view], the share of the routed tokens whose expert was full; None: nothing is dropped.
+            top_k: experts per token; 1 / top_k is the most that one expert can get.
         """
         if self.rank != 0:
             return
@@ -261,18 +260,18 @@ class Monitor:
             self.warn_once(("greedy", block, expert), f"warning: expert {expert} of block {blocks[block]} {found}")
 
     def warn(self, text: str) -> None:
-        """A warning as by `note`; one that repeats comes at its 10th, 100th, … time, with the count."""
+        """Notes a warning. A repeated one is noted at its 10th, 100th, … occurrence, with the count."""
         if (line := self._repeats.line(f"warning: {text}")) is not None:
             self.note(line)
 
     def warn_once(self, kind: Hashable, text: str) -> None:
-        """A line as by `note`, the first time that this ``kind`` is met in this process."""
+        """Notes a line, the first time that this ``kind`` occurs in this process."""
         if kind not in self._warned:
             self._warned.add(kind)
             self.note(text)
 
     def note(self, text: str) -> None:
-        """One line for the reader: shown by rank 0, kept in each rank's log."""
+        """Writes one line to this rank's log; rank 0 also shows it."""
         text = one_line(text)
         with name_in_errors(self._log_path):
             self._log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
@@ -287,7 +286,7 @@ class Monitor:
         logging.getLogger().removeHandler(self._library_log)
         for stream in (self._metrics, self._tensorboard, self._log):
             if stream is not None:
-                with suppress(OSError):  # every line was flushed when it was written: nothing is lost here
+                with suppress(OSError):  # every line was flushed when it was written, so nothing is lost
                     stream.close()
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -300,7 +299,7 @@ class Monitor:
             self._metrics.write(line + "\n")
 
     def _open(self) -> None:
-        """Opens metrics.jsonl and TensorBoard: with the first record, when it is known where the run goes on."""
+        """Opens metrics.jsonl and TensorBoard with the first record, when the step to resume at is known."""
         from torch.utils.tensorboard import SummaryWriter
 
         path = self.output_dir / METRICS_FILE
@@ -309,7 +308,7 @@ class Monitor:
         folder = self.output_dir / "tensorboard"
         make_folder(folder, self.output_dir)
         purge = self._resume_step + 1 if self._resume_step else None
-        if not self._resume_step:  # of the run that was here before
+        if not self._resume_step:  # of a former run in this folder
             for curves in folder.glob("events.*"):
                 curves.unlink()
         self._tensorboard = SummaryWriter(str(folder), purge_step=purge)
@@ -331,7 +330,7 @@ class Monitor:
             self.note(f"step {step:,}/{self.total_steps:,}  {figures}")
 
     def _time_left(self, step: int, now: float) -> str:
-        """Of the whole run, evaluations included, at the speed measured since the first step of this process."""
+        """Time left of the whole run, with evaluations, at the speed measured since the first step of this process."""
         assert self._started is not None
         start, first_step = self._started
         if step >= self.total_steps:
@@ -350,7 +349,7 @@ def starved_experts(load: list[list[list[float]]]) -> list[tuple[int, int, float
 
 
 def greedy_experts(load: list[list[list[float]]], top_k: int) -> list[tuple[int, int, float]]:
-    """As `starved_experts`, those that get more than GREEDY_SHARE of the most that one can get, where not all must."""
+    """As `starved_experts`, the experts that get more than GREEDY_SHARE of their maximum, unless every expert must."""
     return [found for found in _mean_shares(load) if found[2] > GREEDY_SHARE / top_k and len(load[0][0]) > top_k]
 
 
@@ -370,12 +369,12 @@ def duration(seconds: float) -> str:
 
 
 def _number(value: Any) -> Any:
-    """A tensor's or NumPy scalar's value as a plain number; anything else as it is."""
+    """The value of a tensor or NumPy scalar as a plain number; anything else unchanged."""
     return value.item() if hasattr(value, "item") else value
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no NaN and no infinity: null stands for them."""
+    """None for NaN and infinity, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

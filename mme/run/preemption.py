@@ -1,9 +1,9 @@
 """Preemption: SIGTERM asks the job to stop, which it does after a step, with everything saved.
 
-A scheduler sends SIGTERM before it takes a node away or a time limit is reached. It is enough that one rank receives it:
-the ranks tell each other in the sum of the next step, write a checkpoint and exit with status 143, on which the job
-is queued again (see docs/multi-node.md). A rank whose step does not end, because it or another rank is stuck, exits with the
-same status after `STOPS_WITHIN_S`, without a checkpoint.
+A scheduler sends SIGTERM before it takes a node away or a time limit is reached. It is enough that one rank receives it: the
+ranks share it in the sum of the next step, write a checkpoint and exit with status 143, after which the job can be queued
+again (see docs/multi-node.md). A rank whose step does not end, because it or another rank is stuck, exits with the same
+status after `STOPS_WITHIN_S`, without a checkpoint.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ STOPS_WITHIN_S = 45.0  # the launcher kills what is left a little later, see lau
 
 
 class Preemption:
-    """While it is entered, SIGTERM no longer ends the process at once but sets ``requested``.
+    """A context in which SIGTERM sets ``requested`` instead of ending the process.
 
-    Under torchrun its death does the same: a worker that nobody restarts saves its state and exits.
+    Under torchrun, so does torchrun's death: a worker that nobody would restart saves its state and exits.
 
     Args:
-        run: the folder whose log says when a process had to leave without saving.
+        run: the folder whose log records a process that had to leave without saving.
         stops_within_s: how long the process has to leave the context after SIGTERM.
     """
 
@@ -40,8 +40,8 @@ class Preemption:
         self._left = threading.Event()
 
     def __enter__(self) -> Preemption:
-        # Python runs a handler only between two of its instructions, so never in a collective that waits for ever. The
-        # number of a signal is written to this pipe at once, and a thread reads it there.
+        # Python runs a handler only between two of its instructions, so never in a collective that does not return. The
+        # signal's number is written to this pipe at once, where a thread reads it.
         self._reading, self._writing = os.pipe()
         os.set_blocking(self._writing, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
@@ -55,14 +55,14 @@ class Preemption:
         self._left.set()
         signal.set_wakeup_fd(self._wakeup_before)
         os.close(self._writing)
-        if not self.requested:  # otherwise what asked may ask again while the process exits
+        if not self.requested:  # otherwise a second SIGTERM may come while the process exits
             signal.signal(signal.SIGTERM, self._before)
 
     def _note(self, _: int, __: FrameType | None) -> None:
         self.requested = True
 
     def _watch(self) -> None:
-        """Ends the process if it is still there some time after SIGTERM."""
+        """Ends the process if it still runs some time after SIGTERM."""
         while numbers := os.read(self._reading, 64):
             if signal.SIGTERM in numbers and not self._left.wait(self.stops_within_s):
                 text = (
@@ -73,12 +73,12 @@ class Preemption:
                 if rank() == 0:
                     sys.stderr.write(f"{text}\n")
                     sys.stderr.flush()
-                os._exit(PREEMPTED)  # the main thread is stuck: nothing else would end it
+                os._exit(PREEMPTED)  # the main thread is stuck, so nothing else would end the process
         os.close(self._reading)
 
 
 def signal_when_parent_dies(number: signal.Signals) -> None:
-    """Linux tells a process by a signal; elsewhere the watchdog notices."""
+    """On Linux the kernel sends the signal; elsewhere the watchdog notices."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "prctl"):
         libc.prctl(PR_SET_PDEATHSIG, int(number))

@@ -1,4 +1,4 @@
-"""Keeps a line that repeats from filling a log: the first of its kind is written, then the 10th, the 100th and so on."""
+"""Keeps repeated lines from filling a log: the first of a kind is written, then the 10th, the 100th and so on."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from typing import TextIO
 
 from mme.errors import indented_lines
 
-MOST_KINDS = 1000  # that are counted; what comes after them is left out
+MOST_KINDS = 1000  # that are counted; lines of further kinds are left out
 _NUMBER = re.compile(r"\d+")
 
 
 class RepeatLimit:
-    """Counts lines by kind: two that differ only in their numbers are of one kind."""
+    """Counts lines by kind. Lines that differ only in their numbers are of one kind."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}
 
     def line(self, text: str) -> str | None:
-        """What is to be written for ``text``: itself, with its count where it is a repeat; None: nothing."""
+        """The line to write for ``text``: itself, with its count if it is a repeat; None: nothing."""
         kind = _NUMBER.sub("#", text)
         if kind not in self._counts and len(self._counts) >= MOST_KINDS:
             return None
@@ -32,10 +32,10 @@ class RepeatLimit:
 
 
 class LibraryLog(logging.StreamHandler[TextIO]):
-    """Writes what libraries warn of through `logging` to a rank's log, each kind of line with a `RepeatLimit`.
+    """Writes the libraries' warnings from `logging` to a rank's log, under a `RepeatLimit`.
 
-    A log that can't be written to, on a full disk, is no matter here: a library's warning must not end the job, nor print
-    pages of its own. The monitor's next line reports it.
+    Failing to write, on a full disk for example, is ignored here: a library's warning must neither end the job nor print
+    pages of errors. The monitor's next line reports the full disk.
     """
 
     def __init__(self, stream: TextIO) -> None:

@@ -13,15 +13,15 @@ from mme.errors import UserError
 from mme.files import release_lock, take_lock
 
 LOCK_FILE = ".lock"
-RELEASED_WITHIN_S = 120  # what a file server may take to notice that the node of a dead job is gone
+RELEASED_WITHIN_S = 120  # a file server may take this long to notice that the node of a dead job is gone
 _NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)
 
 
 @contextmanager
 def only_job(run: Path, world: World, patience_s: float = RELEASED_WITHIN_S) -> Iterator[None]:
-    """Keeps other jobs out of ``run``, which is made where it is missing; a collective.
+    """Keeps other jobs out of ``run``, which is created if it is missing; a collective.
 
-    Where the file system has no locks, a line says so and nothing keeps them out.
+    If the file system has no locks, a line says so, and nothing keeps other jobs out.
 
     Raises:
         UserError: another job is still there after ``patience_s``, or the folder can't be made or written to.

@@ -1,7 +1,7 @@
-"""All ranks must run the same job: one configuration, one data set, one output folder.
+"""Checks that all ranks run the same job: one configuration, one data set, one output folder.
 
-A rank that was started with another value, or that writes to another folder of the same name, would otherwise train a
-mixture of two jobs without any sign of it.
+Ranks that were started with different values, or that write to different folders of the same name, would otherwise train a
+mixture of two jobs unnoticed.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from mme.errors import UserError
 from mme.files import read_text, write_text
 
 TOKEN_FILE = ".shared"
-VISIBLE_WITHIN_S = 30.0  # what a file server may take to tell another node of a new file
+VISIBLE_WITHIN_S = 30.0  # a file server may take this long to show a new file to another node
 
 
 def require_same_job(config: Config, dataset_sha256: str, world: World) -> None:
     """Compares configuration and data set of all ranks; a collective.
 
     Raises:
-        UserError: on all ranks, where one differs from rank 0; the line names the rank and the first key that differs.
+        UserError: on all ranks, if one differs from rank 0; the line names the rank and the first key that differs.
     """
     mine = {**flat(config), "the SHA-256 of the data set in data.path": dataset_sha256}
     sums = world.gather_objects(settings_sha256(mine))
@@ -42,10 +42,10 @@ def require_same_job(config: Config, dataset_sha256: str, world: World) -> None:
 
 
 def require_shared_folder(run: Path, world: World, patience_s: float = VISIBLE_WITHIN_S) -> None:
-    """Has rank 0 write a file in the run's folder, which all ranks must find; a collective.
+    """Rank 0 writes a file in the run's folder that all ranks must find; a collective.
 
     Raises:
-        UserError: on all ranks, where one does not find it: its output_dir is another folder of the same name.
+        UserError: on all ranks, if one does not find it because its output_dir is another folder of the same name.
     """
     if world.size == 1:
         return

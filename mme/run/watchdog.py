@@ -1,9 +1,9 @@
-"""Notices a rank that hangs, names it, keeps the stacks of all ranks and ends the job, so that torchrun starts it again.
+"""Notices a hanging rank, names it, keeps the stacks of all ranks and ends the job, so that torchrun starts it again.
 
-Each rank says what it does (`beat`); a thread of its own tells the others by the process group's store. In a group one
-rank that hangs stops all: the others wait for it in a collective. So all of them notice at about the same time, and
-each can tell which rank is to blame: one that does not answer at all, else the one that is furthest behind, else the one
-that is not itself waiting for the others.
+Each rank reports its progress (`beat`), and a separate thread shares it through the process group's store. One hanging rank
+stops the whole group, because the others wait for it in a collective. So all ranks notice at about the same time, and each
+can name the rank to blame: one that does not answer at all, otherwise the one furthest behind, otherwise one that is not
+itself waiting for the others.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ WAITING = ("torch/distributed/", "torchrec/distributed/", "deepspeed/comm/")  # 
 
 
 class Watchdog:
-    """Ends this process, with status 1, when `beat` was not called for ``timeout_s`` (0: it may take any time).
+    """Ends this process with status 1 if `beat` was not called for ``timeout_s`` (0: no limit).
 
-    Also when torchrun has died, of which `Preemption` is told first, and this process is still there a minute later.
+    Also if torchrun has died, of which `Preemption` is notified first, and this process still exists a minute later.
     """
 
     def __init__(self, run: Path, world: World, timeout_s: float) -> None:
@@ -49,7 +49,7 @@ class Watchdog:
         if self.timeout_s:
             make_folder(self.folder, self.folder.parent)
             path = self.folder / f"rank_{self.world.rank}.txt"
-            if path.exists() and path.stat().st_size:  # of an attempt that hung, and was told to look there
+            if path.exists() and path.stat().st_size:  # of an attempt that hung, whose message named this file
                 path.rename(path.with_suffix(f".{time.strftime('%Y%m%d-%H%M%S')}.txt"))
             path.unlink(missing_ok=True)
             self._stacks, self._stacks_path = open_to_append(path, self.folder.parent), path
@@ -68,10 +68,10 @@ class Watchdog:
                 self.folder.rmdir()
 
     def beat(self, doing: str) -> None:
-        """Says that this rank is getting on, and what it does next."""
+        """Reports that this rank makes progress, and what it does next."""
         self._beats, self._doing, self._at = self._beats + 1, doing, time.monotonic()
         if self._stacks is not None:
-            # A thread in C, which needs no lock of Python's: it writes whatever this process hangs in.
+            # A thread in C, which does not need the GIL: it writes the stacks wherever this process hangs.
             faulthandler.dump_traceback_later(self.timeout_s, file=self._stacks)
 
     def _watch(self) -> None:
@@ -86,11 +86,11 @@ class Watchdog:
                 self._end(self._verdict())
 
     def _verdict(self) -> str:
-        """Which rank hangs, as far as the ranks' reports tell; all that report come to the same."""
+        """Which rank hangs, by the ranks' reports; all ranks that report come to the same verdict."""
         reports = self._reports_in_time()
         if reports is None:
             return self._say(
-                {0: "the ranks talk through it, and it does not answer: its process, or the network to it"}
+                {0: "it holds the store of all ranks and does not answer: its process or the network to it failed"}
             )
         silent = [rank for rank in range(self.world.size) if rank not in reports]
         behind = min(report["beats"] for report in reports.values())
@@ -104,7 +104,7 @@ class Watchdog:
         return f"{ranks}: no progress for {self.timeout_s:g} s; the ranks' stacks are in {self.folder}"
 
     def _reports_in_time(self) -> dict[int, dict[str, Any]] | None:
-        """As `_exchange_reports`, of which a node that is cut off would wait for the end: the network's, not the store's."""
+        """As `_exchange_reports`, but with a time limit: on a node that is cut off it would wait for the network's timeout."""
         found: list[dict[int, dict[str, Any]] | None] = []
         thread = threading.Thread(target=lambda: found.append(self._exchange_reports()), daemon=True)
         thread.start()
@@ -112,9 +112,9 @@ class Watchdog:
         return found[0] if found else None
 
     def _exchange_reports(self) -> dict[int, dict[str, Any]] | None:
-        """What the ranks say of themselves, of those that answer; None where rank 0, which keeps it, does not.
+        """The reports of the ranks that answer; None if rank 0, which holds the store, does not.
 
-        The ranks look once a second: one that asks later than rank 0 may find it gone, with its report read.
+        Ranks look once a second, so one that asks later than rank 0 may find it gone after reading its report.
         """
         mine = {"beats": self._beats, "doing": self._doing, "waits": _waits_for_others()}
         reports = {self.world.rank: mine}
@@ -129,7 +129,7 @@ class Watchdog:
                 time.sleep(0.1)
         except (dist.DistError, RuntimeError):
             return reports if 0 in reports else None
-        # The ranks differ in when they ask: none leaves before the last one has seen all answers.
+        # Ranks ask at different moments: none may leave before the last one has seen all answers.
         time.sleep(max(0.0, until - time.monotonic()))
         return reports
 
@@ -139,10 +139,10 @@ class Watchdog:
             with open_to_append(self.folder.parent / name, self.folder.parent) as log:
                 log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} error: {why}\n")
         print_error(why)
-        os._exit(1)  # the main thread hangs: nothing else would end it
+        os._exit(1)  # the main thread hangs, so nothing else would end the process
 
 
 def _waits_for_others() -> bool:
-    """Whether a thread of this process is in a collective, as far as its innermost Python function tells."""
+    """Whether a thread of this process is in a collective, judged by its innermost Python function."""
     innermost = [frame.f_code.co_filename for frame in sys._current_frames().values()]
     return any(place in file.replace(os.sep, "/") for file in innermost for place in WAITING)
