@@ -12,6 +12,7 @@ import json
 import re
 import shutil
 import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -39,6 +40,8 @@ from mme.distributed.recommender import Recommender
 from mme.distributed.state import Piece, optimizer_pieces, weight_pieces
 from mme.errors import DISK_ERRORS, DiskError, JobError, NonFiniteError, Preempted
 from mme.files import flush, make_folder, replacing, sha256, write_text
+
+VISIBLE_WITHIN_S = 30.0  # a file server may take this long to show a new file to another node
 
 
 class CheckpointError(JobError):
@@ -209,6 +212,14 @@ class CheckpointWriter:
     def _complete(self, progress: Progress, entries: Sequence[dict[str, Any]]) -> None:
         final, partial = folder(self.run, progress.step), self._partial(progress.step)
         try:
+            missing = _first_missing([partial / entry["file"] for entry in entries])
+            if missing is not None:
+                shutil.rmtree(partial, ignore_errors=True)
+                self._failure = CheckpointError(
+                    f"checkpoint not written: rank 0 does not see {missing}, which another rank has written: expected one "
+                    "output_dir that all nodes share"
+                )
+                return
             index = {"format": FORMAT, "num_files": len(entries), "progress": asdict(progress), "files": entries}
             write_text(partial / INDEX, json.dumps(index), self.run)
             if final.exists():  # it is damaged; otherwise the run would have resumed from it
@@ -237,6 +248,17 @@ class CheckpointWriter:
         found = [step for step in steps(self.run) if step <= newest]
         for step in set(found[: -self.keep]) - {best_step(self.run)}:
             remove(folder(self.run, step))
+
+
+def _first_missing(paths: Sequence[Path]) -> Path | None:
+    """The first file that does not appear within `VISIBLE_WITHIN_S`; None if all are there."""
+    deadline = time.monotonic() + VISIBLE_WITHIN_S
+    for path in paths:
+        while not path.is_file():
+            if time.monotonic() > deadline:
+                return path
+            time.sleep(0.1)
+    return None
 
 
 def _entry_of(piece: Piece) -> PieceEntry:

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from mme.distributed import checkpoint, checkpoint_index
+from mme.distributed import checkpoint, checkpoint_index, checkpoint_writer
 from mme.distributed.checkpoint import Progress
 from mme.distributed.checkpoint_writer import CheckpointError, CheckpointWriter
 from mme.distributed.engine import initialize_engine
@@ -130,6 +130,29 @@ def save_where_one_cannot(world: World, run: str, rank: int) -> str:
             any_writing, any_failed = world.sum(torch.tensor(writer.votes(), dtype=torch.int64)).tolist()
             writer.after_step(any_writing > 0, any_failed > 0)
     return str(raised.value)
+
+
+def save_without_a_file(world: World, run: str) -> str:
+    """The file of the last rank disappears before the checkpoint is complete."""
+    recommender, _ = recommender_of(world)
+    checkpoint_writer.VISIBLE_WITHIN_S = 0.3  # in this process only
+    with pytest.raises(CheckpointError) as raised, CheckpointWriter(Path(run), recommender, keep=1) as writer:
+        writer.save(Progress(1, 0, 1))
+        if world.rank == world.size - 1:
+            writer._join()
+            (Path(run) / "checkpoints" / ".step_1.partial" / "rank_00001.safetensors").unlink()
+        writer.wait()
+    return str(raised.value)
+
+
+def test_a_checkpoint_is_complete_only_with_every_file_of_its_index(tmp_path: Path) -> None:
+    messages = run_on(2, save_without_a_file, str(tmp_path))
+    assert messages[0] == messages[1]
+    assert messages[0] == (
+        f"checkpoint not written: rank 0 does not see {tmp_path}/checkpoints/.step_1.partial/rank_00001.safetensors, which "
+        "another rank has written: expected one output_dir that all nodes share"
+    )
+    assert checkpoint.steps(tmp_path) == []
 
 
 def test_all_ranks_learn_of_a_failed_write_in_one_line(tmp_path: Path) -> None:
