@@ -158,7 +158,7 @@ def _kept_for_backward(shape: Shape, device: Device) -> dict[str, float]:
 
 
 def _kept_by_experts(shape: Shape, device: Device) -> float:
-    """Bytes kept by one mixture: the router's logits, probabilities and choices, and the rows sent to experts and back."""
+    """Bytes kept by one mixture: the router's logits, probabilities and choices, and the rows sent and returned."""
     model = shape.config.model
     rows = shape.rows / shape.config.train.micro_batches
     router = rows * (2 * FLOAT * model.moe.num_experts + 4 * INT64 * shape.top_k)
@@ -168,7 +168,7 @@ def _kept_by_experts(shape: Shape, device: Device) -> float:
 
 
 def _kept_by_loss(shape: Shape, device: Device) -> float:
-    """Bytes of two copies of the normalised states, the batch's negatives and, on a CPU, each softmax's rows and slopes."""
+    """Bytes of two copies of the normalised states, the negatives and, on a CPU, each softmax's rows and slopes."""
     tokens = shape.tokens / shape.config.train.micro_batches
     states = 2 * tokens * shape.config.model.embedding_dim * FLOAT
     loss = shape.config.loss

@@ -219,3 +219,11 @@ def test_a_prepared_column_of_numbers_keeps_its_kind_when_events_are_added(tmp_p
     (row,) = pq.read_table(tmp_path / "set" / info["parts"][0]["file"]).to_pylist()
     assert row["feature_price"] == [1, 0, 2, 1, 3]
     assert found.find(pa.array(["10.0"])).tolist() == [1]
+
+
+def test_columns_of_a_set_without_kinds_are_categories(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("user_id,item_id,timestamp,price\n1,5,1,9.99\n1,6,2,12.5\n")
+    prepare([tmp_path / "log.csv"], "csv", tmp_path / "set", feature_columns=["price"], min_user_events=1)
+    path = tmp_path / "set" / "features.parquet"
+    pq.write_table(pq.read_table(path).drop_columns(["kind"]), path)
+    assert read_vocabularies(tmp_path / "set", ["price"])["price"].numbers == {"9.99": 1, "12.5": 2}
