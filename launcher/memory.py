@@ -116,14 +116,14 @@ def _phases(shape: Shape, device: Device) -> dict[str, dict[str, float]]:
     gradients = {"buffers: gradients": FLOAT * float(shape.dense_parameters + shape.expert_parameters)}
     after_last_ffn = {FFN: batch[FFN] - _kept_by_experts(shape, device) * (shape.expert_blocks > 0)}
 
-    def beside(more: dict[str, float]) -> dict[str, float]:
+    def plus(more: dict[str, float]) -> dict[str, float]:
         return {**gradients, **batch, **{part: batch[part] + num_bytes for part, num_bytes in more.items()}}
 
     return {
         "construction": {"buffers: one table": FLOAT * float(shape.table_parts[1] * shape.table_parts[2])},
-        "backward of the loss": beside(_loss_backward(shape)),
-        "backward of an FFN": beside({FFN: _ffn_backward(shape, device)}),
-        "backward of an attention": beside({ATTENTION: _attention_backward(shape, device)}) | after_last_ffn,
+        "backward of the loss": plus(_loss_backward(shape)),
+        "backward of an FFN": plus({FFN: _ffn_backward(shape, device)}),
+        "backward of an attention": plus({ATTENTION: _attention_backward(shape, device)}) | after_last_ffn,
         "update of the tables": gradients | _table_update(shape),
         "update of the decoder": gradients | _decoder_update(shape),
     }
@@ -187,12 +187,12 @@ def _loss_backward(shape: Shape) -> dict[str, float]:
     one = float(shape.looked_up * FLOAT)
     loss = shape.config.loss
     if loss.is_full_softmax:
-        beside = 3 * FLOAT * min(tokens, loss.FULL_SOFTMAX_TOKENS) * shape.items
+        extra = 3 * FLOAT * min(tokens, loss.FULL_SOFTMAX_TOKENS) * shape.items
     else:
         own = loss.negatives == "per_token"
-        beside = (OWN_NEGATIVE_BYTES if own else 2 * FLOAT) * tokens * shape.scored
-    if beside > 2 * one:
-        return {LOSS: states + beside, ROWS: one}
+        extra = (OWN_NEGATIVE_BYTES if own else 2 * FLOAT) * tokens * shape.scored
+    if extra > 2 * one:
+        return {LOSS: states + extra, ROWS: one}
     return {LOSS: states, ROWS: 3 * one}
 
 

@@ -40,7 +40,7 @@ def main() -> None:
         for check in checks:
             try:
                 check(device).print_line()
-            except Exception as error:  # whatever a broken build raises
+            except Exception as error:  # a broken build may raise anything
                 name = check.__name__.replace("_", " ")
                 Finding(f"{name} on {device}", "failed", _first_line(error), _REINSTALL).print_line()
     if shutil.which("cc") is None and shutil.which("gcc") is None:
@@ -55,7 +55,7 @@ def _load(name: str) -> None:
     print(f"loading {name}", flush=True)
     try:
         module = importlib.import_module(name)
-    except Exception as error:  # whatever a broken build raises
+    except Exception as error:  # a broken build may raise anything
         Finding(f"load {name}", "failed", _first_line(error), _REINSTALL).print_line()
         raise SystemExit(1) from error
     file = Path(module.__file__ or "")

@@ -37,7 +37,7 @@ class World(Worker):
 
     @classmethod
     def alone(cls, device: torch.device) -> World:
-        """This process as a world of its own, without a process group."""
+        """A world of only this process, without a process group."""
         return cls(0, 1, device, dist.HashStore())
 
     def sum(self, values: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def process_group(patience_s: float = PATIENCE_S) -> Iterator[World]:
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         _keep_freed_memory()
-    # TorchRec also exchanges host tensors, so the group needs gloo beside NCCL.
+    # TorchRec also exchanges host tensors, so the group needs gloo in addition to NCCL.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     patience = timedelta(seconds=patience_s)
     store = _group_store(rank, size, patience)

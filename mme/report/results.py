@@ -143,8 +143,8 @@ def figure(record: dict[str, Any], metric: str) -> str:
     return f"{value:.4f}" if error is None else f"{value:.4f} ± {Z_95 * error:.4f}"
 
 
-def ratio(value: float | None, beside: float | None) -> str:
-    return f"{value / beside:.1f}×" if value is not None and beside else "–"
+def ratio(value: float | None, baseline: float | None) -> str:
+    return f"{value / baseline:.1f}×" if value is not None and baseline else "–"
 
 
 def _results(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:

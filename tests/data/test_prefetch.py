@@ -73,7 +73,7 @@ def test_an_error_of_the_source_is_raised() -> None:
     assert not readers_alive()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: copies run on a stream of their own")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: copies use a separate stream")
 def test_copies_to_a_gpu_are_complete_before_use() -> None:
     device = torch.device("cuda")
 

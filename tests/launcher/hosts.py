@@ -1,6 +1,6 @@
 """Several hosts on one machine: network namespaces that are connected only by a bridge.
 
-Each host has its own loopback, its own address and one cable (a veth pair) to a switch, a namespace of its own with the
+Each host has its own loopback, its own address and one cable (a veth pair) to a switch, a separate namespace with the
 bridge in it. Nothing is added to the machine's own network. Needs root and `ip` (iproute2).
 """
 

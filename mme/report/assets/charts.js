@@ -1,6 +1,6 @@
 // Draws each chart of the page. Expressions are interpreted, not compiled, so that the page's policy needs no eval.
 "use strict";
-{ // a scope of its own: Vega's script declares short names at the top
+{ // a separate scope, because Vega's script declares short names at the top level
 const font = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif";
 const config = {
   background: null,
