@@ -44,7 +44,7 @@ class Job:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What must be the same on all nodes, by its key."""
+        """The settings, by key, that must be equal on all nodes."""
         config = self.load()
         description = Path(config.data.path) / "dataset.json"
         data = hashlib.sha256(description.read_bytes()).hexdigest() if description.is_file() else None

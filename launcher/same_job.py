@@ -1,7 +1,7 @@
-"""Finds out that nodes at one endpoint were started with different jobs, and which setting differs.
+"""Detects that nodes at one endpoint were started with different jobs, and names a setting that differs.
 
-Their rendezvous ids differ, so torchrun never brings them together and each side would wait in silence until it gives up.
-Each node therefore publishes its settings in the store that the rendezvous uses, and compares them with those of the others.
+Such nodes have different rendezvous ids, so torchrun would let both sides wait silently until the timeout. Each node
+therefore publishes its settings in the rendezvous's store and compares them with those of the others.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from typing import Any
 from launcher.job import Job, split_endpoint
 from mme.config import differing_keys
 
-PATIENCE_S = 10.0  # for the other nodes of the own job, once another job has been seen
+PATIENCE_S = 10.0  # time for this job's other nodes to join after another job has been seen
 ANSWERS_WITHIN_S = 5.0
 LOOK_EVERY_S = 0.5
 COUNT, RECORD = "mme/nodes", "mme/node/{}"  # keys of the store
 
 
 def other_job(job: Job, has_met: Callable[[], bool]) -> str | None:
-    """Blocks until the nodes have met (``has_met``), which returns None, or another job stands in their way: its line."""
+    """Blocks until the nodes have met according to ``has_met`` (None), or until another job blocks them (an error line)."""
     mine = {"id": job.rendezvous_id, "host": platform.node(), "settings": _as_json(job.settings)}
     store: Any = None
     others: list[dict[str, Any]] = []
@@ -40,7 +40,7 @@ def other_job(job: Job, has_met: Callable[[], bool]) -> str | None:
             own = len(records) - len(others)
             seen_at = (seen_at or time.monotonic()) if others and own < job.nnodes else None
         except (RuntimeError, ValueError, KeyError, TypeError):
-            store = None  # not there yet, or gone with its node, after the others were seen
+            store = None  # not started yet, or gone with its node after the others had been seen
         if seen_at is not None and time.monotonic() - seen_at > PATIENCE_S and not has_met():
             return _line(job, mine, others[0])
         time.sleep(LOOK_EVERY_S)
@@ -48,8 +48,8 @@ def other_job(job: Job, has_met: Callable[[], bool]) -> str | None:
 
 
 def _connect(job: Job) -> Any:
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # it would warn of each attempt to connect
-    from torch.distributed import TCPStore  # takes seconds to import: only where several nodes meet
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise torch warns about every failed connection
+    from torch.distributed import TCPStore  # takes seconds to import, so only jobs on several nodes do it
 
     assert job.rdzv_endpoint is not None
     host, port = split_endpoint(job.rdzv_endpoint)
@@ -77,5 +77,5 @@ def _line(job: Job, mine: dict[str, Any], other: dict[str, Any]) -> str:
 
 
 def _as_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """As the other nodes read them."""
+    """The settings as other nodes read them from JSON."""
     return json.loads(json.dumps(settings, default=str))

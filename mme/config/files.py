@@ -135,7 +135,7 @@ def settings_sha256(settings: dict[str, Any]) -> str:
 
 
 def differing_keys(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """The keys with different values, or in one of the two alone, in the order of ``first``."""
+    """The keys whose values differ or that only one of the two has, in the order of ``first``."""
     keys = dict.fromkeys([*first, *second])
     return [key for key in keys if key not in first or key not in second or first[key] != second[key]]
 

@@ -42,7 +42,7 @@ def validate_world_size(config: Config, world_size: int) -> None:
 
 
 def warnings(config: Config) -> list[str]:
-    """What is allowed but hardly meant, one line each."""
+    """Warnings about settings that are valid but probably not intended, one line each."""
     moe = config.model.moe
     if moe.num_experts and moe.top_k == 1 and moe.renormalize:
         return [
@@ -105,7 +105,7 @@ def _check_tables(config: Config) -> None:
 
 
 def _check_table_lr(config: Config) -> None:
-    """Adam divides the rate by 1 − beta1 in its first step: a quotient beyond float32 can't be handed to the kernels."""
+    """Raises UserError if train.table_lr / (1 − beta1), the rate of Adam's first step, exceeds the range of float32."""
     train = config.train
     lr = train.table_lr or train.lr
     largest = LARGEST_FLOAT32 * (1 - train.beta1)

@@ -110,7 +110,7 @@ def remove_all(run: Path) -> int:
 
 
 def set_aside(run: Path, step: int) -> None:
-    """Gives a complete checkpoint a name from which nothing resumes; an older one of the same name is removed."""
+    """Renames a complete checkpoint so that no run resumes from it; an older one with that name is removed."""
     checkpoint = folder(run, step)
     aside = checkpoint.with_name(checkpoint.name + SET_ASIDE)
     if aside.exists():

@@ -240,7 +240,7 @@ def _flaw_of_file(path: Path, pieces: list[PieceEntry]) -> str | None:
 
 
 def _not_finite(path: Path, pieces: list[PieceEntry]) -> str | None:
-    """Which piece holds NaN or infinity, and in which row of the tensor; None if all are finite."""
+    """Names the piece with a NaN or infinity, and the row of its tensor; None if all values are finite."""
     with safe_open(path, framework="pt") as file:
         for piece in pieces:
             values = file.get_slice(piece.key)

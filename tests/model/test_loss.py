@@ -80,7 +80,7 @@ def test_loss_is_the_softmax_over_target_and_negatives(
 
 
 def test_separate_views_need_per_view_scores() -> None:
-    with pytest.raises(UserError, match=r"loss\.views=each .* needs model\.score_norm=per_view"):
+    with pytest.raises(UserError, match=r"loss\.views=each .* set model\.score_norm=per_view"):
         load_config(None, ["data.path=unused", "loss.views=each"])
 
 
