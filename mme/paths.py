@@ -1,72 +1,67 @@
-"""Paths that people give: refused in one line where nothing can be read from or written to them."""
+"""Paths that people give, refused in one line where they can't name a file or folder here."""
 
 from __future__ import annotations
 
 import os
 import re
-import stat
 from pathlib import Path
 
 from mme.errors import UserError
+from mme.files import open_to_read
 
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # in bytes, of Linux
 # `Path` makes s3:/bucket of s3://bucket.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
-_KINDS = {
-    stat.S_IFIFO: "a pipe",
-    stat.S_IFCHR: "a device",
-    stat.S_IFBLK: "a device",
-    stat.S_IFSOCK: "a socket",
-}
 
 
-def refuse_scheme(path: str, key: str = "") -> None:
-    """Raises UserError for a URL such as ``s3://bucket/folder``; ``key``: the option or key that it comes from."""
+def check_path(path: str, key: str = "") -> None:
+    """Checks the text of a path; ``key``: the option or key that it comes from.
+
+    Raises:
+        UserError: it is a URL such as ``s3://bucket/folder``, has a control character or is too long.
+    """
+    where = f"{key}: " if key else ""
     if _SCHEME.match(path):
+        scheme = path.partition(":")[0]
+        raise UserError(f"{where}{path}: {scheme}:// is not supported: expected a path in a mounted file system")
+    if _CONTROL_CHARACTER.search(path):
+        raise UserError(f"{where}{path!r}: expected a path without control characters")
+    data = os.fsencode(path)
+    if len(data) > LONGEST_PATH or max(map(len, data.split(b"/"))) > LONGEST_NAME:
         raise UserError(
-            f"{key}: "
-            * bool(key)
-            + f"{path}: {path.partition(':')[0]}:// is not supported: expected a path in a mounted file "
-            "system"
+            f"{where}{path!r:.40}… is too long for a path: expected at most {LONGEST_PATH} bytes, and at most "
+            f"{LONGEST_NAME} for each name in it"
         )
 
 
 def local_path(path: str | Path, key: str = "") -> Path:
-    """``path``, which can name a place in a file system; ``key``: the option or key that it comes from.
+    """``path``, which the file system accepts as a name; ``key``: the option or key that it comes from.
 
     Raises:
-        UserError: it is a URL, has a control character or is too long.
+        UserError: see `check_path`; or the file system refuses it, as it does links that lead in a circle.
     """
-    text = str(path)
-    where = f"{key}: " if key else ""
-    refuse_scheme(text, key)
-    if _CONTROL_CHARACTER.search(text):
-        raise UserError(f"{where}{text!r}: expected a path without control characters")
+    check_path(str(path), key)
     try:
-        os.stat(text)
+        os.stat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         pass  # whoever reads or writes it says so
     except OSError as error:
-        raise UserError(f"{where}{text[:100]}: {error.strerror}") from error
+        raise UserError(f"{key}: {path}: {error.strerror}" if key else f"{path}: {error.strerror}") from error
     return Path(path)
 
 
 def regular_file(path: Path, expected: str) -> Path:
-    """``path``, which is a file that can be read from its beginning as often as needed; ``expected``: what it should hold.
+    """``path``, which is a regular file that can be read; ``expected``: what it should hold.
 
     Raises:
-        UserError: there is none, or it is a folder, a pipe, a device or a socket.
+        UserError: there is none, or it can't be opened, or it is a folder, a pipe, a device or a socket.
     """
     local_path(path)
     try:
-        mode = path.stat().st_mode
+        open_to_read(path).close()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
-        raise UserError(f"{path}: can't be read: {error.strerror}") from error
-    if stat.S_ISDIR(mode):
-        raise UserError(f"{path}: is a folder: expected {expected}")
-    if not stat.S_ISREG(mode):
-        kind = _KINDS.get(stat.S_IFMT(mode), "no regular file")
-        raise UserError(f"{path}: is {kind}: expected a regular file, which can be read more than once")
+        raise UserError(f"{path}: {error.strerror}: expected {expected}") from error
     return path

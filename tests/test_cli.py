@@ -438,7 +438,7 @@ def test_the_readers_environment_is_not_resolved_into_a_run(
         ("train.profile_ranks={a: 1}", "train.profile_ranks: expected a list, found a mapping"),
         ("train.profile_ranks=[[1]]", "train.profile_ranks.0: expected a single value, found a list"),
         ("model.moe.top_k={}", "model.moe.top_k: expected a single value, found a mapping"),
-        ('data.path="a\\0b"', r"data.path: 'a\x00b' holds a NUL character: expected the path of a folder"),
+        ('data.path="a\\0b"', r"data.path: 'a\x00b': expected a path without control characters"),
         (
             f"output_dir=runs/{'x' * 256}",
             "is too long for a path: expected at most 4095 bytes, and at most 255 for each name in it",

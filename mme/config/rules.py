@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-import os
 
 from mme.config.key import RANGE, keys_of
 from mme.config.schema import USER_ID, Config
 from mme.errors import UserError
-from mme.paths import refuse_scheme
+from mme.paths import check_path
 
 LARGEST_FLOAT32 = 3.4028234663852886e38
-LONGEST_NAME, LONGEST_PATH = 255, 4095  # in bytes, of Linux
 
 
 def validate(config: Config) -> None:
@@ -64,15 +62,7 @@ def _check_ranges(config: Config) -> None:
 def _check_paths(config: Config) -> None:
     data = config.data
     for key, path in (("data.path", data.path), ("data.cache_dir", data.cache_dir), ("output_dir", config.output_dir)):
-        refuse_scheme(path or "", key)
-        longest = max(map(len, os.fsencode(path or "").split(b"/")))
-        if "\0" in (path or ""):
-            raise UserError(f"{key}: {path!r} holds a NUL character: expected the path of a folder")
-        if longest > LONGEST_NAME or len(os.fsencode(path or "")) > LONGEST_PATH:
-            raise UserError(
-                f"{key}: {path!r:.40}… is too long for a path: expected at most {LONGEST_PATH} bytes, and at most "
-                f"{LONGEST_NAME} for each name in it"
-            )
+        check_path(path or "", key)
 
 
 def _check_model(config: Config) -> None:
