@@ -19,7 +19,7 @@ from launcher import kubernetes as kubernetes_job
 from launcher import rendezvous, torchrun
 from launcher import slurm as slurm_job
 from launcher.job import NODES_MEET_WITHIN_S, Job, default_processes, require_dataset
-from mme.errors import UserError, one_line
+from mme.errors import UserError, print_line
 from mme.files import write_text
 
 # typer reads these annotations at run time; on Python 3.10 it needs Optional[X] for a value that may be missing.
@@ -325,7 +325,7 @@ def _write_and_submit(text: str, path: Path, submission: list[str], submit: bool
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     if not submit:
-        print(f"wrote {path}; submit it with: {shlex.join(submission)}")
+        print_line(f"wrote {path}; submit it with: {shlex.join(submission)}", sys.stdout)
         return
     import subprocess
 
@@ -338,7 +338,7 @@ def _write_and_submit(text: str, path: Path, submission: list[str], submit: bool
 
 
 def _print_error(text: str) -> None:
-    print(f"error: {one_line(text)}", file=sys.stderr, flush=True)
+    print_line(f"error: {text}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import sys
+from typing import TextIO
 
 LONGEST_LINE = 4000
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)  # errors that a retry cannot solve
@@ -59,6 +61,11 @@ def one_line(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def print_line(text: str, file: TextIO | None = None) -> None:
+    """Prints ``text`` as one line, escaped by `one_line`, on standard error unless ``file`` is given."""
+    print(one_line(text), file=file or sys.stderr, flush=True)
 
 
 def indented_lines(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mme.distributed.checkpoint_index import Index, damage, folder, from_the_best, read_index
-from mme.errors import NonFiniteError, UserError
+from mme.errors import NonFiniteError, UserError, print_line
 
 WEIGHTS = ("tables/", "decoder/")
 
@@ -49,7 +48,7 @@ def read_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
             if flaw is None:
                 return Checkpoint(candidate, index.progress.numbering, _whole_tensors(run, candidate, index))
         if candidate != candidates[-1]:
-            print(f"checkpoint skipped: {flaw}", file=sys.stderr)
+            print_line(f"checkpoint skipped: {flaw}")
     assert flaw is not None  # there is at least one candidate
     raise flaw
 

@@ -11,6 +11,7 @@ where an interrupted run leaves the events that it had read for the next one (`u
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ import pyarrow as pa
 
 from mme.config import USER_ID
 from mme.data.features import KINDS, parts_column, write_vocabularies
-from mme.errors import UserError, first_line
+from mme.errors import UserError, first_line, print_line
 from mme.paths import local_path
 from mme.prepare.cleaning import ID_ROLES, Cleaner
 from mme.prepare.description import describe_sources
@@ -272,7 +273,9 @@ def _choose(
                 work.keep(reading.state())
             else:
                 reading.restore(work.found)
-                print(f"{output}: resumes with the {reading.rows:,} rows that an interrupted run had read")
+                print_line(
+                    f"{output}: resumes with the {reading.rows:,} rows that an interrupted run had read", sys.stdout
+                )
             reading.check()
             if prior is not None:
                 store.load_prior(prior.user_rows(), prior.raw_items, prior.has_fractions)

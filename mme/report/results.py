@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mme.config import CONFIG_FILE, Config, load_saved_config
-from mme.errors import UserError
+from mme.errors import UserError, one_line
 from mme.evaluation.record import METRICS, POPULARITY, SELECTED_BY, repeats_warning
 from mme.files import read_json, read_text
 from mme.run.metrics_file import METRICS_FILE, read_metrics
@@ -110,12 +110,12 @@ def results_table(run: Run) -> Table | None:
     if not run.results:
         return None
     title = f"{run.folder}: {run.split} metrics at step {run.step:,}"
-    table = Table(title=escape(title), title_justify="left")
+    table = Table(title=escape(one_line(title)), title_justify="left")
     table.add_column("")
     for metric in METRICS:
         table.add_column(metric.upper(), justify="right")
     for name, values in result_rows(run, intervals=False):
-        table.add_row(escape(name), *values, style="bold" if name == run.model else None)
+        table.add_row(escape(one_line(name)), *values, style="bold" if name == run.model else None)
     return table
 
 
@@ -156,7 +156,7 @@ def _results(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 def _dataset_info(path: Path) -> dict[str, Any]:
     try:
-        info = read_json(path / "dataset.json")
+        info = read_json(path / "dataset.json", path)
     except (OSError, ValueError):  # the data set may have been moved, removed or replaced; the report leaves it out
         return {}
     return info if isinstance(info, dict) else {}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mme.distributed.world import World
-from mme.errors import UserError
+from mme.errors import UserError, print_line
 from mme.files import release_lock, take_lock
 
 LOCK_FILE = ".lock"
@@ -39,7 +40,7 @@ def only_job(run: Path, world: World, patience_s: float = RELEASED_WITHIN_S) -> 
                     f"output_dir {error.filename or run}: {error.strerror}: expected a folder that can be written to"
                 )
             else:
-                print(f"{run}: can't be locked ({error.strerror}): start no second job there", flush=True)
+                print_line(f"{run}: can't be locked ({error.strerror}): start no second job there", sys.stdout)
     if problem := world.of_first(problem):
         raise UserError(problem)
     try:
@@ -58,6 +59,7 @@ def _wait_for_lock(path: Path, patience_s: float) -> int:
             if time.monotonic() > deadline:
                 raise
         if not waiting:
-            print(f"{path.parent}: another job is training there; waiting {patience_s:.0f} s for its end", flush=True)
+            waits = f"{path.parent}: another job is training there; waiting {patience_s:.0f} s for its end"
+            print_line(waits, sys.stdout)
         waiting = True
         time.sleep(0.5)

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import torch.distributed as dist
 
 from mme.distributed.world import World
+from mme.errors import one_line
 from mme.files import make_folder, open_to_append
 from mme.run.exit_status import print_error
 
@@ -137,7 +138,7 @@ class Watchdog:
         with suppress(OSError):
             name = "log.txt" if self.world.rank == 0 else f"log.rank{self.world.rank}.txt"
             with open_to_append(self.folder.parent / name, self.folder.parent) as log:
-                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} error: {why}\n")
+                log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} error: {one_line(why)}\n")
         print_error(why)
         os._exit(1)  # the main thread hangs, so nothing else would end the process
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from mme.errors import NonFiniteError, UserError
+from mme.errors import NonFiniteError, UserError, print_line
 from mme.inference.model import TrainedModel
 from mme.inference.requests import Answer, RecommendationRequest
 
@@ -55,7 +54,7 @@ class ModelHolder:
         try:
             self._model = self._load(self._path)
         except (OSError, UserError, NonFiniteError) as error:
-            print(f"reload failed, the previous model keeps serving: {error}", file=sys.stderr, flush=True)
+            print_line(f"reload failed, the previous model keeps serving: {error}")
             return "failed"
-        print(f"now serving {self.name}", file=sys.stderr, flush=True)
+        print_line(f"now serving {self.name}")
         return "loaded"
