@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Optional
 import typer
 
 from mme import __version__
-from mme.errors import UserError
+from mme.errors import UserError, one_line, print_line
 from mme.inference.command import export
 from mme.installation import prepare_training
 from mme.prepare.command import prepare
@@ -145,6 +145,14 @@ def evaluate(
             help="Include or exclude items of the user's history in the ranking. Default: the run's eval.seen."
         ),
     ] = None,
+    cache_dir: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="DIR",
+            help="Keeps the flat file of the data set's events, where its own folder can't be written to; the run's "
+            "data.cache_dir is not used.",
+        ),
+    ] = None,
 ) -> None:
     """Print the test metrics of a run's checkpoint as JSON.
 
@@ -161,7 +169,7 @@ def evaluate(
         prepare_training()
         from mme.evaluation.evaluate import evaluate_run
 
-        metrics = evaluate_run(run, checkpoint, seen, save_ranks=save_ranks)
+        metrics = evaluate_run(run, checkpoint, seen, save_ranks=save_ranks, cache_dir=cache_dir)
         if rank() == 0:
             os.write(output, (json.dumps(metrics, indent=2) + "\n").encode())
 
@@ -222,8 +230,8 @@ def recommend(
         summary = recommend_items(run, users, output, Options(top_k, seen, unknown, request_time))
         if rank() == 0:
             for line in summary.notes():
-                print(line, file=sys.stderr)
-            print(f"wrote {output}")
+                print_line(line)
+            print_line(f"wrote {output}", sys.stdout)
 
 
 @app.command(no_args_is_help=True)
@@ -264,10 +272,10 @@ def report(
 
         if len(folders) == 1:
             job.folder = folders[0]
-            print(f"wrote {write_report(folders[0], output)}")
+            print_line(f"wrote {write_report(folders[0], output)}", sys.stdout)
         else:
             assert output is not None
-            print(f"wrote {write_compared_report(folders, output)}")
+            print_line(f"wrote {write_compared_report(folders, output)}", sys.stdout)
 
 
 @app.command(no_args_is_help=True)
@@ -311,7 +319,7 @@ def compare(
             if not output.parent.is_dir() or output.is_dir():
                 raise UserError(f"--output {output}: expected a file in an existing folder")
             write_text(output, text)
-            print(f"wrote {output}")
+            print_line(f"wrote {output}", sys.stdout)
 
 
 def _command_name(arguments: Sequence[str] | None) -> str:
@@ -377,10 +385,10 @@ def _print_results(run: Path) -> None:
         if table is not None:
             console.print(table)
         if warning := below_popularity(result):
-            console.print(f"warning: {warning}", style="yellow", markup=False, highlight=False, soft_wrap=True)
+            console.print(one_line(f"warning: {warning}"), style="yellow", markup=False, highlight=False, soft_wrap=True)
 
         from mme.report.page import write_report
 
-        console.print(f"report: {write_report(run)}", markup=False, highlight=False, soft_wrap=True)
+        console.print(one_line(f"report: {write_report(run)}"), markup=False, highlight=False, soft_wrap=True)
     except Exception as error:
         warn_of(error, run, f"training is done, but its report failed; `mme report --run {run}` writes it")

@@ -17,7 +17,6 @@ import hashlib
 import os
 import shutil
 import stat
-import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -30,7 +29,7 @@ from numpy.typing import NDArray
 
 from mme.data.layout import CACHE_FOLDER, INFO_FILE
 from mme.data.parts import IntArray, feature_limits, limits, read_part
-from mme.errors import UserError
+from mme.errors import UserError, print_line
 from mme.files import PARTIAL, locked, make_folder, open_to_read, read_text, replacing
 
 RECORD = np.dtype([("item", "<i4"), ("timestamp", "<i8")])
@@ -171,7 +170,9 @@ def _is_whole(path: Path, size: int) -> bool:
 @contextmanager
 def _writable(cache: Path, root: Path, size: int) -> Iterator[None]:
     """Makes the folder; turns a disk error while ``size`` bytes are written to it into one line."""
-    elsewhere = "data.cache_dir=FOLDER puts the flat file of the events into another folder"
+    elsewhere = (
+        "data.cache_dir=FOLDER, or --cache-dir of `mme evaluate`, puts the flat file of the events into another folder"
+    )
     try:
         make_folder(cache, root)
         yield
@@ -188,7 +189,7 @@ def _free(folder: Path) -> int:
 def _write(folder: Path, info: dict[str, Any], path: Path, root: Path) -> None:
     """Writes all parts to their places, several at a time."""
     if info["num_events"] >= NOTED_EVENTS:
-        print(f"{folder}: writing {info['num_events']:,} events to {path}, once", file=sys.stderr, flush=True)
+        print_line(f"{folder}: writing {info['num_events']:,} events to {path}, once")
     ends = np.cumsum([0] + [part["events"] for part in info["parts"]])
     with replacing(path, root) as unfinished, unfinished.open("wb", buffering=0) as file:
         with ThreadPoolExecutor(_threads()) as pool:

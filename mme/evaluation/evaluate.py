@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from mme.data.split import HeldOut, Split
 from mme.distributed.checkpoint import load_weights
 from mme.distributed.recommender import Recommender
 from mme.distributed.world import World, process_group
+from mme.errors import print_line
 from mme.evaluation.collected import CollectedUsers, segments
 from mme.evaluation.insight import insight
 from mme.evaluation.metrics import rank_metrics, standard_errors
@@ -179,13 +179,19 @@ def load_trained(
 
 
 def evaluate_run(
-    run: Path, checkpoint: int | None, seen: Seen | None = None, *, save_ranks: bool = False
+    run: Path,
+    checkpoint: int | None,
+    seen: Seen | None = None,
+    *,
+    save_ranks: bool = False,
+    cache_dir: Path | None = None,
 ) -> dict[str, Any]:
     """The test metrics of a run's checkpoint (None: the best one) as one JSON object, with popularity's under `popularity`.
 
     Args:
         seen: replaces the run's `eval.seen`; None keeps it.
         save_ranks: also writes `mme.evaluation.user_ranks` into the run's folder.
+        cache_dir: keeps the flat file of the events; None: the data set's folder does, whatever the run's configuration says.
 
     Raises:
         UserError: the run, its configuration, its data or the checkpoint is missing or damaged.
@@ -193,6 +199,7 @@ def evaluate_run(
     """
     config = load_run_config(run)
     config.eval.seen = seen or config.eval.seen
+    config.data.cache_dir = None if cache_dir is None else str(cache_dir)
     with process_group() as world:
         dataset, recommender, step = load_trained(run, checkpoint, config, world)
         collected = _collected(dataset, config, world) if save_ranks else None
@@ -200,5 +207,5 @@ def evaluate_run(
         if collected is not None:
             _keep(collected, dataset, [model, popularity], run, world)
     if world.rank == 0 and (warning := repeats_warning(model)):
-        print(f"warning: {warning}", file=sys.stderr, flush=True)
+        print_line(f"warning: {warning}")
     return {"run": str(run), "checkpoint": step, **model, "popularity": popularity}
