@@ -28,6 +28,7 @@ from launcher.findings import Finding
 from launcher.link_check import CHOOSE_INTERFACE, OPEN_PORTS, board, dead_links, judge, measure_pairs, there_and_back
 from mme.distributed.world import World, process_group
 from mme.errors import first_line
+from mme.files import read_text, remove, write_text
 
 REPEATS = 5
 BYTES = {"cuda": 256 * 2**20, "cpu": 16 * 2**20}  # sent by each process
@@ -258,7 +259,7 @@ def shared_folder(group: Group, output_dir: Path, patience_s: float = FOLDER_PAT
     problem = ""
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
-        own.write_text(f"{token} {world.rank}")
+        write_text(own, f"{token} {world.rank}", output_dir)
     except OSError as error:
         problem = f"{group.name(world.rank)}: {own}: {error.strerror}"
     dist.barrier()
@@ -272,7 +273,7 @@ def shared_folder(group: Group, output_dir: Path, patience_s: float = FOLDER_PAT
     if unseen:
         problem = f"{group.name(world.rank)} does not see in {output_dir.resolve()} what {group.name(min(unseen))} wrote there"
     problems = [text for text in gather(world, problem) if text]
-    own.unlink(missing_ok=True)
+    remove(own)
     if problems:
         advice = (
             "checkpoints need a folder that all nodes share and can write to (NFS, Lustre, …): give its path as "
@@ -284,8 +285,8 @@ def shared_folder(group: Group, output_dir: Path, patience_s: float = FOLDER_PAT
 
 def _read(path: Path) -> str | None:
     try:
-        return path.read_text()
-    except OSError:
+        return read_text(path, path.parent)
+    except (OSError, UnicodeDecodeError):
         return None
 
 

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import ConfigDict, Field
+from typing_extensions import NotRequired, TypedDict
 
 from mme.config import USER_ID, Config, flat, load_config, settings_sha256, validate_world_size
 from mme.errors import UserError
-from mme.files import read_json
+from mme.files import read_json, read_text, sha256
+from mme.records import parse_record
 
 CPU_PROCESSES = 2  # default processes of a node without a GPU
 NODES_MEET_WITHIN_S = 900  # nodes of a cluster can start minutes apart
+
+Count = Annotated[int, Field(ge=0, lt=2**62)]
+
+
+class _Sizes(TypedDict):
+    """What dataset.json says of the rows of a model's tables."""
+
+    __pydantic_config__ = ConfigDict(extra="ignore")  # type: ignore[misc]
+
+    num_items: Count
+    num_users: NotRequired[Count]
+    features: NotRequired[dict[str, Count]]
 
 
 @dataclass(frozen=True)
@@ -47,7 +63,9 @@ class Job:
         """The settings, by key, that must be equal on all nodes."""
         config = self.load()
         description = Path(config.data.path) / "dataset.json"
-        data = hashlib.sha256(description.read_bytes()).hexdigest() if description.is_file() else None
+        data = None
+        with suppress(OSError):  # `require_dataset` says what is wrong with it
+            data = sha256(description, description.parent)
         return {**flat(config), "the SHA-256 of dataset.json in data.path": data, "--nnodes": self.nnodes}
 
     def load(self) -> Config:
@@ -84,15 +102,19 @@ def items_of(config: Config) -> int:
         UserError: ``data.path`` holds no data set that gives these numbers.
     """
     path, model = Path(config.data.path) / "dataset.json", config.model
+    advice = "prepare the data set, or give --items N"
     try:
-        info = read_json(path, path.parent)
-        sizes = {**info.get("features", {}), USER_ID: info["num_users"]} if model.feature_columns else {}
-        # Each feature has one more row, for a missing value.
-        return int(info["num_items"]) + sum(sizes[name] + 1 for name in (*model.event_features, *model.user_features))
-    except KeyError as error:
-        raise UserError(f"{path}: has no {error.args[0]}: prepare the data set with it, or give --items N") from error
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path}: num_items cannot be read: prepare the data set, or give --items N") from error
+        info = parse_record(read_text(path, path.parent), _Sizes)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: num_items cannot be read: {advice}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}: {advice}") from error
+    sizes = {**info.get("features", {}), USER_ID: info.get("num_users", 0)}
+    names = (*model.event_features, *model.user_features)
+    if missing := next((name for name in names if name not in sizes), None):
+        raise UserError(f"{path}: has no {missing}: prepare the data set with it, or give --items N")
+    # Each feature has one more row, for a missing value.
+    return info["num_items"] + sum(sizes[name] + 1 for name in names)
 
 
 def split_endpoint(endpoint: str) -> tuple[str, int]:

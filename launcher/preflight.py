@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shlex
 import shutil
 import subprocess
@@ -26,6 +27,8 @@ from launcher.job import Job, gpus, items_of
 from launcher.memory import checkpoint_bytes, memory_of, whole_checkpoint_bytes
 from launcher.package_check import check_packages
 from launcher.shape import Shape
+from mme.errors import one_line
+from mme.files import open_to_read, remove, replacing
 
 SLOWEST_GROUP_S = 1800
 MEMORY_PER_PROCESS = 2 * 2**30
@@ -192,34 +195,26 @@ def _disk(output_dir: Path, needs: Needs | None) -> Finding:
 
 def _writable(output_dir: Path) -> Finding:
     """Writes, syncs, renames and reads back a file, as checkpoints are written."""
-    partial, final = (output_dir / f".preflight-{os.getpid()}{suffix}" for suffix in (".partial", ""))
+    path = output_dir / f".preflight-{secrets.token_hex(8)}"
     content = os.urandom(TRIAL_BYTES)
     try:
         output_dir.mkdir(parents=True, exist_ok=True)
         started = time.perf_counter()
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(final)
+        with replacing(path, output_dir) as partial:
+            partial.write_bytes(content)
         seconds = time.perf_counter() - started
-        same = final.read_bytes() == content
+        with open_to_read(path, output_dir) as file:
+            same = file.read() == content
     except OSError as error:
         advice = "checkpoints are written there: make it writable or choose another folder (--output-dir, output_dir)"
         return Finding("checkpoint folder", "failed", f"{output_dir}: {error.strerror}", advice)
     finally:
-        _remove([partial, final])
+        remove(path)
     if not same:
         return Finding("checkpoint folder", "failed", f"{output_dir}: data changed on the disk", "use another disk")
     return Finding(
         "checkpoint folder", "ok", f"{output_dir}: {TRIAL_BYTES / 1e6 / seconds:.0f} MB/s written and synced"
     )
-
-
-def _remove(paths: list[Path]) -> None:
-    for path in paths:
-        if path.exists():
-            path.unlink()
 
 
 def _show(findings: list[Finding]) -> None:
@@ -230,7 +225,7 @@ def _show(findings: list[Finding]) -> None:
     for finding in findings:
         status = f"[{colours[finding.status]}]{finding.status}[/]"
         advice = f"\n→ {finding.advice}" if finding.advice else ""
-        table.add_row(finding.check, status, (finding.found + advice).replace("[", r"\["))
+        table.add_row(finding.check, status, (one_line(finding.found) + advice).replace("[", r"\["))
     Console().print(table)
     counts = {status: sum(finding.status == status for finding in findings) for status in colours}
     print(", ".join(f"{count} {status}" for status, count in counts.items()))

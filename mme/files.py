@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -140,6 +141,24 @@ def require_folder(path: Path, root: Path) -> bool:
             return True
     except FileNotFoundError:
         return False
+
+
+def is_regular(path: Path, root: Path) -> bool:
+    """Whether a regular file is at ``path`` that can be read and is reached through no link below ``root``."""
+    try:
+        open_to_read(path, root).close()
+    except OSError:
+        return False
+    return True
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link (not what it leads to) or a folder with all that is in it; what can't be removed stays."""
+    with suppress(OSError):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink()
+        else:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def flush(path: Path, folder: int | None = None) -> None:

@@ -8,10 +8,7 @@ code. A damaged checkpoint is skipped with a message before anything of it is lo
 
 from __future__ import annotations
 
-import shutil
-import sys
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +30,8 @@ from mme.distributed.engine import set_optimizer_step
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import Piece, optimizer_pieces, weight_pieces
 from mme.distributed.world import World
-from mme.errors import NonFiniteError, UserError
+from mme.errors import NonFiniteError, UserError, print_line
+from mme.files import remove
 
 SET_ASIDE = ".set_aside"  # in the name of a checkpoint that led to values that are not finite
 ELSEWHERE = "choose another output_dir, or train.resume=false, which removes this run's checkpoints"
@@ -95,7 +93,7 @@ def load_weights(run: Path, step: int | None, recommender: Recommender, numberin
         if candidate == candidates[-1]:
             raise index
         if note or recommender.world.rank == 0:
-            (note or partial(print, file=sys.stderr))(f"checkpoint skipped: {index}")
+            (note or print_line)(f"checkpoint skipped: {index}")
     raise AssertionError("there is at least one candidate")
 
 
@@ -103,7 +101,7 @@ def remove_all(run: Path) -> int:
     """Removes all checkpoints of the run, including those set aside; returns the number of complete ones."""
     found = steps(run)
     for step in found:
-        remove(folder(run, step))
+        remove_checkpoint(folder(run, step))
     for aside in (run / FOLDER).glob(f"step_*{SET_ASIDE}"):
         remove(aside)
     return len(found)
@@ -113,16 +111,16 @@ def set_aside(run: Path, step: int) -> None:
     """Renames a complete checkpoint so that no run resumes from it; an older one with that name is removed."""
     checkpoint = folder(run, step)
     aside = checkpoint.with_name(checkpoint.name + SET_ASIDE)
-    if aside.exists():
-        remove(aside)
+    remove(aside)
     checkpoint.rename(aside)
 
 
-def remove(checkpoint: Path) -> None:
+def remove_checkpoint(checkpoint: Path) -> None:
     """Removes a checkpoint. It is renamed first, so that a killed process leaves nothing that looks complete."""
     nameless = checkpoint.with_name(f".{checkpoint.name}.removed.partial")
+    remove(nameless)  # of a removal that was cut off
     checkpoint.rename(nameless)
-    shutil.rmtree(nameless)
+    remove(nameless)
 
 
 def _sound_index(run: Path, step: int, world: World) -> Index | UserError | NonFiniteError:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mme.distributed.checkpoint import remove
+from mme.distributed.checkpoint import remove_checkpoint
 from mme.distributed.checkpoint_index import (
     FORMAT,
     INDEX,
@@ -39,7 +38,7 @@ from mme.distributed.checkpoint_index import (
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import Piece, optimizer_pieces, weight_pieces
 from mme.errors import DISK_ERRORS, DiskError, JobError, NonFiniteError, Preempted
-from mme.files import flush, make_folder, replacing, sha256, write_text
+from mme.files import flush, make_folder, remove, replacing, sha256, write_text
 
 VISIBLE_WITHIN_S = 30.0  # a file server may take this long to show a new file to another node
 
@@ -99,7 +98,7 @@ class CheckpointWriter:
         partial = self._partial(progress.step)
         if self.world.rank == 0:
             for left in partial.parent.glob(".step_*.partial"):
-                _remove_partial(left)
+                remove(left)
         pieces = self._copy_state()
         self.world.barrier()  # wait until leftovers of a killed run have been removed
         self._parts_of = progress
@@ -204,7 +203,7 @@ class CheckpointWriter:
         if failed:
             self._failure = failed[0]
             if self.world.rank == 0:
-                shutil.rmtree(self._partial(progress.step), ignore_errors=True)
+                remove(self._partial(progress.step))
             self._raise_failure()
         if self.world.rank == 0:
             self._start(self._complete, progress, entries)
@@ -223,12 +222,12 @@ class CheckpointWriter:
             index = {"format": FORMAT, "num_files": len(entries), "progress": asdict(progress), "files": entries}
             write_text(partial / INDEX, json.dumps(index), self.run)
             if final.exists():  # it is damaged; otherwise the run would have resumed from it
-                remove(final)
+                remove_checkpoint(final)
             partial.rename(final)
             flush(final.parent)
             self._prune(progress.step)
         except OSError as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove(partial)
             self._failure = _failure_of(final, error)
 
     def _write_progress(self, progress: Progress) -> None:
@@ -247,7 +246,7 @@ class CheckpointWriter:
         # Later checkpoints were skipped as damaged when this run resumed, and do not count.
         found = [step for step in steps(self.run) if step <= newest]
         for step in set(found[: -self.keep]) - {best_step(self.run)}:
-            remove(folder(self.run, step))
+            remove_checkpoint(folder(self.run, step))
 
 
 def _first_missing(paths: Sequence[Path]) -> Path | None:
@@ -285,10 +284,3 @@ def _not_finite(piece: Piece, value: Tensor) -> str | None:
         return f"{piece.name} is not finite"
     row = piece.offsets[0] + int((~value.isfinite()).nonzero()[0, 0])
     return f"{piece.name} is not finite, first in row {row}"
-
-
-def _remove_partial(partial: Path) -> None:
-    """Removes a partial checkpoint; of a link, only the link itself."""
-    if partial.is_symlink():
-        partial.unlink()
-    shutil.rmtree(partial, ignore_errors=True)

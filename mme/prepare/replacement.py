@@ -1,9 +1,11 @@
 """Puts a new folder in the place of an older one, whole or not at all, whenever the process is killed.
 
-The new folder grows beside the old one under a name of its own. In the end the two change places in one system call
-(renameat2 with RENAME_EXCHANGE; by two renames where the file system has no exchange, and then the next run brings the
-older folder back if the process died between them). A lock file, held by flock and so released by the kernel when its
-holder dies, tells a run in progress from what a dead one left behind.
+The new folder is filled beside the old one under another name, which is the same each time, so that the next run finds what
+a killed one has left. In the end one system call exchanges the two (renameat2 with RENAME_EXCHANGE; two renames where the
+file system has no exchange, and then the next run restores the older folder if the process died between them). A lock file,
+held by flock and released by the kernel when its holder dies, tells a run in progress from what a dead one left behind.
+
+Anybody may have put a link in place of the lock, the new folder or the older one: links are removed, never followed.
 """
 
 from __future__ import annotations
@@ -11,12 +13,11 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import shutil
 from pathlib import Path
 from types import TracebackType
 
 from mme.errors import UserError
-from mme.files import release_lock, take_lock
+from mme.files import flush, is_regular, release_lock, remove, take_lock
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -31,8 +32,8 @@ class FolderReplacement:
     """
 
     def __init__(self, output: Path, kept: Path | None = None) -> None:
-        """``kept``: a file in a folder of ``partial``, which outlives an interruption where the file is there by then."""
-        # Where a link leads, not the link: else the two would change places, and the older set stay where it is.
+        """``kept``: a file in a folder of ``partial``; where it is there, that folder survives an interruption."""
+        # The folder that a link of the user's leads to: exchanged with the link itself, the older set would stay.
         self.output, self._kept = Path(os.path.realpath(output)), kept
         absolute = self.output
         self.partial = absolute.with_name(f".{absolute.name}.partial")
@@ -49,10 +50,10 @@ class FolderReplacement:
         except OSError as error:
             raise UserError(f"{self.output}: can't be written: {error.strerror}") from error
         try:
-            if self._older.exists() and not self.output.exists():
+            if self._older.is_dir() and not self._older.is_symlink() and not self.output.exists():
                 os.rename(self._older, self.output)
-            self._remove_leftovers(self._kept)
-            self.partial.mkdir(exist_ok=True)
+            if not self._remove_leftovers(self._kept):
+                self.partial.mkdir()
         except OSError as error:
             release_lock(self._lock_file, self._lock)
             raise UserError(f"{self.output}: can't be written: {error.strerror}") from error
@@ -67,22 +68,24 @@ class FolderReplacement:
     def commit(self) -> None:
         """Makes what is in ``partial`` durable, then ``partial`` and ``output`` one in a single step."""
         for path in [*self.partial.iterdir(), self.partial]:
-            _flush(path)
+            flush(path)
         if not self.output.exists():
             os.rename(self.partial, self.output)
         elif not _exchange(self.partial, self.output):
             os.rename(self.output, self._older)
             os.rename(self.partial, self.output)
-        _flush(self.partial.parent)
+        flush(self.partial.parent)
 
-    def _remove_leftovers(self, kept: Path | None) -> None:
-        shutil.rmtree(self._older, ignore_errors=True)
-        if kept is None or not (self.partial / kept).exists():
-            shutil.rmtree(self.partial, ignore_errors=True)
-            return
+    def _remove_leftovers(self, kept: Path | None) -> bool:
+        """Removes the older folder and ``partial``; True: ``partial`` stays, with the folder of ``kept`` alone."""
+        remove(self._older)
+        if kept is None or not is_regular(self.partial / kept, self.partial.parent):
+            remove(self.partial)
+            return False
         for path in self.partial.iterdir():
             if path.name != kept.parts[0]:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                remove(path)
+        return True
 
 
 def _exchange(first: Path, second: Path) -> bool:
@@ -96,11 +99,3 @@ def _exchange(first: Path, second: Path) -> bool:
     if number in _NO_EXCHANGE:
         return False
     raise OSError(number, os.strerror(number), str(second))
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -7,14 +7,18 @@ from for ever. The count is kept in the run's folder because each attempt is a n
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from mme.distributed import checkpoint
 from mme.errors import FinalError
-from mme.files import read_json, write_text
+from mme.files import read_text, write_text
+from mme.records import parse_record
 
+Count = Annotated[int, Field(ge=0)]
 FILE = "attempts.json"  # in the run's folder
 FAILURES_BEFORE_GOING_BACK = 2
 
@@ -31,9 +35,9 @@ class Attempt:
     """
 
     job: str
-    checkpoint: int
-    failed_at: int
-    failures: int = 1
+    checkpoint: Count
+    failed_at: Count
+    failures: Count = 1
 
 
 def record_failure(run: Path, job: str, resumed_from: int, failed_at: int) -> None:
@@ -82,6 +86,7 @@ def go_back(run: Path, job: str) -> str | FinalError | None:
 
 
 def _read(run: Path) -> Attempt | None:
-    with suppress(OSError, ValueError, TypeError):
-        return Attempt(**read_json(run / FILE, run))
-    return None
+    try:
+        return parse_record(read_text(run / FILE, run), Attempt)
+    except (OSError, ValueError):  # none has failed yet, or the file is damaged: the count starts again
+        return None

@@ -179,6 +179,9 @@ def test_as_configured_keeps_the_configured_layout() -> None:
 def test_the_number_of_items_comes_from_the_data_set(tmp_path: Path) -> None:
     arguments = ["plan", "--config", CONFIG, f"data.path={tmp_path}"]
     assert "dataset.json: num_items cannot be read" in the_error(launch(*arguments))
+    for text in ("[]", '{"num_items": 1e999}', '{"num_items": -1}'):
+        (tmp_path / "dataset.json").write_text(text)
+        assert "dataset.json: " in the_error(launch(*arguments))
     (tmp_path / "dataset.json").write_text(json.dumps({"num_items": 1234}))
     assert "1,234 items" in launch(*arguments).stdout
 
