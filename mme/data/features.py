@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 
 from mme.config import USER_ID, ModelConfig
 from mme.data.layout import FEATURE_PREFIX, FEATURES_FILE
+from mme.data.parquet import Kind, read_table
 from mme.errors import UserError, first_line
 
 MOST_VALUES = 1_000_000  # per column, because they are kept in memory and each has a row in the model's tables
@@ -193,13 +194,12 @@ def read_vocabularies(folder: Path, names: Iterable[str]) -> dict[str, Vocabular
     names = list(names)
     if not names:
         return {}
-    path = folder / FEATURES_FILE
+    columns: dict[str, Kind] = {"column": "text", "value_index": "integer", "value": "text"}
+    table = read_table(folder, FEATURES_FILE, columns, optional={"kind": "text"}).sort_by("value_index")
     try:
-        table = pq.read_table(path).sort_by("value_index")
         return {name: _vocabulary(table.filter(pc.equal(table["column"], name))) for name in names}
-    except (pa.ArrowException, KeyError, ValueError, TypeError, OSError) as error:
-        reason = first_line(error)
-        raise UserError(f"{path}: cannot be read: {reason}; run `mme prepare` again") from error
+    except (KeyError, ValueError) as error:
+        raise UserError(f"{folder / FEATURES_FILE}: damaged: {first_line(error)}; run `mme prepare` again") from error
 
 
 def _vocabulary(rows: pa.Table) -> Vocabulary:

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from mme.config import USER_ID
 from mme.data.features import Vocabulary, read_vocabularies
 from mme.data.layout import ITEMS_FILE
+from mme.data.parquet import Kind, read_table
 from mme.data.parts import read_user_ids
-from mme.errors import UserError, first_line
+from mme.errors import UserError
 
 TEXTS_AT_ONCE = 65_536
 
@@ -61,7 +61,7 @@ def read_item_ids(folder: Path) -> pa.Array:
     Raises:
         UserError: the file is missing or damaged.
     """
-    return _read_items(folder, "item_id")
+    return _read_items(folder, "item_id", "integer or text")
 
 
 def read_item_counts(folder: Path) -> NDArray[np.int64]:
@@ -70,15 +70,13 @@ def read_item_counts(folder: Path) -> NDArray[np.int64]:
     Raises:
         UserError: the file is missing or damaged.
     """
-    return np.asarray(_read_items(folder, "count")).astype(np.int64)
+    return np.asarray(_read_items(folder, "count", "integer")).astype(np.int64)
 
 
-def _read_items(folder: Path, column: str) -> pa.Array:
-    path = folder / ITEMS_FILE
-    try:
-        table = pq.read_table(path, columns=["item_index", column]).sort_by("item_index")
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: cannot be read: {first_line(error)}; run `mme prepare` again") from error
+def _read_items(folder: Path, column: str, kind: Kind) -> pa.Array:
+    table = read_table(folder, ITEMS_FILE, {"item_index": "integer", column: kind}).sort_by("item_index")
+    if not np.array_equal(table["item_index"], np.arange(table.num_rows)):
+        raise UserError(f"{folder / ITEMS_FILE}: item_index: expected each number from 0 to {table.num_rows - 1} once")
     return table[column].combine_chunks()
 
 

@@ -12,7 +12,6 @@ A prepared data set is a folder that `mme prepare` writes:
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +25,8 @@ from numpy.typing import NDArray
 from mme.data.description import require_sum
 from mme.data.features import parts_column
 from mme.data.layout import FEATURES_FILE, INFO_FILE, ITEMS_FILE
-from mme.errors import UserError, first_line
-from mme.files import open_to_read
+from mme.data.parquet import open_parquet
+from mme.errors import UserError
 
 IntArray = NDArray[np.int64]
 
@@ -114,24 +113,6 @@ def check_files(folder: Path, info: dict[str, Any]) -> None:
     for part in info["parts"]:
         with open_parquet(folder, part["file"]) as file:
             _check_footer(folder / part["file"], file.metadata, part)
-
-
-@contextmanager
-def open_parquet(folder: Path, name: str) -> Iterator[pq.ParquetFile]:
-    """Opens a Parquet file of a data set.
-
-    Raises:
-        UserError: the file is missing, not regular or damaged; also if reading within the context fails.
-    """
-    path = folder / name
-    try:
-        with open_to_read(path, folder) as source, pq.ParquetFile(source) as file:
-            yield file
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file, though {INFO_FILE} names it") from error
-    except (pa.ArrowException, OSError) as error:
-        reason = getattr(error, "strerror", None) or first_line(error)
-        raise UserError(f"{path}: not a readable Parquet file, perhaps truncated ({reason})") from error
 
 
 def _check_footer(path: Path, metadata: pq.FileMetaData, part: dict[str, Any]) -> None:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from mme.data.parquet import open_parquet
 from mme.data.parts import TIMES
-from mme.errors import UserError, first_line
 
 
 def time_range(folder: Path, info: dict[str, Any]) -> tuple[int, int]:
@@ -24,16 +23,12 @@ def time_range(folder: Path, info: dict[str, Any]) -> tuple[int, int]:
     """
     lowest, highest = [], []
     for part in info["parts"]:
-        path = folder / part["file"]
-        try:
-            with pq.ParquetFile(path) as file:
-                for number in range(file.metadata.num_row_groups):
-                    low, high = _range_of(file, number)
-                    if low is not None and high is not None:
-                        lowest.append(low)
-                        highest.append(high)
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
+        with open_parquet(folder, part["file"]) as file:
+            for number in range(file.metadata.num_row_groups):
+                low, high = _range_of(file, number)
+                if low is not None and high is not None:
+                    lowest.append(low)
+                    highest.append(high)
     return min(lowest, default=0), max(highest, default=0)
 
 

@@ -213,7 +213,7 @@ class CheckpointWriter:
         try:
             missing = _first_missing([partial / entry["file"] for entry in entries])
             if missing is not None:
-                shutil.rmtree(partial, ignore_errors=True)
+                remove(partial)
                 self._failure = CheckpointError(
                     f"checkpoint not written: rank 0 does not see {missing}, which another rank has written: expected one "
                     "output_dir that all nodes share"

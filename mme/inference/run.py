@@ -13,6 +13,7 @@ import torch
 from mme.config import Config, load_config, load_run_config, validate_world_size
 from mme.data.description import read_info
 from mme.data.numbering import Numbering, numbering_sha256, read_item_counts
+from mme.data.parts import check_files
 from mme.data.times import time_range
 from mme.distributed.checkpoint_index import best_step
 from mme.errors import UserError
@@ -67,6 +68,7 @@ def load_run(run: Path, step: int | None = None, device: str | torch.device | No
     config = load_run_config(run)
     data = Path(config.data.path)
     info = read_info(data)
+    check_files(data, info)
     numbering = Numbering.read(data, info, config.model.feature_columns)
     checkpoint = read_checkpoint(run, step)
     if checkpoint.numbering not in ("", numbering_sha256(data, info, config.model.feature_columns)):

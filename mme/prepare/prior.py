@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from mme.data.description import read_info
+from mme.data.description import read_info, require_sum
 from mme.data.features import parts_column, read_vocabularies
 from mme.data.layout import FORMAT_VERSION, FRACTIONS, INFO_FILE, ITEMS_FILE, LEFT_OUT_FILE
+from mme.data.parquet import open_parquet
 from mme.data.parts import check_files
-from mme.errors import UserError, first_line
+from mme.errors import UserError
 from mme.prepare.cleaning import ID_ROLES
 from mme.prepare.histories import NEW, Histories, IntArray
 from mme.prepare.ids import IdColumn, IdKind, as_bits
@@ -51,7 +52,7 @@ class PriorSet:
         self.has_fractions = bool(self.info.get("has_fractions"))
         self.vocabularies = read_vocabularies(folder, self.settings.feature_kinds)
         self.features = [parts_column(name) for name in self.vocabularies]
-        items = _read(folder / ITEMS_FILE).sort_by("item_index")
+        items = _read(folder, ITEMS_FILE).sort_by("item_index")
         self.raw_items = items["item_id"].combine_chunks()
         self.counts: IntArray = items["count"].to_numpy()
 
@@ -59,19 +60,22 @@ class PriorSet:
         """All users: user (raw), row."""
         row = 0
         for part in self.info["parts"]:
-            for batch in _batches(self.folder / part["file"], ["user_id"]):
+            for batch in _batches(self.folder, part["file"], ["user_id"]):
                 yield pa.table({"user": as_bits(batch["user_id"]), "row": np.arange(row, row + batch.num_rows)})
                 row += batch.num_rows
 
     def left_out(self) -> Iterator[pa.Table]:
         """The events left out, with the columns of `Cleaner.clean` and their place; their positions are negative, before all new ones."""
         path = self.folder / LEFT_OUT_FILE
-        if not path.exists():
+        if LEFT_OUT_FILE not in self.info.get("files", {}) and not os.path.lexists(path):
             return
-        with pq.ParquetFile(path) as file:
+        require_sum(self.folder, LEFT_OUT_FILE, self.info.get("files", {}).get(LEFT_OUT_FILE))
+        with open_parquet(self.folder, LEFT_OUT_FILE) as file:
             position = -file.metadata.num_rows
         fractions = [FRACTIONS] if self.has_fractions else []
-        for batch in _batches(path, ["user_id", "item_id", "timestamp", "place", *fractions, *self.features]):
+        for batch in _batches(
+            self.folder, LEFT_OUT_FILE, ["user_id", "item_id", "timestamp", "place", *fractions, *self.features]
+        ):
             yield pa.table(
                 {
                     "user": as_bits(batch["user_id"]),
@@ -87,7 +91,8 @@ class PriorSet:
 
     def part(self, part: dict[str, Any], first_row: int, with_fractions: bool) -> Histories:
         """One part, whose first user has the row ``first_row``; ``with_fractions``: with `FRACTIONS`, 0 if the part has none."""
-        table = _read(self.folder / part["file"])
+        require_sum(self.folder, part["file"], part)
+        table = _read(self.folder, part["file"])
         columns = {name: table[name].combine_chunks() for name in ("item_ids", "timestamps")}
         codes = columns["item_ids"].flatten().to_numpy().astype(np.int32)
         values = {name: table[name].combine_chunks().flatten().to_numpy() for name in self.features}
@@ -127,16 +132,11 @@ def _read_info(folder: Path) -> dict[str, Any]:
     return info
 
 
-def _read(path: Path) -> pa.Table:
-    try:
-        return pq.read_table(path, partitioning=None)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: can't be read: {first_line(error)}") from error
+def _read(folder: Path, name: str) -> pa.Table:
+    with open_parquet(folder, name) as file:
+        return file.read()
 
 
-def _batches(path: Path, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    try:
-        with pq.ParquetFile(path) as file:
-            yield from file.iter_batches(1 << 18, columns=columns)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: can't be read: {first_line(error)}") from error
+def _batches(folder: Path, name: str, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    with open_parquet(folder, name) as file:
+        yield from file.iter_batches(1 << 18, columns=columns)

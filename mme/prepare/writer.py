@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from mme.data.description import file_sum
 from mme.data.layout import FEATURES_FILE, FORMAT_VERSION, FRACTIONS, INFO_FILE, ITEMS_FILE, LEFT_OUT_FILE, OWN_FILES
 from mme.errors import UserError, first_line
+from mme.files import open_to_read
 from mme.prepare.replacement import FolderReplacement
 from mme.prepare.statistics import LengthHistogram, popularity_summary
 
@@ -106,11 +107,13 @@ class DatasetWriter:
         """A part of another set, unchanged, as the next one; no byte is copied where the file system can link."""
         self._end_part()
         file = self._next_file()
-        try:
-            os.link(path, self.partial / file)
-        except OSError:
-            shutil.copyfile(path, self.partial / file)
-        column = pq.read_table(path, columns=["timestamps"])["timestamps"]
+        with open_to_read(path, path.parent) as source:  # a regular file, and no link
+            try:
+                os.link(path, self.partial / file, follow_symlinks=False)
+            except OSError:
+                with (self.partial / file).open("xb") as copy:
+                    shutil.copyfileobj(source, copy)
+        column = pq.read_table(self.partial / file, columns=["timestamps"])["timestamps"]
         self._lengths.add(np.asarray(pc.list_value_length(column), np.int64))
         sums: dict[str, Any] = {} if "sha256" in part else dict(file_sum(self.partial / file))
         self.parts.append({**part, **sums, "file": file})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,10 @@ def test_lists_equal_those_of_mme_recommend(trained: Trained, model: TrainedMode
     np.testing.assert_allclose(scores[0], scores[1], rtol=0, atol=1e-6)
 
 
-def test_scores_give_the_metrics_of_mme_evaluate(trained: Trained, model: TrainedModel) -> None:
-    expected = json.loads(command("evaluate", "--run", trained.run).stdout)
+def test_scores_give_the_metrics_of_mme_evaluate(trained: Trained, model: TrainedModel, tmp_path: Path) -> None:
+    shutil.rmtree(trained.data / ".cache")
+    expected = json.loads(command("evaluate", "--run", trained.run, "--cache-dir", tmp_path / "cache").stdout)
+    assert len(list((tmp_path / "cache").glob("*.events"))) == 1 and not (trained.data / ".cache").exists()
     rows = [row for row in trained.users().to_pylist() if len(row["item_ids"]) > 2]
     histories = [
         {"item_ids": row["item_ids"][:-1], "timestamps": row["timestamps"][:-1], "request_timestamp": row["timestamps"][-1]}
@@ -68,6 +71,24 @@ def test_scores_give_the_metrics_of_mme_evaluate(trained: Trained, model: Traine
     assert expected["users"] == len(ranks)
     for name in ("hr@10", "ndcg@10", "hr@50", "ndcg@50"):
         assert found[name] == pytest.approx(expected[name], abs=1e-9), name
+
+
+def test_a_data_set_that_is_damaged_or_linked_is_refused(trained: Trained, tmp_path: Path) -> None:
+    items, kept = trained.data / "items.parquet", tmp_path / "items.parquet"
+    shutil.copy(items, kept)
+    try:
+        items.unlink()
+        items.symlink_to(kept)
+        with pytest.raises(UserError, match=r"items\.parquet: a symbolic link, which is not followed here"):
+            mme.load(trained.run)
+        items.unlink()
+        table = pq.read_table(kept)
+        pq.write_table(table.slice(1), items)
+        with pytest.raises(UserError, match=r"items\.parquet: damaged: its SHA-256"):
+            mme.load(trained.run)
+    finally:
+        shutil.copy(kept, tmp_path / "copy")
+        (tmp_path / "copy").replace(items)
 
 
 def test_embeddings_multiply_to_scores(model: TrainedModel) -> None:
