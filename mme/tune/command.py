@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from mme.errors import UserError
+from mme.errors import UserError, one_line
 from mme.run.exit_status import job_status
 
 # typer reads these annotations at run time; on Python 3.10 it needs Optional[X] for a value that may be missing.
@@ -61,10 +61,12 @@ def tune(
 
 def _show(metric: str, rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table("trial", "state", metric, "values")
     for row in sorted(rows, key=lambda row: row[metric] or -1.0, reverse=True)[:SHOWN_TRIALS]:
         values = "  ".join(f"{key}={value}" for key, value in row["values"].items())
-        table.add_row(row["trial"], row["state"], "–" if row[metric] is None else f"{row[metric]:.4f}", values)
+        value = "–" if row[metric] is None else f"{row[metric]:.4f}"
+        table.add_row(row["trial"], row["state"], value, escape(one_line(values)))
     Console().print(table)

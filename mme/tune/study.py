@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +23,14 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mme.config import load_config, save_config
-from mme.errors import UserError
-from mme.files import release_lock, take_lock, write_text
+from mme.errors import UserError, print_line
+from mme.files import is_regular, make_folder, release_lock, take_lock, write_text
 from mme.tune.space import Choice, Range, override, read_space
 from mme.tune.trial import Outcome, remove_checkpoints, run_trial, training_command
 
 STUDY = "mme"
+JOURNAL = "journal.log"  # in the folder of the search
+TRIALS = "trials"  # folder of the trials' folders
 UNPRUNED_TRIALS = 4  # trials before one may be stopped
 UNPRUNED_EVALUATIONS = 2  # evaluations of each trial before it may be stopped
 FOLDER, REASON = "folder", "refused"  # attributes of a trial; the second is the reason of a failure
@@ -54,6 +58,10 @@ class Search:
     prune: bool = True
 
 
+def _print(text: str) -> None:
+    print_line(text, sys.stdout)
+
+
 @dataclass(frozen=True)
 class TuneResult:
     """The result of a search.
@@ -67,7 +75,7 @@ class TuneResult:
     rows: list[dict[str, Any]]
 
 
-def tune(search: Search, say: Any = print) -> TuneResult:
+def tune(search: Search, say: Callable[[str], None] = _print) -> TuneResult:
     """Runs the remaining trials and writes ``best.yaml`` and ``trials.json`` to the output folder.
 
     Raises:
@@ -75,11 +83,14 @@ def tune(search: Search, say: Any = print) -> TuneResult:
         InterruptedError: the search was asked to stop; the same call resumes it.
     """
     space = read_space(search.space, search.config, search.overrides)
-    search.output.mkdir(parents=True, exist_ok=True)
     try:
+        search.output.mkdir(parents=True, exist_ok=True)
+        make_folder(search.output / TRIALS, search.output)
         lock = take_lock(search.output / ".lock")
     except BlockingIOError as error:
         raise UserError(f"--output {search.output}: another search is running there") from error
+    except OSError as error:
+        raise UserError(f"--output {error.filename or search.output}: {error.strerror}") from error
     try:
         study = _study(search, space)
         _Runner(search, space, study, say).run()
@@ -91,7 +102,9 @@ def tune(search: Search, say: Any = print) -> TuneResult:
 class _Runner:
     """Runs trials in threads, each of which waits for the processes of one."""
 
-    def __init__(self, search: Search, space: list[Choice | Range], study: optuna.Study, say: Any) -> None:
+    def __init__(
+        self, search: Search, space: list[Choice | Range], study: optuna.Study, say: Callable[[str], None]
+    ) -> None:
         self.search, self.space, self.study, self.say = search, space, study, say
         self.stop = threading.Event()
 
@@ -118,7 +131,7 @@ class _Runner:
 
     def _one(self, trial: Trial, slot: int) -> None:
         values = {entry.key: entry.suggest(trial) for entry in self.space}
-        folder = self.search.output / "trials" / str(trial.user_attrs.get(FOLDER, trial.number))
+        folder = self.search.output / TRIALS / _folder_of(trial)
         trial.set_user_attr(FOLDER, folder.name)
         overrides = [*self.search.overrides, *(override(key, value) for key, value in values.items())]
         shown = "  ".join(f"{key}={value}" for key, value in values.items())
@@ -183,7 +196,10 @@ def _study(search: Search, space: list[Choice | Range]) -> optuna.Study:
         UserError: the folder contains another search.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = JournalStorage(JournalFileBackend(str(search.output / "journal.log")))
+    journal = search.output / JOURNAL
+    if journal.is_symlink() or (journal.exists() and not is_regular(journal, search.output)):
+        raise UserError(f"{journal}: not a regular file: expected the journal of a search")
+    storage = JournalStorage(JournalFileBackend(str(journal)))
     pruner = optuna.pruners.MedianPruner(UNPRUNED_TRIALS, UNPRUNED_EVALUATIONS)
     known = STUDY in optuna.get_all_study_names(storage)
     # Proposals depend on the seed and the number of trials, so that a resumed search does not repeat them.
@@ -201,8 +217,20 @@ def _study(search: Search, space: list[Choice | Range]) -> optuna.Study:
         study.set_user_attr(name, value)
     for trial in study.get_trials(states=[TrialState.RUNNING]):
         study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-        study.enqueue_trial(trial.params, user_attrs={FOLDER: trial.user_attrs.get(FOLDER, str(trial.number))})
+        study.enqueue_trial(trial.params, user_attrs={FOLDER: _folder_of(trial)})
     return study
+
+
+def _folder_of(trial: Trial | FrozenTrial) -> str:
+    """The name of the trial's folder: its number, or that of the trial that it resumes.
+
+    Raises:
+        UserError: the journal, which may be a stranger's, names another place.
+    """
+    name = str(trial.user_attrs.get(FOLDER, trial.number))
+    if not name.isascii() or not name.isdigit():
+        raise UserError(f"{JOURNAL}: trial {trial.number}: folder {name!r}, expected the number of a trial")
+    return name
 
 
 def _identity(search: Search, space: list[Choice | Range]) -> dict[str, str]:
@@ -231,7 +259,7 @@ def _values(trial: FrozenTrial, space: list[Choice | Range]) -> dict[str, Any]:
 def _write_results(search: Search, space: list[Choice | Range], study: optuna.Study) -> TuneResult:
     rows = [
         {
-            "trial": trial.user_attrs.get(FOLDER, str(trial.number)),
+            "trial": _folder_of(trial),
             "state": trial.state.name.lower(),
             search.metric: trial.value if trial.state == TrialState.COMPLETE else None,
             "evaluations": len(trial.intermediate_values),

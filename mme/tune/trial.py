@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mme.errors import UserError
+from mme.files import make_folder, open_to_append, open_to_read, remove, write_text
 from mme.run.metrics_file import METRICS_FILE, read_metrics
 from mme.run.preemption import signal_when_parent_dies
 
@@ -45,7 +45,7 @@ def run_trial(
     lags_behind: Callable[[int, float], bool],
     stop: threading.Event,
 ) -> Outcome:
-    """Runs ``command``, which writes its run to ``folder``.
+    """Runs ``command``, which writes its run to ``folder``; its output goes into a file beside that folder.
 
     Args:
         metric: metric of the evaluations on the validation split, such as ``ndcg@10``.
@@ -54,13 +54,20 @@ def run_trial(
 
     Raises:
         InterruptedError: ``stop`` was set.
+        UserError: a link or file is where the trial's folder or its output should be.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f"{folder.name}.output.txt").open("w") as output:
+    printed = folder.parent / f"{folder.name}.output.txt"
+    try:
+        make_folder(folder, folder.parent)
+        write_text(printed, "", folder.parent)
+        stream = open_to_append(printed, folder.parent)
+    except OSError as error:
+        raise UserError(f"{error.filename}: {error.strerror}: expected a folder of trials") from error
+    with stream:
         process = subprocess.Popen(
             command,
-            stdout=output,
-            stderr=output,
+            stdout=stream,
+            stderr=stream,
             env={**os.environ, **environment},
             start_new_session=True,
             preexec_fn=partial(signal_when_parent_dies, signal.SIGTERM),
@@ -80,8 +87,8 @@ def run_trial(
             if stop.is_set():
                 raise InterruptedError
             return Outcome(None, max(values, default=None))
-    error = "" if ended == 0 else _last_line(Path(output.name))
-    return Outcome(ended, max(validation_values(folder, metric), default=None), error)
+    reason = "" if ended == 0 else _last_line(printed)
+    return Outcome(ended, max(validation_values(folder, metric), default=None), reason)
 
 
 def validation_values(folder: Path, metric: str) -> list[float]:
@@ -96,7 +103,7 @@ def validation_values(folder: Path, metric: str) -> list[float]:
 
 def remove_checkpoints(folder: Path) -> None:
     """Frees the space of a trial that will not be used again; its configuration and metrics remain."""
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    remove(folder / "checkpoints")
 
 
 def training_command(config: Path, overrides: list[str], processes: int) -> list[str]:
@@ -126,6 +133,7 @@ def _end(process: subprocess.Popen[Any]) -> None:
 
 
 def _last_line(path: Path) -> str:
-    lines = [line.strip() for line in path.read_text(errors="replace").splitlines() if line.strip()]
+    with open_to_read(path, path.parent) as file:
+        lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
     errors = [line for line in lines if "error:" in line]
     return (errors or lines or [""])[-1][:500]

@@ -116,6 +116,49 @@ def test_a_failed_trial_gives_the_reason(tmp_path: Path) -> None:
     assert outcome.error.startswith(f"error: {tmp_path}/nothing: no such folder")
 
 
+def test_links_in_a_searchs_folder_are_not_followed(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "canary").write_text("mine")
+    search = tmp_path / "search"
+
+    def refused(name: str, target: Path) -> str:
+        search.mkdir(exist_ok=True)
+        (search / name).parent.mkdir(exist_ok=True)
+        (search / name).symlink_to(target)
+        assert main(arguments(tmp_path, data, 1)) == 2
+        (search / name).unlink()
+        printed = capsys.readouterr().err
+        assert printed.count("\n") == 1
+        return printed
+
+    assert "search/trials: a symbolic link" in refused("trials", mine)
+    assert "search/.lock: a symbolic link" in refused(".lock", mine / "canary")
+    assert "search/journal.log: not a regular file" in refused("journal.log", mine / "canary")
+    assert "search/trials/0: a symbolic link" in refused("trials/0", mine)
+    assert [path.name for path in mine.iterdir()] == ["canary"] and (mine / "canary").read_text() == "mine"
+
+
+def test_a_journal_names_no_folder_outside_the_search(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder of a trial is trained into, and its checkpoints are removed."""
+    (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
+    command = arguments(tmp_path, data, 1)
+    (tmp_path / "space.yaml").write_text("model.num_tables: [3]\n")  # no valid configuration: nothing is trained
+    assert main(command) == 2
+    capsys.readouterr()
+    journal = tmp_path / "search" / "journal.log"
+    text = journal.read_text()
+    assert '"folder":"0"' in text
+    journal.write_text(text.replace('"folder":"0"', '"folder":"../../mine"'))
+    assert main(command) == 2
+    assert "journal.log: trial 0: folder '../../mine', expected the number of a trial" in capsys.readouterr().err
+    assert (tmp_path / "mine" / "checkpoints").is_dir()
+
+
 def test_a_stopped_search_ends_its_trial(tmp_path: Path) -> None:
     stop = threading.Event()
     stop.set()
