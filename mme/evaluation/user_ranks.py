@@ -72,7 +72,7 @@ class UserRanks:
         ).replace_schema_metadata({_ABOUT: json.dumps(self.about)})
         path = run / RANKS_FILE
         with replacing(path, run) as partial:
-            pq.write_table(table, partial, compression="zstd")
+            pq.write_table(table, partial, compression="zstd", write_page_checksum=True)
         return path
 
 
@@ -85,7 +85,7 @@ def read_user_ranks(run: Path) -> UserRanks:
     path = run / RANKS_FILE
     try:
         with open_to_read(path, run) as file:
-            table = pq.read_table(file)
+            table = pq.read_table(file, page_checksum_verification=True)
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: no such file: expected the ranks of a finished run (`mme evaluate --run {run} --save-ranks` writes them)"

@@ -27,7 +27,7 @@ from mme import __version__
 from mme.config import USER_ID, ModelConfig, dump_config
 from mme.data.description import read_info
 from mme.data.features import parts_column
-from mme.data.parts import ITEMS, TIMES
+from mme.data.parts import PartSlice, limits, read_part, read_user_ids
 from mme.errors import JobError, UserError
 from mme.evaluation.requests import Requests
 from mme.files import replacing, write_text
@@ -92,7 +92,7 @@ def _weights(model: TrainedModel, output: Path) -> dict[str, Any]:
         exported.TIMES: json.dumps(knowledge.times),
     }
     with replacing(output) as partial:
-        save_file(tensors, partial, metadata)
+        save_file(tensors, partial, exported.with_sum(tensors, metadata))
         found = read_export(partial, model.device).weights()
         differences = [_largest(value.numpy() - tensors[name].numpy()) for name, value in found.items()]
         difference = _require_same(max(differences), output)
@@ -108,31 +108,30 @@ def _users(model: TrainedModel, output: Path) -> dict[str, Any]:
     """Writes the vectors of all users of the data set, after all their events."""
     folder = Path(model.config.data.path)
     info = read_info(folder)
-    ids: list[pa.Array] = []
-    vectors: list[NDArray[np.float32]] = []
+    ids = pa.concat_arrays([ids for part in info["parts"] for ids in read_user_ids(folder, part)])
+    vectors = [np.empty((0, model.config.model.embedding_dim), np.float32)]
+    row = 0
     for part in info["parts"]:
-        with pq.ParquetFile(folder / part["file"]) as file:
-            for batch in file.iter_batches(USERS_AT_ONCE):
-                first = sum(map(len, ids))
-                ids.append(batch["user_id"])
-                vectors.append(model.encode(_histories(batch, first, model.config.model)).cpu().numpy())
-    return _write_vectors(output, "user_id", pa.concat_arrays(ids), np.concatenate(vectors))
+        for users in read_part(folder, part, limits(info)):
+            for first in range(0, users.lengths.size, USERS_AT_ONCE):
+                histories = _histories(users, first, row, model.config.model)
+                vectors.append(model.encode(histories).cpu().numpy())
+                row += histories.lengths.size
+    return _write_vectors(output, "user_id", ids, np.concatenate(vectors))
 
 
-def _histories(batch: pa.RecordBatch, first_row: int, model: ModelConfig) -> Requests:
-    """Requests for rows of a part, which contain item indices, at the time of their last event."""
-    lengths = np.asarray(batch[ITEMS].value_lengths(), np.int64)
+def _histories(users: PartSlice, first: int, row: int, model: ModelConfig) -> Requests:
+    """Requests for `USERS_AT_ONCE` users from ``first`` on, at the time of their last event; ``row``: of the first in the set."""
+    lengths = users.lengths[first : first + USERS_AT_ONCE]
+    begin = int(users.lengths[:first].sum())
+    events = slice(begin, begin + int(lengths.sum()))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
-    times = np.asarray(batch[TIMES].flatten(), np.int64)
-    of_events = {
-        name: np.asarray(batch[parts_column(name)].flatten(), np.int64)
-        for name in model.feature_columns
-        if name != USER_ID
-    }
-    rows = np.arange(first_row, first_row + lengths.size)
-    of_users = {USER_ID: rows + 1} if USER_ID in model.user_features else {}
-    items = np.asarray(batch[ITEMS].flatten(), np.int64)
-    return Requests(batch["user_id"], offsets, items, times, times[offsets[1:] - 1], of_events, of_users)
+    times = users.timestamps[events]
+    of_events = {name: users.features[parts_column(name)][events] for name in model.feature_columns if name != USER_ID}
+    of_users = {USER_ID: np.arange(row, row + lengths.size) + 1} if USER_ID in model.user_features else {}
+    return Requests(
+        pa.nulls(lengths.size), offsets, users.items[events], times, times[offsets[1:] - 1], of_events, of_users
+    )
 
 
 def _write_vectors(output: Path, name: str, ids: pa.Array, vectors: NDArray[np.float32]) -> dict[str, Any]:

@@ -2,11 +2,12 @@
 
 tensors     the model's weights by name; raw ids as the bytes of an Arrow stream; event counts of the items
 metadata    format, name, config (YAML), features ({column: values}), feature_kinds ({column: kind}),
-            times ([first, last] in seconds)
+            times ([first, last] in seconds), sha256 of all this
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -23,9 +24,10 @@ from mme.files import open_to_read
 from mme.inference.model import Knowledge, TrainedModel
 from mme.inference.weights import WEIGHTS
 
-FORMAT = "mme-weights-1"
+FORMAT = "mme-weights-2"
 NAME, CONFIG, FEATURES, FEATURE_KINDS, TIMES = "name", "config", "features", "feature_kinds", "times"
 ITEM_IDS, USER_IDS, COUNTS = "item_ids", "user_ids", "item_counts"
+SUM = "sha256"
 
 
 def read_export(path: Path, device: str | torch.device | None = None) -> TrainedModel:
@@ -43,7 +45,10 @@ def read_export(path: Path, device: str | torch.device | None = None) -> Trained
                 raise UserError(
                     f"{path}: format {metadata.get('format')!r}, expected {FORMAT!r} of `mme export --what weights`"
                 )
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            # Copies: the library's tensors are views of the mapped file, and end the process if it is cut off later.
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+        if with_sum(tensors, metadata)[SUM] != metadata.get(SUM):
+            raise UserError(f"{path}: damaged export (its SHA-256 is not the one that it says)")
         config = parse_saved_config(metadata[CONFIG], f"{path}: configuration")
         kinds = json.loads(metadata.get(FEATURE_KINDS, "{}"))
         vocabularies = {
@@ -68,6 +73,16 @@ def read_export(path: Path, device: str | torch.device | None = None) -> Trained
     if flawed:
         raise UserError(f"{path}: tensor {flawed} is not finite")
     return TrainedModel(config, knowledge, weights, name, device)
+
+
+def with_sum(tensors: dict[str, Tensor], metadata: dict[str, str]) -> dict[str, str]:
+    """``metadata`` with the SHA-256 of itself and of the contiguous ``tensors``: their names, dtypes, shapes and bytes."""
+    content = {name: value for name, value in metadata.items() if name != SUM}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode())
+    for name in sorted(tensors):
+        digest.update(json.dumps([name, str(tensors[name].dtype), list(tensors[name].shape)]).encode())
+        digest.update(tensors[name].numpy().data)
+    return content | {SUM: digest.hexdigest()}
 
 
 def ids_to_tensor(ids: pa.Array) -> Tensor:

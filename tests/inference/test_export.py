@@ -9,11 +9,12 @@ import faiss
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.torch import load, load_file, save_file
 
 import mme
 from mme.cli import main
 from mme.errors import UserError
+from mme.inference.exported import with_sum
 from tests.trained import Trained, train_small
 
 
@@ -77,7 +78,7 @@ def test_a_damaged_export_is_refused_in_one_line(trained: Trained, tmp_path: Pat
     path = tmp_path / "model.safetensors"
     assert export(trained, "weights", path) == 0
     whole = path.read_bytes()
-    tensors = load_file(path)
+    tensors = load(whole)
 
     def refused(data: bytes) -> str:
         path.write_bytes(data)
@@ -98,14 +99,17 @@ def test_a_damaged_export_is_refused_in_one_line(trained: Trained, tmp_path: Pat
     path.write_bytes(whole)
     with safe_open(path, framework="np") as file:
         metadata = file.metadata()
-    tensors["tables/item_0"][3, 1] = np.nan
+    tensors["tables/item_0"][3, 1] += 1
     save_file(tensors, other, metadata)
+    assert "damaged export (its SHA-256 is not the one that it says)" in refused(other.read_bytes())
+    tensors["tables/item_0"][3, 1] = np.nan
+    save_file(tensors, other, with_sum(tensors, metadata))
     assert "tables/item_0 is not finite" in refused(other.read_bytes())
     del tensors["tables/item_0"]
-    save_file(tensors, other, metadata)
+    save_file(tensors, other, with_sum(tensors, metadata))
     assert "tables/item_0: expected shape" in refused(other.read_bytes())
     tensors["item_ids"] = tensors["item_ids"][:40]
-    save_file(tensors, other, metadata)
+    save_file(tensors, other, with_sum(tensors, metadata))
     assert "damaged export" in refused(other.read_bytes())
 
 
