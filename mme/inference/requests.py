@@ -83,7 +83,7 @@ def as_table(histories: Any) -> pa.Table:
             raise UserError(
                 f"{SOURCE}: {type(histories).__name__}, expected a pyarrow Table, a pandas or polars frame, or a list of dicts"
             )
-    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError) as error:
+    except (pa.ArrowInvalid, pa.ArrowTypeError, pa.ArrowNotImplementedError, OverflowError, UnicodeError) as error:
         raise UserError(f"{SOURCE}: {first_line(error)}") from error
     for place, field in enumerate(table.schema):
         if pa.types.is_list(field.type) and pa.types.is_null(field.type.value_type):  # empty lists have no type

@@ -14,19 +14,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fastapi import FastAPI, HTTPException, Request, Response
 from fastapi.exception_handlers import http_exception_handler
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from starlette.exceptions import HTTPException as StarletteHTTPException
 
 from mme import __version__
-from mme.errors import UserError
+from mme.errors import UserError, one_line
 from mme.inference.requests import RecommendationRequest, as_table
 from mme.serve.batching import Batcher, QueueFull
 from mme.serve.holder import ModelHolder
@@ -35,6 +36,7 @@ ItemId = int | str
 MAX_EVENTS = 100_000  # per history
 MAX_HISTORIES = 1_024  # per request
 MAX_K = 1_000
+MAX_ERRORS = 10  # named in one answer
 MAX_LISTED = 1_000_000  # candidates or blocked items per request
 
 
@@ -134,9 +136,13 @@ def create_app(holder: ModelHolder, settings: ServeSettings) -> FastAPI:
     async def undecodable(request: Request, error: StarletteHTTPException) -> Response:
         """Turns FastAPI's 400 for a body that is not UTF-8 into the 422 of a body that is not JSON."""
         if error.status_code == 400:
-            detail = [{"loc": ["body"], "msg": str(error.detail), "type": "json_invalid"}]
-            return JSONResponse({"detail": detail}, status_code=422)
+            return _unprocessable([{"loc": ["body"], "msg": error.detail, "type": "json_invalid"}])
         return await http_exception_handler(request, error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        """FastAPI's own answer repeats the values that were sent, of which NaN and unpaired surrogates are not JSON."""
+        return _unprocessable(error.errors()[:MAX_ERRORS])
 
     @app.middleware("http")
     async def measure(request: Request, call_next: Callable[[Request], Awaitable[Response]]) -> Response:
@@ -148,8 +154,8 @@ def create_app(holder: ModelHolder, settings: ServeSettings) -> FastAPI:
             measures.latency.observe(time.perf_counter() - start)
         return response
 
-    @app.post("/recommend")
-    async def recommend(body: RecommendBody) -> RecommendAnswer:
+    @app.post("/recommend", response_model=RecommendAnswer)
+    async def recommend(body: RecommendBody) -> Any:
         try:
             histories = as_table([history.model_dump(exclude_none=True) for history in body.histories])
             request = RecommendationRequest(
@@ -159,9 +165,7 @@ def create_app(holder: ModelHolder, settings: ServeSettings) -> FastAPI:
         except QueueFull as error:
             raise HTTPException(503, "too many requests are waiting", headers={"Retry-After": "1"}) from error
         except UserError as error:
-            raise HTTPException(
-                422, [{"loc": ["body", "histories"], "msg": str(error), "type": "value_error"}]
-            ) from error
+            return _unprocessable([{"loc": ["body", "histories"], "msg": str(error), "type": "value_error"}])
         results = [
             Recommendation(user_id=history.user_id, item_ids=items, scores=scores, fallback=fallback)
             for history, items, scores, fallback in zip(
@@ -210,10 +214,23 @@ async def _reload(holder: ModelHolder, every_s: float, measures: _Measures) -> N
             measures.reloads.labels(outcome).inc()
 
 
+def _unprocessable(errors: Iterable[dict[str, Any]]) -> Response:
+    """422 with place, message and type of each error, in characters that any client can show."""
+    detail = [
+        {
+            "loc": [one_line(part) if isinstance(part, str) else part for part in error["loc"]],
+            "msg": one_line(str(error["msg"])),
+            "type": error["type"],
+        }
+        for error in errors
+    ]
+    return JSONResponse({"detail": detail}, status_code=422)
+
+
 async def _too_large(request: Request, limit: int) -> Response | None:
     """The error for a body that is over the limit or has no declared length; None if the body is acceptable."""
     declared = request.headers.get("content-length")
-    if declared is not None and declared.isdigit():
+    if declared is not None and declared.isascii() and declared.isdigit():
         size = int(declared)
     elif request.method == "POST":
         return JSONResponse({"detail": "Content-Length is required"}, status_code=411)

@@ -16,9 +16,12 @@ from typing import Any
 import httpx
 import pytest
 from fastapi.testclient import TestClient
+from safetensors import safe_open
+from safetensors.torch import load, save_file
 
 import mme
 from mme.cli import main
+from mme.inference.exported import NAME, with_sum
 from mme.inference.model import TrainedModel
 from mme.inference.run import version_of
 from mme.serve.app import ServeSettings, create_app
@@ -109,6 +112,28 @@ def test_malformed_requests_are_rejected(trained: Trained) -> None:
         assert client.get("/../../etc/passwd").status_code == 404
 
 
+@pytest.mark.parametrize(
+    ("body", "place"),
+    [
+        ('{"histories": [{"item_ids": [NaN], "timestamps": [1]}]}', ["body", "histories", 0, "item_ids", 0]),
+        ('{"histories": [], "\\ud800": 1}', ["body", "\\ud800"]),
+        ('{"histories": [{"user_id": "\\ud800", "item_ids": [1000], "timestamps": [1]}]}', ["body", "histories"]),
+        ("[" * 100_000, ["body"]),
+    ],
+)
+def test_values_that_are_no_json_or_text_get_422(client: TestClient, body: str, place: list[Any]) -> None:
+    answer = client.post("/recommend", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 422
+    assert any(each["loc"][: len(place)] == place for each in answer.json()["detail"])
+
+
+def test_an_answer_names_a_few_errors_and_repeats_no_values(client: TestClient) -> None:
+    wrong = {"item_ids": [[7]] * 1000, "timestamps": [1] * 1000}
+    answer = client.post("/recommend", json={"histories": [wrong]})
+    assert answer.status_code == 422 and len(answer.json()["detail"]) == 10
+    assert {name for each in answer.json()["detail"] for name in each} == {"loc", "msg", "type"}
+
+
 def test_a_full_queue_gets_503(trained: Trained) -> None:
     with client_of(trained.run, max_waiting=2) as client:
         full = client.post("/recommend", json={"histories": [HISTORY] * 3})
@@ -138,8 +163,11 @@ def test_a_newer_export_is_loaded_and_a_damaged_one_is_not(trained: Trained, tmp
     holder = ModelHolder(path, version_of, lambda found: mme.load(found, device="cpu"))
     before = holder.name
     assert holder.reload() is None
-    renamed = path.read_bytes().replace(b"@step_", b"@STEP_")
-    (tmp_path / "newer").write_bytes(renamed)
+    tensors = load(path.read_bytes())
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() | {NAME: before.replace("@step_", "@STEP_")}
+    save_file(tensors, tmp_path / "newer", with_sum(tensors, metadata))
+    renamed = (tmp_path / "newer").read_bytes()
     (tmp_path / "newer").replace(path)
     assert holder.reload() == "loaded" and holder.name == before.replace("@step_", "@STEP_")
     (tmp_path / "damaged").write_bytes(renamed[:1000])
