@@ -47,6 +47,8 @@ VALUES: list[Any] = [
     "a\0b",
     "${oc.env:HOME}",
     "x" * 5000,
+    "\ud800",
+    "\x1b[2J\u202e",
     [],
     [[]],
     [1, None],

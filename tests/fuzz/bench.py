@@ -1,0 +1,101 @@
+"""Runs cases: each in a folder of its own, beside files of the user's that must stay as they are.
+
+Seeds and the number of cases of each come from the environment: MME_FUZZ_SEEDS ("0", or several such as "0 1 2") and
+MME_FUZZ_CASES (300 of each kind). A failure names its seed and case; the changed files stay in pytest's temporary folder.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mme.errors import UserError, one_line
+
+CASES = [
+    (seed, number)
+    for seed in os.environ.get("MME_FUZZ_SEEDS", "0").split()
+    for number in range(int(os.environ.get("MME_FUZZ_CASES", "300")))
+]
+LONGEST_S = 60
+SKIPPED = "checkpoint skipped: "
+
+
+class Bench:
+    """The cases of one kind.
+
+    Attributes:
+        mine: a file of the user's; no case may change it or add another beside it.
+        succeeded, refused: how many cases there were of each.
+    """
+
+    def __init__(self, folder: Path, capfd: pytest.CaptureFixture[str], kind: str) -> None:
+        self.folder, self.capfd, self.kind = folder, capfd, kind
+        self.mine = folder / "mine" / "canary"
+        self.mine.parent.mkdir()
+        self.mine.write_text("mine")
+        self.succeeded = self.refused = 0
+
+    def cases(self) -> Iterator[tuple[random.Random, Path]]:
+        """The random numbers and the folder of each case."""
+        for seed, number in CASES:
+            case = self.folder / f"{self.kind}-seed{seed}-case{number}"
+            case.mkdir()
+            yield random.Random(f"{self.kind}/{seed}/{number}"), case
+            assert sorted(path.name for path in self.mine.parent.iterdir()) == ["canary"], case
+            assert self.mine.read_text() == "mine", case
+            shutil.rmtree(case)
+        print(f"{self.kind}: {self.succeeded} succeeded, {self.refused} refused")
+        assert len(CASES) < 50 or (self.succeeded and self.refused)  # otherwise the cases would show nothing
+
+    def run(self, main: Callable[[list[str]], int], *arguments: str | Path) -> bool:
+        """Whether a command succeeded; where it did not, it said why in one line and left no traceback."""
+        self.capfd.readouterr()
+        with in_time():
+            status = main([str(argument) for argument in arguments])
+        self.out, error = self.capfd.readouterr()
+        assert status in (0, 1, 2), (status, arguments)
+        assert "Traceback" not in error and "traceback in" not in error, error
+        lines = [line for line in error.split("\n")[:-1] if not line.startswith(SKIPPED)]
+        assert status == 0 or (len(lines) == 1 and lines[0].startswith("error: ")), error
+        assert all(line.isprintable() for text in (self.out, error) for line in text.split("\n")), (self.out, error)
+        return self._count(status == 0)
+
+    def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function returns, or None where it refuses its arguments in one line."""
+        try:
+            with in_time():
+                found = function(*arguments)
+        except UserError as error:
+            assert str(error).strip() and "\n" not in one_line(str(error)), error
+            self._count(False)
+            return None
+        self._count(True)
+        return found
+
+    def _count(self, has_succeeded: bool) -> bool:
+        self.succeeded += has_succeeded
+        self.refused += not has_succeeded
+        return has_succeeded
+
+
+@contextmanager
+def in_time() -> Iterator[None]:
+    """Ends what hangs."""
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(LONGEST_S)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+
+
+def _too_long(*_: object) -> None:
+    raise AssertionError(f"not ended after {LONGEST_S} s")

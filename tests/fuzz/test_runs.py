@@ -1,0 +1,146 @@
+"""Runs, checkpoints and exports changed at random: the model or its report as it was, or one line."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+import mme
+import mme.cli
+from mme.config import load_run_config
+from mme.data.dataset import PreparedDataset
+from mme.distributed.checkpoint import load_weights
+from mme.distributed.recommender import Recommender
+from mme.distributed.state import weight_pieces
+from mme.distributed.world import World
+from mme.errors import UserError, one_line
+from mme.run.attempts import go_back, record_failure
+from tests.distributed.processes import run_on
+from tests.fuzz.bench import CASES, SKIPPED, Bench, in_time
+from tests.fuzz.mutations import change_file
+
+HISTORY = [{"item_ids": [3, 17, 4], "timestamps": [1_600_000_000, 1_600_000_600, 1_600_086_400]}]
+CHECKPOINT_FILES = ["index.json", "index.json", "rank_00000.safetensors"]
+
+pytestmark = pytest.mark.slow
+
+
+def load_changed(world: World, trained: Path, cases: Path, mine: Path) -> tuple[int, int]:
+    """How many changed checkpoints were loaded and refused. What is loaded must be one of the two, bit for bit."""
+    config = load_run_config(trained / "run")
+    dataset = PreparedDataset.open(config.data.path)
+    recommender = Recommender(config, dataset.num_items, world)
+    numbering = dataset.numbering_sha256([])
+
+    def load(run: Path, step: int | None) -> tuple[int, dict[str, torch.Tensor]]:
+        step = load_weights(run, step, recommender, numbering, notes.append)
+        return step, {piece.name: piece.read().clone() for piece in weight_pieces(recommender)}
+
+    notes: list[str] = []
+    sound = dict(load(trained / "run", step) for step in (2, 4))
+    loaded = 0
+    for seed, number in CASES:
+        rng, run = random.Random(f"checkpoint/{seed}/{number}"), cases / f"seed{seed}-case{number}"
+        shutil.copytree(trained / "run" / "checkpoints", run / "checkpoints")
+        for changed in rng.choice([["step_2"], ["step_4"], ["step_2", "step_4"]]):
+            change_file(rng, run / "checkpoints" / changed / rng.choice(CHECKPOINT_FILES), mine)
+        try:
+            with in_time():
+                step, weights = load(run, None)
+            assert all(torch.equal(weights[name], sound[step][name]) for name in weights), run
+            loaded += 1
+        except UserError as error:
+            assert str(error), run
+        shutil.rmtree(run)
+    assert all(note.startswith(SKIPPED) and "\n" not in one_line(note) for note in notes)
+    return loaded, len(CASES) - loaded
+
+
+def test_checkpoint(tmp_path: Path, trained: Path) -> None:
+    mine = tmp_path / "mine" / "canary"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    ((loaded, refused),) = run_on(1, load_changed, trained, tmp_path / "cases", mine)
+    print(f"test_checkpoint: {loaded} succeeded, {refused} refused")
+    assert len(CASES) < 50 or (loaded and refused)
+    assert mine.read_text() == "mine" and len(list(mine.parent.iterdir())) == 1
+
+
+def recommended(path: Path) -> tuple[str, pa.Table]:
+    """The step of the model at ``path``, and its list."""
+    model = mme.load(path, device="cpu")
+    return model.name.rpartition("@")[2], model.recommend(HISTORY, k=7)
+
+
+def test_model_of_a_run(bench: Bench, trained: Path) -> None:
+    """As `mme serve`, `mme export` and `mme.load` read a run and its data set."""
+    sound = {
+        step: mme.load(trained / "run", "cpu", int(step[5:])).recommend(HISTORY, k=7) for step in ("step_2", "step_4")
+    }
+    config = (trained / "run" / "config.yaml").read_text()
+    for rng, case in bench.cases():
+        run, data = case / "run", case / "data"
+        shutil.copytree(trained / "run" / "checkpoints", run / "checkpoints")
+        shutil.copytree(trained / "data", data, ignore=shutil.ignore_patterns(".cache"))
+        (run / "config.yaml").write_text(config.replace(str(trained / "data"), str(data)))
+        places = [data / "dataset.json", data / "items.parquet", run / "config.yaml"]
+        places += [run / "checkpoints" / step / rng.choice(CHECKPOINT_FILES) for step in sound]
+        changed = rng.choice(places)
+        change_file(rng, changed, bench.mine)
+        found = bench.call(recommended, run)
+        # Another configuration may be another model.
+        assert found is None or changed.name == "config.yaml" or found[1].equals(sound[found[0]]), case
+
+
+def test_export(bench: Bench, trained: Path) -> None:
+    original = bench.folder / "model.safetensors"
+    command = ["export", "--run", str(trained / "run"), "--what", "weights", "--output", str(original)]
+    assert mme.cli.main(command) == 0
+    _, expected = recommended(original)
+    for rng, case in bench.cases():
+        shutil.copy(original, case / "model.safetensors")
+        change_file(rng, case / "model.safetensors", bench.mine)
+        found = bench.call(recommended, case / "model.safetensors")
+        assert found is None or found[1].equals(expected), case
+
+
+def test_report(bench: Bench, trained: Path) -> None:
+    """The other files of a run that the report reads or replaces."""
+    for rng, case in bench.cases():
+        shutil.copytree(trained / "run", case / "run", ignore=shutil.ignore_patterns("checkpoints"))
+        name = rng.choice(["metrics.jsonl", "metrics.jsonl", "config.yaml", "log.txt", "report.html"])
+        change_file(rng, case / "run" / name, bench.mine)
+        if bench.run(mme.cli.main, "report", "--run", case / "run"):
+            assert (case / "run" / "report.html").read_text().lower().startswith("<!doctype html>")
+
+
+def test_compared_ranks(bench: Bench, trained: Path) -> None:
+    first = trained / "run"
+    for rng, case in bench.cases():
+        second = case / "run"
+        shutil.copytree(first, second, ignore=shutil.ignore_patterns("checkpoints", "tensorboard"))
+        change_file(rng, second / "test_ranks.parquet", bench.mine)
+        if bench.run(mme.cli.main, "compare", first, second, "--format", "csv"):
+            values = [line.split(",")[4] for line in bench.out.splitlines()[1:]]
+            assert np.isfinite([float(value) for value in values]).all(), case
+
+
+def test_attempts(bench: Bench, trained: Path) -> None:
+    for rng, case in bench.cases():
+        run = case / "run"
+        shutil.copytree(trained / "run" / "checkpoints", run / "checkpoints")
+        for _ in range(2):
+            record_failure(run, "job", resumed_from=4, failed_at=5)
+        change_file(rng, run / "attempts.json", bench.mine)
+        line = go_back(run, "job")
+        left = sorted(path.name for path in (run / "checkpoints").iterdir())
+        assert left == (["step_2", "step_4.set_aside"] if line else ["step_2", "step_4"]), case
+        bench.succeeded += line is not None
+        bench.refused += line is None
+        record_failure(run, "job", resumed_from=2, failed_at=3)  # the file is replaced, whatever it was
