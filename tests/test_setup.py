@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -145,6 +146,16 @@ def test_requirements_of_pinned_packages_are_pinned() -> None:
         for each in required:
             if each.marker is None or each.marker.evaluate({"extra": ""}):
                 assert canonicalize_name(each.name) in pinned, f"{name} requires {each}"
+
+
+def test_a_pinned_package_runs_on_every_patch_level_that_setup_accepts() -> None:
+    first = f"{sys.version_info.major}.{sys.version_info.minor}.0"
+    for name in {pin.split("==")[0] for file in (REPOSITORY / "requirements").glob("*.txt") for pin in pins_of(file)}:
+        try:
+            needed = distribution(name).metadata["Requires-Python"] or ""
+        except PackageNotFoundError:
+            continue
+        assert SpecifierSet(needed).contains(first), f"{name} needs Python {needed}"
 
 
 def test_every_install_requires_hashes_except_torch_from_another_index() -> None:
