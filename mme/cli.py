@@ -385,7 +385,9 @@ def _print_results(run: Path) -> None:
         if table is not None:
             console.print(table)
         if warning := below_popularity(result):
-            console.print(one_line(f"warning: {warning}"), style="yellow", markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                one_line(f"warning: {warning}"), style="yellow", markup=False, highlight=False, soft_wrap=True
+            )
 
         from mme.report.page import write_report
 

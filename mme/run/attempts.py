@@ -15,7 +15,7 @@ from pydantic import Field
 
 from mme.distributed import checkpoint
 from mme.errors import FinalError
-from mme.files import read_text, write_text
+from mme.files import read_text, remove, write_text
 from mme.records import parse_record
 
 Count = Annotated[int, Field(ge=0)]
@@ -54,7 +54,7 @@ def record_failure(run: Path, job: str, resumed_from: int, failed_at: int) -> No
 
 def forget(run: Path) -> None:
     """Drops the count: the job has got past the step, or starts over."""
-    (run / FILE).unlink(missing_ok=True)
+    remove(run / FILE)
 
 
 def go_back(run: Path, job: str) -> str | FinalError | None:

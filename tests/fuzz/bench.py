@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from mme.errors import UserError, one_line
+from mme.errors import NonFiniteError, UserError, one_line
 
 CASES = [
     (seed, number)
@@ -73,7 +73,7 @@ class Bench:
         try:
             with in_time():
                 found = function(*arguments)
-        except UserError as error:
+        except (UserError, NonFiniteError) as error:
             assert str(error).strip() and "\n" not in one_line(str(error)), error
             self._count(False)
             return None
