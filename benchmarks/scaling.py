@@ -31,7 +31,7 @@ from rich.table import Table
 from benchmarks.json_file import write_json
 from launcher.devices import DEVICES, Device
 from launcher.job import items_of
-from launcher.plan import Layout, assumptions, choice, layouts
+from launcher.plan import ParallelLayout, assumptions, choice, layouts
 from launcher.shape import Shape
 from mme.config import Config, load_config
 from mme.run.exit_status import job_status
@@ -165,7 +165,7 @@ def _efficiency(runs: list[dict[str, Any]], belongs: Any) -> list[dict[str, Any]
 
 def _predicted(config: Config, items: int, device: Device, work: str) -> dict[str, Any]:
     """The plan's prediction from 8 to 1,024 GPUs, but for numbers that no layout fits or that the work cannot be dealt to."""
-    planned: list[Layout] = []
+    planned: list[ParallelLayout] = []
     for gpus in GPUS:
         dealt = _with_batch(config, gpus, work)
         if dealt is None:

@@ -18,7 +18,7 @@ from launcher.findings import in_words
 from launcher.job import Job, items_of
 from launcher.memory import Memory, memory_of
 from launcher.shape import Shape
-from launcher.step_time import Part, time_parts, total_s
+from launcher.step_time import PartTime, time_parts, total_s
 from mme.errors import UserError
 
 SHARDINGS = ("row_wise", "column_wise", "table_wise", "data_parallel")
@@ -28,12 +28,12 @@ MOST_NODES = 1024
 
 
 @dataclass(frozen=True)
-class Layout:
+class ParallelLayout:
     """A table sharding and an expert-parallel size, with their predicted memory and time."""
 
     shape: Shape
     memory: Memory
-    time: dict[str, Part]
+    time: dict[str, PartTime]
 
     @property
     def step_s(self) -> float:
@@ -88,11 +88,11 @@ def show_plan(job: Job, gpu: str, items: int | None, *, choose: bool = True) -> 
         console.print(f"to train with this layout: {best.overrides}", highlight=False, soft_wrap=True)
 
 
-def predict(shape: Shape, device: Device) -> Layout:
-    return Layout(shape, memory_of(shape, device), time_parts(shape, device))
+def predict(shape: Shape, device: Device) -> ParallelLayout:
+    return ParallelLayout(shape, memory_of(shape, device), time_parts(shape, device))
 
 
-def layouts(shape: Shape, device: Device) -> list[Layout]:
+def layouts(shape: Shape, device: Device) -> list[ParallelLayout]:
     """All possible layouts of ``shape``, fastest first."""
     experts = shape.config.model.moe.num_experts
     most = math.gcd(experts, shape.ranks) if experts else 1
@@ -106,7 +106,7 @@ def layouts(shape: Shape, device: Device) -> list[Layout]:
     return sorted(found, key=lambda layout: (layout.step_s, layout.memory.total))
 
 
-def choice(found: list[Layout], configured: Shape | None, device: Device) -> Layout:
+def choice(found: list[ParallelLayout], configured: Shape | None, device: Device) -> ParallelLayout:
     """The fastest layout that fits, or the configured one if it is hardly slower. If none fits, the smallest."""
     fitting = [layout for layout in found if layout.memory.total <= device.memory]
     if not fitting:
@@ -163,7 +163,7 @@ def assumptions(shape: Shape, device: Device) -> list[str]:
     return [*lines, "docs/multi-node.md describes both models in full"]
 
 
-def _refusal(layout: Layout, device: Device) -> str:
+def _refusal(layout: ParallelLayout, device: Device) -> str:
     """Says by how much the layout does not fit, which part is largest, and what would fit."""
     shape, memory = layout.shape, layout.memory
     largest = max(memory.parts, key=memory.parts.__getitem__)
@@ -212,7 +212,7 @@ def _laid_out(shape: Shape, sharding: str, expert_parallel_size: int) -> Shape:
     return replace(shape, config=replace(shape.config, parallel=parallel))
 
 
-def _choices(found: list[Layout], best: Layout, configured: Shape | None, device: Device) -> Table:
+def _choices(found: list[ParallelLayout], best: ParallelLayout, configured: Shape | None, device: Device) -> Table:
     table = Table(title=f"Layouts, the {min(SHOWN, len(found))} fastest of {len(found)}", title_justify="left")
     for column in ("item tables", "ranks that share experts", "memory", "step", ""):
         table.add_column(column, justify="left" if column in ("item tables", "") else "right", overflow="fold")

@@ -14,7 +14,7 @@ from mme import flops
 from mme.config import Config
 from mme.errors import UserError
 
-TIME_BUCKETS = 129  # as in `kernels.relative_attention.reference`, which imports torch
+NUM_TIME_BUCKETS = 129  # as in `kernels.relative_attention.reference`, which imports torch
 LEAST_COLUMNS = 128  # column-wise sharding makes no narrower parts (TorchRec's MIN_CW_DIM)
 
 
@@ -154,7 +154,7 @@ class Shape:
     def dense_parameters(self) -> int:
         """Weights that every rank holds: everything except tables and experts."""
         model, d = self.config.model, self.config.model.view_dim
-        block = flops.projections(model) + d + TIME_BUCKETS + 2 * self.config.data.max_seq_len - 1
+        block = flops.projections(model) + d + NUM_TIME_BUCKETS + 2 * self.config.data.max_seq_len - 1
         ffn = (model.num_blocks - self.expert_blocks) * flops.expert_row(model)
         router = self.expert_blocks * d * model.moe.num_experts * model.router_views**2
         positions = (model.num_tables if model.positions == "per_view" else 1) * self.config.data.max_seq_len * d

@@ -21,14 +21,14 @@ Bound = Literal["arithmetic", "memory", "bandwidth", "latency", "host"]
 
 
 @dataclass(frozen=True)
-class Part:
+class PartTime:
     """Seconds of a part of the step, and what bounds them."""
 
     seconds: float
     bound: Bound
 
 
-def time_parts(shape: Shape, device: Device) -> dict[str, Part]:
+def time_parts(shape: Shape, device: Device) -> dict[str, PartTime]:
     """The time of the slowest rank in a step on ``device``, by part. Parts that take no time are left out."""
     config, model = shape.config, shape.config.model
     work, links = _Work(shape, device), _Links(shape, device)
@@ -65,12 +65,12 @@ def time_parts(shape: Shape, device: Device) -> dict[str, Part]:
         "optimizer of the decoder": work.of(
             0, 8 * FLOAT * (shape.dense_parameters / shape.ranks + shape.expert_parameters / shape.expert_copies)
         ),
-        "host": Part(device.host_step_s + device.host_block_s * blocks, "host"),
+        "host": PartTime(device.host_step_s + device.host_block_s * blocks, "host"),
     }
     return {name: part for name, part in parts.items() if part.seconds}
 
 
-def total_s(parts: dict[str, Part]) -> float:
+def total_s(parts: dict[str, PartTime]) -> float:
     return sum(part.seconds for part in parts.values())
 
 
@@ -82,7 +82,7 @@ def _table_traffic(shape: Shape, row_bytes: float) -> float:
     return row_bytes * (2 + 2 * (1 + states))
 
 
-def _table_exchange(shape: Shape, links: _Links, row_bytes: float) -> Part:
+def _table_exchange(shape: Shape, links: _Links, row_bytes: float) -> PartTime:
     """Sharded tables exchange lengths, ids, rows and gradients; replicated ones all-reduce the gradient of every row."""
     if not shape.is_sharded:
         return links.reduce(shape.table_elements * FLOAT, shape.ranks)
@@ -92,7 +92,7 @@ def _table_exchange(shape: Shape, links: _Links, row_bytes: float) -> Part:
     return links.exchange(exchanges, shape.ranks)
 
 
-def _expert_exchange(shape: Shape, links: _Links, again: bool) -> Part:
+def _expert_exchange(shape: Shape, links: _Links, again: bool) -> PartTime:
     """Exchanges counts, rows to the experts and back, and the gradients of both, in each block with experts."""
     rows = float(shape.rows * shape.top_k * shape.config.model.view_dim * shape.number_bytes)
     of_block = [INT64, rows, rows, rows, rows, *([INT64, rows, rows] if again else [])]
@@ -104,11 +104,11 @@ class _Work:
     shape: Shape
     device: Device
 
-    def of(self, num_flops: float, num_bytes: float) -> Part:
+    def of(self, num_flops: float, num_bytes: float) -> PartTime:
         device = self.device
         peak = device.bfloat16_flops if self.shape.number_bytes == 2 else device.float32_flops
         arithmetic, memory = num_flops / peak, num_bytes / device.memory_bytes_per_s
-        return Part(max(arithmetic, memory) / device.efficiency, "arithmetic" if arithmetic > memory else "memory")
+        return PartTime(max(arithmetic, memory) / device.efficiency, "arithmetic" if arithmetic > memory else "memory")
 
 
 @dataclass(frozen=True)
@@ -116,10 +116,10 @@ class _Links:
     shape: Shape
     device: Device
 
-    def exchange(self, sizes: list[float], ranks: int) -> Part:
+    def exchange(self, sizes: list[float], ranks: int) -> PartTime:
         """Consecutive all-to-alls; ``sizes`` are the bytes that a rank sends in each, evenly to ``ranks``."""
         if ranks == 1:
-            return Part(0.0, "latency")
+            return PartTime(0.0, "latency")
         device, local = self.device, min(ranks, self.shape.ranks_per_node)
         near = (local - 1) / ranks / device.local_bytes_per_s
         far = (ranks - local) / ranks / device.network_bytes_per_s
@@ -127,10 +127,10 @@ class _Links:
         latency = device.network_latency_s if ranks > local else device.local_latency_s
         return _slower(moving, len(sizes) * (latency + (ranks - 1) * device.message_s))
 
-    def reduce(self, num_bytes: float, ranks: int, times: int = 1) -> Part:
+    def reduce(self, num_bytes: float, ranks: int, times: int = 1) -> PartTime:
         """``times`` all-reduces of ``num_bytes`` together: a ring's bandwidth and a tree's latency."""
         if ranks == 1:
-            return Part(0.0, "latency")
+            return PartTime(0.0, "latency")
         device = self.device
         # Ranks that hold the same experts lie a whole expert-parallel group apart, mostly on other nodes.
         away = self.shape.nodes > 1
@@ -140,5 +140,5 @@ class _Links:
         return _slower(moving, times * 2 * math.ceil(math.log2(ranks)) * latency)
 
 
-def _slower(moving: float, waiting: float) -> Part:
-    return Part(moving + waiting, "bandwidth" if moving > waiting else "latency")
+def _slower(moving: float, waiting: float) -> PartTime:
+    return PartTime(moving + waiting, "bandwidth" if moving > waiting else "latency")

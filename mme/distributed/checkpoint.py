@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from mme.distributed.checkpoint_index import (
-    FOLDER,
+    CHECKPOINTS,
     Index,
     PieceEntry,
     Progress,
@@ -102,7 +102,7 @@ def remove_all(run: Path) -> int:
     found = steps(run)
     for step in found:
         remove_checkpoint(folder(run, step))
-    for aside in (run / FOLDER).glob(f"step_*{SET_ASIDE}"):
+    for aside in (run / CHECKPOINTS).glob(f"step_*{SET_ASIDE}"):
         remove(aside)
     return len(found)
 

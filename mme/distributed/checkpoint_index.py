@@ -24,7 +24,7 @@ from mme.records import parse_record
 
 INDEX = "index.json"
 FORMAT = 2
-FOLDER = "checkpoints"  # in a run's folder
+CHECKPOINTS = "checkpoints"  # in a run's folder
 DTYPE = "F32"
 VALUES_AT_ONCE = 1 << 22  # values per check for NaN and infinity
 
@@ -93,7 +93,7 @@ class Index:
 
 
 def folder(run: Path, step: int) -> Path:
-    return run / FOLDER / f"step_{step}"
+    return run / CHECKPOINTS / f"step_{step}"
 
 
 def steps(run: Path) -> list[int]:
@@ -102,7 +102,7 @@ def steps(run: Path) -> list[int]:
     Raises:
         UserError: the path of the checkpoints' folder is something else, such as a link.
     """
-    checkpoints = run / FOLDER
+    checkpoints = run / CHECKPOINTS
     try:
         if not require_folder(checkpoints, run):
             return []
@@ -129,7 +129,7 @@ def from_the_best(run: Path) -> list[int]:
     """
     found = steps(run)
     if not found:
-        raise UserError(f"{run / FOLDER}: no complete checkpoint (expected folders step_N with {INDEX})")
+        raise UserError(f"{run / CHECKPOINTS}: no complete checkpoint (expected folders step_N with {INDEX})")
     return sorted(found, key=lambda step: (_score(run, step), step), reverse=True)
 
 

@@ -25,7 +25,7 @@ from mme.report.insight import insight_section
 from mme.report.results import (
     METRICS,
     SELECTED_BY,
-    Run,
+    RunFiles,
     below_popularity,
     figure,
     ratio,
@@ -76,7 +76,7 @@ def _checked(output: Path) -> Path:
     return output
 
 
-def _run_page(run: Run) -> str:
+def _run_page(run: RunFiles) -> str:
     sections = [
         users_section(run),
         training_section(run),
@@ -99,7 +99,7 @@ def _run_page(run: Run) -> str:
     )
 
 
-def _compared_page(runs: Sequence[Run]) -> str:
+def _compared_page(runs: Sequence[RunFiles]) -> str:
     names = _distinct_names(runs)
     warnings = [
         f"{name}: {text}"
@@ -128,7 +128,7 @@ def _compared_page(runs: Sequence[Run]) -> str:
     )
 
 
-def _distinct_names(runs: Sequence[Run]) -> list[str]:
+def _distinct_names(runs: Sequence[RunFiles]) -> list[str]:
     """The folders' names, or their paths if two have the same name."""
     names = [run.name for run in runs]
     return names if len(set(names)) == len(names) else [str(run.folder) for run in runs]
@@ -174,7 +174,7 @@ def _source_hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _shape(run: Run) -> str:
+def _shape(run: RunFiles) -> str:
     model = run.config.model
     experts = f"{model.moe.num_experts} experts (top {model.moe.top_k})" if model.moe.num_experts else "dense FFN"
     names = {"hstu": "HSTU", "sasrec": "SASRec"}
@@ -182,7 +182,7 @@ def _shape(run: Run) -> str:
     return f"M = {model.num_tables} tables, D = {model.embedding_dim}, {model.num_blocks} {kind}"
 
 
-def _place(run: Run) -> str:
+def _place(run: RunFiles) -> str:
     info = _run_info(run)
     processes = info.get("world_size", 1)
     facts = [
@@ -193,12 +193,12 @@ def _place(run: Run) -> str:
     return " · ".join(fact for fact in facts if fact)
 
 
-def _run_info(run: Run) -> dict[str, Any]:
+def _run_info(run: RunFiles) -> dict[str, Any]:
     """The newest record of the kind "run", of which a resumed run has several."""
     return next(iter(reversed(run.of_kind("run"))), {})
 
 
-def _tiles(run: Run) -> list[tuple[str, str]]:
+def _tiles(run: RunFiles) -> list[tuple[str, str]]:
     tiles = [
         (f"{run.split} {metric.upper()}", f"{run.result[metric]:.4f}")
         for metric in ("ndcg@10", "hr@10")
@@ -223,7 +223,7 @@ def _training_s(train: Sequence[dict[str, Any]]) -> float:
     return sum((r["step"] - b) * (r.get("step_ms") or 0.0) for r, b in zip(train, before, strict=False)) / 1000
 
 
-def _warnings(run: Run) -> list[str]:
+def _warnings(run: RunFiles) -> list[str]:
     experts: dict[str, Any] = next(iter(reversed(run.of_kind("experts"))), {})
     found = [below_popularity(run), repeats(run), *expert_warnings(experts, run.config.model.moe.top_k)]
     lost = [record["step"] for record in run.of_kind("train") if "loss" in record and record["loss"] is None]
@@ -234,7 +234,7 @@ def _warnings(run: Run) -> list[str]:
     return [text for text in found if text]
 
 
-def _results(run: Run) -> Section | None:
+def _results(run: RunFiles) -> Section | None:
     if not run.results:
         return None
     rows = result_rows(run)
@@ -243,7 +243,7 @@ def _results(run: Run) -> Section | None:
     return Section("Results", notes=_result_notes(run), tables=[table])
 
 
-def _result_notes(run: Run) -> list[str]:
+def _result_notes(run: RunFiles) -> list[str]:
     record = next(iter(run.results.values()))
     facts = [f"Metrics of the checkpoint of step {run.step:,} on the {run.split} split"]
     if record.get("users") is not None:
@@ -260,7 +260,7 @@ def _result_notes(run: Run) -> list[str]:
     return [" ".join(notes)]
 
 
-def _compared_notes(runs: Sequence[Run]) -> list[str]:
+def _compared_notes(runs: Sequence[RunFiles]) -> list[str]:
     has_errors = any(run.result.get("standard_errors") for run in runs)
     test = "`mme compare` tests the differences user by user."
     return [f"{INTERVAL_NOTE} {test}" if has_errors else test]
@@ -276,7 +276,7 @@ def _seen_rule(record: dict[str, Any]) -> str:
     )
 
 
-def _parameters(run: Run) -> Section | None:
+def _parameters(run: RunFiles) -> Section | None:
     parameters = _run_info(run).get("parameters")
     if not parameters:
         return None
@@ -285,7 +285,7 @@ def _parameters(run: Run) -> Section | None:
     return Section("Parameters", tables=[Rows([*rows, ("total", [f"{total:,}", ""])])])
 
 
-def _setup(run: Run) -> list[Rows]:
+def _setup(run: RunFiles) -> list[Rows]:
     data = {key: value for key, value in run.dataset.items() if isinstance(value, (str, int)) and key != "format"}
     data_rows = [("path", [run.config.data.path])]
     data_rows += [(key, [f"{value:,}" if isinstance(value, int) else value]) for key, value in data.items()]
@@ -293,7 +293,7 @@ def _setup(run: Run) -> list[Rows]:
     return [Rows(rows, title=title) for title, rows in (("Data set", data_rows), ("Versions", versions)) if rows]
 
 
-def _command(run: Run) -> str:
+def _command(run: RunFiles) -> str:
     """The command that trains the same model again in another folder."""
     words = ["mme", "train", "--config", str(run.folder / CONFIG_FILE), f"output_dir={run.folder}-again"]
     processes = _run_info(run).get("world_size", 1)

@@ -20,7 +20,7 @@ Z_95 = 1.96  # standard errors in half a 95% confidence interval of a normal dis
 
 
 @dataclass(frozen=True)
-class Run:
+class RunFiles:
     """The content of a run's folder.
 
     Attributes:
@@ -70,7 +70,7 @@ class Run:
         return [record for record in self.records if record["kind"] == kind]
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> RunFiles:
     """Reads a run's folder.
 
     Raises:
@@ -85,10 +85,10 @@ def read_run(folder: Path) -> Run:
     dataset = _dataset_info(Path(config.data.path))
     results = _results(records)
     oracle = _oracle(dataset, next(iter(results.values()), {}))
-    return Run(folder, config, read_text(folder / CONFIG_FILE, folder), records, dataset, results, oracle)
+    return RunFiles(folder, config, read_text(folder / CONFIG_FILE, folder), records, dataset, results, oracle)
 
 
-def result_rows(run: Run, *, intervals: bool = True) -> list[tuple[str, list[str]]]:
+def result_rows(run: RunFiles, *, intervals: bool = True) -> list[tuple[str, list[str]]]:
     """Rows (name, one text per metric) for each model, the model's lift over popularity, and the oracle.
 
     Args:
@@ -105,7 +105,7 @@ def result_rows(run: Run, *, intervals: bool = True) -> list[tuple[str, list[str
     return rows
 
 
-def results_table(run: Run) -> Table | None:
+def results_table(run: RunFiles) -> Table | None:
     """The table of `result_rows` for a terminal, without intervals so that it fits 80 columns; None without results."""
     if not run.results:
         return None
@@ -119,7 +119,7 @@ def results_table(run: Run) -> Table | None:
     return table
 
 
-def below_popularity(run: Run) -> str | None:
+def below_popularity(run: RunFiles) -> str | None:
     """A warning about a model that is worse than the baseline; None otherwise."""
     reached, baseline = run.result.get(SELECTED_BY), run.baseline.get(SELECTED_BY)
     if reached is None or baseline is None or reached >= baseline:
@@ -130,7 +130,7 @@ def below_popularity(run: Run) -> str | None:
     )
 
 
-def repeats(run: Run) -> str | None:
+def repeats(run: RunFiles) -> str | None:
     """See `mme.evaluation.record.repeats_warning`."""
     return repeats_warning(next(iter(run.results.values()), {}))
 

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from mme.report.charts import Chart, Line, line_chart, smoothed
-from mme.report.results import POPULARITY, Z_95, Run
+from mme.report.results import POPULARITY, Z_95, RunFiles
 from mme.report.sections import Section, points, section
 
 CURVES = {"ndcg@10": "Validation NDCG@10", "hr@10": "Validation HR@10"}
 
 
-def training_section(run: Run) -> Section | None:
+def training_section(run: RunFiles) -> Section | None:
     """Loss, validation metrics with the chosen checkpoint, throughput and waiting time of one run."""
     train = run.of_kind("train")
     loss = points(train, "loss")
@@ -34,7 +34,7 @@ def training_section(run: Run) -> Section | None:
     return section("Training", charts, notes=notes)
 
 
-def compared_training_section(runs: Sequence[Run], names: Sequence[str]) -> Section | None:
+def compared_training_section(runs: Sequence[RunFiles], names: Sequence[str]) -> Section | None:
     """The same curves with one line per run."""
     loss, rate = [], []
     by_metric: dict[str, list[Line]] = {metric: [] for metric in CURVES}
@@ -63,7 +63,7 @@ def metric_line(name: str, records: Sequence[dict[str, Any]], metric: str, colou
     return Line(name, points(kept, metric), marked=True, colour=colour, errors=band)
 
 
-def _chosen_step(run: Run) -> int | None:
+def _chosen_step(run: RunFiles) -> int | None:
     """The step of the tested checkpoint if validation chose it; None otherwise."""
     valid = any(record.get("split") == "valid" for record in run.of_kind("eval"))
     return run.step if valid and run.split == "test" else None

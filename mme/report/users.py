@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mme.report.charts import Chart, Line, bar_chart
-from mme.report.results import SELECTED_BY, Z_95, Run
+from mme.report.results import SELECTED_BY, Z_95, RunFiles
 from mme.report.sections import Rows, Section, section
 
 SEGMENTS = {
@@ -14,7 +14,7 @@ SEGMENTS = {
 }
 
 
-def users_section(run: Run) -> Section | None:
+def users_section(run: RunFiles) -> Section | None:
     """NDCG@10 of the model and of popularity by segment, and example users; None if neither was recorded."""
     charts = [_by_segment(run, kind, title, x_title) for kind, (title, x_title) in SEGMENTS.items()]
     examples = run.result.get("examples") or []
@@ -22,7 +22,7 @@ def users_section(run: Run) -> Section | None:
     return section("Results by user", charts, notes=["Bars with 95% confidence intervals over users."], tables=tables)
 
 
-def _by_segment(run: Run, kind: str, title: str, x_title: str) -> Chart | None:
+def _by_segment(run: RunFiles, kind: str, title: str, x_title: str) -> Chart | None:
     by_model = {
         name: record.get("segments", {}).get(kind, []) for name, record in run.results.items() if record.get("segments")
     }

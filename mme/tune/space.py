@@ -44,7 +44,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Range:
+class Interval:
     """A number from ``low`` to ``high``, inclusive."""
 
     key: str
@@ -77,7 +77,7 @@ def override(key: str, value: Any) -> str:
     return f"{key}={json.dumps(value)}"
 
 
-def read_space(path: Path, config: Path, overrides: list[str]) -> list[Choice | Range]:
+def read_space(path: Path, config: Path, overrides: list[str]) -> list[Choice | Interval]:
     """Reads a search space from a YAML file.
 
     Raises:
@@ -103,7 +103,7 @@ def read_space(path: Path, config: Path, overrides: list[str]) -> list[Choice | 
     return space
 
 
-def _parse(path: Path, key: str, value: Any) -> Choice | Range:
+def _parse(path: Path, key: str, value: Any) -> Choice | Interval:
     if isinstance(value, list) and value:
         return Choice(key, tuple(value))
     if not isinstance(value, dict) or not {"low", "high"} <= value.keys() <= BOUNDS:
@@ -113,7 +113,7 @@ def _parse(path: Path, key: str, value: Any) -> Choice | Range:
     bounds = [value[name] for name in ("low", "high", "step") if value.get(name) is not None]
     if not all(isinstance(bound, (int, float)) and not isinstance(bound, bool) for bound in bounds):
         raise UserError(f"{path}: {key}: low, high and step must be numbers (YAML reads 1e-3 as text: write 1.0e-3)")
-    found = Range(key, value["low"], value["high"], value.get("step"), bool(value.get("log", False)))
+    found = Interval(key, value["low"], value["high"], value.get("step"), bool(value.get("log", False)))
     if found.low > found.high:
         raise UserError(f"{path}: {key}: low ({found.low}) is above high ({found.high})")
     if found.log and (found.low <= 0 or found.step is not None):

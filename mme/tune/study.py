@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from mme.config import load_config, save_config
 from mme.errors import UserError, print_line
 from mme.files import is_regular, make_folder, release_lock, take_lock, write_text
-from mme.tune.space import Choice, Range, override, read_space
+from mme.tune.space import Choice, Interval, override, read_space
 from mme.tune.trial import Outcome, remove_checkpoints, run_trial, training_command
 
 STUDY = "mme"
@@ -33,7 +33,7 @@ JOURNAL = "journal.log"  # in the folder of the search
 TRIALS = "trials"  # folder of the trials' folders
 UNPRUNED_TRIALS = 4  # trials before one may be stopped
 UNPRUNED_EVALUATIONS = 2  # evaluations of each trial before it may be stopped
-FOLDER, REASON = "folder", "refused"  # attributes of a trial; the second is the reason of a failure
+TRIAL_FOLDER, TRIAL_REASON = "folder", "refused"  # attributes of a trial; the second is the reason of a failure
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class _Runner:
     """Runs trials in threads, each of which waits for the processes of one."""
 
     def __init__(
-        self, search: Search, space: list[Choice | Range], study: optuna.Study, say: Callable[[str], None]
+        self, search: Search, space: list[Choice | Interval], study: optuna.Study, say: Callable[[str], None]
     ) -> None:
         self.search, self.space, self.study, self.say = search, space, study, say
         self.stop = threading.Event()
@@ -132,13 +132,13 @@ class _Runner:
     def _one(self, trial: Trial, slot: int) -> None:
         values = {entry.key: entry.suggest(trial) for entry in self.space}
         folder = self.search.output / TRIALS / _folder_of(trial)
-        trial.set_user_attr(FOLDER, folder.name)
+        trial.set_user_attr(TRIAL_FOLDER, folder.name)
         overrides = [*self.search.overrides, *(override(key, value) for key, value in values.items())]
         shown = "  ".join(f"{key}={value}" for key, value in values.items())
         try:
             load_config(self.search.config, overrides)
         except UserError as error:
-            trial.set_user_attr(REASON, str(error))
+            trial.set_user_attr(TRIAL_REASON, str(error))
             self.study.tell(trial, state=TrialState.FAIL)
             self.say(f"trial {folder.name}: not a valid configuration: {error}")
             return
@@ -168,11 +168,11 @@ class _Runner:
             self.say(f"trial {folder.name}: {self.search.metric} {outcome.best:.4f}")
         else:
             reason = outcome.error or f"no {self.search.metric} on a validation split"
-            trial.set_user_attr(REASON, reason)
+            trial.set_user_attr(TRIAL_REASON, reason)
             self.study.tell(trial, state=TrialState.FAIL)
             self.say(f"trial {folder.name}: failed: {reason}")
         best = _best(self.study)
-        if best is None or best.user_attrs[FOLDER] != folder.name:
+        if best is None or best.user_attrs[TRIAL_FOLDER] != folder.name:
             remove_checkpoints(folder)
 
     def _environment(self, slot: int) -> dict[str, str]:
@@ -189,7 +189,7 @@ class _Runner:
         return environment
 
 
-def _study(search: Search, space: list[Choice | Range]) -> optuna.Study:
+def _study(search: Search, space: list[Choice | Interval]) -> optuna.Study:
     """Opens the study on disk and queues the trials again that an earlier start left running.
 
     Raises:
@@ -217,7 +217,7 @@ def _study(search: Search, space: list[Choice | Range]) -> optuna.Study:
         study.set_user_attr(name, value)
     for trial in study.get_trials(states=[TrialState.RUNNING]):
         study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-        study.enqueue_trial(trial.params, user_attrs={FOLDER: _folder_of(trial)})
+        study.enqueue_trial(trial.params, user_attrs={TRIAL_FOLDER: _folder_of(trial)})
     return study
 
 
@@ -227,13 +227,13 @@ def _folder_of(trial: Trial | FrozenTrial) -> str:
     Raises:
         UserError: the journal, which may be a stranger's, names another place.
     """
-    name = str(trial.user_attrs.get(FOLDER, trial.number))
+    name = str(trial.user_attrs.get(TRIAL_FOLDER, trial.number))
     if not name.isascii() or not name.isdigit():
         raise UserError(f"{JOURNAL}: trial {trial.number}: folder {name!r}, expected the number of a trial")
     return name
 
 
-def _identity(search: Search, space: list[Choice | Range]) -> dict[str, str]:
+def _identity(search: Search, space: list[Choice | Interval]) -> dict[str, str]:
     """The settings that must not change when a search resumes."""
 
     def digest(value: str) -> str:
@@ -252,11 +252,11 @@ def _best(study: optuna.Study) -> FrozenTrial | None:
     return max(complete, key=lambda trial: trial.value or 0.0, default=None)
 
 
-def _values(trial: FrozenTrial, space: list[Choice | Range]) -> dict[str, Any]:
+def _values(trial: FrozenTrial, space: list[Choice | Interval]) -> dict[str, Any]:
     return {entry.key: entry.decode(trial.params[entry.key]) for entry in space if entry.key in trial.params}
 
 
-def _write_results(search: Search, space: list[Choice | Range], study: optuna.Study) -> TuneResult:
+def _write_results(search: Search, space: list[Choice | Interval], study: optuna.Study) -> TuneResult:
     rows = [
         {
             "trial": _folder_of(trial),
@@ -264,7 +264,7 @@ def _write_results(search: Search, space: list[Choice | Range], study: optuna.St
             search.metric: trial.value if trial.state == TrialState.COMPLETE else None,
             "evaluations": len(trial.intermediate_values),
             "values": _values(trial, space),
-            **({"reason": trial.user_attrs[REASON]} if REASON in trial.user_attrs else {}),
+            **({"reason": trial.user_attrs[TRIAL_REASON]} if TRIAL_REASON in trial.user_attrs else {}),
         }
         for trial in study.get_trials()
         if trial.state.is_finished()

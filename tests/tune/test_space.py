@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 
 from mme.errors import UserError
-from mme.tune.space import Choice, Range, override, read_space
+from mme.tune.space import Choice, Interval, override, read_space
 
 CONFIG = Path("configs/quickstart.yaml")  # the shipped configuration, from any folder
 
 
-def read(tmp_path: Path, text: str) -> list[Choice | Range]:
+def read(tmp_path: Path, text: str) -> list[Choice | Interval]:
     path = tmp_path / "space.yaml"
     path.write_text(text)
     return read_space(path, CONFIG, [])
@@ -21,8 +21,8 @@ def read(tmp_path: Path, text: str) -> list[Choice | Range]:
 def test_bounds_and_lists(tmp_path: Path) -> None:
     text = "train.lr: {low: 1.0e-4, high: 1.0e-2, log: true}\nmodel.num_blocks: {low: 1, high: 4}\nmodel.moe.placement: [[0], [0, 1]]\n"
     rate, blocks, placement = read(tmp_path, text)
-    assert rate == Range("train.lr", 1e-4, 1e-2, None, True) and not rate.is_integer
-    assert blocks == Range("model.num_blocks", 1, 4) and blocks.is_integer
+    assert rate == Interval("train.lr", 1e-4, 1e-2, None, True) and not rate.is_integer
+    assert blocks == Interval("model.num_blocks", 1, 4) and blocks.is_integer
     assert placement == Choice("model.moe.placement", ([0], [0, 1]))
     assert override("model.moe.placement", [0, 1]) == "model.moe.placement=[0, 1]"
 
