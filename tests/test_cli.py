@@ -103,7 +103,7 @@ def test_help_imports_nothing_heavy() -> None:
             "--users does not go with",
         ),
         (["evaluate", "--run", "nowhere"], "nowhere: no such run folder"),
-        (["report", "--run", "mme"], "mme: no config.yaml in it"),
+        (["report", "--run", "mme"], "mme: has no config.yaml"),
         (["train", "--config", "nowhere.yaml"], "nowhere.yaml: no such configuration file"),
     ],
 )
@@ -228,7 +228,7 @@ def test_a_report_that_fails_leaves_a_finished_training_done(
         (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
         (run / "report.html").mkdir()
 
-    monkeypatch.setattr("mme.train.train", trained)
+    monkeypatch.setattr("mme.training.train", trained)
     config, run = str(REPOSITORY / "configs/quickstart.yaml"), tmp_path / "run"
     assert main(["train", "--config", config, f"data.path={tmp_path}", f"output_dir={run}"]) == 0
     captured = capsys.readouterr()
