@@ -17,8 +17,11 @@ from mme.run.exit_status import job_status
 def export(
     run: Annotated[Path, typer.Option("--run", metavar="DIR", help="Folder of a run, or an export of its weights.")],
     what: Annotated[
-        Literal["weights", "items", "users", "index"],
-        typer.Option(help="weights: a safetensors file; items, users: vectors by raw id in Parquet; index: faiss."),
+        Literal["weights", "items", "users", "index", "model", "compiled"],
+        typer.Option(
+            help="weights: a safetensors file; items, users: vectors by raw id in Parquet; index: faiss; model: the encoder by "
+            "torch.export; compiled: by AOTInductor."
+        ),
     ],
     output: Annotated[Path, typer.Option(metavar="FILE", help="File to write, with a manifest beside it.")],
     checkpoint: Annotated[

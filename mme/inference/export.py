@@ -4,6 +4,8 @@
     items    VECTORS.parquet     item_id (raw), vector (D float32)
     users    VECTORS.parquet     user_id (raw), vector: the state after all events of the user, at the time of the last
     index    INDEX.faiss         the item vectors for inner-product search; row r of INDEX.faiss.items.parquet has id r
+    model    MODEL.pt2           the encoder by torch.export, with any batch and length; item r is row r of MODEL.pt2.items.parquet
+    compiled MODEL.pt2           the same, compiled by AOTInductor for the device at hand
 
 Each export is read back and compared with the model before it gets its final name. OUTPUT.manifest.json contains the model's
 name, the content and the largest difference found.
@@ -12,6 +14,8 @@ name, the content and the largest difference found.
 from __future__ import annotations
 
 import json
+import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
@@ -35,7 +39,7 @@ from mme.inference import exported
 from mme.inference.exported import ids_to_tensor, read_export
 from mme.inference.model import TrainedModel
 
-What = Literal["weights", "items", "users", "index"]
+What = Literal["weights", "items", "users", "index", "model", "compiled"]
 EXACT_UP_TO = 50_000  # items; by default a larger catalogue gets an HNSW index
 RECALL_QUERIES = 1_000
 RECALL_AT = 10
@@ -58,6 +62,8 @@ def export(model: TrainedModel, what: What, output: Path, exact: bool | None = N
         "items": lambda: _items(model, output),
         "users": lambda: _users(model, output),
         "index": lambda: _index(model, output, exact),
+        "model": lambda: _program(model, output, is_compiled=False),
+        "compiled": lambda: _program(model, output, is_compiled=True),
     }
     if output.is_dir():
         raise UserError(f"--output {output}: is a folder, expected a file name")
@@ -171,6 +177,19 @@ def _index(model: TrainedModel, output: Path, exact: bool | None) -> dict[str, A
         pq.write_table(pa.table({"row": pa.array(range(len(vectors)), pa.int64()), "item_id": model.item_ids}), partial)
     k = min(RECALL_AT, len(vectors))
     return {"kind": "exact" if exact else "hnsw", f"recall@{k}": recall, "largest_difference": difference}
+
+
+def _program(model: TrainedModel, output: Path, is_compiled: bool) -> dict[str, Any]:
+    if output.suffix != ".pt2":
+        raise UserError(f"--output {output}: expected a name that ends in .pt2")
+    from mme.inference.program import write_program  # the compiler is slow to import
+
+    with tempfile.TemporaryDirectory() as folder, replacing(output) as partial:
+        written = Path(folder) / output.name  # the compiler chooses its format by the name
+        about = write_program(model, written, is_compiled)
+        shutil.copyfile(written, partial)
+    _write_vectors(output.with_name(f"{output.name}.items.parquet"), "item_id", model.item_ids, model.item_embeddings())
+    return about
 
 
 def _recall(index: Any, vectors: NDArray[np.float32]) -> float:

@@ -27,6 +27,7 @@ from mme.errors import UserError, first_line
 from mme.evaluation.ranking import Ranker
 from mme.evaluation.request_batch import sequence_batch
 from mme.evaluation.requests import Requests, Unknown, check_requests, concatenate, with_features
+from mme.inference.padded import PaddedEncoder
 from mme.inference.requests import SOURCE, Answer, RecommendationRequest, as_table
 from mme.model.decoder import Decoder
 from mme.model.encoder import Encoder
@@ -83,6 +84,10 @@ class LocalEncoder(Encoder):
     def lookup(self, ids: Tensor) -> Tensor:
         """(U,) int64 rows → (U, M, d)"""
         return self._tables[ids]
+
+    def padded(self) -> PaddedEncoder:
+        """The same in operators that `torch.export` takes; shares the weights."""
+        return PaddedEncoder(self.config, self.decoder, self._tables, self.rows).eval()
 
 
 class TrainedModel:
@@ -202,6 +207,10 @@ class TrainedModel:
         """
         vectors = self._ranker.vectors[self._indices(ids, "ids")]
         return (self._states(histories) @ vectors.T).cpu().numpy()
+
+    def padded_encoder(self) -> PaddedEncoder:
+        """The encoder as a module over padded histories, for `torch.export`."""
+        return self._encoder.padded()
 
     def answer(self, requests: Sequence[RecommendationRequest]) -> list[Answer | Exception]:
         """One answer per request, in order, or its `UserError`. Histories of all requests are encoded together."""

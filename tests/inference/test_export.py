@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 from safetensors.torch import load, load_file, save_file
 
 import mme
 from mme.cli import main
 from mme.errors import UserError
 from mme.inference.exported import with_sum
+from mme.inference.program import padded_inputs, sample_requests
 from tests.trained import Trained, train_small
 
 
@@ -72,6 +75,31 @@ def test_an_index_finds_the_same_lists(trained: Trained, tmp_path: Path, kind: s
         if kind == "exact"
         else np.mean([len(set(a) & set(b)) for a, b in zip(found, expected, strict=True)]) > 4
     )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", ["model", "compiled"])
+def test_the_exported_encoder_gives_the_states_of_the_model(trained: Trained, tmp_path: Path, what: str) -> None:
+    path = tmp_path / "model.pt2"
+    assert export(trained, what, path) == 0
+    manifest = json.loads((tmp_path / "model.pt2.manifest.json").read_text())
+    assert manifest["largest_difference"] < 1e-5 and manifest["inputs"] == ["items", "lengths", "timestamps"]
+    model = mme.load(trained.run, device="cpu")
+    requests = sample_requests(model, np.array([1, 7, 32, 5]))
+    program: Any = torch.export.load(path).module() if what == "model" else torch._inductor.aoti_load_package(str(path))
+    with torch.no_grad():
+        states = program(**padded_inputs(requests, model.config)).numpy()
+    np.testing.assert_allclose(states, model.encode(requests).numpy(), rtol=0, atol=1e-5)
+    items = pq.read_table(f"{path}.items.parquet")
+    assert items["item_id"].combine_chunks().equals(model.item_ids)
+    np.testing.assert_array_equal(np.stack(items["vector"].to_numpy()), model.item_embeddings())
+
+
+def test_an_encoder_needs_a_name_that_its_runtime_reads(
+    trained: Trained, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert export(trained, "model", tmp_path / "model.bin") == 2
+    assert "expected a name that ends in .pt2" in capsys.readouterr().err
 
 
 def test_a_damaged_export_is_refused_in_one_line(trained: Trained, tmp_path: Path) -> None:
