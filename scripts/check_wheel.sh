@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Builds the wheel, installs it into a clean environment as a user would, and prepares, trains and evaluates outside the
-# checkout. The extras are constrained to the pins of requirements/common.txt.
+# Builds the wheel, installs it into a clean environment as a user would, and goes a new user's way outside the checkout:
+# prepare, train, evaluate, the notebook of docs/, export, serve, recommend over HTTP. The extras are constrained to the pins of requirements/common.txt.
 #
 #   scripts/check_wheel.sh [FOLDER]   default: a temporary folder, removed afterwards
 set -euo pipefail
@@ -8,10 +8,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 checkout=$PWD
 
 folder=${1:-}
+server=
+is_temporary=
 if [ -z "$folder" ]; then
     folder=$(mktemp -d)
-    trap 'rm -rf "$folder"' EXIT
+    is_temporary=yes
 fi
+finish() {
+    [ -z "$server" ] || kill "$server" 2>/dev/null || true
+    [ -z "$is_temporary" ] || rm -rf "$folder"
+}
+trap finish EXIT
 mkdir -p "$folder"
 folder=$(realpath "$folder")
 
@@ -25,7 +32,7 @@ pip() { "$folder/env/bin/python" -m pip --disable-pip-version-check --quiet "$@"
 grep -vE '^(-|#)' requirements/common.txt | sed -E 's/ +--hash=.*|\\$//' | grep == >"$folder/pins.txt"
 grep -vE '^(-|#)' requirements/build.txt | sed -E 's/ +--hash=.*|\\$//' | grep == >"$folder/build.txt"
 pip install -r "$folder/build.txt"
-pip install --no-build-isolation -c "$folder/pins.txt" "$wheel[cpu]"
+pip install --no-build-isolation -c "$folder/pins.txt" "$wheel[cpu,serve]" pandas
 torchrec=$(grep -oE '^torchrec==[0-9.]+' requirements/cpu.txt)
 pip install --no-deps "$torchrec" # its metadata require the CUDA build of FBGEMM
 pip install --force-reinstall --no-deps "$wheel"
@@ -38,4 +45,21 @@ mme=$folder/env/bin/mme
 "$folder/env/bin/mme-launch" run --config configs/quickstart.yaml train.epochs=1 --nproc-per-node 2
 "$mme" evaluate --run runs/quickstart
 "$folder/env/bin/mme-launch" plan --config configs/quickstart.yaml --nnodes 1 --gpu h100-80g >/dev/null
-echo "wheel: installed, trained and evaluated outside the checkout"
+"$folder/env/bin/python" "$checkout/scripts/run_notebook.py" "$checkout/docs/first-model.ipynb"
+
+"$mme" export --run runs/quickstart --what weights --output quickstart.safetensors >/dev/null
+"$mme" serve --run quickstart.safetensors --port 0 >serve.log 2>&1 &
+server=$!
+for _ in $(seq 120); do
+    url=$(grep -oE 'http://[0-9.:]+' serve.log || true)
+    [ -z "$url" ] || break
+    sleep 0.5
+done
+body='{"histories": [{"item_ids": [1003, 1017], "timestamps": [1600000000, 1600000600]}], "k": 3}'
+answer=$(curl --silent --show-error --fail --retry 20 --retry-connrefused --retry-delay 1 \
+    --header 'content-type: application/json' --data "$body" "$url/recommend")
+echo "$answer"
+[ "$(grep -oE '"item_ids": ?\[[0-9, ]+\]' <<<"$answer" | grep -oE '[0-9]+' | wc -l)" = 3 ]
+kill "$server" && wait "$server"
+server=
+echo "wheel: installed, trained, exported and served outside the checkout"

@@ -2,7 +2,7 @@
 
     items (B, L), lengths (B,), timestamps (B, L + 1), events (B, L, F), users (B, G)  →  states (B, D) float32
 
-It computes what `mme.model.decoder.Decoder` computes without dropout, from the same weights, with B and L free. Padding stands
+It computes what `mme.model.decoder.Decoder` computes without dropout, from the same weights, with B and L ≥ 2 free. Padding stands
 at the end of each row, where causal attention keeps it from every token before it.
 
 Legend: B histories, L longest of them, N max_seq_len, M views, d view width, D = M·d, H heads, R rows (M·B·L), E experts, k top_k,
