@@ -65,7 +65,7 @@ def test_requests(bench: Bench, trained: Path) -> None:
 
 
 def check_lists(model: Any, content: bytes, answer: dict[str, Any]) -> None:
-    body = RecommendBody.model_validate_json(content)
+    body = RecommendBody.model_validate(json.loads(content))
     expected = model.recommend(
         [history.model_dump(exclude_none=True) for history in body.histories],
         body.k,

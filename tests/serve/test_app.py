@@ -116,7 +116,7 @@ def test_malformed_requests_are_rejected(trained: Trained) -> None:
     ("body", "place"),
     [
         ('{"histories": [{"item_ids": [NaN], "timestamps": [1]}]}', ["body", "histories", 0, "item_ids", 0]),
-        ('{"histories": [], "\\ud800": 1}', ["body", "\\ud800"]),
+        ('{"histories": [], "\\ud800": 1}', ["body"]),
         ('{"histories": [{"user_id": "\\ud800", "item_ids": [1000], "timestamps": [1]}]}', ["body", "histories"]),
         ("[" * 100_000, ["body"]),
     ],
