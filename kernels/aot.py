@@ -72,26 +72,14 @@ def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
     Raises:
         RuntimeError: the kernel asks for more shared memory than a program of that GPU may have.
     """
+    # Not above: where the interpreter replaces the compiler, `main` says so first.
     import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
-    names = variant.kernel.arg_names
-    source = ASTSource(
-        variant.kernel,
-        signature={name: variant.types.get(name, "constexpr") for name in names},
-        constexprs={(names.index(name),): value for name, value in variant.constants.items()},
-        # As a launch finds them: torch's allocations are aligned.
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if variant.types.get(name, "")[:1] == "*" or name in variant.multiples_of_16
-        },
-    )
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    usage, code = _disassemble(compiled.asm["cubin"])
-    shared = compiled.metadata.shared
+    from kernels.compilation import compiled
+
+    binary = compiled(variant, arch)
+    usage, code = _disassemble(binary.asm["cubin"])
+    shared = binary.metadata.shared
     if shared > SHARED_LIMIT_KIB.get(arch, 99) * 1024:
         raise RuntimeError(
             f"{variant.kernel.__name__} {variant.name} asks for {shared} bytes of shared memory on sm_{arch}"

@@ -62,7 +62,7 @@ class LaunchConfig:
         else:
             by_dtype = TILES_HOPPER if arch >= 90 else TILES_AMPERE
             ragged = width <= 256 and dim % 16 > 0
-            narrow = by_dtype["ragged" if ragged else "bf16" if itemsize == 2 else "fp32"]
+            narrow = by_dtype[("ragged " if ragged else "") + ("bf16" if itemsize == 2 else "fp32")]
             width = max(64, width) if ragged else width
         forward, rows, weights, *_ = narrow.get(width, wide)
         return cls(Tiles(*forward), Tiles(*rows), Tiles(*weights), Tiles(*wide[3]))
@@ -89,9 +89,14 @@ TILES_HOPPER = {
         256: ((32, 32, 8, 1), *WIDE_FP32[1:3]),
     },
     # Rows that are no multiple of 16 columns are loaded an element at a time, with an address each.
-    "ragged": {
+    "ragged bf16": {
         64: ((128, 64, 8, 2), (64, 32, 4, 1), (64, 32, 4, 1)),
         128: ((128, 32, 8, 1), (128, 16, 8, 1), (64, 16, 4, 1)),
+        256: ((32, 16, 8, 1), *WIDE_FP32[1:3]),
+    },
+    "ragged fp32": {
+        64: ((128, 64, 8, 2), (64, 16, 4, 1), (64, 32, 4, 1)),
+        128: ((64, 16, 4, 1), (128, 16, 8, 1), (32, 16, 4, 1)),
         256: ((32, 16, 8, 1), *WIDE_FP32[1:3]),
     },
 }
@@ -110,9 +115,14 @@ TILES_AMPERE = {
         128: ((128, 32, 8, 2), (32, 32, 8, 1), (64, 16, 8, 1)),
         256: ((32, 32, 8, 1), *WIDE_FP32[1:3]),
     },
-    "ragged": {
+    "ragged bf16": {
         64: ((128, 32, 8, 2), (64, 16, 4, 1), (64, 32, 4, 1)),
         128: ((64, 32, 4, 1), (128, 16, 8, 1), (64, 16, 4, 1)),
+        256: ((32, 16, 8, 1), *WIDE_FP32[1:3]),
+    },
+    "ragged fp32": {
+        64: ((128, 32, 8, 2), (64, 16, 4, 1), (64, 32, 4, 1)),
+        128: ((64, 32, 4, 1), (64, 32, 8, 1), (32, 16, 4, 1)),
         256: ((32, 16, 8, 1), *WIDE_FP32[1:3]),
     },
 }

@@ -6,6 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import triton
+
 from kernels.expert_ffn import triton_kernels, triton_wide_kernels
 from kernels.expert_ffn.triton_form import SUM_TILES, WIDE_INNER, WIDEST_BACKWARD, WIDEST_FORWARD, LaunchConfig, Tiles
 from kernels.variant import Variant
@@ -14,92 +16,121 @@ NUM_EXPERTS = 8
 # (dtype, bytes, precision of products, widths)
 SHAPES = (
     ("bf16", 2, "ieee", (16, 32, 50, 64, 100, 128, 256, 512)),
-    ("fp32", 4, "tf32", (16, 50, 64, 128, 256, 512)),
+    ("fp32", 4, "tf32", (16, 50, 64, 100, 128, 256, 512)),
     ("fp32", 4, "ieee", (50, 64, 128, 256, 512)),
     ("fp16", 2, "ieee", (64, 512)),
 )
 FLOAT32 = ("p_partial", "p_choice_weights", "p_d_choice")
-SIZES = ("hidden_dim", "size", "inner_dim", "out_dim", "inner_stride", "out_stride", "left_dim", "right_dim")
 NARROW = (triton_kernels.forward_kernel, triton_kernels.backward_rows_kernel, triton_kernels.backward_weights_kernel)
 
 
 @dataclass(frozen=True)
 class _Case:
-    """A width and dtype on one kind of GPU, with the tiles that are launched for them."""
+    """A shape and dtype on one kind of GPU, with the tiles that are launched for them."""
 
-    name: str
-    dtype: str
-    dim: int
-    constants: dict[str, Any]
-    config: LaunchConfig
     arch: int
+    dtype: str
+    precision: str
+    dim: int
+    hidden_dim: int
+    num_experts: int
+    config: LaunchConfig
+
+    @property
+    def name(self) -> str:
+        exact = " exact" if self.dtype == "fp32" and self.precision == "ieee" else ""
+        return f"{self.dtype}{exact} d={self.dim}"
 
 
 def aot_variants() -> list[Variant]:
     """Every kernel for every width that it serves, with the tiles of each kind of GPU."""
-    variants = []
-    for arch in (80, 90):
-        for dtype, itemsize, precision, dims in SHAPES:
-            for dim in dims:
-                name = f"{dtype}{' exact' if dtype == 'fp32' and precision == 'ieee' else ''} d={dim}"
-                config = LaunchConfig.choose(dim, itemsize, precision, arch)
-                case = _Case(name, dtype, dim, {"D": dim, "PRECISION": precision}, config, arch)
-                variants += _narrow_variants(case) + _wide_variants(case)
-        for dtype in ("bf16", "fp16", "fp32"):
-            case = _Case(dtype, dtype, 0, {}, config, arch)
-            variants.append(_variant(case, triton_kernels.sum_chunks_kernel, "", {}, SUM_TILES, 0, 0))
-    return variants
+    found = [
+        variant
+        for arch in (80, 90)
+        for dtype, itemsize, precision, dims in SHAPES
+        for dim in dims
+        for top_k in ((0, 2) if dim <= WIDEST_BACKWARD else (0,))
+        for variant in shape_variants(arch, dtype, itemsize, precision, dim, 4 * dim, NUM_EXPERTS, top_k)
+    ]
+    return list({(variant.kernel, variant.name, variant.archs): variant for variant in found}.values())
 
 
-def _narrow_variants(case: _Case) -> list[Variant]:
-    tiles = (case.config.forward, case.config.rows, case.config.weights)
-    products = (6, 10, 12)  # FLOPs a pair over d, see docs/kernels.md
-    passes = list(zip(NARROW, tiles, products, strict=True))
+def shape_variants(
+    arch: int, dtype: str, itemsize: int, precision: str, dim: int, hidden_dim: int, num_experts: int, top_k: int
+) -> list[Variant]:
+    """What forward and backward launch for one shape; ``top_k`` 0: without routing, which alone wide rows have."""
+    config = LaunchConfig.choose(dim, itemsize, precision, arch)
+    case = _Case(arch, dtype, precision, dim, hidden_dim, num_experts, config)
+    sizes = {"size": dim * hidden_dim}
+    total = _variant(case, triton_kernels.sum_chunks_kernel, f"{dtype} sum", {}, SUM_TILES, sizes)
+    return [*_narrow_variants(case, top_k), *_wide_variants(case), total]
+
+
+def _narrow_variants(case: _Case, top_k: int) -> list[Variant]:
     if case.dim > WIDEST_FORWARD:
         return []
-    if case.dim > WIDEST_BACKWARD:
-        passes = passes[:1]
+    config = case.config
+    passes = ((config.forward, 6), (config.rows, 10), (config.weights, 12))  # FLOPs a pair over d, see docs/kernels.md
+    constants = {"TOP_K": top_k} | ({} if top_k else {"p_order": None, "p_choice_weights": None})
+    kernels = NARROW if case.dim <= WIDEST_BACKWARD else NARROW[:1]
     return [
-        _variant(case, kernel, f" top_k={k}", {"TOP_K": k}, tile, tile.block * tile.step, flops * case.dim)
-        for k in ((0, 2) if case.dim <= WIDEST_BACKWARD else (0,))
-        for kernel, tile, flops in passes
-    ]
+        _variant(
+            case, kernel, f"{case.name} top_k={top_k}", constants, tiles, {"hidden_dim": case.hidden_dim},
+            tiles.block * tiles.step, flops * case.dim,
+        )
+        for kernel, (tiles, flops) in zip(kernels, passes, strict=False)
+    ]  # fmt: skip
 
 
 def _wide_variants(case: _Case) -> list[Variant]:
     """A pass covers a part of the width: pairs are counted as parts of whole ones."""
-    dim, config = case.dim, case.config
+    dim, hidden_dim, config = case.dim, case.hidden_dim, case.config
     if dim <= WIDEST_BACKWARD:
         return []
-    outer = config.weights
-    pairs = outer.block * outer.step**2 // dim
-    variants = [_variant(case, triton_wide_kernels.outer_kernel, "", {}, outer, pairs, 2 * dim)]
+    variants = []
+    pairs = config.weights.block * config.weights.step**2 // dim
+    # xᵀ d a and hᵀ dy: one compilation, unless one width alone is a multiple of 16.
+    for left, right in [(dim, hidden_dim), (hidden_dim, dim)][: 1 + (dim % 16 == 0) ^ (hidden_dim % 16 == 0)]:
+        sizes = {"left_dim": left, "right_dim": right}
+        name = case.name if left == dim else f"{case.name} transposed"
+        variants.append(
+            _variant(case, triton_wide_kernels.outer_kernel, name, {}, config.weights, sizes, pairs, 2 * dim)
+        )
     for backward in (False, True) if dim > WIDEST_FORWARD else (True,):
-        name = " backward" if backward else " forward"
-        # A launch makes a stride of 1 a constant.
         constants: dict[str, Any] = {"INNER": WIDE_INNER, "BACKWARD": backward, "PAIR": backward}
         if not backward:
             constants |= {"p_grad": None, "p_da": None, "p_db": None}
+        # A launch makes a stride of 1 a constant.
         constants["inner_stride" if backward else "out_stride"] = 1
+        sizes = {"hidden_dim": hidden_dim, "inner_dim": hidden_dim, "out_dim": dim}
+        sizes |= {"out_stride": hidden_dim} if backward else {"inner_stride": dim}
         kernels = (
             (triton_wide_kernels.hidden_kernel, config.rows if backward else config.forward, 6 if backward else 4),
             (triton_wide_kernels.product_kernel, config.product, 4 if backward else 2),
         )
         for kernel, tiles, flops in kernels:
             pairs = tiles.block * tiles.step * WIDE_INNER // dim
-            variants.append(_variant(case, kernel, name, constants, tiles, pairs, flops * dim))
+            name = f"{case.name} {'backward' if backward else 'forward'}"
+            variants.append(_variant(case, kernel, name, constants, tiles, sizes, pairs, flops * dim))
     return variants
 
 
 def _variant(
-    case: _Case, kernel: Any, name: str, constants: dict[str, Any], tiles: Tiles, pairs: int, flops_per_pair: int
-) -> Variant:
-    values = case.constants | constants | {"EXPERTS": NUM_EXPERTS, "BLOCK": tiles.block, "STEP": tiles.step}
-    if not values.get("TOP_K"):
-        values |= {"p_order": None, "p_choice_weights": None}
+    case: _Case, kernel: Any, name: str, constants: dict[str, Any], tiles: Tiles, sizes: dict[str, int],
+    pairs: int = 0, flops_per_pair: int = 0,
+) -> Variant:  # fmt: skip
+    """``sizes``: the integer arguments whose divisibility by 16 is compiled in."""
+    values = constants | {
+        "D": case.dim,
+        "EXPERTS": triton.next_power_of_2(case.num_experts),
+        "BLOCK": tiles.block,
+        "STEP": tiles.step,
+        "PRECISION": case.precision,
+    }
+    used = {argument: value for argument, value in values.items() if argument in kernel.arg_names}
     types = {}
     for argument in kernel.arg_names:
-        if argument in values:
+        if argument in used:
             continue
         if argument in ("p_offsets", "p_order"):
             types[argument] = "*i64"
@@ -107,9 +138,8 @@ def _variant(
             types[argument] = "*fp32"
         else:
             types[argument] = f"*{case.dtype}" if argument.startswith("p_") else "i32"
-    used = {argument: value for argument, value in values.items() if argument in kernel.arg_names}
-    sizes = () if case.dim % 16 else SIZES
+    multiples = tuple(argument for argument, size in sizes.items() if argument in types and size % 16 == 0)
     return Variant(
-        kernel, case.name + name, types, used, tiles.num_warps, tiles.num_stages, sizes,
+        kernel, name, types, used, tiles.num_warps, tiles.num_stages, multiples,
         pairs=pairs, flops_per_pair=flops_per_pair, archs=(case.arch,),
     )  # fmt: skip

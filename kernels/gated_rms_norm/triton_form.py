@@ -169,13 +169,18 @@ norm_op.register_autograd(_backward, setup_context=_setup_context)
 def aot_variants() -> list[Variant]:
     """Both kernels, gated and not, with and without dropout, at the widths of the configurations."""
     return [
-        _variant(kernel, dtype, width, dropped, gated)
+        variant
         for dtype in ("bf16", "fp32")
         for width in (16, 50, 64, 150, 192, 256, 768)
         for dropped in (0, 13_107)
         for gated in (False, True)
-        for kernel in (norm_kernel, norm_backward_kernel)
+        for variant in shape_variants(dtype, width, dropped, gated)
     ]
+
+
+def shape_variants(dtype: str, width: int, dropped: int, gated: bool) -> list[Variant]:
+    """What forward and backward launch for one width; ``dropped``: see `kernels.dropout.dropout_steps`."""
+    return [_variant(kernel, dtype, width, dropped, gated) for kernel in (norm_kernel, norm_backward_kernel)]
 
 
 def _variant(kernel: Any, dtype: str, width: int, dropped: int, gated: bool) -> Variant:

@@ -49,10 +49,13 @@ OF_TIMES = (bias.bias_forward_kernel, bias.bias_value_kernel, bias.time_gradient
 
 def aot_variants() -> list[Variant]:
     """Every kernel for every shape and compute capability."""
-    return [variant for shape in SHAPES for arch in (80, 90) for variant in _variants(arch, *shape)]
+    return [variant for shape in SHAPES for arch in (80, 90) for variant in shape_variants(arch, *shape)]
 
 
-def _variants(arch: int, dtype: str, itemsize: int, precision: str, groups: int, dqk: int, dv: int) -> list[Variant]:
+def shape_variants(
+    arch: int, dtype: str, itemsize: int, precision: str, groups: int, dqk: int, dv: int, *, wide_times: bool = True
+) -> list[Variant]:
+    """What forward and backward launch for one shape; ``wide_times``: for histories that span 2³¹ s too."""
     config = LaunchConfig.choose(groups, dqk, dv, itemsize, precision, arch)
     exact = " exact" if dtype == "fp32" and precision == "ieee" else ""
     name = f"{dtype}{exact} G={groups} dqk={dqk} dv={dv}"
@@ -82,7 +85,7 @@ def _variants(arch: int, dtype: str, itemsize: int, precision: str, groups: int,
         }
         constants = {argument: value for argument, value in values.items() if argument in kernel.arg_names}
         step = constants.get("STEP", config.block)
-        for wide in (False, True) if kernel in OF_TIMES else (False,):
+        for wide in (False, True) if wide_times and kernel in OF_TIMES else (False,):
             types = _types(kernel, dtype, constants) | ({"p_times": "*i64"} if wide else {})
             variant = Variant(
                 kernel, f"{name} wide" if wide else name, types, constants, launch.num_warps, launch.num_stages,

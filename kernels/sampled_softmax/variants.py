@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from kernels.sampled_softmax import triton_kernels
-from kernels.sampled_softmax.triton_form import PIECE, LaunchConfig
+from kernels.sampled_softmax.triton_form import PIECE, SMALLEST_SHARED_GROUP, LaunchConfig
 from kernels.variant import Variant
 
 OWN_KERNELS = (
@@ -49,6 +49,13 @@ def aot_variants() -> list[Variant]:
         for kernel in kernels
         if "p_bias" in kernel.arg_names
     ]
+
+
+def shape_variants(dtype: str, itemsize: int, precision: str, width: int, group_size: int, bias: bool) -> list[Variant]:
+    """What forward and backward launch for one shape, on every GPU."""
+    own = group_size < SMALLEST_SHARED_GROUP
+    kernels = OWN_KERNELS if own else (*SHARED_KERNELS, *OWN_KERNELS[2:])
+    return [_variant(kernel, dtype, itemsize, precision, width, group_size, bias) for kernel in kernels]
 
 
 def _variant(

@@ -167,17 +167,22 @@ silu_split_op.register_autograd(_backward, setup_context=_setup_context)
 def aot_variants() -> list[Variant]:
     """Both kernels at the widths of the configurations."""
     return [
-        _variant(kernel, dtype, num_heads, width)
+        variant
         for dtype in ("bf16", "fp32")
         for num_heads, width in ((1, 16), (1, 50), (1, 64), (2, 64), (4, 64))
-        for kernel in (split_kernel, split_backward_kernel)
+        for variant in shape_variants(dtype, num_heads, width, width)
     ]
 
 
-def _variant(kernel: Any, dtype: str, num_heads: int, width: int) -> Variant:
-    constants = _launch(num_heads, width, width)
+def shape_variants(dtype: str, num_heads: int, dv: int, dqk: int) -> list[Variant]:
+    """What forward and backward launch for one shape."""
+    return [_variant(kernel, dtype, num_heads, dv, dqk) for kernel in (split_kernel, split_backward_kernel)]
+
+
+def _variant(kernel: Any, dtype: str, num_heads: int, dv: int, dqk: int) -> Variant:
+    constants = _launch(num_heads, dv, dqk)
     num_warps, num_stages = constants.pop("num_warps"), constants.pop("num_stages")
     types = {
         name: f"*{dtype}" if name.startswith("p_") else "i32" for name in kernel.arg_names if name not in constants
     }
-    return Variant(kernel, f"{dtype} H={num_heads} dqk=dv={width}", types, constants, num_warps, num_stages)
+    return Variant(kernel, f"{dtype} H={num_heads} dqk={dqk} dv={dv}", types, constants, num_warps, num_stages)

@@ -17,11 +17,12 @@ from unittest import mock
 
 import torch
 from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
+from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
 import kernels
 import kernels.backend
+from kernels.compilation import source
 from kernels.expert_ffn import variants as expert_variants
 from kernels.gated_rms_norm import triton_form as norm_form
 from kernels.relative_attention import api as attention_api
@@ -31,43 +32,31 @@ from kernels.silu_split import triton_form as split_form
 from kernels.variant import Variant
 
 ARCH = 90
+TARGET = GPUTarget("cuda", ARCH, 32)
 
 
-def description(
-    kernel: str,
-    types: dict[str, str],
-    constants: dict[str, Any],
-    divisible: list[str],
-    num_warps: int,
-    num_stages: int,
-) -> str:
-    return json.dumps(
-        [kernel, sorted(types.items()), sorted(constants.items()), sorted(divisible), num_warps, num_stages]
-    )
+def key(compiled: ASTSource, options: dict[str, Any]) -> str:
+    """What tells one compilation from others, readable, and the keys of Triton's cache."""
+    parsed = make_backend(TARGET).parse_options(options)
+    shown = [compiled.fn.__name__, compiled.signature, [str(value) for value in compiled.constants.values()]]
+    return json.dumps([*shown, str(compiled.attrs), options, compiled.hash(), parsed.hash()])
 
 
 def described(variant: Variant) -> str:
-    """What `kernels.aot` compiles."""
-    divisible = [name for name, kind in variant.types.items() if kind[0] == "*" or name in variant.multiples_of_16]
-    name = variant.kernel.__name__
-    return description(name, variant.types, variant.constants, divisible, variant.num_warps, variant.num_stages)
+    """What `kernels.aot` and `kernels.compilation` compile."""
+    return key(source(variant), {"num_stages": variant.num_stages, "num_warps": variant.num_warps})
 
 
 @contextmanager
 def recorded() -> Iterator[set[str]]:
     """The compilations that launches in the context ask for. Operators run on CPU tensors; results are zeros."""
-    backend, asked = make_backend(GPUTarget("cuda", ARCH, 32)), set()
+    backend, asked = make_backend(TARGET), set()
 
     def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
-        bound, specialization, options = create_function_from_signature(self.signature, self.params, backend)(
-            *arguments, **named
-        )
-        kinds = dict(zip(self.arg_names, specialization, strict=True))
-        types = {name: kind for name, (kind, _) in kinds.items() if kind != "constexpr"}
-        constants = {name: bound[name] for name, (kind, _) in kinds.items() if kind == "constexpr"}
-        divisible = [name for name, (kind, key) in kinds.items() if kind != "constexpr" and key == "D"]
-        stages = options.get("num_stages", 3)
-        asked.add(description(self.__name__, types, constants, divisible, options["num_warps"], stages))
+        binder = create_function_from_signature(self.signature, self.params, backend)
+        bound, specialization, options = binder(*arguments, **named)
+        _, signature, constants, attributes = self._pack_args(backend, named, bound, specialization, options)
+        asked.add(key(ASTSource(self, signature, constants, attributes), dict(sorted(options.items()))))
 
     def triton(*_: Any) -> str:
         return "triton"
@@ -113,7 +102,7 @@ def experts(tokens: int) -> list[Variant]:
             kernels.routed_expert_ffn(
                 normal(tokens, dim), order, choices, 2 * offsets, *weights, **options
             ).sum().backward()
-    names = ("bf16 d=16 top_k=0", "bf16 d=16 top_k=2", "bf16")
+    names = ("bf16 d=16 top_k=0", "bf16 d=16 top_k=2", "bf16 sum")
     return [
         v for v in expert_variants.aot_variants() if v.name in names or v.name.startswith(("bf16 d=256", "bf16 d=512"))
     ]
@@ -151,7 +140,7 @@ def elementwise(tokens: int) -> list[Variant]:
     sum(part.sum() for part in parts).backward()
     return [
         *(v for v in norm_form.aot_variants() if v.name.startswith("bf16 w=64")),
-        *(v for v in split_form.aot_variants() if v.name == "bf16 H=1 dqk=dv=64"),
+        *(v for v in split_form.aot_variants() if v.name == "bf16 H=1 dqk=64 dv=64"),
     ]
 
 
