@@ -146,10 +146,11 @@ class TrainStep:
         losses, counts = torch.stack([part.losses for part in done]), torch.stack([part.counts for part in done]).sum(0)
         with region("optimizer"):
             spoiled = is_spoiled([item_rows.grad, *reduced_gradients(self.engine)], world.size)
-        own = [losses.sum(), spoiled.double(), *(losses.new_tensor(vote) for vote in votes)]
-        loss, spoiled, *given = world.sum(torch.stack(own)).tolist()
-        tokens = int(done[0].targets)
-        loss /= tokens
+        own = [losses.sum(), spoiled.double(), *(losses.new_full((), vote) for vote in votes)]
+        targets = done[0].targets.double()  # of all ranks already
+        # One read for all that the host wants to know of a step.
+        loss, spoiled, *given, tokens = torch.cat([world.sum(torch.stack(own)), targets[None]]).tolist()
+        loss, tokens = loss / tokens, int(tokens)
         return Gradients(
             loss=loss,
             finite=math.isfinite(loss) and not spoiled,
@@ -190,7 +191,9 @@ class TrainStep:
         counts = torch.stack([r.counts for r in output.routing]) if output.routing else part.seq_offsets.new_zeros(0)
         # Users' tokens have no target, but are routed to experts too.
         routed = part.num_tokens + (part.num_sequences if rows.users.shape[1] else 0)
-        sizes = counts.new_tensor([routed, part.num_tokens, batch.num_tokens, batch.num_targets])
+        # Filled on the device: a copy of host memory would wait for it.
+        numbers = (routed, part.num_tokens, batch.num_tokens, batch.num_targets)
+        sizes = torch.stack([counts.new_full((), number) for number in numbers])
         summed, sizes = world.sum(torch.cat([counts.flatten(), sizes])).split([counts.numel(), 4])
         counts, (routed, part_tokens, tokens, targets) = summed.view(counts.shape), sizes.clamp(min=1)
         with region("loss"):

@@ -126,9 +126,7 @@ class ItemTables:
 
     def lookup(self, ids: Tensor) -> Tensor:
         """(U,) int64 distinct indices → (U, M, d) their rows in the M tables, differentiable."""
-        features = torchrec.KeyedJaggedTensor(
-            keys=[FEATURE], values=ids, lengths=torch.tensor([ids.numel()], device=ids.device)
-        )
+        features = torchrec.KeyedJaggedTensor(keys=[FEATURE], values=ids, lengths=ids.new_full((1,), ids.numel()))
         rows = self.model(features)
         # With one table TorchRec keeps the feature's own name; a feature shared by tables comes back as feature@table.
         keys = [f"{FEATURE}@{name}" for name in self.names] if len(self.names) > 1 else [FEATURE]

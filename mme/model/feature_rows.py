@@ -47,11 +47,12 @@ class FeatureRows:
 
     def inputs_of(self, batch: SequenceBatch) -> InputRows:
         """The table rows of the items and features of a batch."""
-        firsts = torch.tensor(self.firsts, device=batch.item_ids.device)
+        # Filled on the device: a copy of host memory would wait for it.
+        firsts = [batch.item_ids.new_full((), first) for first in self.firsts]
         of_events, of_users = firsts[: self.num_event_features], firsts[self.num_event_features :]
         events, users = batch.event_features, batch.user_features
         return InputRows(
             batch.item_ids,
-            batch.item_ids.new_zeros(batch.num_tokens, 0) if events is None else events + of_events,
-            batch.item_ids.new_zeros(batch.num_sequences, 0) if users is None else users + of_users,
+            batch.item_ids.new_zeros(batch.num_tokens, 0) if events is None else events + torch.stack(of_events),
+            batch.item_ids.new_zeros(batch.num_sequences, 0) if users is None else users + torch.stack(of_users),
         )

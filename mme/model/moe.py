@@ -123,7 +123,7 @@ class DenseFFN(nn.Module):
         self.experts = GatedExperts(1, dim, hidden_dim, backend)
 
     def forward(self, z: Tensor, num_views: int) -> tuple[Tensor, Routing | None]:
-        return self.experts(z, torch.tensor([0, z.shape[0]], device=z.device)), None
+        return self.experts(z, z.shape[0] * torch.arange(2, device=z.device)), None
 
 
 class MixtureOfExperts(nn.Module):
@@ -186,7 +186,7 @@ class MixtureOfExperts(nn.Module):
         kept = kept.view(self.top_k, -1).T
         expert = torch.where(kept, routing.experts, self.num_experts).flatten()  # dropped choices sort last
         order = torch.argsort(expert, stable=True)
-        counts = torch.bincount(expert, minlength=self.num_experts + 1)[: self.num_experts]
+        counts = count_bins(expert, self.num_experts + 1)[: self.num_experts]
         num_kept = int(counts.sum())
         results = self._results(sorted_copies(z, order[:num_kept], self.top_k), counts)
         results = F.pad(results, (0, 0, 0, order.numel() - num_kept))
@@ -200,8 +200,7 @@ class MixtureOfExperts(nn.Module):
         """(M, E) number of choices of each expert in each view, counting those marked ``chosen``."""
         view = torch.arange(num_views, device=experts.device).repeat_interleave(experts.numel() // num_views)
         bins = view * self.num_experts + experts.flatten()
-        bins = bins if chosen is None else bins[chosen.flatten()]
-        return torch.bincount(bins, minlength=num_views * self.num_experts).view(num_views, self.num_experts)
+        return count_bins(bins, num_views * self.num_experts, chosen).view(num_views, self.num_experts)
 
     def route(self, z: Tensor, num_views: int) -> Routing:
         seen = z.to(self.router.weight.dtype).unflatten(0, (self.views_seen, -1)).transpose(0, 1).flatten(1)
@@ -213,10 +212,17 @@ class MixtureOfExperts(nn.Module):
         return Routing(probabilities, logits, experts, weights, self._by_view(experts, num_views))
 
 
+def count_bins(bins: Tensor, num_bins: int, chosen: Tensor | None = None) -> Tensor:
+    """bins (n,) → (num_bins,) int64: entries of each bin, of those marked ``chosen``. `torch.bincount` reads the largest bin
+    on the host."""
+    ones = torch.ones_like(bins) if chosen is None else chosen.flatten().to(bins.dtype)
+    return bins.new_zeros(num_bins).scatter_add_(0, bins, ones)
+
+
 def _first_in_each_bin(bins: Tensor, num_bins: int, limit: int) -> Tensor:
     """bins (n,) → (n,) bool, whether an entry is among the first ``limit`` of its bin."""
     order = torch.argsort(bins, stable=True)
-    starts = offsets_of(torch.bincount(bins, minlength=num_bins))
+    starts = offsets_of(count_bins(bins, num_bins))
     place = torch.arange(bins.numel(), device=bins.device) - starts[bins[order]]
     return torch.empty_like(bins, dtype=torch.bool).scatter_(0, order, place < limit)
 

@@ -96,12 +96,17 @@ def token_keys(batch: SequenceBatch, tokens: Tensor, seed: int) -> Tensor:
 
     Windows of the same user in one step share their negatives.
     """
-    return mix(token_places(batch, tokens) + mix(torch.tensor([seed], device=tokens.device)))
+    return mix(token_places(batch, tokens) + _seed_key(seed, tokens))
 
 
 def sequence_keys(batch: SequenceBatch, seed: int) -> Tensor:
     """(B,) int64 keys from ``seed`` and the user of each sequence."""
-    return derive(mix(torch.tensor([seed], device=batch.user_rows.device)), batch.user_rows)
+    return derive(_seed_key(seed, batch.user_rows), batch.user_rows)
+
+
+def _seed_key(seed: int, like: Tensor) -> Tensor:
+    """(1,) int64, on the device of ``like``. Filled there: a copy of host memory would wait for the GPU."""
+    return mix(like.new_full((1,), seed))
 
 
 def token_places(batch: SequenceBatch, tokens: Tensor) -> Tensor:
