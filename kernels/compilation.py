@@ -24,10 +24,11 @@ def source(variant: Variant) -> ASTSource:
     attributes: dict[tuple[int], list[Any]] = {}
     for parameter in variant.kernel.params:
         kind = variant.types.get(parameter.name, "constexpr")
-        if kind[0] == "*" or parameter.name in variant.multiples_of_16:  # torch's allocations are aligned
-            attributes[parameter.num,] = [["tt.divisibility", 16]]
-        elif kind == "constexpr" or (kind[0] == "i" and not parameter.do_not_specialize):
+        if kind == "constexpr":
             attributes[parameter.num,] = []
+        elif kind[0] in "*i" and not parameter.do_not_specialize:
+            divisible = kind[0] == "*" or parameter.name in variant.multiples_of_16  # torch's allocations are aligned
+            attributes[parameter.num,] = [["tt.divisibility", 16]] if divisible else []
     return ASTSource(
         variant.kernel,
         signature={name: variant.types.get(name, "constexpr") for name in names},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -38,6 +40,7 @@ from mme.distributed.world import PATIENCE_S, World, process_group
 from mme.errors import FinalError, NonFiniteError, Preempted, UserError
 from mme.evaluation.evaluate import evaluate
 from mme.evaluation.record import SELECTED_BY, repeats_warning
+from mme.model.kernel_variants import compile_training_kernels
 from mme.profiling.profile import PROFILE_FOLDER, StepProfile
 from mme.profiling.regions import each_in_region, region
 from mme.run import attempts
@@ -123,6 +126,7 @@ class Training:
         self.writer = writer = CheckpointWriter(self.run_folder, self.recommender, config.train.keep_checkpoints)
         with monitor, self.watchdog, self._counted_attempt(), writer, self.pace:
             progress = self._start(monitor)
+            self._compile_kernels(monitor)
             if progress.evaluate:
                 self._evaluate_and_save(monitor, progress)
             self.pace.begin_step()
@@ -155,6 +159,19 @@ class Training:
             raise
         if self.world.rank == 0:
             attempts.forget(self.run_folder)
+
+    def _compile_kernels(self, monitor: Monitor) -> None:
+        """Fills Triton's cache with the kernels of a step, on each node once; the first step would compile them one by one."""
+        self.watchdog.beat("compiling kernels")
+        began = time.perf_counter()
+        compiled = 0
+        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
+            compiled = compile_training_kernels(self.config, self.world.device, self.world.size)
+        self.world.barrier()
+        if compiled:
+            monitor.note(
+                f"{compiled} kernels compiled or found in Triton's cache in {time.perf_counter() - began:.0f} s"
+            )
 
     def _start(self, monitor: Monitor) -> Progress:
         progress = None

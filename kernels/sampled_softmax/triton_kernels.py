@@ -29,8 +29,10 @@ from kernels.sampled_softmax.torch_form import MASKED_LOGIT
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _MASKED = tl.constexpr(MASKED_LOGIT)
-# None of the integers is specialised: most vary from batch to batch, and a second compilation would stall training.
-SIZES = [
+# Integers, and the alignment of what is often a part of a larger tensor, vary from batch to batch: a second compilation for
+# them would stall training.
+VARYING = [
+    "p_targets", "p_negatives", "p_grad",
     "num_tokens", "num_negatives", "num_items", "slots", "group_size", "token_blocks", "first_group", "splits",
     "split_tokens", "negative_blocks",
 ]  # fmt: skip
@@ -83,7 +85,7 @@ def _own_tile(p_items, p_negatives, p_bias, i_slot, num_negatives, b_h, target, 
     return b_e, tl.where(m_slot, z, float("-inf"))
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=VARYING)
 def forward_own_kernel(
     p_hidden, p_items, p_targets, p_negatives, p_bias, p_loss, p_log_sum, num_negatives, group_size, scale, offset,
     D: tl.constexpr, STEP: tl.constexpr,
@@ -108,7 +110,7 @@ def forward_own_kernel(
     tl.store(p_log_sum + i_token, top + log_total)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=VARYING)
 def backward_hidden_own_kernel(
     p_hidden, p_items, p_targets, p_negatives, p_bias, p_log_sum, p_grad, p_d_hidden,
     num_negatives, group_size, scale, offset,
@@ -131,7 +133,7 @@ def backward_hidden_own_kernel(
     tl.store(p_d_hidden + i_token * D + i_column, b_d.to(p_d_hidden.dtype.element_ty), mask=i_column < D)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=VARYING)
 def backward_items_kernel(
     p_hidden, p_items, p_targets, p_bias, p_log_sum, p_grad, p_partial, p_order, p_starts, p_pieces, p_piece_starts,
     num_items, slots, scale, offset,
@@ -223,7 +225,7 @@ def _forward_tile(
     return next_largest, total * exp2(largest - next_largest) + tl.sum(exp2(z), axis=1)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=VARYING)
 def forward_shared_kernel(
     p_hidden, p_items, p_targets, p_negatives, p_bias, p_loss, p_log_sum,
     num_tokens, num_negatives, group_size, token_blocks, scale, offset,
@@ -283,7 +285,7 @@ def _backward_hidden_tile(
     return tl.dot(b_p.to(b_e.dtype), b_e, b_d, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=VARYING)
 def backward_hidden_shared_kernel(
     p_hidden, p_items, p_targets, p_negatives, p_bias, p_log_sum, p_grad, p_d_hidden,
     num_tokens, num_negatives, group_size, token_blocks, scale, offset,
@@ -316,7 +318,7 @@ def backward_hidden_shared_kernel(
     _store_rows(p_d_hidden, b_d * weight[:, None], i_token, m_token, D)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=VARYING)
 def backward_negatives_kernel(
     p_hidden, p_items, p_targets, p_negatives, p_bias, p_log_sum, p_grad, p_partial,
     num_tokens, num_negatives, group_size, first_group, splits, split_tokens, negative_blocks, scale, offset,
