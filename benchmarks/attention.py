@@ -85,25 +85,52 @@ class Shape:
         return torch.randint(int(0.65 * self.longest), self.longest + 1, (count,), generator=random)
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Random operands of one shape, with times that step by seconds to months; ``pairs`` L(L + 1)/2 of its sequences."""
+
+    sizes: Tensor
+    pairs: float
+    operands: tuple[Any, ...]
+    described: dict[str, Any]
+
+    @classmethod
+    def random(cls, shape: Shape, dtype: torch.dtype, device: torch.device) -> Batch:
+        random = torch.Generator().manual_seed(shape.longest)
+        sizes, longest, groups, width = shape.lengths(random), shape.longest, shape.groups, shape.width
+        offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(device)
+        num_tokens = int(offsets[-1])
+        steps = torch.exp(13 * torch.rand(num_tokens + len(sizes), generator=random)).long()
+        timestamps = (1_500_000_000 + steps.cumsum(0)).to(device)
+
+        def normal(*shape: int) -> Tensor:
+            return (0.3 * torch.randn(*shape, generator=random)).to(device, dtype).requires_grad_()
+
+        q, k, v = (normal(groups, num_tokens, width) for _ in range(3))
+        operands = (q, k, v, offsets, longest, timestamps, normal(129), normal(2 * longest - 1))
+        described = {
+            "longest": longest,
+            "sequences": len(sizes),
+            "tokens": num_tokens,
+            "groups": groups,
+            "width": width,
+        }
+        return cls(sizes, (sizes.double() * (sizes + 1) / 2).sum().item(), operands, described)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """What is differentiated: q, k, v and both weights."""
+        return [operand for operand in self.operands if isinstance(operand, Tensor) and operand.requires_grad]
+
+
 def measure(
     shape: Shape, dtype: torch.dtype, device: torch.device, seconds: float, compiled: bool
 ) -> list[dict[str, Any]]:
     """Forward and backward of every form that fits, for one shape."""
-    random = torch.Generator().manual_seed(shape.longest)
-    sizes, longest, groups, width = shape.lengths(random), shape.longest, shape.groups, shape.width
-    offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(device)
-    num_tokens = int(offsets[-1])
-    steps = torch.exp(13 * torch.rand(num_tokens + len(sizes), generator=random)).long()
-    timestamps = (1_500_000_000 + steps.cumsum(0)).to(device)
-
-    def normal(*shape: int) -> Tensor:
-        return (0.3 * torch.randn(*shape, generator=random)).to(device, dtype).requires_grad_()
-
-    q, k, v = (normal(groups, num_tokens, width) for _ in range(3))
-    operands = (q, k, v, offsets, longest, timestamps, normal(129), normal(2 * longest - 1))
-    inputs = [operand for operand in operands if isinstance(operand, Tensor) and operand.requires_grad]
-    described = {"longest": longest, "sequences": len(sizes), "tokens": num_tokens, "groups": groups, "width": width}
-    pairs = (sizes.double() * (sizes + 1) / 2).sum().item()
+    batch = Batch.random(shape, dtype, device)
+    operands, inputs, described = batch.operands, batch.inputs, batch.described
+    q, k, v, offsets, longest, timestamps, *_ = operands
+    sizes, pairs, groups, width = batch.sizes, batch.pairs, shape.groups, shape.width
     rows: list[dict[str, Any]] = []
     forms: dict[str, Callable[[], Tensor]] = {}
     for backend in ["triton"] if device.type == "cuda" else backends(device):

@@ -6,6 +6,7 @@ python -m benchmarks.roofline
 from __future__ import annotations
 
 import ctypes
+import functools
 import platform
 import statistics
 import time
@@ -23,29 +24,53 @@ from kernels.backend import interpreting, triton_installed
 
 
 def timed(run: Callable[[], Any], device: torch.device, seconds: float) -> dict[str, float]:
-    """Median and spread (half the distance of the quartiles) of one call, after a warm-up; on a GPU its memory too."""
-    # On one CPU thread its own time, which leaves out what other processes take of the core.
+    """Median and spread (half the distance of the quartiles) of one call, after a warm-up; on a GPU its memory too.
+
+    A GPU's time is that between two events on its stream, with nothing of the call's in the second-level cache.
+    """
     on_gpu = device.type == "cuda"
-    clock = time.process_time if not on_gpu and torch.get_num_threads() == 1 else time.perf_counter
-    run()
+    measure = functools.partial(_milliseconds_on_gpu if on_gpu else _milliseconds_on_cpu, run)
+    measure()
     times: list[float] = []
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if on_gpu else 0
     end = time.perf_counter() + seconds
-    while len(times) < 5 or time.perf_counter() < end:
-        if on_gpu:
-            torch.cuda.synchronize()
-        start = clock()
-        run()
-        if on_gpu:
-            torch.cuda.synchronize()
-        times.append(1e3 * (clock() - start))
+    while len(times) < (5 if seconds else 2) or time.perf_counter() < end:
+        times.append(measure())
     low, median, high = statistics.quantiles(times, n=4)
     figures = {"ms": median, "spread_ms": (high - low) / 2}
     if on_gpu:
         figures["peak_mem_gib"] = (torch.cuda.max_memory_allocated() - before) / 2**30
     return figures
+
+
+def _milliseconds_on_cpu(run: Callable[[], Any]) -> float:
+    # On one CPU thread its own time, which leaves out what other processes take of the core.
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    run()
+    return 1e3 * (clock() - start)
+
+
+def _milliseconds_on_gpu(run: Callable[[], Any]) -> float:
+    flush_cache()
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def flush_cache() -> None:
+    """Overwrites more than the second-level cache of the current GPU holds."""
+    _cache_filler().zero_()
+
+
+@functools.cache
+def _cache_filler() -> Tensor:
+    return torch.empty(256 << 20, dtype=torch.uint8, device="cuda")
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> float:

@@ -101,15 +101,20 @@ def full_batch(longest: int, sequences: int) -> SequenceBatch:
     )
 
 
-def kernel_step(config: Config, batch: SequenceBatch, device: torch.device) -> Callable[[], Tensor]:
+def kernel_step(
+    config: Config, batch: SequenceBatch, device: torch.device, decoder: Decoder | None = None
+) -> Callable[[], Tensor]:
     """The mean loss of ``batch`` by the decoder and the loss that train, on a table held whole."""
-    decoder = Decoder(config).to(device)
+    decoder = decoder or Decoder(config).to(device)
     table = torch.nn.Embedding(NUM_ITEMS, config.model.embedding_dim, device=device)
 
     def step() -> Tensor:
+        views = table.weight.unflatten(1, (config.model.num_tables, -1))
         keys = torch.arange(batch.num_sequences, device=device)
-        out = decoder(table.weight[:, None], batch.item_ids, batch.seq_offsets, batch.timestamps, dropout_keys=keys)
-        queries, items = (F.normalize(x.flatten(1), dim=-1, eps=1e-6) for x in (out.hidden, table.weight))
+        out = decoder(views, batch.item_ids, batch.seq_offsets, batch.timestamps, dropout_keys=keys)
+        queries, items = (
+            F.normalize(x.flatten(1).float(), dim=-1, eps=1e-6).to(out.hidden.dtype) for x in (out.hidden, table.weight)
+        )
         negatives = torch.randint(NUM_ITEMS, (batch.num_tokens, config.loss.num_negatives), device=device)
         temperature = config.loss.temperature
         return sampled_softmax_loss(queries, items, batch.target_ids, negatives, temperature=temperature).mean()
