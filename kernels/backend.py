@@ -95,3 +95,8 @@ def compute_capability(device: torch.device) -> int:
         return 90
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def contiguous(*tensors: Tensor) -> list[Tensor]:
+    """As the kernels read them."""
+    return [tensor.contiguous() for tensor in tensors]

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.backend import compute_capability, dot_precision, operator
+from kernels.backend import compute_capability, contiguous, dot_precision, operator
 from kernels.expert_ffn import triton_kernels, triton_wide_kernels
 from kernels.expert_ffn.autograd import like, register_pair, save_inputs
 
@@ -171,14 +171,10 @@ class _Shape:
         return max(4 * block, triton.cdiv(slots, block) * block)
 
 
-def _contiguous(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
-
-
 @operator("kernels::expert_ffn")
 def expert_ffn_op(x: Tensor, expert_offsets: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
     """`kernels.expert_ffn` after its checks."""
-    x, expert_offsets, w1, w3, w2 = _contiguous(x, expert_offsets, w1, w3, w2)
+    x, expert_offsets, w1, w3, w2 = contiguous(x, expert_offsets, w1, w3, w2)
     shape = _Shape.of(x, w1)
     if shape.dim <= WIDEST_FORWARD:
         return _forward(shape, x, None, None, expert_offsets, w1, w3, w2)
@@ -196,7 +192,7 @@ def expert_ffn_backward_op(
     grad: Tensor, x: Tensor, expert_offsets: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, w1, w3 and w2."""
-    grad, x, expert_offsets, w1, w3, w2 = _contiguous(grad, x, expert_offsets, w1, w3, w2)
+    grad, x, expert_offsets, w1, w3, w2 = contiguous(grad, x, expert_offsets, w1, w3, w2)
     shape = _Shape.of(x, w1)
     if shape.dim <= WIDEST_BACKWARD:
         dx, _, (dw1, dw3, dw2) = _backward(shape, grad, x, None, None, expert_offsets, w1, w3, w2)
@@ -214,8 +210,8 @@ def routed_expert_ffn_op(
     x: Tensor, order: Tensor, choice_weights: Tensor, expert_offsets: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
 ) -> Tensor:
     """`kernels.routed_expert_ffn` after its checks, for d up to `WIDEST_BACKWARD`."""
-    x, order, choice_weights, expert_offsets = _contiguous(x, order, choice_weights, expert_offsets)
-    w1, w3, w2 = _contiguous(w1, w3, w2)
+    x, order, choice_weights, expert_offsets = contiguous(x, order, choice_weights, expert_offsets)
+    w1, w3, w2 = contiguous(w1, w3, w2)
     shape = _Shape.of(x, w1, choice_weights)
     by_choice = _forward(shape, x, order, choice_weights, expert_offsets, w1, w3, w2)
     return by_choice.unflatten(0, choice_weights.shape).sum(1)
@@ -238,8 +234,8 @@ def routed_expert_ffn_backward_op(
     w2: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, choice_weights, w1, w3 and w2."""
-    grad, x, order, choice_weights, expert_offsets = _contiguous(grad, x, order, choice_weights, expert_offsets)
-    w1, w3, w2 = _contiguous(w1, w3, w2)
+    grad, x, order, choice_weights, expert_offsets = contiguous(grad, x, order, choice_weights, expert_offsets)
+    w1, w3, w2 = contiguous(w1, w3, w2)
     shape = _Shape.of(x, w1, choice_weights)
     dx, d_choice, (dw1, dw3, dw2) = _backward(shape, grad, x, order, choice_weights, expert_offsets, w1, w3, w2)
     return dx.unflatten(0, choice_weights.shape).sum(1), d_choice, dw1, dw3, dw2

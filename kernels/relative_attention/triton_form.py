@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.backend import operator
+from kernels.backend import compute_capability, contiguous, operator
 from kernels.relative_attention import triton_bias_kernels as bias
 from kernels.relative_attention import triton_semantic_kernels as semantic
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS
@@ -65,7 +65,9 @@ class LaunchConfig:
             semantic_launch, bias_launch = Launch(min(short, block), 8, 1), Launch(16, 4, 1)
             return cls(block, min(columns, 64), *[semantic_launch] * 3, *[bias_launch] * 3)
         if width > 128:
-            return cls(block, columns, *[Launch(32, 8, 1)] * 3, *[Launch(32, 4, 2)] * 3)
+            # On 8 warps tiles of 32 rows are computed twice; dk, dv alone would spill on 4.
+            short = Launch(32, 4, 1)
+            return cls(block, columns, short, short, Launch(32, 8, 1), *[Launch(32, 4, 2)] * 3)
         # On more than 4 warps, whose instructions have 16 rows each, tiles of 64 rows would be computed twice.
         double, whole, half, quarter = (Launch(step, 4, 2) for step in (128, 64, 32, 16))
         aligned = dqk % 16 == dv % 16 == 0  # otherwise masks of columns take registers too
@@ -89,14 +91,6 @@ class LaunchConfig:
             return 32 if itemsize == 2 else 16
         # Rows of float32 that are no multiple of 16 columns are loaded an element at a time, with an address each.
         return 64 if itemsize == 2 or (width <= 64 and aligned) or width <= 16 else 32
-
-
-def capability(device: torch.device) -> int:
-    """Compute capability, such as 90; in the interpreter the newest that tiles are chosen for."""
-    if device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 @dataclass(frozen=True)
@@ -139,10 +133,10 @@ def attention_op(
 ) -> Tensor:
     """(G, T, 3·dv); ``lists``: those of `WorkLists` for the block of `LaunchConfig`."""
     work = WorkLists(*lists)
-    q, k, v, ts_weights, pos_weights = _contiguous(q, k, v, ts_weights, pos_weights)
-    seq_offsets, timestamps = _contiguous(seq_offsets, timestamps)
+    q, k, v, ts_weights, pos_weights = contiguous(q, k, v, ts_weights, pos_weights)
+    seq_offsets, timestamps = contiguous(seq_offsets, timestamps)
     groups, num_tokens, dqk, dv = *q.shape, v.shape[2]
-    config = LaunchConfig.choose(groups, dqk, dv, q.itemsize, precision, capability(q.device))
+    config = LaunchConfig.choose(groups, dqk, dv, q.itemsize, precision, compute_capability(q.device))
     out = v.new_empty(groups, num_tokens, 3 * dv)
     if not out.numel():
         return out
@@ -185,13 +179,13 @@ def attention_backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v, ts_weights and pos_weights."""
     work = WorkLists(*lists)
-    grad, q, k, v, seq_offsets, timestamps = _contiguous(grad, q, k, v, seq_offsets, timestamps)
-    ts_weights, pos_weights = _contiguous(ts_weights, pos_weights)
+    grad, q, k, v, seq_offsets, timestamps = contiguous(grad, q, k, v, seq_offsets, timestamps)
+    ts_weights, pos_weights = contiguous(ts_weights, pos_weights)
     groups, num_tokens, dqk, dv = *q.shape, v.shape[2]
     dq, dk, d_values = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
     if not grad.numel():
         return dq, dk, d_values, torch.zeros_like(ts_weights), torch.zeros_like(pos_weights)
-    config = LaunchConfig.choose(groups, dqk, dv, q.itemsize, precision, capability(q.device))
+    config = LaunchConfig.choose(groups, dqk, dv, q.itemsize, precision, compute_capability(q.device))
     block, num_items, num_columns = config.block, work.query_items.shape[0], column_blocks(groups, dv, config)
     times_of_launches = (work.seconds, timestamps)[: 1 + any_wide]
     semantic.semantic_query_kernel[(num_items * groups,)](
@@ -260,7 +254,3 @@ attention_op.register_autograd(_backward, setup_context=_setup_context)
 def column_blocks(groups: int, dv: int, config: LaunchConfig) -> int:
     """How many programs of a bias kernel share an item."""
     return triton.cdiv(groups * triton.next_power_of_2(max(dv, 16)), config.columns)
-
-
-def _contiguous(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kernels.backend import dot_precision, operator
+from kernels.backend import contiguous, dot_precision, operator
 from kernels.sampled_softmax import triton_kernels
 
 # Below this many tokens a group's negatives are gathered for each token: a tile of 16 rows would stand half empty, and
@@ -93,7 +93,7 @@ def loss_op(
     logit_offset: float,
 ) -> tuple[Tensor, Tensor]:
     """The losses (T,) and, for backward, the log-sums (T,), both float32."""
-    operands = (*_contiguous(hidden, items, targets, negatives), _bias(item_bias))
+    operands = (*contiguous(hidden, items, targets, negatives), _bias(item_bias))
     num_tokens, width = hidden.shape
     size, num_negatives = min(group_size or num_tokens, num_tokens), negatives.shape[1]
     config = LaunchConfig.choose(width, hidden.itemsize, dot_precision(hidden.dtype), size)
@@ -133,7 +133,7 @@ def loss_backward_op(
     logit_offset: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of hidden and items."""
-    grad, hidden, items, targets, negatives = _contiguous(grad, hidden, items, targets, negatives)
+    grad, hidden, items, targets, negatives = contiguous(grad, hidden, items, targets, negatives)
     num_tokens, width = hidden.shape
     size, num_negatives = min(group_size or num_tokens, num_tokens), negatives.shape[1]
     config = LaunchConfig.choose(width, hidden.itemsize, dot_precision(hidden.dtype), size)
@@ -255,7 +255,3 @@ loss_op.register_autograd(_backward, setup_context=_setup_context)
 
 def _bias(item_bias: Tensor | None) -> Tensor | None:
     return None if item_bias is None else item_bias.contiguous()
-
-
-def _contiguous(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.contiguous() for tensor in tensors]
