@@ -77,12 +77,13 @@ _H100 = replace(
     local_bytes_per_s=450e9,  # NVLink 4
     network_bytes_per_s=50e9,  # NDR, 400 Gbit/s
 )
-# Rates without sparsity, from NVIDIA's data sheets. The driver is assumed to take the same share as on the A100.
-_H200 = replace(_H100, name="h200", memory=0.95 * 140e9, memory_bytes_per_s=4.8e12)
+# Rates without sparsity, from NVIDIA's data sheets. Memory as CUDA reports it: 139 GiB on what is sold as 141 GB, 178 on a
+# B200.
+_H200 = replace(_H100, name="h200", memory=0.95 * 139 * GIB, memory_bytes_per_s=4.8e12)
 _B200 = replace(
     _H100,
     name="b200",
-    memory=0.95 * 178e9,
+    memory=0.95 * 178 * GIB,
     float32_flops=75e12,
     bfloat16_flops=2250e12,
     memory_bytes_per_s=7.7e12,
