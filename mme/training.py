@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -161,17 +159,11 @@ class Training:
             attempts.forget(self.run_folder)
 
     def _compile_kernels(self, monitor: Monitor) -> None:
-        """Fills Triton's cache with the kernels of a step, on each node once; the first step would compile them one by one."""
+        """Before the first step, which would compile the kernels one after another."""
         self.watchdog.beat("compiling kernels")
-        began = time.perf_counter()
-        compiled = 0
-        if int(os.environ.get("LOCAL_RANK", "0")) == 0:
-            compiled = compile_training_kernels(self.config, self.world.device, self.world.size)
-        self.world.barrier()
-        if compiled:
-            monitor.note(
-                f"{compiled} kernels compiled or found in Triton's cache in {time.perf_counter() - began:.0f} s"
-            )
+        if note := compile_training_kernels(self.config, self.world.device, self.world.size):
+            monitor.note(note)
+        self.world.barrier()  # the other ranks of a node load what its first one has compiled
 
     def _start(self, monitor: Monitor) -> Progress:
         progress = None

@@ -66,8 +66,8 @@ class LaunchConfig:
             return cls(block, min(columns, 64), *[semantic_launch] * 3, *[bias_launch] * 3)
         if width > 128:
             # On 8 warps tiles of 32 rows are computed twice; dk, dv alone would spill on 4.
-            short = Launch(32, 4, 1)
-            return cls(block, columns, short, short, Launch(32, 8, 1), *[Launch(32, 4, 2)] * 3)
+            queries, keys = Launch(32, 4, 1), Launch(32, 8, 1)
+            return cls(block, columns, queries, queries, keys, *[Launch(32, 4, 2)] * 3)
         # On more than 4 warps, whose instructions have 16 rows each, tiles of 64 rows would be computed twice.
         double, whole, half, quarter = (Launch(step, 4, 2) for step in (128, 64, 32, 16))
         aligned = dqk % 16 == dv % 16 == 0  # otherwise masks of columns take registers too

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -20,17 +21,21 @@ NAMES = {"bfloat16": ("bf16", 2), "float32": ("fp32", 4)}  # Triton's name of a 
 ALL_TOKENS = 1 << 20  # of a batch that shares its negatives as a whole
 
 
-def compile_training_kernels(config: Config, device: torch.device, processes: int) -> int:
-    """Compiles them, many at once, into the cache of this node; returns how many there are, 0 where Triton does not run.
+def compile_training_kernels(config: Config, device: torch.device, processes: int) -> str:
+    """Compiles the kernels of a job of ``processes``, many at once, into the cache of this node; returns a line about it.
 
-    To be called by one of the ``processes`` on a node; the others load the kernels from the cache when they launch them.
+    Of the processes on a node, each of which calls this, the first one compiles; the others load the kernels when they launch
+    them. Without a GPU, or with the torch backend, nothing is done and said.
     """
     if device.type != "cuda" or resolve_backend(config.kernels.backend, device) != "triton":
-        return 0
+        return ""
+    if int(os.environ.get("LOCAL_RANK", "0")):
+        return ""
     from kernels.compilation import fill_cache
 
-    arch = compute_capability(device)
-    return fill_cache(training_variants(config, arch, processes), arch, os.cpu_count() or 1)
+    began, arch = time.perf_counter(), compute_capability(device)
+    compiled = fill_cache(training_variants(config, arch, processes), arch, os.cpu_count() or 1)
+    return f"{compiled} kernels compiled or found in Triton's cache in {time.perf_counter() - began:.0f} s"
 
 
 def training_variants(config: Config, arch: int, processes: int) -> list[Variant]:
