@@ -46,10 +46,12 @@ def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -
         UserError: all checkpoints are damaged, or the checkpoint belongs to another configuration.
     """
     candidates = recommender.world.of_first(steps(run)[::-1])
+    flaws = []
     for step in candidates:
         index = _sound_index(run, step, recommender.world)
         if not isinstance(index, Index):
             note(f"checkpoint skipped: {index}")
+            flaws.append(index)
             continue
         _restore(run, step, index, [*weight_pieces(recommender), *optimizer_pieces(recommender)], f" ({ELSEWHERE})")
         progress = index.progress
@@ -57,9 +59,9 @@ def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -
         recommender.tables.set_optimizer_step(applied)
         set_optimizer_step(engine, applied)
         return progress
-    if candidates:
+    if flaws:
         raise UserError(
-            f"{run / 'checkpoints'}: all {len(candidates)} checkpoints are damaged, the newest: {index}; "
+            f"{run / FOLDER}: no sound checkpoint among {len(flaws)}, the newest: {flaws[0]}; "
             "train.resume=false removes them and starts from step 0"
         )
     return None

@@ -136,7 +136,8 @@ class RecordSplitter:
             swallowed = int(rows_before[close + 1] - rows_before[line + 1])
             if swallowed and self._quoting == "auto":
                 raise OpenQuote(
-                    line, f"and closes {close - line} lines later, with {swallowed} lines between that look like rows"
+                    line,
+                    f"and closes {_lines(close - line)} later, past {_lines(swallowed)} that could be rows of their own",
                 )
             joined[line + 1 : close + 1] = True
             next_free = close + 1
@@ -159,6 +160,10 @@ class RecordSplitter:
     @staticmethod
     def _match(lines: pa.Array, pattern: str) -> NDArray[np.bool_]:
         return pc.match_substring_regex(lines, pattern).to_numpy(zero_copy_only=False)
+
+
+def _lines(number: int) -> str:
+    return f"{number} line" if number == 1 else f"{number} lines"
 
 
 def _lines_as_records(block: bytes, has_quotes: bool) -> Records:

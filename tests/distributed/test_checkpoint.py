@@ -152,7 +152,8 @@ def test_training_does_not_start_over_if_all_checkpoints_are_damaged(tmp_path: P
     for file in tmp_path.glob("checkpoints/step_*/*.safetensors"):
         file.write_bytes(file.read_bytes()[:-100])
     (message,) = run_on(1, resume_from_damaged, str(tmp_path))
-    assert message.startswith(f"{tmp_path}/checkpoints: all 2 checkpoints are damaged, ")
+    newest = tmp_path / "checkpoints" / "step_3" / "rank_00000.safetensors"
+    assert message.startswith(f"{tmp_path}/checkpoints: no sound checkpoint among 2, the newest: {newest}: damaged: ")
     assert message.endswith("train.resume=false removes them and starts from step 0")
 
 

@@ -150,4 +150,4 @@ def test_a_run_with_nothing_but_nan_is_evaluated_with_status_1(data: Path, tmp_p
         read_checkpoint(run)
     refused = train(data, run, "train.steps=2")  # it does not begin again unasked
     assert refused.returncode == 2
-    assert "all 1 checkpoints are damaged" in refused.stderr.splitlines()[-1]
+    assert "no sound checkpoint among 1, the newest" in refused.stderr.splitlines()[-1]
