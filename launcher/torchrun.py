@@ -156,7 +156,8 @@ def _run_once(job: Job, resumes: bool, module: list[str] | None) -> tuple[int, _
     watch = _Watch(process, job, resumes, stopping)
     if job.nnodes > 1:
         threading.Thread(target=watch.give_up_without_workers, daemon=True).start()
-        threading.Thread(target=watch.give_way_to_another_job, daemon=True).start()
+        if module is None:
+            threading.Thread(target=watch.give_way_to_another_job, daemon=True).start()
     try:
         assert process.stderr is not None
         watch.follow(process.stderr)
