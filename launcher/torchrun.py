@@ -36,6 +36,7 @@ PREFLIGHT_ID = "mme-preflight"
 LOOPBACK, LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 UNANSWERED_S = 30  # margin beyond torchrun's time limits for connecting to the rendezvous and waiting for the nodes
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+IMPORT_WITHIN_S = 60
 USER_ERROR = 2
 INTERRUPTED = 130
 STOPS_WITHIN_S = 60  # from the request to stop until torchrun kills the workers; they write a checkpoint meanwhile
@@ -156,12 +157,15 @@ def _run_once(job: Job, resumes: bool, module: list[str] | None) -> tuple[int, _
     watch = _Watch(process, job, resumes, stopping)
     if job.nnodes > 1:
         threading.Thread(target=watch.give_up_without_workers, daemon=True).start()
-        if module is None:
-            threading.Thread(target=watch.give_way_to_another_job, daemon=True).start()
+    comparison = threading.Thread(target=watch.give_way_to_another_job, daemon=True)
+    if job.nnodes > 1 and module is None:
+        comparison.start()
     try:
         assert process.stderr is not None
         watch.follow(process.stderr)
         status = process.wait()
+        if comparison.is_alive():
+            comparison.join(IMPORT_WITHIN_S)  # an exit while it imports PyTorch could crash
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
