@@ -21,7 +21,7 @@ from mme.config import differing_keys
 PATIENCE_S = 10.0  # time for this job's other nodes to join after another job has been seen
 ANSWERS_WITHIN_S = 5.0
 LOOK_EVERY_S = 0.5
-COUNT, RECORD = "mme/nodes", "mme/node/{}"  # keys of the store
+COUNT, RECORD, TOLD = "mme/nodes", "mme/node/{}", "mme/told"  # keys of the store
 
 
 def other_job(job: Job, has_met: Callable[[], bool]) -> str | None:
@@ -29,6 +29,7 @@ def other_job(job: Job, has_met: Callable[[], bool]) -> str | None:
     mine = {"id": job.rendezvous_id, "host": platform.node(), "settings": _as_json(job.settings)}
     store: Any = None
     others: list[dict[str, Any]] = []
+    own = 0
     seen_at: float | None = None
     while not has_met():
         try:
@@ -42,6 +43,7 @@ def other_job(job: Job, has_met: Callable[[], bool]) -> str | None:
         except (RuntimeError, ValueError, KeyError, TypeError):
             store = None  # not started yet, or gone with its node after the others had been seen
         if seen_at is not None and time.monotonic() - seen_at > PATIENCE_S and not has_met():
+            _wait_for_the_others(store, own + len(others))
             return _line(job, mine, others[0])
         time.sleep(LOOK_EVERY_S)
     return None
@@ -54,6 +56,16 @@ def _connect(job: Job) -> Any:
     assert job.rdzv_endpoint is not None
     host, port = split_endpoint(job.rdzv_endpoint)
     return TCPStore(host, port, is_master=False, timeout=timedelta(seconds=ANSWERS_WITHIN_S), wait_for_workers=False)
+
+
+def _wait_for_the_others(store: Any, nodes: int) -> None:
+    """Gives the other nodes time to find out too: the store ends with the node that holds it."""
+    deadline = time.monotonic() + ANSWERS_WITHIN_S
+    with suppress(RuntimeError, AttributeError):  # it is gone already
+        told = store.add(TOLD, 1)
+        while told < nodes and time.monotonic() < deadline:
+            time.sleep(LOOK_EVERY_S)
+            told = store.add(TOLD, 0)
 
 
 def _records(store: Any) -> list[dict[str, Any]]:
