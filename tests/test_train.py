@@ -45,21 +45,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(data: Path, run: Path, *overrides: str, processes: int = 1) -> subprocess.CompletedProcess[str]:
-    command = ["mme", "train"]
+    command = [sys.executable, "-m"]
     if processes > 1:
-        command = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m", *command]
-    return _run(command, data, run, *overrides)
-
-
-def launch(data: Path, run: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    """One process that the launcher starts again three times."""
-    return _run(["launcher", "run", "--nproc-per-node", "1"], data, run, *overrides)
-
-
-def _run(command: list[str], data: Path, run: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
+        command += ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "-m"]
     config = Path(__file__).parents[1] / "configs" / "quickstart.yaml"
-    command = [sys.executable, "-m", *command, "--config", str(config)]
-    command += [f"data.path={data}", f"output_dir={run}", *SMALL, *overrides]
+    command += ["mme", "train", "--config", str(config), f"data.path={data}", f"output_dir={run}", *SMALL, *overrides]
     # As in a user's terminal; Triton's interpreter is only for tests of kernels.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(command, capture_output=True, text=True, env=environment | {"OMP_NUM_THREADS": "1"})

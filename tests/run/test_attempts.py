@@ -13,15 +13,23 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from mme.config import load_config
+from mme.data.dataset import PreparedDataset
 from mme.distributed import checkpoint_index as checkpoint
 from mme.distributed.checkpoint import remove_all
-from mme.errors import FinalError, NonFiniteError
+from mme.distributed.world import World
+from mme.errors import FinalError, JobError, NonFiniteError, UserError
 from mme.inference.weights import read_checkpoint
 from mme.run.attempts import FILE, forget, go_back, record_failure
-from tests.test_train import data, launch, records, train
+from mme.run.preemption import Preemption
+from mme.train import Training
+from tests.distributed.processes import run_on
+from tests.test_train import SMALL, data, records
 
 __all__ = ["data"]  # a fixture
 JOB = "hash of the configuration"
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+DESCENT = "train.table_optimizer=sgd"
 
 
 def with_checkpoints(run: Path, *steps: int) -> Path:
@@ -87,51 +95,69 @@ def test_a_damaged_count_is_no_count(tmp_path: Path) -> None:
     assert not (tmp_path / FILE).exists()
 
 
-@pytest.mark.slow
-def test_a_job_whose_weights_overflow_goes_back_instead_of_resuming_for_ever(data: Path, tmp_path: Path) -> None:
+def attempt(world: World, data: str, run: str, *overrides: str) -> str:
+    """A whole training job in this process; the message of the error with which it ends, or ""."""
+    config = load_config(QUICKSTART, [f"data.path={data}", f"output_dir={run}", *SMALL, DESCENT, *overrides])
+    with Preemption() as preemption:
+        try:
+            Training(config, PreparedDataset.open(data), world, preemption).run()
+        except (JobError, UserError) as error:
+            return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def attempts_that_overflow(world: World, data: str, run: str) -> list[str]:
     """Gradient descent at a rate of 1e30 leaves weights of 1e28: their squares, and the vectors' lengths, are infinite.
 
-    Losses stay finite, so the last evaluation finds it. The first attempt resumes at step 7 and writes checkpoints up to
-    13, the second resumes there, and each one after it one checkpoint further back, until none is left.
+    Losses stay finite, so the last evaluation finds it, with checkpoints up to step 13 written on the way.
     """
-    run, descent = tmp_path / "run", "train.table_optimizer=sgd"
-    assert train(data, run, descent, "train.epochs=1").returncode == 0
-    done = launch(data, run, descent, "train.table_lr=1e30", "train.checkpoint_every=1", "train.eval_every=100")
-    assert done.returncode == 1
-    lines = [line.split(" ", 2)[2] for line in (run / "log.txt").read_text().splitlines() if line.startswith("20")]
+    far = ["train.table_lr=1e30", "train.checkpoint_every=1", "train.eval_every=100"]
+    return [attempt(world, data, run, "train.epochs=1"), *(attempt(world, data, run, *far) for _ in range(6))]
+
+
+def test_a_job_whose_weights_overflow_goes_back_instead_of_resuming_for_ever(data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (messages,) = run_on(1, attempts_that_overflow, str(data), str(run))
+    spoiled = (
+        "NonFiniteError: the item vectors are not finite for 120 of 120 items, the first that of item 0 in table item_0"
+    )
+    assert messages[0] == ""
+    assert [message.startswith(spoiled) for message in messages[1:]] == [True, True, True, True, False, True]
+    assert messages[5].startswith("FinalError: step 14 was not finite in 4 attempts, and no older checkpoint is left")
+    lines = [line.split(" ", 2)[2] for line in (run / "log.txt").read_text().splitlines()]
     resumed = [line for line in lines if line.startswith("resumed at step")]
-    assert resumed == [f"resumed at step {step}" for step in (7, 13, 12, 7)]
+    assert resumed == [f"resumed at step {step}" for step in (7, 13, 12, 7, 13)]
     assert [line.split(";")[0] for line in lines if "training goes back" in line] == [
         "warning: step 14 was not finite in 2 attempts: training goes back to the checkpoint of step 12",
         "warning: step 14 was not finite in 3 attempts: training goes back to the checkpoint of step 7",
     ]
-    *errors, last = [line for line in lines if line.startswith("error: ")]
-    assert len(errors) == 4
-    assert all(error.startswith("error: the item vectors are not finite for 120 of 120 items") for error in errors)
-    assert last.startswith("error: step 14 was not finite in 4 attempts, and no older checkpoint is left to go back to")
-    assert done.stderr.splitlines()[-1] == last
     evaluated = [line for line in records(run, "eval") if line["model"] == "fuxi-mme"]
     assert {line["step"] for line in evaluated} == {7}
 
 
-@pytest.mark.slow
+def attempts_at_a_checkpoint_with_nan(world: World, data: str, run: str) -> list[str]:
+    far = ["train.table_lr=1e38", "train.checkpoint_every=1", "train.eval_every=100"]
+    return [attempt(world, data, run, "train.steps=3"), *(attempt(world, data, run, *far) for _ in range(2))]
+
+
 def test_a_checkpoint_that_would_hold_nan_is_not_written_and_counted_by_its_step(data: Path, tmp_path: Path) -> None:
-    run, descent = tmp_path / "run", "train.table_optimizer=sgd"
-    assert train(data, run, descent, "train.steps=3").returncode == 0
-    for _ in range(2):
-        failed = train(data, run, descent, "train.table_lr=1e38", "train.checkpoint_every=1", "train.eval_every=100")
-        assert failed.returncode == 1
-        (line,) = failed.stderr.splitlines()
-        assert line.startswith("error: checkpoint of step 4 not written: tables/item_0 is not finite, first in row ")
+    run = tmp_path / "run"
+    (messages,) = run_on(1, attempts_at_a_checkpoint_with_nan, str(data), str(run))
+    assert messages[0] == ""
+    for message in messages[1:]:
+        assert re.match(
+            r"NonFiniteCheckpointError: checkpoint of step 4 not written: tables/item_\d is not finite, first in row ",
+            message,
+        )
     assert checkpoint.steps(run) == [3]
-    assert json.loads((run / FILE).read_text())["failed_at"] == 4
-    assert json.loads((run / FILE).read_text())["failures"] == 2
+    counted = json.loads((run / FILE).read_text())
+    assert (counted["failed_at"], counted["failures"]) == (4, 2)
 
 
 @pytest.mark.slow
 def test_a_run_with_nothing_but_nan_is_evaluated_with_status_1(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert train(data, run, "train.steps=1").returncode == 0
+    assert run_on(1, attempt, str(data), str(run), "train.steps=1") == [""]
     (file,) = run.glob("checkpoints/step_1/*.safetensors")
     tensors = load_file(file)
     tensors["tables/item_1@0,0"][5, 3] = torch.nan
@@ -148,6 +174,5 @@ def test_a_run_with_nothing_but_nan_is_evaluated_with_status_1(data: Path, tmp_p
     assert failed.stderr == f"error: {expected}\n"
     with pytest.raises(NonFiniteError, match=re.escape(expected)):
         read_checkpoint(run)
-    refused = train(data, run, "train.steps=2")  # it does not begin again unasked
-    assert refused.returncode == 2
-    assert "no sound checkpoint among 1, the newest" in refused.stderr.splitlines()[-1]
+    (refused,) = run_on(1, attempt, str(data), str(run), "train.steps=2")  # it does not begin again unasked
+    assert refused.startswith(f"UserError: {run}/checkpoints: no sound checkpoint among 1, the newest: {expected}")
