@@ -22,7 +22,7 @@ from mme.errors import FinalError, JobError, NonFiniteError, UserError
 from mme.inference.weights import read_checkpoint
 from mme.run.attempts import FILE, forget, go_back, record_failure
 from mme.run.preemption import Preemption
-from mme.train import Training
+from mme.training import Training
 from tests.distributed.processes import run_on
 from tests.test_train import SMALL, data, records
 
