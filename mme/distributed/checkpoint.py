@@ -61,7 +61,7 @@ def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -
         return progress
     if flaws:
         raise UserError(
-            f"{run / FOLDER}: no sound checkpoint among {len(flaws)}, the newest: {flaws[0]}; "
+            f"{run / CHECKPOINTS}: no sound checkpoint among {len(flaws)}, the newest: {flaws[0]}; "
             "train.resume=false removes them and starts from step 0"
         )
     return None
