@@ -135,25 +135,6 @@ def test_a_job_whose_weights_overflow_goes_back_instead_of_resuming_for_ever(dat
     assert {line["step"] for line in evaluated} == {7}
 
 
-def attempts_at_a_checkpoint_with_nan(world: World, data: str, run: str) -> list[str]:
-    far = ["train.table_lr=1e38", "train.checkpoint_every=1", "train.eval_every=100"]
-    return [attempt(world, data, run, "train.steps=3"), *(attempt(world, data, run, *far) for _ in range(2))]
-
-
-def test_a_checkpoint_that_would_hold_nan_is_not_written_and_counted_by_its_step(data: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    (messages,) = run_on(1, attempts_at_a_checkpoint_with_nan, str(data), str(run))
-    assert messages[0] == ""
-    for message in messages[1:]:
-        assert re.match(
-            r"NonFiniteCheckpointError: checkpoint of step 4 not written: tables/item_\d is not finite, first in row ",
-            message,
-        )
-    assert checkpoint.steps(run) == [3]
-    counted = json.loads((run / FILE).read_text())
-    assert (counted["failed_at"], counted["failures"]) == (4, 2)
-
-
 @pytest.mark.slow
 def test_a_run_with_nothing_but_nan_is_evaluated_with_status_1(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
