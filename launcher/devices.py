@@ -77,8 +77,8 @@ _H100 = replace(
     local_bytes_per_s=450e9,  # NVLink 4
     network_bytes_per_s=50e9,  # NDR, 400 Gbit/s
 )
-# Rates without sparsity, from NVIDIA's data sheets. Memory as CUDA reports it: 139 GiB on what is sold as 141 GB, 178 on a
-# B200.
+# Rates without sparsity, as published for these cards. Memory in GiB: CUDA reports 139 on an H200, sold as 141 GB; the 178 of a
+# B200 are taken from published listings.
 _H200 = replace(_H100, name="h200", memory=0.95 * 139 * GIB, memory_bytes_per_s=4.8e12)
 _B200 = replace(
     _H100,
