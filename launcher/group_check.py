@@ -90,7 +90,7 @@ def main() -> None:
             dead.print_line()
             raise SystemExit(1)
         name = "group"
-        with process_group(ANSWERS_WITHIN_S) as world:
+        with process_group(ANSWERS_WITHIN_S, store) as world:
             group = group_of(world)
             for name, check in checks.items():  # noqa: B007  (the error handler uses the name)
                 finding = check(group)

@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from launcher.findings import Finding
 from launcher.rendezvous import local_address
+from mme.distributed.world import group_store
 
 ANSWERS_WITHIN_S = 20.0  # timeout of a TCP connection
 NODES_COME_WITHIN_S = 120.0  # timeout for another node's message, after all nodes have passed the rendezvous
@@ -59,6 +60,9 @@ def board() -> dist.Store:
     here = os.environ["RANK"] == "0" and not served_by_torchrun
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     patience = timedelta(seconds=NODES_COME_WITHIN_S)
+    store = group_store(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), patience)
+    if store is not None:
+        return store
     return dist.TCPStore(host, port, is_master=here, timeout=patience, wait_for_workers=False, multi_tenant=True)
 
 

@@ -79,10 +79,12 @@ class World(Worker):
 
 
 @contextmanager
-def process_group(patience_s: float = PATIENCE_S) -> Iterator[World]:
+def process_group(patience_s: float = PATIENCE_S, store: dist.Store | None = None) -> Iterator[World]:
     """Joins the group that torchrun describes in the environment, or forms a group of one.
 
-    A collective raises if it waits longer than ``patience_s``.
+    Args:
+        patience_s: a collective raises if it waits longer.
+        store: in which the processes find each other, if they share one already; None: see `group_store`.
 
     Raises:
         UserError: this node has more processes than GPUs.
@@ -103,7 +105,8 @@ def process_group(patience_s: float = PATIENCE_S) -> Iterator[World]:
     # TorchRec also exchanges host tensors, so the group needs gloo in addition to NCCL.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     patience = timedelta(seconds=patience_s)
-    store = _group_store(rank, size, patience)
+    if store is None:
+        store = group_store(rank, size, patience)
     # With device_id NCCL connects here instead of in the first collective.
     dist.init_process_group(
         backend, rank=rank, world_size=size, store=store, timeout=patience, device_id=device if on_gpu else None
@@ -131,7 +134,7 @@ def process_group(patience_s: float = PATIENCE_S) -> Iterator[World]:
         deepspeed.comm.destroy_process_group()  # and DeepSpeed's groups: a later job in this process makes its own
 
 
-def _group_store(rank: int, size: int, patience: timedelta) -> dist.Store | None:
+def group_store(rank: int, size: int, patience: timedelta) -> dist.Store | None:
     """The store in which the processes find each other; None for the one that torchrun's environment describes.
 
     That one would listen on every interface of the machine. If its address is the loopback's, all processes are on this
