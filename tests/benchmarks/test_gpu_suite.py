@@ -123,6 +123,7 @@ def test_a_wrong_kernel_is_found() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1500)
 def test_every_stage_runs_dry_and_a_second_run_has_nothing_to_do(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu_suite", "--dry", "--out", str(tmp_path)]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)

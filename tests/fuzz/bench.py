@@ -1,7 +1,7 @@
 """Runs cases: each in a folder of its own, beside files of the user's that must stay as they are.
 
 Seeds and the number of cases of each come from the environment: MME_FUZZ_SEEDS ("0", or several such as "0 1 2") and
-MME_FUZZ_CASES (300 of each kind). A failure names its seed and case; the changed files stay in pytest's temporary folder.
+MME_FUZZ_CASES (100 of each kind). A failure names its seed and case; the changed files stay in pytest's temporary folder.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from mme.errors import NonFiniteError, UserError, one_line
 CASES = [
     (seed, number)
     for seed in os.environ.get("MME_FUZZ_SEEDS", "0").split()
-    for number in range(int(os.environ.get("MME_FUZZ_CASES", "300")))
+    for number in range(int(os.environ.get("MME_FUZZ_CASES", "100")))
 ]
 LONGEST_S = 60
 SKIPPED = "checkpoint skipped: "
