@@ -329,7 +329,7 @@ class TrainedModel:
         """Item indices of raw ids; raises UserError for one that is unknown."""
         try:
             found = pc.index_in(pa.array(list(ids), self.item_ids.type), self.item_ids)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OverflowError) as error:
             raise UserError(f"{what}: expected raw item ids ({self.item_ids.type}): {first_line(error)}") from error
         if found.null_count:
             unknown = list(ids)[pc.index(pc.is_null(found), True).as_py()]
@@ -342,7 +342,7 @@ class TrainedModel:
         """Item indices of the raw ids that the model knows."""
         try:
             found = pc.index_in(pa.array(list(ids), self.item_ids.type), self.item_ids)
-        except pa.ArrowException as error:
+        except (pa.ArrowException, OverflowError) as error:
             raise UserError(f"{what}: expected raw item ids ({self.item_ids.type}): {first_line(error)}") from error
         return list(found.drop_null().to_pylist())
 
