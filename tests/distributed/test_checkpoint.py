@@ -217,8 +217,11 @@ TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
         lambda folder: (folder / "index.json").write_text('{"format": 2, "fi'),
         "index.json: damaged index (",
     ),
-    "another format": (in_index(lambda index: index.update(format=1)), "index.json: format 1, expected 2: another"),
-    "another step": (in_index(lambda index: index["progress"].update(step=9)), "damaged index (it is of step 9)"),
+    "another format": (
+        in_index(lambda index: index.update(format=1)),
+        "index.json: format 1, expected 2: written by another",
+    ),
+    "another step": (in_index(lambda index: index["progress"].update(step=9)), "damaged index (belongs to step 9)"),
     "a file elsewhere": (
         in_index(lambda index: index["files"][0].update(file="../step_1/rank_00000.safetensors")),
         "damaged index (file '../step_1/rank_00000.safetensors' is not in this folder)",
@@ -229,7 +232,7 @@ TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
                 {"name": "decoder/x", "shape": [2], "offsets": [0], "local_shape": [2]}
             )
         ),
-        "rank_00000.safetensors: damaged: no piece decoder/x@0, which index.json names",
+        "rank_00000.safetensors: damaged: has no piece decoder/x@0, which index.json names",
     ),
     "no file": (in_index(lambda index: index["files"].clear()), "damaged index (files: 0 entries, expected 1)"),
     "a piece twice": (

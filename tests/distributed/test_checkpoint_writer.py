@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -166,10 +168,14 @@ def test_all_ranks_learn_of_a_failed_write_in_one_line(tmp_path: Path) -> None:
 
 def save_where_nothing_can_be_named(world: World, run: str) -> str:
     recommender, _ = recommender_of(world)
-    # A file blocks the finished folder, so the rename fails in rank 0's thread.
-    (Path(run) / "checkpoints").mkdir(exist_ok=True)
-    (Path(run) / "checkpoints" / "step_1").touch()
-    with pytest.raises(CheckpointError) as raised, CheckpointWriter(Path(run), recommender, keep=1) as writer:
+    full = mock.patch.object(
+        Path, "rename", side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    )  # in rank 0's thread
+    with (
+        full,
+        pytest.raises(CheckpointError) as raised,
+        CheckpointWriter(Path(run), recommender, keep=1) as writer,
+    ):
         writer.save(Progress(1, 0, 1))
         while True:
             any_writing, any_failed = world.sum(torch.tensor(writer.votes(), dtype=torch.int64)).tolist()

@@ -36,6 +36,7 @@ def compare_jobs(world: World, run: str) -> list[str]:
     shared, own = Path(run), Path(run) / f"of_rank_{world.rank}"
     own.mkdir()
     require_shared_folder(shared, world, patience_s=0.5)
+    world.barrier()  # rank 0 has removed it
     assert not (shared / TOKEN_FILE).exists()
     with pytest.raises(UserError) as refused:
         require_shared_folder(own, world, patience_s=0.5)
