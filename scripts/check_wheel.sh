@@ -55,11 +55,22 @@ for _ in $(seq 120); do
     [ -z "$url" ] || break
     sleep 0.5
 done
-body='{"histories": [{"item_ids": [1003, 1017], "timestamps": [1600000000, 1600000600]}], "k": 3}'
-answer=$(curl --silent --show-error --fail --retry 20 --retry-connrefused --retry-delay 1 \
-    --header 'content-type: application/json' --data "$body" "$url/recommend")
-echo "$answer"
-[ "$(grep -oE '"item_ids": ?\[[0-9, ]+\]' <<<"$answer" | grep -oE '[0-9]+' | wc -l)" = 3 ]
-kill "$server" && wait "$server"
+"$folder/env/bin/python" - "$url" <<'PYTHON'
+import json, sys, time, urllib.request
+for _ in range(60):  # the address is bound a moment before the server listens
+    try:
+        urllib.request.urlopen(f"{sys.argv[1]}/health", timeout=60)
+        break
+    except OSError:
+        time.sleep(0.5)
+history = {"item_ids": [1003, 1017], "timestamps": [1600000000, 1600000600]}
+body = json.dumps({"histories": [history], "k": 3}).encode()
+request = urllib.request.Request(f"{sys.argv[1]}/recommend", body, {"content-type": "application/json"})
+(result,) = json.load(urllib.request.urlopen(request, timeout=60))["results"]
+print(result)
+assert len(result["item_ids"]) == 3, result
+PYTHON
+kill "$server"
+wait "$server" || true # it ends by the signal
 server=
 echo "wheel: installed, trained, exported and served outside the checkout"
