@@ -5,7 +5,7 @@
 
 Whole steps (negatives, lookup, forward, loss, backward, clipping, update of decoder and tables) of FuXi-α at the public
 setting (one table of 50, two blocks, N = 200), with sequences of full length over uniform items. The catalogues take turns
-step by step, so that a busy machine slows them alike; the ratio is of medians. Negatives are shared by groups of 64 tokens or
+step by step, so that a busy machine slows both by the same factor; the ratio is of medians. Negatives are shared by groups of 64 tokens or
 each token's own: with these a step looks up nearly every item of the small catalogue and many times as many of the large one.
 """
 

@@ -121,7 +121,7 @@ def product_loop(instructions: list[Instruction]) -> LoopPaths | None:
     products = {edge: members for edge, members in loops.items() if tensors(members)} or loops
     innermost = {e: m for e, m in products.items() if not any(other < m for other in products.values())}
     size = {edge: sum(len(blocks[i]) for i in members) for edge, members in innermost.items()}
-    # The first of several alike is the loop over full tiles; the masked one of the diagonal follows it.
+    # The first of several equal loops is the loop over full tiles; the masked one of the diagonal follows it.
     edge = max(innermost, key=lambda e: (tensors(innermost[e]), 0 if tensors(innermost[e]) else size[e], -e[1]))
     walk = _Walk(blocks, successors, innermost[edge], *edge)
     return LoopPaths(walk.path(longest=True), walk.path(longest=False))
