@@ -23,6 +23,7 @@ import yaml
 
 from mme.cli import main
 from mme.config import load_config, save_config
+from mme.data.description import file_sum
 from mme.errors import UserError
 from mme.run.exit_status import job_status, print_error
 from tests.limits import files_of_at_most
@@ -314,8 +315,13 @@ def test_a_data_set_with_other_item_indices_is_rejected(run: Path, tmp_path: Pat
     raw_ids = items["item_id"].to_pylist()
     renumbered = items.set_column(items.column_names.index("item_id"), "item_id", pa.array(raw_ids[::-1]))
     pq.write_table(renumbered, tmp_path / "data" / "items.parquet")
+    info = json.loads((tmp_path / "data" / "dataset.json").read_text())
+    info["files"]["items.parquet"] = file_sum(tmp_path / "data" / "items.parquet")
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(info))
     users = tmp_path / "histories.parquet"
-    pq.write_table(pa.table({"user_id": [1], "item_ids": [raw_ids[:2]], "timestamps": [[1, 2]]}), users)
+    pq.write_table(
+        pa.table({"user_id": [1], "item_ids": [raw_ids[:2]], "timestamps": [[1_700_001_000, 1_700_002_000]]}), users
+    )
     top = tmp_path / "top.parquet"
     evaluated = run_mme("evaluate", "--run", tmp_path / "run")
     recommended = run_mme("recommend", "--run", tmp_path / "run", "--users", users, "--output", top)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 from safetensors import safe_open
-from safetensors.torch import load, save_file
+from safetensors.torch import load, save
 
 import mme
 from mme.cli import main
@@ -157,21 +156,32 @@ def test_many_clients_share_batches_and_a_wrong_request_affects_no_other(
         assert answer.json()["results"][0]["item_ids"] == expected["item_ids"].to_pylist()[0]
 
 
+def under_another_name(path: Path) -> bytes:
+    """The export with another name of its model."""
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+    metadata[NAME] = metadata[NAME].replace("@step_", "@STEP_")
+    tensors = load(path.read_bytes())
+    return save(tensors, with_sum(tensors, metadata))
+
+
+def replace(path: Path, content: bytes) -> None:
+    """Replaces a file at once, as a deployment does."""
+    newer = path.with_name("newer")
+    newer.write_bytes(content)
+    newer.replace(path)
+
+
 def test_a_newer_export_is_loaded_and_a_damaged_one_is_not(trained: Trained, tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     assert main(["export", "--run", str(trained.run), "--what", "weights", "--output", str(path)]) == 0
     holder = ModelHolder(path, version_of, lambda found: mme.load(found, device="cpu"))
     before = holder.name
     assert holder.reload() is None
-    tensors = load(path.read_bytes())
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() | {NAME: before.replace("@step_", "@STEP_")}
-    save_file(tensors, tmp_path / "newer", with_sum(tensors, metadata))
-    renamed = (tmp_path / "newer").read_bytes()
-    (tmp_path / "newer").replace(path)
+    renamed = under_another_name(path)
+    replace(path, renamed)
     assert holder.reload() == "loaded" and holder.name == before.replace("@step_", "@STEP_")
-    (tmp_path / "damaged").write_bytes(renamed[:1000])
-    (tmp_path / "damaged").replace(path)
+    replace(path, renamed[:1000])
     assert holder.reload() == "failed" and holder.reload() is None
     assert holder.name.endswith(before.rpartition("_")[2]) and holder.num_items == 60
 
@@ -191,8 +201,7 @@ def test_the_server_reloads_during_requests_and_stops_on_request(trained: Traine
 
         def ask(number: int) -> tuple[int, str]:
             if number == 20:
-                (tmp_path / "newer").write_bytes(path.read_bytes().replace(b"@step_", b"@STEP_"))
-                shutil.move(tmp_path / "newer", path)
+                replace(path, under_another_name(path))
             answer = httpx.post(f"{address}/recommend", json={"histories": [HISTORY]}, timeout=60)
             return answer.status_code, answer.json().get("model", "")
 
