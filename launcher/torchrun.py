@@ -191,6 +191,7 @@ class _Stopping:
         self.process = process
         self.received: int | None = None
         self._told: set[int] = set()
+        self._killed: set[int] = set()
 
     def pass_on(self, number: int, _: FrameType | None) -> None:
         if self.received is not None:
@@ -205,15 +206,22 @@ class _Stopping:
         deadline = time.monotonic() + KILLED_AFTER_S
         while self.process.poll() is None:
             with suppress(psutil.Error):
-                if time.monotonic() > deadline and (stuck := _living_workers(self.process.pid)):
-                    say(f"killed {len(stuck)} worker(s) that did not stop within {KILLED_AFTER_S} s")
-                    for process in stuck:
-                        process.kill()
+                if time.monotonic() > deadline:
+                    self._kill(_living_workers(self.process.pid))
                 for process in _living_workers(self.process.pid) or [psutil.Process(self.process.pid)]:
                     if process.pid not in self._told:
                         self._told.add(process.pid)
                         process.terminate()
             time.sleep(0.05)
+
+    def _kill(self, workers: list[psutil.Process]) -> None:
+        """Kills each worker once; one in a system call may still be listed for a while."""
+        stuck = [worker for worker in workers if worker.pid not in self._killed]
+        if stuck:
+            say(f"killed {len(stuck)} worker(s) that did not stop within {KILLED_AFTER_S} s")
+        for worker in stuck:
+            self._killed.add(worker.pid)
+            worker.kill()
 
 
 def _living_workers(torchrun: int) -> list[psutil.Process]:
