@@ -52,6 +52,8 @@ def main(
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("error: TRITON_INTERPRET=1 replaces the compiler by the interpreter: unset it", file=sys.stderr)
         raise typer.Exit(2)
+    if json_path is not None:
+        json_path.parent.mkdir(parents=True, exist_ok=True)
     variants = [variant for module in MODULES for variant in importlib.import_module(module).aot_variants()]
     variants = [variant for variant in variants if re.search(only, f"{variant.kernel.__name__} {variant.name}")]
     rows = []
