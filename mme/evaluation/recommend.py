@@ -73,7 +73,7 @@ class Summary:
         lines = []
         if self.unknown_events:
             lines.append(
-                f"{self.unknown_events:,} events of items that the training data doesn't have are left out, in "
+                f"events of items that the training data doesn't have: {self.unknown_events:,} left out, in "
                 f"{self.with_unknown:,} of {self.histories:,} histories"
             )
         if self.fallbacks:

@@ -81,7 +81,7 @@ def test_seen_items_and_histories_of_unknown_items(run: Path, tmp_path: Path) ->
     (summary,) = run_on(1, lists_of, str(run), str(users), str(excluded), Options(30))
     assert (summary.histories, summary.unknown_events, summary.with_unknown, summary.fallbacks) == (4, 3, 2, 1)
     assert summary.notes() == [
-        "3 events of items that the training data doesn't have are left out, in 2 of 4 histories",
+        "events of items that the training data doesn't have: 3 left out, in 2 of 4 histories",
         "1 histories have no known item: they get the most popular items (fallback is true)",
     ]
     run_on(1, lists_of, str(run), str(users), str(included), Options(30, seen="include"))
