@@ -1,11 +1,16 @@
 """All events of a training set in one flat file, from which any sequence is a single read.
 
 Parquet compresses row groups, so reading one sequence would decode a whole group. The first job that opens a set therefore
-writes its events to a flat file, with 12 bytes per event and 4 per feature, and later reads fetch only the bytes they need.
+writes its events to a flat file, with 16 bytes per event and 4 per feature, and later reads fetch only the bytes they need.
 A process keeps only the events that it is reading in memory. All processes of a machine share the kernel's page cache.
 
-    SHA.events      num_events records (item int32, timestamp int64, each feature int32), ordered by user, oldest first
+    SHA.events      num_events records (item int32, timestamp int64, each feature int32, check uint32), ordered by user, oldest
+                    first
                     num_users + 1 int64: the offset of each user's first event, and the end
+                    int64: the CRC-32 of the offsets
+
+An event's check is a hash of its values and its place in the file. Each read verifies it, so damage is found without a pass
+over the file when it is opened.
 
 SHA is the hash of dataset.json and of the parts' names, sizes and modification times. A changed set gets a new file, and the
 old one is removed. The file is published atomically; concurrent readers wait for it.
@@ -17,6 +22,7 @@ import hashlib
 import os
 import shutil
 import stat
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -32,7 +38,8 @@ from mme.data.parts import IntArray, feature_limits, limits, read_part
 from mme.errors import UserError, print_line
 from mme.files import PARTIAL, locked, make_folder, open_to_read, read_text, replacing
 
-RECORD = np.dtype([("item", "<i4"), ("timestamp", "<i8")])
+CHECK = "check"  # the column of the checks; no feature has a name without a prefix
+PRIME, SEED = np.uint64(0x9E3779B97F4A7C15), np.uint64(0xD6E8FEB86659FD93)  # odd, so that a product loses no bit
 MOST_THREADS = 4  # threads that write parts
 EVENTS_AT_ONCE = 1 << 18  # events per read of a pass over all events
 NOTED_EVENTS = 10_000_000  # from this size on, writing the file takes seconds and is announced
@@ -57,7 +64,12 @@ class EventFile:
         self._record, self._limits = record_of(info), {"item": info["num_items"], **feature_limits(info)}
         self._file = open_to_read(path, path.parent)
         self.user_offsets: IntArray = np.empty(num_users + 1, np.int64)
-        self._fill(self.user_offsets.view(np.uint8).data, num_events * self._record.itemsize)
+        offsets = self.user_offsets.view(np.uint8).data
+        self._fill(offsets, num_events * self._record.itemsize)
+        crc = np.empty(1, np.int64)
+        self._fill(crc.view(np.uint8).data, num_events * self._record.itemsize + len(offsets))
+        if crc[0] != zlib.crc32(offsets):
+            raise self._error("the checksum of the users' offsets differs")
         if self.user_offsets[0] or self.user_offsets[-1] != num_events or (np.diff(self.user_offsets) < 0).any():
             raise self._error("the users' offsets do not rise from 0 to the number of events")
 
@@ -81,6 +93,8 @@ class EventFile:
             indices = records[name]
             if indices.size and not (indices.min() >= 0 and indices.max() < limit):
                 raise self._error(f"contains an {name} index outside 0 to {limit - 1}")
+        if (records[CHECK] != checks(records, _concatenated(starts, lengths))).any():
+            raise self._error("the check of an event differs")
         return records
 
     def scan(self) -> Iterator[tuple[int, int, Records]]:
@@ -114,8 +128,24 @@ class EventFile:
 
 
 def record_of(info: dict[str, Any]) -> np.dtype[np.void]:
-    """The record of one event: item, timestamp and features, named as in the parts."""
-    return np.dtype([*RECORD.descr, *((name, "<i4") for name in feature_limits(info))])
+    """The record of one event: item, timestamp, features named as in the parts, and check."""
+    features = [(name, "<i4") for name in feature_limits(info)]
+    return np.dtype([("item", "<i4"), ("timestamp", "<i8"), *features, (CHECK, "<u4")])
+
+
+def checks(records: Records, places: IntArray) -> NDArray[np.uint32]:
+    """A hash of each record's values and of its place in the file, (n,); any one changed value changes the 64-bit product."""
+    mixed = places.astype(np.uint64) * PRIME ^ SEED
+    for name in records.dtype.names or ():
+        if name != CHECK:
+            mixed = (mixed ^ records[name].astype(np.uint64)) * PRIME
+    return (mixed >> np.uint64(32)).astype(np.uint32) ^ mixed.astype(np.uint32)
+
+
+def _concatenated(starts: IntArray, lengths: IntArray) -> IntArray:
+    """The numbers ``starts[i]`` … ``starts[i] + lengths[i] - 1`` of each range i, concatenated."""
+    begins = np.cumsum(lengths) - lengths
+    return np.repeat(starts - begins, lengths) + np.arange(int(lengths.sum()))
 
 
 def open_event_file(folder: Path, info: dict[str, Any], cache_dir: Path | None = None) -> EventFile:
@@ -134,7 +164,7 @@ def open_event_file(folder: Path, info: dict[str, Any], cache_dir: Path | None =
     root = folder if cache_dir is None else cache_dir
     path = cache / f"{prefix}{_identity(folder, info)}.events"
     num_events, num_users = info["num_events"], info["num_users"]
-    size = num_events * record_of(info).itemsize + (num_users + 1) * 8
+    size = num_events * record_of(info).itemsize + (num_users + 2) * 8
     if not _is_whole(path, size):
         with _writable(cache, root, size), locked(cache / f"{prefix}lock"):
             if not _is_whole(path, size):
@@ -196,7 +226,8 @@ def _write(folder: Path, info: dict[str, Any], path: Path, root: Path) -> None:
             lay_out = partial(_lay_out, folder, info, file.fileno())
             lengths = list(pool.map(lay_out, info["parts"], ends[:-1].tolist()))
         offsets = np.cumsum(np.concatenate([np.zeros(1, np.int64), *lengths]))
-        _write_at(file.fileno(), offsets, int(ends[-1]) * record_of(info).itemsize)
+        trailer = np.append(offsets, zlib.crc32(offsets.data))
+        _write_at(file.fileno(), trailer, int(ends[-1]) * record_of(info).itemsize)
 
 
 def _threads() -> int:
@@ -207,14 +238,15 @@ def _lay_out(folder: Path, info: dict[str, Any], descriptor: int, part: dict[str
     """Writes one part's events; returns the number of events of each of its users."""
     lengths = [np.zeros(0, np.int64)]
     record = record_of(info)
-    place = first_event * record.itemsize
+    place = first_event
     for piece in read_part(folder, part, limits(info)):
         records = np.empty(piece.items.size, record)
         records["item"], records["timestamp"] = piece.items, piece.timestamps
         for name, values in piece.features.items():
             records[name] = values
-        _write_at(descriptor, records, place)
-        place += records.nbytes
+        records[CHECK] = checks(records, np.arange(place, place + records.size))
+        _write_at(descriptor, records, place * record.itemsize)
+        place += records.size
         lengths.append(piece.lengths)
     return np.concatenate(lengths)
 

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from benchmarks.data_loading import write_set as write_large_set
 from mme.config import DataConfig
 from mme.data import event_file
 from mme.data.dataset import PreparedDataset
-from mme.data.event_file import RECORD, ReadError
+from mme.data.event_file import ReadError, checks, record_of
 from mme.data.loaders import TrainLoader, Worker
 from mme.errors import UserError
 from mme.prepare.writer import DatasetWriter
@@ -206,26 +207,62 @@ def test_a_file_removed_during_reading(folder: Path) -> None:
     assert trained_on(folder) == 57
 
 
-def test_an_invalid_item(folder: Path) -> None:
-    PreparedDataset.open(folder)
-    (file,) = event_files(folder)
+def change(file: Path, offset: int, content: bytes) -> None:
     with file.open("r+b") as bytes_:
-        bytes_.seek(200 * RECORD.itemsize)
-        bytes_.write(np.array([(NUM_ITEMS, 0)], RECORD).tobytes())
+        bytes_.seek(offset, os.SEEK_SET if offset >= 0 else os.SEEK_END)
+        bytes_.write(content)
+
+
+def test_an_invalid_item(folder: Path) -> None:
+    record = np.zeros(1, record_of(PreparedDataset.open(folder).info))
+    record["item"] = NUM_ITEMS
+    record["check"] = checks(record, np.array([200]))
+    (file,) = event_files(folder)
+    change(file, 200 * record.itemsize, record.tobytes())
     with pytest.raises(ReadError, match=r"damaged: contains an item index outside 0 to 49"):
         list(loader(folder).stream())
     assert not event_files(folder)
 
 
+@pytest.mark.parametrize("field", ["item", "timestamp", "check"])
+def test_a_changed_event_is_found(folder: Path, field: str) -> None:
+    """Each value is one that the set could have."""
+    dataset = PreparedDataset.open(folder)
+    record = dataset.read(np.array([200]), np.array([1])).copy()
+    record[field] = record[field] - 1 if record[field] else 1
+    (file,) = event_files(folder)
+    change(file, 200 * record.itemsize, record.tobytes())
+    with pytest.raises(ReadError, match=r"damaged: the check of an event differs"):
+        list(loader(folder).stream())
+    assert trained_on(folder) == 57
+
+
+def test_events_in_another_order_are_found(folder: Path) -> None:
+    dataset = PreparedDataset.open(folder)
+    first = int(np.flatnonzero(np.diff(dataset.user_offsets) > 2)[0])
+    records = dataset.read(dataset.user_offsets[first : first + 1], np.array([2]))
+    (file,) = event_files(folder)
+    change(file, int(dataset.user_offsets[first]) * records.itemsize, records[::-1].tobytes())
+    with pytest.raises(ReadError, match=r"damaged: the check of an event differs"):
+        list(loader(folder).stream())
+
+
 def test_invalid_offsets(folder: Path) -> None:
     PreparedDataset.open(folder)
     (file,) = event_files(folder)
-    with file.open("r+b") as bytes_:
-        bytes_.seek(-16, os.SEEK_END)
-        bytes_.write(b"\xff" * 8)
-    with pytest.raises(ReadError, match=r"damaged: the users' offsets do not rise"):
+    change(file, -24, b"\xff" * 8)
+    with pytest.raises(ReadError, match=r"damaged: the checksum of the users' offsets differs"):
         PreparedDataset.open(folder)
     assert PreparedDataset.open(folder).num_users == 59
+
+
+def test_offsets_that_fall_are_refused_with_their_checksum(folder: Path) -> None:
+    offsets = PreparedDataset.open(folder).user_offsets.copy()
+    offsets[5] = 0
+    (file,) = event_files(folder)
+    change(file, -8 * (offsets.size + 1), np.append(offsets, zlib.crc32(offsets.data)).tobytes())
+    with pytest.raises(ReadError, match=r"damaged: the users' offsets do not rise"):
+        PreparedDataset.open(folder)
 
 
 def test_a_bad_disk_is_named_with_the_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
