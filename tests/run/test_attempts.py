@@ -135,6 +135,21 @@ def test_a_job_whose_weights_overflow_goes_back_instead_of_resuming_for_ever(dat
     assert {line["step"] for line in evaluated} == {7}
 
 
+def overflows_though_steps_are_skipped(world: World, data: str, run: str) -> list[str]:
+    often = "train.eval_every=1"
+    far = [often, "train.table_lr=1e30", "train.on_non_finite=skip", "train.epochs=2"]
+    return [attempt(world, data, run, often, "train.epochs=1"), attempt(world, data, run, *far)]
+
+
+def test_weights_that_overflow_are_never_best_when_steps_are_skipped(data: Path, tmp_path: Path) -> None:
+    """Their gradients were finite, so no step was skipped; the evaluation after it ends the job."""
+    run = tmp_path / "run"
+    ((finished, overflown),) = run_on(1, overflows_though_steps_are_skipped, str(data), str(run))
+    assert finished == "" and overflown.startswith("NonFiniteError: the item vectors are not finite")
+    evaluated = [line["step"] for line in records(run, "eval") if line["model"] == "fuxi-mme"]
+    assert max(evaluated) == 7 and checkpoint.best_step(run) <= 7
+
+
 @pytest.mark.slow
 def test_a_run_with_nothing_but_nan_is_evaluated_with_status_1(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
