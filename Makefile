@@ -1,9 +1,8 @@
 # The commands of this project; `make help` lists them.
 PYTHON_IN_VENV := .venv/bin/python
-# The fast tests run in two processes, a file of tests in one of them; TEST_PROCESSES=0 runs them in one, for a debugger. Slow
-# tests start processes themselves.
+# Tests run in two processes, all tests of a file in the same one; TEST_PROCESSES=0 runs them in make's own, for a debugger.
 TEST_PROCESSES ?= 2
-PYTEST := $(PYTHON_IN_VENV) -m pytest
+PYTEST := $(PYTHON_IN_VENV) -m pytest --numprocesses $(TEST_PROCESSES) --dist loadfile
 
 # Variables of make train: DATA=file or folder of interactions, OVERRIDES="train.lr=0.002 model.num_tables=4",
 # CONFIG=configuration, which trains on its data.path unless DATA is given.
@@ -32,7 +31,7 @@ train: setup ## set up, prepare the data and train; DATA=file uses your interact
 	@scripts/train.sh "$$CONFIG" "$$DATA" $(OVERRIDES)
 
 test: setup ## set up and run the fast tests; TESTS=tests/launcher selects some
-	@$(PYTEST) -m "not slow" --numprocesses $(TEST_PROCESSES) --dist loadfile $(TESTS)
+	@$(PYTEST) -m "not slow" $(TESTS)
 
 test-slow: setup ## run the slow tests: process groups, whole training jobs
 	@$(PYTEST) -m slow $(TESTS)
