@@ -22,12 +22,15 @@ import secrets
 import shutil
 import stat
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 PARTIAL = ".partial-"  # how the names of files that are being written begin
 MAX_TEXT_BYTES = 1 << 28  # of a JSON or YAML file: more is no description of a run, a checkpoint or a data set
+HASH_BLOCK_BYTES = 1 << 26  # of a large file; each block is hashed by one thread
+HASH_THREADS = min(8, len(os.sched_getaffinity(0)))
 _BLOCK_BYTES = 1 << 20
 # Without O_NONBLOCK, opening a pipe would wait for its other end. It means nothing to a regular file.
 _ALWAYS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
@@ -181,6 +184,26 @@ def sha256(path: Path, root: Path | None = None) -> str:
         while block := file.read(_BLOCK_BYTES):
             digest.update(block)
     return digest.hexdigest()
+
+
+def sha256_of_blocks(path: Path, root: Path | None = None, block_bytes: int = HASH_BLOCK_BYTES) -> str:
+    """SHA-256 of the concatenated SHA-256 digests of a file's blocks, which threads read and hash in parallel.
+
+    Raises:
+        OSError: see `open_to_read`.
+    """
+    with open_to_read(path, root) as file:
+        descriptor = file.fileno()
+        size = os.fstat(descriptor).st_size
+
+        def block_sum(start: int) -> bytes:
+            digest, end = hashlib.sha256(), min(start + block_bytes, size)
+            for place in range(start, end, _BLOCK_BYTES):
+                digest.update(os.pread(descriptor, min(_BLOCK_BYTES, end - place), place))
+            return digest.digest()
+
+        with ThreadPoolExecutor(HASH_THREADS) as threads:
+            return hashlib.sha256(b"".join(threads.map(block_sum, range(0, size, block_bytes)))).hexdigest()
 
 
 def take_lock(path: Path, *, wait: bool = False) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import stat
 import subprocess
@@ -171,3 +172,14 @@ def test_a_lock_is_waited_for_and_released_by_death(tmp_path: Path) -> None:
         with files.locked(path):
             assert time.monotonic() - begun > 0.2
     assert not path.exists()
+
+
+def test_the_sum_of_blocks_is_that_of_their_sums(tmp_path: Path) -> None:
+    data = bytes(range(256)) * 9_000  # two blocks and a part of one
+    (tmp_path / "data").write_bytes(data)
+    block_bytes = 1_000_000
+    sums = [hashlib.sha256(data[start : start + block_bytes]).digest() for start in range(0, len(data), block_bytes)]
+    found = files.sha256_of_blocks(tmp_path / "data", block_bytes=block_bytes)
+    assert found == hashlib.sha256(b"".join(sums)).hexdigest() and len(sums) == 3
+    (tmp_path / "empty").touch()
+    assert files.sha256_of_blocks(tmp_path / "empty") == hashlib.sha256().hexdigest()

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from mme.config import USER_ID
@@ -18,6 +20,7 @@ from mme.data.layout import ITEMS_FILE
 from mme.data.parquet import Kind, read_table
 from mme.data.parts import read_user_ids
 from mme.errors import UserError
+from mme.files import HASH_THREADS
 
 TEXTS_AT_ONCE = 65_536
 
@@ -86,18 +89,35 @@ def numbering_sha256(folder: Path, info: dict[str, Any], features: Iterable[str]
     A model fits a data set if this hash is that of its training data; events may have been added since.
     """
     digest = hashlib.sha256()
-    for array in _numbered(folder, info, list(features)):
-        for start in range(0, len(array), TEXTS_AT_ONCE):
-            texts = array.slice(start, TEXTS_AT_ONCE).to_pylist()
-            digest.update("".join(f"{text}\n" for text in texts).encode())
+    for name, arrays in _numbered(folder, info, list(features)):
+        if name not in (None, USER_ID):
+            digest.update(f"{name}\n".encode())
+        for array in arrays:
+            for lines in _in_order(array):
+                digest.update(lines)
     return digest.hexdigest()
 
 
-def _numbered(folder: Path, info: dict[str, Any], features: list[str]) -> Iterator[pa.Array]:
-    yield read_item_ids(folder)
+def _in_order(array: pa.Array) -> Iterator[memoryview]:
+    """`_lines` of the array, chunk by chunk; threads prepare the next chunks."""
+    with ThreadPoolExecutor(HASH_THREADS) as threads:
+        for start in range(0, len(array), HASH_THREADS * TEXTS_AT_ONCE):
+            chunks = [array.slice(start + n * TEXTS_AT_ONCE, TEXTS_AT_ONCE) for n in range(HASH_THREADS)]
+            yield from threads.map(_lines, chunks)
+
+
+def _lines(values: pa.Array) -> memoryview:
+    """The values as UTF-8 texts, each followed by a line feed."""
+    nothing, line_feed = pa.scalar("", pa.large_string()), pa.scalar("\n", pa.large_string())
+    lines = pc.binary_join_element_wise(values.cast(pa.large_string()), nothing, line_feed)
+    _, offsets, data = lines.buffers()
+    return memoryview(data)[: np.frombuffer(offsets, np.int64)[len(lines)]]
+
+
+def _numbered(folder: Path, info: dict[str, Any], features: list[str]) -> Iterator[tuple[str | None, list[pa.Array]]]:
+    """The items under None, then the values of each feature under its name, then the users under `user_id`."""
+    yield None, [read_item_ids(folder)]
     for name, vocabulary in read_vocabularies(folder, [name for name in features if name != USER_ID]).items():
-        yield pa.array([name])
-        yield pa.array(vocabulary.numbers, pa.string())
+        yield name, [pa.array(vocabulary.numbers, pa.string())]
     if USER_ID in features:
-        for part in info["parts"]:
-            yield from read_user_ids(folder, part)
+        yield USER_ID, [ids for part in info["parts"] for ids in read_user_ids(folder, part)]

@@ -19,11 +19,12 @@ from pydantic import Field
 from safetensors import SafetensorError, safe_open
 
 from mme.errors import NonFiniteError, UserError
-from mme.files import read_text, require_folder, sha256
+from mme.files import read_text, require_folder, sha256, sha256_of_blocks
 from mme.records import parse_record
 
 INDEX = "index.json"
-FORMAT = 2
+FORMAT = 3
+READABLE = (2, FORMAT)  # format 2 had the sums of whole files
 CHECKPOINTS = "checkpoints"  # in a run's folder
 DTYPE = "F32"
 VALUES_AT_ONCE = 1 << 22  # values per check for NaN and infinity
@@ -75,11 +76,23 @@ class PieceEntry:
 
 @dataclass(frozen=True)
 class FileEntry:
-    """The file of one rank and the pieces in it."""
+    """The file of one rank and the pieces in it.
+
+    Attributes:
+        sha256: of the file if ``block_bytes`` is None, otherwise as by `mme.files.sha256_of_blocks`.
+        block_bytes: size of the blocks; None in format 2.
+    """
 
     file: str
     sha256: str
     pieces: list[PieceEntry]
+    block_bytes: Annotated[int, Field(ge=1 << 20)] | None = None
+
+    def has_sum(self, path: Path, run: Path) -> bool:
+        """Whether the file at ``path`` has this checksum."""
+        if self.block_bytes is None:
+            return sha256(path, run) == self.sha256
+        return sha256_of_blocks(path, run, self.block_bytes) == self.sha256
 
 
 @dataclass(frozen=True)
@@ -145,7 +158,7 @@ def read_index(run: Path, step: int) -> Index | str:
     try:
         text = read_text(path, run)
         found = re.search(r'"format":\s*(\d+)', text[:200])
-        if found and int(found[1]) != FORMAT:
+        if found and int(found[1]) not in READABLE:
             return f"{path}: format {found[1]}, expected {FORMAT}: written by another version of mme"
         index = parse_record(text, Index)
     except FileNotFoundError:
@@ -166,7 +179,7 @@ def damage(run: Path, step: int, files: Sequence[FileEntry]) -> UserError | NonF
     for entry in files:
         path = folder(run, step) / entry.file
         try:
-            if sha256(path, run) != entry.sha256:
+            if not entry.has_sum(path, run):
                 return UserError(f"{path}: damaged: its SHA-256 is not the one in {INDEX}")
             if flaw := _flaw_of_file(path, entry.pieces):
                 return UserError(f"{path}: damaged: {flaw}")
@@ -181,7 +194,7 @@ def damage(run: Path, step: int, files: Sequence[FileEntry]) -> UserError | NonF
 
 def _flaw(index: Index, step: int) -> str | None:
     """A contradiction in an index that has all its fields; None if there is none."""
-    if index.format != FORMAT:
+    if index.format not in READABLE:
         return f"format {index.format}, expected {FORMAT}"
     if index.progress.step != step:
         return f"belongs to step {index.progress.step}"

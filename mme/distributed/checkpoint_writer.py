@@ -38,7 +38,7 @@ from mme.distributed.checkpoint_index import (
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import Piece, optimizer_pieces, weight_pieces
 from mme.errors import DISK_ERRORS, DiskError, JobError, NonFiniteError, Preempted
-from mme.files import flush, make_folder, remove, replacing, sha256, write_text
+from mme.files import HASH_BLOCK_BYTES, flush, make_folder, remove, replacing, sha256_of_blocks, write_text
 
 VISIBLE_WITHIN_S = 30.0  # a file server may take this long to show a new file to another node
 
@@ -188,7 +188,7 @@ class CheckpointWriter:
             entries = [_entry_of(piece) for piece, _ in pieces]
             with replacing(file, self.run) as unfinished:
                 save_file({entry.key: value for entry, (_, value) in zip(entries, pieces, strict=True)}, unfinished)
-            self._entry = asdict(FileEntry(file.name, sha256(file, self.run), entries))
+            self._entry = asdict(FileEntry(file.name, sha256_of_blocks(file, self.run), entries, HASH_BLOCK_BYTES))
         except (OSError, SafetensorError) as error:
             self._entry = {"error": _failure_of(file, error)}
 

@@ -22,7 +22,7 @@ from mme.distributed.recommender import Recommender
 from mme.distributed.state import optimizer_pieces, weight_pieces
 from mme.distributed.world import World
 from mme.errors import UserError
-from mme.files import sha256
+from mme.files import sha256, sha256_of_blocks
 from mme.step import TrainStep
 from tests.distributed.processes import run_on
 from tests.distributed.test_step import NUM_ITEMS, configuration, sequences, whole
@@ -180,7 +180,7 @@ def plant_pickle(folder: Path) -> None:
     """Replaces the tensors, with a matching checksum."""
     file = folder / "rank_00000.safetensors"
     file.write_bytes(pickle.dumps(Bomb(folder.parent / "executed")))
-    in_index(lambda index: index["files"][0].update(sha256=sha256(file)))(folder)
+    in_index(lambda index: index["files"][0].update(sha256=sha256_of_blocks(file)))(folder)
 
 
 def in_file(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
@@ -191,7 +191,7 @@ def in_file(change: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path]
         tensors = load_file(file)
         change(tensors)
         save_file(tensors, file)
-        in_index(lambda index: index["files"][0].update(sha256=sha256(file)))(folder)
+        in_index(lambda index: index["files"][0].update(sha256=sha256_of_blocks(file)))(folder)
 
     return tamper
 
@@ -214,12 +214,12 @@ TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
     "pickle": (plant_pickle, "rank_00000.safetensors: damaged: not a safetensors file ("),
     "file gone": (lambda folder: (folder / "rank_00000.safetensors").unlink(), "rank_00000.safetensors: No such file"),
     "index cut off": (
-        lambda folder: (folder / "index.json").write_text('{"format": 2, "fi'),
+        lambda folder: (folder / "index.json").write_text('{"format": 3, "fi'),
         "index.json: damaged index (",
     ),
     "another format": (
         in_index(lambda index: index.update(format=1)),
-        "index.json: format 1, expected 2: written by another",
+        "index.json: format 1, expected 3: written by another",
     ),
     "another step": (in_index(lambda index: index["progress"].update(step=9)), "damaged index (belongs to step 9)"),
     "a file elsewhere": (
@@ -294,6 +294,23 @@ def test_a_malicious_checkpoint_is_skipped_and_not_executed(tmp_path: Path) -> N
     assert not (run / "checkpoints" / "executed").exists()
     pickle.loads(pickle.dumps(Bomb(run / "checkpoints" / "executed")))
     assert (run / "checkpoints" / "executed").exists()  # the payload works if it is unpickled
+    check_format_2(run)
+
+
+def check_format_2(run: Path) -> None:
+    """A checkpoint of format 2, with the sum of the whole file, is still read and checked."""
+    file = checkpoint.folder(run, 1) / "rank_00000.safetensors"
+
+    def as_before(index: dict[str, Any]) -> None:
+        (entry,) = index["files"]
+        index.update(format=2, files=[{"file": entry["file"], "sha256": sha256(file), "pieces": entry["pieces"]}])
+
+    in_index(as_before)(checkpoint.folder(run, 1))
+    index = checkpoint_index.read_index(run, 1)
+    assert not isinstance(index, str)
+    assert checkpoint_index.damage(run, 1, index.files) is None
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    assert "damaged: its SHA-256 is not the one" in str(checkpoint_index.damage(run, 1, index.files))
 
 
 def load_without_a_rank(world: World, run: Path) -> Any:

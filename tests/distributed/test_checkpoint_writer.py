@@ -25,7 +25,7 @@ from mme.distributed.engine import initialize_engine
 from mme.distributed.recommender import Recommender
 from mme.distributed.world import World, process_group
 from mme.errors import NonFiniteError
-from mme.files import sha256
+from mme.files import sha256_of_blocks
 from tests.distributed.processes import run_on
 from tests.distributed.test_step import NUM_ITEMS, configuration
 
@@ -223,4 +223,4 @@ def test_no_announced_checkpoint_is_lost_by_a_kill(tmp_path: Path) -> None:
             index = json.loads((checkpoint.folder(run, step) / checkpoint_index.INDEX).read_text())
             assert index["progress"]["step"] == step
             for entry in index["files"]:
-                assert sha256(checkpoint.folder(run, step) / entry["file"]) == entry["sha256"]
+                assert sha256_of_blocks(checkpoint.folder(run, step) / entry["file"]) == entry["sha256"]
