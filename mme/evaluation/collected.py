@@ -14,7 +14,7 @@ from mme.data.batch import EvaluationBatch
 from mme.data.dataset import PreparedDataset
 from mme.data.numbering import read_item_ids
 from mme.evaluation.metrics import user_metrics
-from mme.evaluation.popularity import popularity_order
+from mme.evaluation.popularity import Popularity
 from mme.evaluation.ranking import Ranker
 from mme.evaluation.seen import excluded_items
 from mme.evaluation.segments import group_means, history_groups, popularity_groups
@@ -26,15 +26,11 @@ EXAMPLE_EVENTS = 5  # of a history and of a list
 
 
 class CollectedUsers:
-    """Collects batch by batch, on every rank; `add` is a collective.
+    """Collects batch by batch, on every rank; `add` is a collective."""
 
-    Args:
-        counts: (num_items,) int64, training events of each item.
-    """
-
-    def __init__(self, counts: Tensor) -> None:
-        self.counts = counts
-        self.order = popularity_order(counts)
+    def __init__(self, popularity: Popularity) -> None:
+        counts = popularity.counts
+        self.popularity = popularity
         self.information = -torch.log2((counts + 1) / (counts.sum() + counts.numel()))  # bits, (num_items,)
         self._batches: list[dict[str, Tensor]] = []
         self._examples: list[dict[str, Any]] = []
@@ -54,8 +50,8 @@ class CollectedUsers:
                 "user_row": user_row,
                 "rank": ranks,
                 "popularity_rank": popularity_ranks,
-                "target_place": self.order[target],
-                "target_events": self.counts[target],
+                "target_place": self.popularity.place[target],
+                "target_events": self.popularity.counts[target],
                 "history_events": history_events,
                 "top_items": items,
                 "novelty": bits.double() / listed.sum(1).clamp(min=1),

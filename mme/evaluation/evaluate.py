@@ -22,7 +22,7 @@ from mme.errors import print_line
 from mme.evaluation.collected import CollectedUsers, segments
 from mme.evaluation.insight import insight
 from mme.evaluation.metrics import rank_metrics, standard_errors
-from mme.evaluation.popularity import popularity_ranks
+from mme.evaluation.popularity import Popularity, popularity_ranks
 from mme.evaluation.ranking import Ranker
 from mme.evaluation.record import repeats_warning
 from mme.evaluation.seen import Seen, excluded_items, is_repeated
@@ -51,15 +51,15 @@ def evaluate(
     Raises:
         NonFiniteError: the model has no valid scores, see `mme.evaluation.ranking.Ranker`.
     """
-    collected = None if keep_ranks_in is None else _collected(dataset, config, recommender.world)
-    model, popularity = _records(recommender, dataset, config, part, step, before_batch, collected)
+    popularity = _popularity(recommender, dataset, config)
+    collected = None if keep_ranks_in is None else CollectedUsers(popularity)
+    records = _records(recommender, dataset, config, part, step, popularity, before_batch, collected)
     if collected is not None and keep_ranks_in is not None:
-        _keep(collected, dataset, [model, popularity], keep_ranks_in, recommender.world)
+        _keep(collected, recommender, dataset, records, keep_ranks_in)
     if part == "test":
-        counts = dataset.training_counts(Split.of(config.data)).to(recommender.world.device)
         histories = _loader(recommender, dataset, config, part).batches()
-        model["insight"] = insight(recommender, counts, histories, before_batch)
-    return [model, popularity]
+        records[0]["insight"] = insight(recommender, popularity, histories, before_batch)
+    return records
 
 
 def _records(
@@ -68,10 +68,11 @@ def _records(
     config: Config,
     part: HeldOut,
     step: int,
+    popularity: Popularity,
     before_batch: Callable[[], Any] = lambda: None,
     collected: CollectedUsers | None = None,
 ) -> list[dict[str, Any]]:
-    ranks = target_ranks(recommender, dataset, config, part, before_batch, collected)
+    ranks = target_ranks(recommender, dataset, config, part, popularity, before_batch, collected)
     common = {
         "step": step,
         "split": part,
@@ -88,19 +89,24 @@ def _records(
     ]
 
 
-def _collected(dataset: PreparedDataset, config: Config, world: World) -> CollectedUsers:
-    return CollectedUsers(dataset.training_counts(Split.of(config.data)).to(world.device))
+def _popularity(recommender: Recommender, dataset: PreparedDataset, config: Config) -> Popularity:
+    return Popularity.of(dataset.training_counts(Split.of(config.data)).to(recommender.world.device))
 
 
 def _keep(
-    collected: CollectedUsers, dataset: PreparedDataset, records: list[dict[str, Any]], folder: Path, world: World
+    collected: CollectedUsers,
+    recommender: Recommender,
+    dataset: PreparedDataset,
+    records: list[dict[str, Any]],
+    run: Path,
 ) -> None:
     """Writes the users' ranks and adds segments and examples to the records."""
+    world = recommender.world
     model, popularity = records
     about = {key: model[key] for key in ("model", "step", "split", "protocol", "targets_sha256")}
-    users = collected.user_ranks(about | {"seen": model.get("seen"), "num_items": dataset.num_items})
+    users = collected.user_ranks(about | {"seen": model.get("seen"), "num_items": recommender.num_items})
     if world.rank == 0:
-        users.write(folder)
+        users.write(run)
     for record, by_kind in zip((model, popularity), segments(users).values(), strict=True):
         record["segments"] = by_kind
     model["examples"] = world.of_first(collected.examples(dataset) if world.rank == 0 else [])
@@ -126,12 +132,14 @@ def target_ranks(
     dataset: PreparedDataset,
     config: Config,
     part: HeldOut,
+    popularity: Popularity | None = None,
     before_batch: Callable[[], Any] = lambda: None,
     collected: CollectedUsers | None = None,
 ) -> TargetRanks:
     """Ranks every target of ``part``.
 
     Args:
+        popularity: of the items in training; None: it is counted here.
         before_batch: see `evaluate`.
         collected: receives each batch.
 
@@ -141,13 +149,13 @@ def target_ranks(
     world = recommender.world
     loader = _loader(recommender, dataset, config, part)
     ranker = Ranker(recommender)
-    counts = dataset.training_counts(Split.of(config.data)).to(world.device)
-    model_ranks, popular_ranks, repeated = [counts[:0]], [counts[:0]], [counts[:0]]
+    place = (popularity or _popularity(recommender, dataset, config)).place
+    model_ranks, popular_ranks, repeated = [place[:0]], [place[:0]], [place[:0]]
     for batch in loader.batches():
         before_batch()
         excluded = excluded_items(batch, config.eval.seen)
         model_ranks.append(ranker.target_ranks(batch.sequences, *excluded, batch.targets))
-        popular = popularity_ranks(counts, batch.targets, *excluded)
+        popular = popularity_ranks(place, batch.targets, *excluded)
         is_repeat = is_repeated(batch.targets, batch.seen_ids, batch.seen_offsets).long()
         of_all_ranks = torch.cat(world.gather(torch.stack([popular, is_repeat], dim=1)))
         popular_ranks.append(of_all_ranks[:, 0])
@@ -202,10 +210,12 @@ def evaluate_run(
     config.data.cache_dir = None if cache_dir is None else str(cache_dir)
     with process_group() as world:
         dataset, recommender, step = load_trained(run, checkpoint, config, world)
-        collected = _collected(dataset, config, world) if save_ranks else None
-        model, popularity = _records(recommender, dataset, config, "test", step, collected=collected)
+        popularity = _popularity(recommender, dataset, config)
+        collected = CollectedUsers(popularity) if save_ranks else None
+        records = _records(recommender, dataset, config, "test", step, popularity, collected=collected)
         if collected is not None:
-            _keep(collected, dataset, [model, popularity], run, world)
+            _keep(collected, recommender, dataset, records, run)
+    model, by_popularity = records
     if world.rank == 0 and (warning := repeats_warning(model)):
         print_line(f"warning: {warning}")
-    return {"run": str(run), "checkpoint": step, **model, "popularity": popularity}
+    return {"run": str(run), "checkpoint": step, **model, "popularity": by_popularity}

@@ -19,12 +19,12 @@ from torch import Tensor
 from mme.data.batch import EvaluationBatch
 from mme.distributed.recommender import Recommender
 from mme.evaluation.metrics import rank_metrics
-from mme.evaluation.popularity import popularity_order
+from mme.evaluation.popularity import Popularity
 from mme.evaluation.ranking import Ranker
 from mme.evaluation.seen import excluded_items
 from mme.model.inputs import positions_in_sequence
 
-TABLE_ROWS = 65_536  # items of a rank per lookup
+TABLE_ROWS = 16_384  # items of a rank per lookup
 HISTORY_BATCHES = 16  # evaluation batches of each rank that are ranked by each view, and for which routing is counted
 DECILES = 10
 
@@ -32,14 +32,14 @@ DECILES = 10
 @torch.no_grad()
 def insight(
     recommender: Recommender,
-    counts: Tensor,
+    popularity: Popularity,
     batches: Iterable[EvaluationBatch],
     before_batch: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
     """Spectra and similarity of the tables, the use of the experts, and the learned curves; the same on every rank.
 
     Args:
-        counts: (num_items,) int64, training events of each item.
+        popularity: of the items in training.
         batches: histories of this rank; every rank has the same number of batches.
         before_batch: called before each collective part of the work.
 
@@ -58,7 +58,7 @@ def insight(
     if some and recommender.config.model.num_tables > 1:
         found["ranking"] = _ranking(recommender, some, before_batch)
     if recommender.decoder.moe_layers():
-        found["routing"] = _routing(recommender, counts, some, before_batch)
+        found["routing"] = _routing(recommender, popularity, some, before_batch)
     return found | _curves(recommender)
 
 
@@ -126,19 +126,21 @@ def _longest_gap_s(recommender: Recommender, batches: list[EvaluationBatch]) -> 
 
 
 def _routing(
-    recommender: Recommender, counts: Tensor, batches: list[EvaluationBatch], before_batch: Callable[[], Any]
+    recommender: Recommender, popularity: Popularity, batches: list[EvaluationBatch], before_batch: Callable[[], Any]
 ) -> dict[str, Any]:
     config, device = recommender.config, recommender.world.device
     moe, num_views = config.model.moe, config.model.num_tables
     blocks = config.model.expert_blocks
-    decile = popularity_order(counts) * DECILES // counts.numel()
+    decile = popularity.place * DECILES // popularity.place.numel()
     bounds = [2**power for power in range(config.data.max_seq_len.bit_length())]
     names = {
         "view": [f"view {view}" for view in range(num_views)],
         "popularity": [f"items {100 * part // DECILES}–{100 * (part + 1) // DECILES}%" for part in range(DECILES)],
         "position": [f"from {bound}" for bound in bounds],
     }
-    totals = {name: counts.new_zeros(len(blocks), len(groups), moe.num_experts) for name, groups in names.items()}
+    totals = {
+        name: popularity.counts.new_zeros(len(blocks), len(groups), moe.num_experts) for name, groups in names.items()
+    }
     for batch in batches:
         before_batch()
         sequences = batch.sequences.to(device)

@@ -5,6 +5,8 @@ Legend: B histories, n all their events.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -21,11 +23,28 @@ def popularity_order(counts: Tensor) -> Tensor:
     return torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
 
 
-def popularity_ranks(counts: Tensor, targets: Tensor, excluded_ids: Tensor, excluded_offsets: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Popularity:
+    """How often each item occurs in training, and its place among all items.
+
+    Attributes:
+        counts: (num_items,) int64, training events of each item.
+        place: (num_items,) int64, see `popularity_order`.
+    """
+
+    counts: Tensor
+    place: Tensor
+
+    @classmethod
+    def of(cls, counts: Tensor) -> Popularity:
+        return cls(counts, popularity_order(counts))
+
+
+def popularity_ranks(place: Tensor, targets: Tensor, excluded_ids: Tensor, excluded_offsets: Tensor) -> Tensor:
     """The rank by popularity of each user's target among the items that are not excluded.
 
     Args:
-        counts: (num_items,) int64, training events of each item.
+        place: (num_items,) int64, of each item in the order of popularity.
         targets: (B,) int64 item indices.
         excluded_ids: (n,) int64, items that must not be ranked for each user, repeats allowed, and their
             ``excluded_offsets`` (B + 1,).
@@ -33,10 +52,9 @@ def popularity_ranks(counts: Tensor, targets: Tensor, excluded_ids: Tensor, excl
     Returns:
         (B,) int64, 1 for the first; `UNRANKED` for a target that is excluded.
     """
-    place = popularity_order(counts)
     user = torch.repeat_interleave(torch.arange(targets.numel(), device=targets.device), excluded_offsets.diff())
-    distinct = torch.unique(user * counts.numel() + excluded_ids)
-    user, item = distinct // counts.numel(), distinct % counts.numel()
+    distinct = torch.unique(user * place.numel() + excluded_ids)
+    user, item = distinct // place.numel(), distinct % place.numel()
     before = (place[item] < place[targets[user]]).long()
     ranks = 1 + place[targets] - torch.zeros_like(targets).index_add_(0, user, before)
     return ranks.masked_fill(is_repeated(targets, excluded_ids, excluded_offsets), UNRANKED)

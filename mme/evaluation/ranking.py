@@ -21,7 +21,7 @@ from mme.data.batch import SequenceBatch
 from mme.distributed.world import World
 from mme.errors import NonFiniteError
 from mme.evaluation.metrics import UNRANKED
-from mme.model.encoder import Encoder
+from mme.model.encoder import LOOKUP_ROWS, Encoder
 
 SCORES_AT_ONCE = 32_000_000  # elements of a score matrix
 
@@ -47,11 +47,8 @@ class Ranker:
     def __init__(self, encoder: Encoder) -> None:
         assert isinstance(encoder.world, World)
         self.encoder, self.world = encoder, encoder.world
-        self.first_item, vectors = encoder.catalogue()
-        self.num_local = vectors.shape[0]
-        # All shares have one width, so that all ranks split the histories in the same way.
-        width = -(-encoder.num_items // self.world.size)
-        self.vectors = F.pad(vectors, (0, 0, 0, width - self.num_local))
+        self.first_item, self.vectors = encoder.catalogue()
+        self.num_local = min(self.vectors.shape[0], encoder.num_items - self.first_item)
         self._require_finite_vectors()
 
     def target_ranks(self, batch: SequenceBatch, excluded: Tensor, offsets: Tensor, targets: Tensor) -> Tensor:
@@ -82,10 +79,14 @@ class Ranker:
         columns = torch.arange(self.vectors.shape[0], device=targets.device)
         ranks = [targets[:0]]
         for part, scores in self._scores(histories, of):
-            target_column = (targets[part] - self.first_item)[:, None]
-            own = columns == target_column
-            target_scores = self.world.sum(scores.where(own, 0).sum(1))[:, None]
-            above = (scores > target_scores) | ((scores == target_scores) & (columns < target_column))
+            target_column = targets[part] - self.first_item
+            row = ((target_column >= 0) & (target_column < self.num_local)).nonzero().flatten()
+            target_scores = scores.new_zeros(scores.shape[0])
+            target_scores[row] = scores[row, target_column[row]]
+            target_scores = self.world.sum(target_scores)[:, None]
+            above = scores == target_scores
+            above &= columns < target_column[:, None]
+            above |= scores > target_scores
             ranks.append(1 + self.world.sum(above.sum(1)))
         is_excluded = torch.zeros_like(targets, dtype=torch.bool)
         is_excluded[histories.history_of[histories.excluded == targets[histories.history_of]]] = True
@@ -102,7 +103,7 @@ class Ranker:
         values = [histories.states.new_empty(0, k)]
         for _, scores in self._scores(histories):
             best, column = _first_of_the_best(scores, min(k, scores.shape[1]))
-            best = torch.cat(self.world.gather(best.T)).T  # candidates of all ranks, (u, ranks · 2k)
+            best = torch.cat(self.world.gather(best.T)).T  # candidates of all ranks, (u, ranks · k)
             candidate = torch.cat(self.world.gather((column + self.first_item).T)).T
             order = torch.argsort(candidate, dim=1)  # equal scores in the order of the items
             best, candidate = best.gather(1, order), candidate.gather(1, order)
@@ -157,7 +158,7 @@ class Ranker:
             )
 
     def _require_finite_vectors(self) -> None:
-        spoiled = self.vectors.isnan().any(1)
+        spoiled = torch.cat([part.isnan().any(1) for part in self.vectors.split(LOOKUP_ROWS)])
         if count := int(self.world.sum(spoiled.sum())):
             items = torch.cat(self.world.gather(spoiled.nonzero().flatten() + self.first_item))
             item = int(items.min())
@@ -171,14 +172,19 @@ class Ranker:
 
 
 def _first_of_the_best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Scores and columns, (u, 2k), that contain the k largest of each row, with the first of equal ones.
+    """The k largest scores of each row and their columns, (u, k), with the first of equal ones.
 
-    `topk` alone may return any of several equal scores. The remaining places hold −inf.
+    `topk` alone may return any of several equal scores.
     """
     width = scores.shape[1]
     best, column = scores.topk(k)
     last = best[:, -1:]
-    columns = torch.arange(width, device=scores.device)
-    first_equal = torch.where(scores == last, -columns, -width).topk(k).values
-    values = [best.where(best > last, -torch.inf), last.where(first_equal > -width, -torch.inf)]
-    return torch.cat(values, dim=1), torch.cat([column, -first_equal], dim=1)
+    is_last, equal = best == last, scores == last
+    undecided = ((equal.sum(1) > is_last.sum(1)) & (last[:, 0] > -torch.inf)).nonzero().flatten()
+    if undecided.numel():
+        columns = torch.arange(width, dtype=torch.int32, device=scores.device)
+        first = -torch.where(equal[undecided], -columns, -width).topk(k).values  # (rows, k), rising
+        is_last = is_last[undecided]  # the equal ones are at the end
+        place = (is_last.cumsum(1) - 1).clamp(min=0)
+        column[undecided] = torch.where(is_last, first.gather(1, place).long(), column[undecided])
+    return best, column

@@ -27,7 +27,6 @@ from mme.distributed.checkpoint import load_weights
 from mme.distributed.recommender import Recommender
 from mme.distributed.world import World, process_group
 from mme.errors import UserError, first_line
-from mme.evaluation.popularity import popularity_order
 from mme.evaluation.ranking import Ranker
 from mme.evaluation.request_batch import sequence_batch
 from mme.evaluation.requests import Requests, RequestTime, Unknown, check_requests, read_table, with_features
@@ -129,7 +128,7 @@ def recommend(run: Path, users: Path, output: Path, options: Options) -> Summary
         load_weights(run, None, recommender, numbering_sha256(data, info, model.feature_columns))
         lists = _rank(recommender, config, known, options.top_k, options.seen or config.eval.seen)
         is_fallback = known.lengths == 0
-        _fill_with_popular(lists, is_fallback, data)
+        _fill_with_popular(lists, is_fallback, read_item_counts(data))
         if world.rank == 0:
             _write(_result(given, lists, is_fallback, numbering.item_ids), output)
     unknown = given.lengths - known.lengths
@@ -155,14 +154,15 @@ def _rank(recommender: Recommender, config: Config, requests: Requests, top_k: i
     return lists
 
 
-def _fill_with_popular(lists: Lists, chosen: NDArray[np.bool_], data: Path) -> None:
-    """Puts the most popular items into the ``chosen`` rows, (B,). These histories hold no known item, so all are unseen."""
+def _fill_with_popular(lists: Lists, chosen: NDArray[np.bool_], counts: IntArray) -> None:
+    """Puts the most popular items into the ``chosen`` rows, (B,). These histories hold no known item, so all are unseen.
+
+    ``counts``: (num_items,) events of each item.
+    """
     if not chosen.any():
         return
-    counts = torch.from_numpy(read_item_counts(data))
-    best = torch.argsort(popularity_order(counts))[: lists.items.shape[1]]
-    lists.items[chosen, : best.numel()] = best.numpy()
-    lists.scores[chosen, : best.numel()] = counts[best].float().numpy()
+    best = np.argsort(-counts, kind="stable")[: lists.items.shape[1]]
+    lists.items[chosen, : best.size], lists.scores[chosen, : best.size] = best, counts[best]
 
 
 def _result(requests: Requests, lists: Lists, is_fallback: NDArray[np.bool_], catalogue: pa.Array) -> pa.Table:

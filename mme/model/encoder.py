@@ -21,7 +21,7 @@ from mme.model.decoder import Decoder, DecoderOutput
 from mme.model.feature_rows import FeatureRows
 from mme.model.scoring import normalize_views
 
-LOOKUP_ROWS = 65_536  # items per lookup when the catalogue is read
+LOOKUP_ROWS = 16_384  # items per lookup when the catalogue is read
 
 
 class Encoder(ABC):
@@ -65,14 +65,20 @@ class Encoder(ABC):
     def catalogue(self) -> tuple[int, Tensor]:
         """This rank's share of the catalogue: its first item and the normalised vectors (share, D) of its items.
 
-        For any sharding of the tables, the shares are equal slices in rank order. A vector is NaN if its rows are not
-        finite or too large to be normalised.
+        For any sharding of the tables, the shares are equal slices in rank order. Rows beyond the last item are zero. A vector
+        is NaN if its rows are not finite or too large to be normalised.
         """
         share = -(-self.num_items // self.world.size)
         first = min(self.world.rank * share, self.num_items)
         last = min(first + share, self.num_items)
-        vectors = [self._normalize(self.lookup(ids)) for ids in self._chunks(first, last, share)]
-        return first, torch.cat(vectors)
+        vectors = torch.zeros(share, self.config.model.embedding_dim, device=self.world.device)
+        for ids in self._chunks(first, last, share):
+            if ids.numel():
+                start = int(ids[0]) - first
+                vectors[start : start + ids.numel()] = self._normalize(self.lookup(ids))
+            else:
+                self.lookup(ids)  # a collective
+        return first, vectors
 
     def _normalize(self, x: Tensor) -> Tensor:
         """(n, M, d) → (n, D). NaN if the length overflows, which would otherwise give a vector of zeros."""

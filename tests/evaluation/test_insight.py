@@ -14,6 +14,7 @@ from mme.distributed.recommender import Recommender
 from mme.distributed.world import World
 from mme.evaluation.insight import insight
 from mme.evaluation.metrics import rank_metrics
+from mme.evaluation.popularity import Popularity
 from mme.model.batch_items import distinct_ids
 from tests.distributed.processes import run_on
 from tests.distributed.test_step import NUM_ITEMS, configuration, sequences
@@ -31,7 +32,7 @@ def learned(world: World) -> tuple[dict[str, Any], Any]:
                 shard.tensor[:, 1:] *= 1e-3
     batch = sequences(SPLITS[world.size][world.rank])
     evaluated = EvaluationBatch(batch, targets(batch), torch.zeros(0, dtype=torch.int64), 0 * batch.seq_offsets)
-    found = insight(recommender, COUNTS, [evaluated])
+    found = insight(recommender, Popularity.of(COUNTS), [evaluated])
     if world.size > 1:
         return found, None
     with torch.no_grad():
@@ -107,7 +108,7 @@ def test_figures_equal_those_of_the_whole() -> None:
 
 
 def without_histories(world: World) -> dict[str, Any]:
-    return insight(Recommender(configuration(), NUM_ITEMS, world), COUNTS, [])
+    return insight(Recommender(configuration(), NUM_ITEMS, world), Popularity.of(COUNTS), [])
 
 
 def test_without_histories_the_tables_alone_are_described() -> None:

@@ -11,7 +11,7 @@ from mme.distributed.recommender import Recommender
 from mme.distributed.world import World
 from mme.errors import JobError
 from mme.evaluation.metrics import UNRANKED
-from mme.evaluation.ranking import Ranker
+from mme.evaluation.ranking import Ranker, _first_of_the_best
 from tests.distributed.processes import run_on
 from tests.distributed.test_step import LENGTHS, NUM_ITEMS, configuration, sequences
 
@@ -59,6 +59,18 @@ def test_equal_scores_rank_by_item_index() -> None:
             unseen = [item for item in range(NUM_ITEMS) if item not in SEEN[b]]
             assert items[b].tolist() == unseen[:6]
             assert ranks[b] == (UNRANKED if TARGETS[b] in SEEN[b] else 1 + unseen.index(TARGETS[b]))
+
+
+@pytest.mark.parametrize("k", [1, 3, 12])
+def test_the_best_scores_are_those_of_the_first_equal_items(k: int) -> None:
+    scores = torch.randint(0, 4, (200, 12), generator=torch.Generator().manual_seed(0)).float()
+    scores[scores == 0] = -torch.inf  # items that are not ranked
+    best, columns = _first_of_the_best(scores, k)
+    for row in range(200):
+        order = sorted(range(12), key=lambda column, row=row: (-scores[row, column].item(), column))[:k]
+        assert best[row].tolist() == scores[row, order].tolist()
+        ranked = [column for column in order if scores[row, column] > -torch.inf]
+        assert sorted(columns[row, : len(ranked)].tolist()) == sorted(ranked)
 
 
 def rank_with_spoiled_weights(world: World, where: str, value: float) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from mme.data.loaders import EvaluationLoader, Worker
 from mme.data.split import HeldOut, Split
 from mme.errors import UserError
 from mme.evaluation.metrics import rank_metrics
-from mme.evaluation.popularity import popularity_ranks
+from mme.evaluation.popularity import popularity_order, popularity_ranks
 from mme.prepare.synthetic import prepare_synthetic
 
 HOUR_S = 3600
@@ -77,8 +77,8 @@ def test_oracle_stands_far_above_popularity(made: tuple[Path, dict[str, Any]], p
     oracle = info["oracle"][part]
     data = DataConfig(max_seq_len=5, eval_batch_size=600)
     loader = EvaluationLoader(dataset, data, part, Worker(0, 1, torch.device("cpu")))
-    counts = dataset.training_counts(LEAVE_TWO_OUT)
-    ranks = [popularity_ranks(counts, b.targets, b.seen_ids, b.seen_offsets) for b in loader.batches()]
+    place = popularity_order(dataset.training_counts(LEAVE_TWO_OUT))
+    ranks = [popularity_ranks(place, b.targets, b.seen_ids, b.seen_offsets) for b in loader.batches()]
     popularity = rank_metrics(torch.cat(ranks))
     assert 0.3 < oracle["hr@10"] < 0.55
     assert 0.015 < popularity["hr@10"] < 0.07
