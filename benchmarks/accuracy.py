@@ -30,9 +30,10 @@ from scipy.stats import permutation_test
 from torch import Tensor
 
 from benchmarks.json_file import write_json
-from benchmarks.user_ranks import RANKS_FILE
+from benchmarks.user_ranks import RANKS_JSON
 from mme.config import CONFIG_FILE, Config, load_config
 from mme.errors import UserError
+from mme.evaluation.record import METRICS
 from mme.run.metrics_file import METRICS_FILE, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -75,7 +76,6 @@ SETTINGS: dict[str, dict[bool, list[str]]] = {
     },
 }
 COMPARED_WITH = "fuxi-alpha"
-METRICS = ["hr@10", "hr@50", "ndcg@10", "ndcg@50", "mrr"]
 NUM_FLIPS = 10_000
 
 
@@ -182,7 +182,7 @@ def train(name: str, seed: int, data: str, dataset: Path, own: list[str], work: 
     config = load_config(path, overrides)
     if (folder / CONFIG_FILE).exists() and load_config(folder / CONFIG_FILE) != config:
         raise UserError(f"{folder}: has another configuration than this run would: choose another --work")
-    if not (folder / RANKS_FILE).exists():
+    if not (folder / RANKS_JSON).exists():
         started = time.perf_counter()
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         command = [sys.executable, *(launch if processes > 1 else []), "-m", "mme", "train", "--config", str(path)]
@@ -196,7 +196,7 @@ def read_run(folder: Path, config: Config) -> dict[str, Any]:
     """The model's and popularity's last test records, parameters, seconds in steps, and the ranks of the users."""
     records = read_metrics(folder / METRICS_FILE)
     tests = {record["model"]: record for record in records if record.get("split") == "test"}
-    ranks = json.loads((folder / RANKS_FILE).read_text())
+    ranks = json.loads((folder / RANKS_JSON).read_text())
     (name,) = set(ranks) - {"popularity"}
     steps = [record for record in records if record["kind"] == "train"]
     return {

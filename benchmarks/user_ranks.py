@@ -19,7 +19,7 @@ from mme.distributed.world import process_group
 from mme.evaluation.evaluate import load_trained, target_ranks
 from mme.files import write_text
 
-RANKS_FILE = "test_ranks.json"
+RANKS_JSON = "test_ranks.json"
 
 
 def main(run: Path) -> None:
@@ -28,7 +28,7 @@ def main(run: Path) -> None:
     with process_group() as world:
         dataset, recommender, _ = load_trained(run, None, config, world)
         ranks = target_ranks(recommender, dataset, config, "test").by_model
-    write_text(run / RANKS_FILE, json.dumps({name: values.tolist() for name, values in ranks.items()}), run)
+    write_text(run / RANKS_JSON, json.dumps({name: values.tolist() for name, values in ranks.items()}), run)
 
 
 if __name__ == "__main__":

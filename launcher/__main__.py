@@ -21,6 +21,7 @@ from launcher import slurm as slurm_job
 from launcher.job import NODES_MEET_WITHIN_S, Job, default_processes, require_dataset
 from mme.errors import UserError, print_line
 from mme.files import write_text
+from mme.run.exit_status import USER_ERROR
 
 # typer reads these annotations at run time; on Python 3.10 it needs Optional[X] for a value that may be missing.
 # ruff: noqa: UP045
@@ -307,7 +308,7 @@ def _user_errors() -> Iterator[None]:
         yield
     except UserError as error:
         _print_error(str(error))
-        raise typer.Exit(2) from error
+        raise typer.Exit(USER_ERROR) from error
     except rendezvous.LaunchError as error:
         _print_error(str(error))
         raise typer.Exit(1) from error

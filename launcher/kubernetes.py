@@ -13,9 +13,10 @@ from typing import Any
 import yaml
 
 from launcher.job import Job
-from launcher.torchrun import PREEMPTED, STOPS_WITHIN_S, USER_ERROR
+from launcher.torchrun import STOPS_WITHIN_S
 from mme.errors import UserError, first_line
 from mme.files import read_text
+from mme.run.exit_status import PREEMPTED, USER_ERROR
 from mme.shipped import own_or_shipped
 
 PORT = 29500

@@ -6,8 +6,8 @@ import shlex
 import sys
 
 from launcher.job import Job
-from launcher.torchrun import PREEMPTED
 from mme.errors import UserError
+from mme.run.exit_status import PREEMPTED
 
 # Services often use ports below 20000, and the kernel picks ports from 32768 up for outgoing connections.
 FIRST_PORT, NUM_PORTS = 20000, 12000

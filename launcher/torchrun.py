@@ -29,7 +29,7 @@ from launcher.rendezvous import hosts_unrecognised, local_address, meeting_file
 from launcher.same_job import other_job
 from launcher.torchrun_output import LAST_WORDS, own_lines, say
 from mme.errors import one_line
-from mme.run.exit_status import NO_RESTART, PREEMPTED
+from mme.run.exit_status import INTERRUPTED, NO_RESTART, PREEMPTED, USER_ERROR
 from mme.run.preemption import signal_when_parent_dies
 
 PREFLIGHT_ID = "mme-preflight"
@@ -37,8 +37,6 @@ LOOPBACK, LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 UNANSWERED_S = 30  # margin beyond torchrun's time limits for connecting to the rendezvous and waiting for the nodes
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 IMPORT_WITHIN_S = 60
-USER_ERROR = 2
-INTERRUPTED = 130
 STOPS_WITHIN_S = 60  # from the request to stop until torchrun kills the workers; they write a checkpoint meanwhile
 KILLED_AFTER_S = 53  # the launcher kills stuck workers before that; `mme.run.preemption` exits by itself even earlier
 

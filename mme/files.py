@@ -31,6 +31,7 @@ PARTIAL = ".partial-"  # how the names of files that are being written begin
 MAX_TEXT_BYTES = 1 << 28  # of a JSON or YAML file: more is no description of a run, a checkpoint or a data set
 HASH_BLOCK_BYTES = 1 << 26  # of a large file; each block is hashed by one thread
 HASH_THREADS = min(8, len(os.sched_getaffinity(0)))
+VISIBLE_WITHIN_S = 30.0  # a file server may take this long to show a new file to another node
 _BLOCK_BYTES = 1 << 20
 # Without O_NONBLOCK, opening a pipe would wait for its other end. It means nothing to a regular file.
 _ALWAYS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY

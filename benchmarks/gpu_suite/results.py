@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-FILE = "results.jsonl"
+RESULTS_FILE = "results.jsonl"
 DEVICE_LOST = 75  # exit status of a stage whose GPU context an error has spoilt: it may go on in another process
 
 
@@ -24,7 +24,7 @@ class Results:
     """``results.jsonl`` in a folder. A line that was cut off is left out when it is read."""
 
     def __init__(self, folder: Path) -> None:
-        self.path = folder / FILE
+        self.path = folder / RESULTS_FILE
 
     def lines(self) -> list[dict[str, Any]]:
         found = []

@@ -2,15 +2,15 @@
 
 They depend on the offsets and the timestamps alone, so one plan serves every block of a decoder, forward and backward.
 
-Sequences of about the same length form pieces: a piece is n sequences padded to the same P (a multiple of 16), worked on
-together as batched matrix products. A few sequences are padded further where that costs less than a piece of their own. Its queries are cut into chunks of CHUNK_ROWS;
+Sequences of about the same length form bundles: a bundle is n sequences padded to the same P (a multiple of 16), worked on
+together as batched matrix products. A few sequences are padded further where that costs less than a bundle of their own. Its queries are cut into chunks of CHUNK_ROWS;
 a chunk's keys run from the sequence's start to the end of the chunk, so most of what lies above the diagonal is never
 computed. Rows beyond a sequence's end hold zeros and add nothing. Example, lengths [10, 150, 16, 100, 140]:
 
-    piece 0: P = 16, sequences 0 and 2;  piece 1: P = 160, sequences 3, 4 and 1, chunks (rows 0..63, keys 0..63),
+    bundle 0: P = 16, sequences 0 and 2;  bundle 1: P = 160, sequences 3, 4 and 1, chunks (rows 0..63, keys 0..63),
     (rows 64..127, keys 0..127), (rows 128..159, keys 0..159)
 
-Legend: B sequences, T tokens, n sequences of a piece, P its padded length, S slots (the sum of n·P).
+Legend: B sequences, T tokens, n sequences of a bundle, P its padded length, S slots (the sum of n·P).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from kernels.relative_attention.reference import NUM_TIME_BUCKETS
 
 # 64 query rows: a batched product of 64 rows runs at the rate of 96 rows, and less is computed above the diagonal.
 CHUNK_ROWS = 64
-# A piece has as many sequences as keep n·64·P below this, 1 MiB of scores a group: a quarter of it costs 12 % more time
+# A bundle has as many sequences as keep n·64·P below this, 1 MiB of scores a group: a quarter of it costs 12 % more time
 # (64 sequences of about 165, d = 50), four times as much gains nothing.
-PIECE_PAIRS = 1 << 18
+BUNDLE_PAIRS = 1 << 18
 # What a chunk costs beside its pairs, in pairs. 64 sequences of 94 tokens on average, d = 50: 15 chunks instead of 27, with 4 %
 # more pairs, take 8 % less time; twice and four times this number gain less.
 CHUNK_PAIRS = 4_000
@@ -41,7 +41,7 @@ MAX_KEPT_PAIRS = 1 << 24
 MASKED_BUCKET = NUM_TIME_BUCKETS
 
 
-class Piece(NamedTuple):
+class Bundle(NamedTuple):
     """n sequences of padded length P, at slots [slot, slot + n·P); pairs: where its buckets start, -1: not kept."""
 
     slot: int
@@ -59,9 +59,9 @@ class Piece(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Query rows [row, end) of each of a piece's sequences, and their keys [0, end)."""
+    """Query rows [row, end) of each of a bundle's sequences, and their keys [0, end)."""
 
-    piece: Piece
+    bundle: Bundle
     row: int
     end: int
     pairs: int
@@ -72,7 +72,7 @@ class Chunk(NamedTuple):
 
     @property
     def size(self) -> int:
-        return self.piece.members * self.rows * self.end
+        return self.bundle.members * self.rows * self.end
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ class TilePlan:
     """The plan of the torch backend.
 
     Attributes:
-        pieces: in the order in which they are worked on.
+        bundles: in the order in which they are worked on.
         max_length: the longest padded length.
-        token_slots: (3, T) int64, of each token its slot, and the first slot and number of slots of its piece.
+        token_slots: (3, T) int64, of each token its slot, and the first slot and number of slots of its bundle.
         slot_times: (2, S) int64 seconds, of each slot's token and of the event after it.
         buckets: (pairs,) int32, the (n, rows, keys) time buckets of each chunk one after another; empty: not kept.
     """
 
-    pieces: list[Piece]
+    bundles: list[Bundle]
     max_length: int
     token_slots: Tensor
     slot_times: Tensor
@@ -101,7 +101,7 @@ class TilePlan:
     def rows(self, groups: int) -> tuple[Tensor, Tensor]:
         """How (G·T, w) tokens, and a row of zeros after them, move to padded rows and back, as row indices.
 
-        Padded rows are (G, n, P) piece after piece. Returns the (G·S,) tokens that they take and the (G·T,) padded
+        Padded rows are (G, n, P) bundle after bundle. Returns the (G·S,) tokens that they take and the (G·T,) padded
         rows in which the tokens stand.
         """
         if groups not in self._rows:
@@ -115,7 +115,7 @@ class TilePlan:
 
 
 def make_tile_plan(seq_offsets: Tensor, timestamps: Tensor) -> TilePlan:
-    """Groups B jagged sequences into pieces and finds their time buckets.
+    """Groups B jagged sequences into bundles and finds their time buckets.
 
     Args:
         seq_offsets: (B + 1,) int64.
@@ -123,27 +123,27 @@ def make_tile_plan(seq_offsets: Tensor, timestamps: Tensor) -> TilePlan:
     """
     device = timestamps.device
     lengths = seq_offsets.diff().to(device)
-    pieces, placed = _group(lengths.tolist())
+    bundles, placed = _group(lengths.tolist())
     sequence = torch.repeat_interleave(lengths)
     token = torch.arange(sequence.numel(), device=device)
-    sequence_slot, piece_slot, piece_slots = (
+    sequence_slot, bundle_slot, bundle_slots = (
         torch.tensor(placed, dtype=torch.int64, device=device).view(-1, 3).T[:, sequence]
     )
     slot = sequence_slot + token - seq_offsets.to(device)[sequence]
 
-    slots = sum(piece.members * piece.length for piece in pieces)
+    slots = sum(bundle.members * bundle.length for bundle in bundles)
     slot_times = timestamps.new_zeros(2, slots)
     slot_times[:, slot] = torch.stack([timestamps[token + sequence], timestamps[token + sequence + 1]])
-    pairs = sum(chunk.size for piece in pieces for chunk in piece.chunks())
+    pairs = sum(chunk.size for bundle in bundles for chunk in bundle.chunks())
     buckets = torch.empty(pairs if pairs <= MAX_KEPT_PAIRS else 0, dtype=torch.int32, device=device)
     if pairs > MAX_KEPT_PAIRS:
-        pieces = [piece._replace(pairs=-1) for piece in pieces]
+        bundles = [bundle._replace(pairs=-1) for bundle in bundles]
     else:
-        for piece in pieces:
-            for chunk in piece.chunks():
+        for bundle in bundles:
+            for chunk in bundle.chunks():
                 chunk_buckets(chunk, slot_times, out=buckets[chunk.pairs : chunk.pairs + chunk.size])
-    max_length = max((piece.length for piece in pieces), default=0)
-    return TilePlan(pieces, max_length, torch.stack([slot, piece_slot, piece_slots]), slot_times, buckets)
+    max_length = max((bundle.length for bundle in bundles), default=0)
+    return TilePlan(bundles, max_length, torch.stack([slot, bundle_slot, bundle_slots]), slot_times, buckets)
 
 
 def chunk_buckets(chunk: Chunk, slot_times: Tensor, out: Tensor) -> None:
@@ -151,8 +151,10 @@ def chunk_buckets(chunk: Chunk, slot_times: Tensor, out: Tensor) -> None:
 
     In float32 and in the order of operations of the public code: `reference.time_bucket` gives the same integers.
     """
-    piece = chunk.piece
-    times = slot_times[:, piece.slot : piece.slot + piece.members * piece.length].view(2, piece.members, piece.length)
+    bundle = chunk.bundle
+    times = slot_times[:, bundle.slot : bundle.slot + bundle.members * bundle.length].view(
+        2, bundle.members, bundle.length
+    )
     seconds = times[1, :, chunk.row : chunk.end, None] - times[0, :, None, : chunk.end]
     bucket = seconds.to(torch.float32).abs_().clamp_(min=1).log_().div_(0.301).clamp_(max=NUM_TIME_BUCKETS - 1)
     later = torch.ones(chunk.rows, chunk.rows, dtype=torch.bool, device=bucket.device).triu_(1)
@@ -160,25 +162,25 @@ def chunk_buckets(chunk: Chunk, slot_times: Tensor, out: Tensor) -> None:
     out.view(bucket.shape).copy_(bucket)
 
 
-def _group(lengths: list[int]) -> tuple[list[Piece], list[tuple[int, int, int]]]:
-    """The pieces of sequences of these lengths; and of each sequence its first slot, its piece's, its piece's slots."""
+def _group(lengths: list[int]) -> tuple[list[Bundle], list[tuple[int, int, int]]]:
+    """The bundles of sequences of these lengths; and of each sequence its first slot, its bundle's, its bundle's slots."""
     padded = _padded(lengths)
     order = [b for b in sorted(range(len(lengths)), key=padded.__getitem__) if lengths[b]]
     placed = [(0, 0, 0)] * len(lengths)
-    pieces: list[Piece] = []
+    bundles: list[Bundle] = []
     slot = pairs = first = 0
     while first < len(order):
         length = padded[order[first]]
-        most = max(1, PIECE_PAIRS // (min(length, CHUNK_ROWS) * length))
+        most = max(1, BUNDLE_PAIRS // (min(length, CHUNK_ROWS) * length))
         members = [b for b in order[first : first + most] if padded[b] == length]
-        piece = Piece(slot, len(members), length, pairs)
+        bundle = Bundle(slot, len(members), length, pairs)
         for position, b in enumerate(members):
             placed[b] = (slot + position * length, slot, len(members) * length)
-        pieces.append(piece)
+        bundles.append(bundle)
         slot += len(members) * length
-        pairs += sum(chunk.size for chunk in piece.chunks())
+        pairs += sum(chunk.size for chunk in bundle.chunks())
         first += len(members)
-    return pieces, placed
+    return bundles, placed
 
 
 def _padded(lengths: list[int]) -> list[int]:
@@ -199,4 +201,4 @@ def _padded(lengths: list[int]) -> list[int]:
 
 def _pairs(length: int) -> int:
     """Pairs of one sequence of this padded length."""
-    return sum(chunk.size for chunk in Piece(0, 1, length, -1).chunks())
+    return sum(chunk.size for chunk in Bundle(0, 1, length, -1).chunks())

@@ -11,7 +11,7 @@ semantic channel's gradient g_A:
 
 On a CPU the order of every sum is fixed, so results are the same bit for bit from run to run.
 
-Legend: T tokens, G groups (views × heads), n sequences of a piece, P its padded length.
+Legend: T tokens, G groups (views × heads), n sequences of a bundle, P its padded length.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.relative_attention.plan import CHUNK_ROWS, Chunk, Piece, TilePlan, chunk_buckets
+from kernels.relative_attention.plan import CHUNK_ROWS, Bundle, Chunk, TilePlan, chunk_buckets
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS
 
 
@@ -32,20 +32,20 @@ def forward(
     tiles = _Tiles(plan, ts_weights, pos_weights, max_seq_len, groups)
     q, k, v = tiles.pad(q), tiles.pad(k), tiles.pad(v)
     out = v.new_empty(v.shape[0], 3 * dv)
-    for piece in plan.pieces:
-        piece_q, piece_k, piece_v, piece_out = (tiles.by_sequence(x, piece) for x in (q, k, v, out))
-        v_shared, v_scaled = tiles.by_channel(piece_v), piece_v / max_seq_len
-        shared_out = piece_out.view(groups, piece.members, piece.length, 3, dv)
-        for chunk in piece.chunks():
+    for bundle in plan.bundles:
+        bundle_q, bundle_k, bundle_v, bundle_out = (tiles.by_sequence(x, bundle) for x in (q, k, v, out))
+        v_shared, v_scaled = tiles.by_channel(bundle_v), bundle_v / max_seq_len
+        shared_out = bundle_out.view(groups, bundle.members, bundle.length, 3, dv)
+        for chunk in bundle.chunks():
             rows, keys = slice(chunk.row, chunk.end), slice(0, chunk.end)
             for channel, weights in enumerate((tiles.positional(chunk), tiles.temporal(chunk, tiles.buckets(chunk)))):
                 product = torch.bmm(weights, v_shared[:, keys]).unflatten(2, (groups, dv))
                 shared_out[:, :, rows, channel] = product.permute(2, 0, 1, 3)
             scores, weights = tiles.blank(0, chunk, groups), tiles.blank(1, chunk, groups)
-            torch.bmm(piece_q[:, rows], piece_k[:, keys].transpose(1, 2), out=scores)
+            torch.bmm(bundle_q[:, rows], bundle_k[:, keys].transpose(1, 2), out=scores)
             torch.ops.aten.silu.out(scores, out=weights)
             weights[:, :, chunk.row :].tril_()
-            piece_out[:, rows, 2 * dv :] = torch.bmm(weights, v_scaled[:, keys])
+            bundle_out[:, rows, 2 * dv :] = torch.bmm(weights, v_scaled[:, keys])
     return tiles.unpad(out, num_tokens)
 
 
@@ -66,14 +66,14 @@ def backward(
     dq, dk, d_values = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     d_positions = torch.zeros_like(tiles.positions)
     d_buckets = torch.zeros(NUM_TIME_BUCKETS + 1, dtype=torch.float64, device=q.device)
-    for piece in plan.pieces:
-        piece_q, piece_k, piece_v, piece_grad = (tiles.by_sequence(x, piece) for x in (q, k, v, grad))
-        piece_dq, piece_dk, piece_dv = (tiles.by_sequence(x, piece) for x in (dq, dk, d_values))
-        v_shared = tiles.by_channel(piece_v)
-        grad_p, grad_t = tiles.by_channel(piece_grad[:, :, :dv]), tiles.by_channel(piece_grad[:, :, dv : 2 * dv])
-        grad_a = piece_grad[:, :, 2 * dv :] / max_seq_len
+    for bundle in plan.bundles:
+        bundle_q, bundle_k, bundle_v, bundle_grad = (tiles.by_sequence(x, bundle) for x in (q, k, v, grad))
+        bundle_dq, bundle_dk, bundle_dv = (tiles.by_sequence(x, bundle) for x in (dq, dk, d_values))
+        v_shared = tiles.by_channel(bundle_v)
+        grad_p, grad_t = tiles.by_channel(bundle_grad[:, :, :dv]), tiles.by_channel(bundle_grad[:, :, dv : 2 * dv])
+        grad_a = bundle_grad[:, :, 2 * dv :] / max_seq_len
         dv_shared = torch.zeros_like(v_shared)
-        for chunk in piece.chunks():
+        for chunk in bundle.chunks():
             rows, keys = slice(chunk.row, chunk.end), slice(0, chunk.end)
             # The channels whose weights all groups share.
             buckets, keys_of_v = tiles.buckets(chunk), v_shared[:, keys].transpose(1, 2)
@@ -87,16 +87,16 @@ def backward(
             d_buckets += torch.bincount(buckets, d_weights.view(-1), NUM_TIME_BUCKETS + 1)
             # The semantic channel.
             scores, weights, d_scores = (tiles.blank(slot, chunk, groups) for slot in range(3))
-            torch.bmm(piece_q[:, rows], piece_k[:, keys].transpose(1, 2), out=scores)
+            torch.bmm(bundle_q[:, rows], bundle_k[:, keys].transpose(1, 2), out=scores)
             torch.ops.aten.silu.out(scores, out=weights)
             weights[:, :, chunk.row :].tril_()
-            piece_dv[:, keys] += torch.bmm(weights.transpose(1, 2), grad_a[:, rows])
-            torch.bmm(grad_a[:, rows], piece_v[:, keys].transpose(1, 2), out=weights)
+            bundle_dv[:, keys] += torch.bmm(weights.transpose(1, 2), grad_a[:, rows])
+            torch.bmm(grad_a[:, rows], bundle_v[:, keys].transpose(1, 2), out=weights)
             torch.ops.aten.silu_backward.grad_input(weights, scores, grad_input=d_scores)
             d_scores[:, :, chunk.row :].tril_()
-            piece_dq[:, rows] = torch.bmm(d_scores, piece_k[:, keys])
-            piece_dk[:, keys] += torch.bmm(d_scores.transpose(1, 2), piece_q[:, rows])
-        by_group = piece_dv.view(groups, piece.members, piece.length, dv)
+            bundle_dq[:, rows] = torch.bmm(d_scores, bundle_k[:, keys])
+            bundle_dk[:, keys] += torch.bmm(d_scores.transpose(1, 2), bundle_q[:, rows])
+        by_group = bundle_dv.view(groups, bundle.members, bundle.length, dv)
         by_group += dv_shared.unflatten(2, (groups, dv)).permute(2, 0, 1, 3)
     d_ts_weights = d_buckets[:NUM_TIME_BUCKETS].to(ts_weights.dtype)
     d_pos_weights = sum_diagonals(d_positions, max_seq_len, pos_weights.numel())
@@ -114,7 +114,7 @@ class _Tiles:
         self.width = CHUNK_ROWS * max(1, -(-plan.max_length // CHUNK_ROWS))
         self.ts_weights = torch.cat([ts_weights, ts_weights.new_zeros(1)])  # MASKED_BUCKET weighs 0
         self.positions = self._widest_position_tile(pos_weights)
-        largest = max((chunk.size for piece in plan.pieces for chunk in piece.chunks()), default=0)
+        largest = max((chunk.size for bundle in plan.bundles for chunk in bundle.chunks()), default=0)
         self.time_scratch = pos_weights.new_empty(largest)
         self.scratch = pos_weights.new_empty(3, groups * largest)
         self.bucket_scratch = torch.empty(largest, dtype=torch.int32, device=pos_weights.device)
@@ -137,10 +137,10 @@ class _Tiles:
         """(G·S, w) → (G, T, w)."""
         return x.index_select(0, self.scatter).view(self.groups, num_tokens, x.shape[1])
 
-    def by_sequence(self, x: Tensor, piece: Piece) -> Tensor:
-        """A piece's part of (G·S, w) as (G·n, P, w)."""
-        start, size = self.groups * piece.slot, self.groups * piece.members * piece.length
-        return x[start : start + size].view(self.groups * piece.members, piece.length, x.shape[1])
+    def by_sequence(self, x: Tensor, bundle: Bundle) -> Tensor:
+        """A bundle's part of (G·S, w) as (G·n, P, w)."""
+        start, size = self.groups * bundle.slot, self.groups * bundle.members * bundle.length
+        return x[start : start + size].view(self.groups * bundle.members, bundle.length, x.shape[1])
 
     def by_channel(self, x: Tensor) -> Tensor:
         """(G·n, P, w) → (n, P, G·w), contiguous."""
@@ -153,7 +153,7 @@ class _Tiles:
 
     def positional(self, chunk: Chunk) -> Tensor:
         """(n, rows, keys), one tile n times."""
-        return self.positions[: chunk.rows, self.columns(chunk)].expand(chunk.piece.members, -1, -1)
+        return self.positions[: chunk.rows, self.columns(chunk)].expand(chunk.bundle.members, -1, -1)
 
     def buckets(self, chunk: Chunk) -> Tensor:
         """(n · rows · keys,) int32."""
@@ -167,7 +167,7 @@ class _Tiles:
         """(n, rows, keys)."""
         weights = self.time_scratch[: chunk.size]
         torch.index_select(self.ts_weights, 0, buckets, out=weights)
-        return weights.view(chunk.piece.members, chunk.rows, chunk.end)
+        return weights.view(chunk.bundle.members, chunk.rows, chunk.end)
 
     def blank(self, slot: int, chunk: Chunk, groups: int) -> Tensor:
         """(groups · n, rows, keys) of uninitialised scratch."""

@@ -38,9 +38,16 @@ from mme.distributed.checkpoint_index import (
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import Piece, optimizer_pieces, weight_pieces
 from mme.errors import DISK_ERRORS, DiskError, JobError, NonFiniteError, Preempted
-from mme.files import HASH_BLOCK_BYTES, flush, make_folder, remove, replacing, sha256_of_blocks, write_text
-
-VISIBLE_WITHIN_S = 30.0  # a file server may take this long to show a new file to another node
+from mme.files import (
+    HASH_BLOCK_BYTES,
+    VISIBLE_WITHIN_S,
+    flush,
+    make_folder,
+    remove,
+    replacing,
+    sha256_of_blocks,
+    write_text,
+)
 
 
 class CheckpointError(JobError):

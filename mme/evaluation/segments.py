@@ -13,9 +13,9 @@ Floats = npt.NDArray[np.float64]
 
 NEW = "new"  # the target has no training event
 # The upper bound of each group: a place in the order of popularity, as a share of the catalogue.
-POPULARITY = {"top 1%": 0.01, "1–10%": 0.1, "10–50%": 0.5, "50–100%": 1.0}
+POPULARITY_BOUNDS = {"top 1%": 0.01, "1–10%": 0.1, "10–50%": 0.5, "50–100%": 1.0}
 # The least number of events in the history of each group.
-HISTORY = {"1–9": 1, "10–19": 10, "20–49": 20, "50–99": 50, "100 or more": 100}
+HISTORY_BOUNDS = {"1–9": 1, "10–19": 10, "20–49": 20, "50–99": 50, "100 or more": 100}
 
 
 def popularity_groups(target_places: Ints, target_events: Ints, num_items: int) -> dict[str, npt.NDArray[np.bool_]]:
@@ -25,16 +25,16 @@ def popularity_groups(target_places: Ints, target_events: Ints, num_items: int) 
         target_places: (users,) place of each user's target in the order of popularity, 0 for the most popular item.
         target_events: (users,) training events of the target.
     """
-    bounds = np.array([share * num_items for share in POPULARITY.values()])
-    group = np.where(target_events == 0, len(POPULARITY), np.searchsorted(bounds, target_places, side="right"))
-    group = np.minimum(group, len(POPULARITY))
-    return {name: group == index for index, name in enumerate([*POPULARITY, NEW])}
+    bounds = np.array([share * num_items for share in POPULARITY_BOUNDS.values()])
+    group = np.where(target_events == 0, len(POPULARITY_BOUNDS), np.searchsorted(bounds, target_places, side="right"))
+    group = np.minimum(group, len(POPULARITY_BOUNDS))
+    return {name: group == index for index, name in enumerate([*POPULARITY_BOUNDS, NEW])}
 
 
 def history_groups(history_events: Ints) -> dict[str, npt.NDArray[np.bool_]]:
     """Group → which users belong to it, (users,) bool; ``history_events``: (users,) events before the target."""
-    group = np.searchsorted(list(HISTORY.values()), np.maximum(history_events, 1), side="right") - 1
-    return {name: group == index for index, name in enumerate(HISTORY)}
+    group = np.searchsorted(list(HISTORY_BOUNDS.values()), np.maximum(history_events, 1), side="right") - 1
+    return {name: group == index for index, name in enumerate(HISTORY_BOUNDS)}
 
 
 def group_means(values: Floats, groups: Mapping[str, npt.NDArray[np.bool_]], metric: str) -> list[dict[str, Any]]:

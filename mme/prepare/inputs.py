@@ -20,7 +20,7 @@ FILES_IN_FOLDER = {
     "csv": ["*.csv", "*.tsv", "*.txt"],
 }
 COMPRESSED = ["", ".gz", ".bz2", ".zst", ".lz4"]
-EXPECTED = "a file of interactions"
+EXPECTED_INPUT = "a file of interactions"
 
 
 def find_files(inputs: Sequence[str | Path], format: str) -> list[Path]:
@@ -44,7 +44,7 @@ def find_files(inputs: Sequence[str | Path], format: str) -> list[Path]:
         else:
             files.append(path)
     for path in files:
-        if regular_file(path, EXPECTED).stat().st_size == 0:
+        if regular_file(path, EXPECTED_INPUT).stat().st_size == 0:
             raise UserError(f"{path}: empty file: expected interactions")
     return list(dict.fromkeys(files))
 

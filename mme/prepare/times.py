@@ -48,7 +48,7 @@ DAY_OR_MONTH_FIRST = r"^\d{1,2}[/.-]\d{1,2}[/.-]\d{2}(?:\d{2})?(?:\D|$)"
 ENDS_WITH_ZONE = (
     r":\d{2}(?:[.,]\d+)?\s?(?:[Zz]|UTC|GMT|[+-]\d{2}(?::?\d{2})?)$|[Tt]\d{4,6}(?:[.,]\d+)?(?:[Zz]|[+-]\d{2})"
 )
-EXPECTED = "expected a time: a number of s, ms, us or ns since 1970, or ISO 8601 such as 2021-04-03T12:30:00Z"
+EXPECTED_TIME = "expected a time: a number of s, ms, us or ns since 1970, or ISO 8601 such as 2021-04-03T12:30:00Z"
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def recognise(source: SourceFile, column: pa.Array, said: str) -> TimeForm | Non
         zoned = pa.types.is_timestamp(column.type) and column.type.tz is not None
         return TimeForm("typed", note="" if zoned or pa.types.is_date(column.type) else ", UTC")
     if not (is_text(column.type) or is_number(column.type)):
-        raise UserError(f"{source.path}: column {source.columns['timestamp']!r} holds {kind}, {EXPECTED}")
+        raise UserError(f"{source.path}: column {source.columns['timestamp']!r} holds {kind}, {EXPECTED_TIME}")
     if pa.types.is_float32(column.type) and (pc.max(pc.abs(column)).as_py() or 0) >= 2**24:
         raise UserError(
             f"{source.path}: column {source.columns['timestamp']!r} holds {kind}, which rounds the seconds of 2020 to "
@@ -370,7 +370,9 @@ def _refuse_day_or_month_first(source: SourceFile, column: pa.Array) -> None:
 
 def _no_time(source: SourceFile, row: int, value: str) -> UserError:
     place = source.place(row)
-    return UserError(f"{source.path}: {place}: column {source.columns['timestamp']!r} holds {value[:60]!r}, {EXPECTED}")
+    return UserError(
+        f"{source.path}: {place}: column {source.columns['timestamp']!r} holds {value[:60]!r}, {EXPECTED_TIME}"
+    )
 
 
 def _share(rows: pa.BooleanArray) -> float:

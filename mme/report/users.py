@@ -8,7 +8,7 @@ from mme.report.charts import Chart, Line, bar_chart
 from mme.report.results import SELECTED_BY, Z_95, RunFiles
 from mme.report.sections import Rows, Section, section
 
-SEGMENTS = {
+SEGMENT_CHARTS = {
     "popularity": ("NDCG@10 by popularity of the target", "popularity rank of the target"),
     "history": ("NDCG@10 by length of the history", "events before the target"),
 }
@@ -16,7 +16,7 @@ SEGMENTS = {
 
 def users_section(run: RunFiles) -> Section | None:
     """NDCG@10 of the model and of popularity by segment, and example users; None if neither was recorded."""
-    charts = [_by_segment(run, kind, title, x_title) for kind, (title, x_title) in SEGMENTS.items()]
+    charts = [_by_segment(run, kind, title, x_title) for kind, (title, x_title) in SEGMENT_CHARTS.items()]
     examples = run.result.get("examples") or []
     tables = [_examples(examples)] if examples else []
     return section("Results by user", charts, notes=["Bars with 95% confidence intervals over users."], tables=tables)

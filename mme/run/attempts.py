@@ -19,7 +19,7 @@ from mme.files import read_text, remove, write_text
 from mme.records import parse_record
 
 Count = Annotated[int, Field(ge=0)]
-FILE = "attempts.json"  # in the run's folder
+ATTEMPTS_FILE = "attempts.json"  # in the run's folder
 FAILURES_BEFORE_GOING_BACK = 2
 
 
@@ -49,12 +49,12 @@ def record_failure(run: Path, job: str, resumed_from: int, failed_at: int) -> No
     failures = 1
     if before is not None and (before.job, before.failed_at) == (job, failed_at):
         failures = before.failures + 1
-    write_text(run / FILE, json.dumps(asdict(Attempt(job, resumed_from, failed_at, failures))), run)
+    write_text(run / ATTEMPTS_FILE, json.dumps(asdict(Attempt(job, resumed_from, failed_at, failures))), run)
 
 
 def forget(run: Path) -> None:
     """Drops the count: the job has got past the step, or starts over."""
-    remove(run / FILE)
+    remove(run / ATTEMPTS_FILE)
 
 
 def go_back(run: Path, job: str) -> str | FinalError | None:
@@ -87,6 +87,6 @@ def go_back(run: Path, job: str) -> str | FinalError | None:
 
 def _read(run: Path) -> Attempt | None:
     try:
-        return parse_record(read_text(run / FILE, run), Attempt)
+        return parse_record(read_text(run / ATTEMPTS_FILE, run), Attempt)
     except (OSError, ValueError):  # none has failed yet, or the file is damaged: the count starts again
         return None

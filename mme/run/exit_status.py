@@ -19,8 +19,9 @@ import typer
 from mme.errors import DISK_ERRORS, FinalError, JobError, Preempted, UserError, indented_lines, one_line
 from mme.files import open_to_append
 
-PREEMPTED = 143  # 128 + SIGTERM, as a shell has it
+USER_ERROR = 2
 NO_RESTART = 3  # tells the launcher that a worker under torchrun failed and would fail again
+INTERRUPTED, PREEMPTED = 130, 143  # 128 + SIGINT, 128 + SIGTERM, as in a shell
 
 
 class ErrorContext:
@@ -41,11 +42,11 @@ def job_status() -> Iterator[ErrorContext]:
         if rank() == 0 or os.environ.get("LOCAL_RANK") == "0":
             print_error(str(error))
         append_to_log(job.folder, one_line(f"error: {error}"))
-        raise typer.Exit(2) from error
+        raise typer.Exit(USER_ERROR) from error
     except KeyboardInterrupt as error:
         if rank() == 0:
             print_error(_interrupted(job.folder))
-        raise typer.Exit(130) from error
+        raise typer.Exit(INTERRUPTED) from error
     except JobError as error:
         if rank() == 0:
             print_error(str(error))

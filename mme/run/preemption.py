@@ -3,7 +3,7 @@
 A scheduler sends SIGTERM before it takes a node away or a time limit is reached. It is enough that one rank receives it: the
 ranks share it in the sum of the next step, write a checkpoint and exit with status 143, after which the job can be queued
 again (see docs/multi-node.md). A rank whose step does not end, because it or another rank is stuck, exits with the same
-status after `STOPS_WITHIN_S`, without a checkpoint.
+status after `EXITS_WITHIN_S`, without a checkpoint.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 from mme.run.exit_status import PREEMPTED, append_to_log, rank
 
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
-STOPS_WITHIN_S = 45.0  # the launcher kills what is left a little later, see launcher.torchrun
+EXITS_WITHIN_S = 45.0  # the launcher kills what is left a little later, see launcher.torchrun
 
 
 class Preemption:
@@ -35,7 +35,7 @@ class Preemption:
 
     requested = False
 
-    def __init__(self, run: Path | None = None, stops_within_s: float = STOPS_WITHIN_S) -> None:
+    def __init__(self, run: Path | None = None, stops_within_s: float = EXITS_WITHIN_S) -> None:
         self.run, self.stops_within_s = run, stops_within_s
         self._left = threading.Event()
 

@@ -19,13 +19,13 @@ Count = Annotated[int, Field(ge=0, le=2**53)]  # the largest whole number that a
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
-class Part(BaseModel):
+class JsonObject(BaseModel):
     """A JSON object: values are not converted, numbers are finite, unknown keys are allowed."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
 
 
-class Record(Part):
+class Record(JsonObject):
     kind: str
     step: Count
 
@@ -66,21 +66,21 @@ class ExpertsRecord(Record):
         return self
 
 
-class Groups(Part):
+class Groups(JsonObject):
     """The experts' ``share`` [block][group][expert] of the choices of each of the ``groups``."""
 
     groups: list[str]
     share: list[list[list[Share]]]
 
 
-class Routing(Part):
+class RoutingShares(JsonObject):
     blocks: list[Count]
     view: Groups
     popularity: Groups
     position: Groups
 
     @model_validator(mode="after")
-    def _check_shapes(self) -> Routing:
+    def _check_shapes(self) -> RoutingShares:
         for name in ("view", "popularity", "position"):
             of: Groups = getattr(self, name)
             experts = {len(shares) for by_group in of.share for shares in by_group}
@@ -94,20 +94,20 @@ class Routing(Part):
         return self
 
 
-class ViewRanking(Part):
+class ViewRanking(JsonObject):
     users: Count
     all_views: float
     by_view: list[float] = Field(alias="ndcg@10")
 
 
-class Insight(Part):
+class Insight(JsonObject):
     """See `mme.evaluation.insight`."""
 
     singular_values: list[Annotated[list[float], Field(min_length=1)]] = Field(min_length=1)
     effective_rank: list[float]
     similarity: list[list[float]]
     ranking: ViewRanking | None = None
-    routing: Routing | None = None
+    routing: RoutingShares | None = None
     time_weights: list[list[float]] = []
     position_weights: list[list[float]] = []
     longest_gap_s: Count | None = None
@@ -119,7 +119,7 @@ class Insight(Part):
         return self
 
 
-class Segment(Part):
+class Segment(JsonObject):
     """See `mme.evaluation.segments.group_means`."""
 
     group: str
@@ -128,7 +128,7 @@ class Segment(Part):
     standard_error: Annotated[float, Field(ge=0)]
 
 
-class Example(Part):
+class Example(JsonObject):
     """A user as raw ids: the newest events, oldest first; the head of the model's list; the target and its rank."""
 
     user: str

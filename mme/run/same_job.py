@@ -14,10 +14,9 @@ from pathlib import Path
 from mme.config import Config, differing_keys, flat, settings_sha256
 from mme.distributed.world import World
 from mme.errors import UserError
-from mme.files import read_text, write_text
+from mme.files import VISIBLE_WITHIN_S, read_text, write_text
 
 TOKEN_FILE = ".shared"
-VISIBLE_WITHIN_S = 30.0  # a file server may take this long to show a new file to another node
 
 
 def require_same_job(config: Config, dataset_sha256: str, world: World) -> None:

@@ -19,7 +19,7 @@ from mme.run.metrics_file import METRICS_FILE, read_metrics
 from mme.run.preemption import signal_when_parent_dies
 
 LOOK_EVERY_S = 1.0
-STOPS_WITHIN_S = 90.0
+TRIAL_STOPS_WITHIN_S = 90.0  # longer than the launcher takes to kill stuck workers
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def _end(process: subprocess.Popen[Any]) -> None:
     """Asks the job to save and exit, and kills it if it does not."""
     os.killpg(process.pid, signal.SIGTERM)
     try:
-        process.wait(STOPS_WITHIN_S)
+        process.wait(TRIAL_STOPS_WITHIN_S)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()

@@ -37,5 +37,5 @@ def test_a_model_that_reads_features_has_ranks(tmp_path: Path) -> None:
     # A separate process, because a process group leaves state behind.
     with multiprocessing.get_context("forkserver").Pool(1) as pool:
         pool.apply(save_and_rank, (tmp_path,))
-    ranks = json.loads((tmp_path / user_ranks.RANKS_FILE).read_text())
+    ranks = json.loads((tmp_path / user_ranks.RANKS_JSON).read_text())
     assert {name: len(of_users) for name, of_users in ranks.items()} == {"fuxi-mme": 20, "popularity": 20}

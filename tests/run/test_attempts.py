@@ -20,7 +20,7 @@ from mme.distributed.checkpoint import remove_all
 from mme.distributed.world import World
 from mme.errors import FinalError, JobError, NonFiniteError, UserError
 from mme.inference.weights import read_checkpoint
-from mme.run.attempts import FILE, forget, go_back, record_failure
+from mme.run.attempts import ATTEMPTS_FILE, forget, go_back, record_failure
 from mme.run.preemption import Preemption
 from mme.training import Training
 from tests.distributed.processes import run_on
@@ -87,12 +87,12 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_from(tmp_path: Path) -
 
 
 def test_a_damaged_count_is_no_count(tmp_path: Path) -> None:
-    (tmp_path / FILE).write_text("{")
+    (tmp_path / ATTEMPTS_FILE).write_text("{")
     record_failure(tmp_path, JOB, 11, 12)
-    assert json.loads((tmp_path / FILE).read_text())["failures"] == 1
+    assert json.loads((tmp_path / ATTEMPTS_FILE).read_text())["failures"] == 1
     forget(tmp_path)
     forget(tmp_path)
-    assert not (tmp_path / FILE).exists()
+    assert not (tmp_path / ATTEMPTS_FILE).exists()
 
 
 def attempt(world: World, data: str, run: str, *overrides: str) -> str:
