@@ -26,7 +26,17 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from benchmarks.roofline import backends, matrix_rate, publish, run_header, step_memory, timed
+from benchmarks.roofline import (
+    JsonPath,
+    Seconds,
+    backends,
+    device_and_dtype,
+    matrix_rate,
+    publish,
+    run_header,
+    step_memory,
+    timed,
+)
 from kernels import plan_attention, relative_attention
 from kernels.relative_attention.reference import time_bucket
 
@@ -43,13 +53,12 @@ def main(
         Optional[bool],  # noqa: UP045
         typer.Option(help="time torch.compile of the padded form; on a GPU by default"),
     ] = None,
-    seconds: Annotated[float, typer.Option(help="time spent on each figure")] = 0.5,
-    json_path: Annotated[Optional[Path], typer.Option("--json")] = None,  # noqa: UP045  (typer on Python 3.10)
+    seconds: Seconds = 0.5,
+    json_path: JsonPath = None,
 ) -> None:
     """Prints a table of times and, with --json, writes them."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = device_and_dtype()
     on_gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
     tokens = tokens or (65536 if on_gpu else 8192)
     asked_lengths = [
         int(x) for x in (lengths or ("128,256,512,1024,2048,4096,8192" if on_gpu else "64,200,512")).split(",")

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from benchmarks.roofline import publish, run_header, timed
+from benchmarks.roofline import JsonPath, Seconds, device_and_dtype, publish, run_header, timed
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS, time_bucket
 
 BLOCK = 64  # queries at a time, as the PyTorch form's chunks
@@ -30,11 +29,11 @@ SEGMENT_ROWS = 256  # queries whose prefix rows are named at once
 def main(
     lengths: Annotated[str, typer.Option(help="such as 2048,8192")] = "512,2048,4096",
     width: Annotated[int, typer.Option(help="dv")] = 64,
-    seconds: Annotated[float, typer.Option(help="time spent on each figure")] = 0.5,
-    json_path: Annotated[Optional[Path], typer.Option("--json")] = None,  # noqa: UP045  (typer on Python 3.10)
+    seconds: Seconds = 0.5,
+    json_path: JsonPath = None,
 ) -> None:
     """Prints a table of times and errors and, with --json, writes them."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, _ = device_and_dtype()
     rows = [row for length in lengths.split(",") for row in measure(int(length), width, device, seconds)]
     cells = [
         (

@@ -13,14 +13,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from benchmarks.roofline import backends, memory_rate, publish, run_header, timed
+from benchmarks.roofline import JsonPath, Seconds, backends, device_and_dtype, memory_rate, publish, run_header, timed
 from kernels import gated_rms_norm, rms_norm, silu_split
 from kernels.splitmix import derive
 
@@ -33,13 +33,12 @@ Form = Callable[[], Sequence[Tensor]]
 def main(
     rows: Annotated[str, typer.Option(help="rows, such as 16384,262144, multiples of 4")] = "",
     widths: Annotated[str, typer.Option(help="of a row of the norms and of a head, such as 50,64")] = "",
-    seconds: Annotated[float, typer.Option(help="time spent on each figure")] = 0.3,
-    json_path: Annotated[Optional[Path], typer.Option("--json")] = None,  # noqa: UP045  (typer on Python 3.10)
+    seconds: Seconds = 0.3,
+    json_path: JsonPath = None,
 ) -> None:
     """Prints a table of times and, with --json, writes them."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = device_and_dtype()
     on_gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
     asked_rows = [int(x) for x in (rows or ("65536,524288" if on_gpu else "16384")).split(",")]
     asked_widths = [int(x) for x in (widths or ("16,64,192,1024" if on_gpu else "16,50")).split(",")]
     memory_gbs = memory_rate(device, seconds)

@@ -16,14 +16,24 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from benchmarks.roofline import backends, matrix_rate, memory_rate, publish, run_header, timed
+from benchmarks.roofline import (
+    JsonPath,
+    Seconds,
+    backends,
+    device_and_dtype,
+    matrix_rate,
+    memory_rate,
+    publish,
+    run_header,
+    timed,
+)
 from kernels import expert_ffn, routed_expert_ffn
 from kernels.expert_ffn.routing import sorted_copies, weighted_choices
 
@@ -35,13 +45,12 @@ def main(
     widths: Annotated[str, typer.Option(help="dxf, such as 16x64,64x256")] = "",
     experts: Annotated[str, typer.Option(help="such as 1,8,64")] = "",
     skewed: Annotated[bool, typer.Option(help="half of the rows at one expert")] = False,
-    seconds: Annotated[float, typer.Option(help="time spent on each figure")] = 0.5,
-    json_path: Annotated[Optional[Path], typer.Option("--json")] = None,  # noqa: UP045  (typer on Python 3.10)
+    seconds: Seconds = 0.5,
+    json_path: JsonPath = None,
 ) -> None:
     """Prints a table of times and, with --json, writes them."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = device_and_dtype()
     on_gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
     rows = rows or (262144 if on_gpu else 16384)
     asked_widths = (widths or ("16x64,32x128,64x256,128x512,256x1024" if on_gpu else "16x64,50x200")).split(",")
     asked_experts = [int(x) for x in (experts or ("1,8,64" if on_gpu else "1,8")).split(",")]

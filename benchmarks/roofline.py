@@ -12,15 +12,20 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Optional
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from benchmarks.json_file import write_json
 from kernels.backend import interpreting, triton_installed
+
+# Options that several benchmarks have.
+Seconds = Annotated[float, typer.Option(help="time spent on each figure")]
+JsonPath = Annotated[Optional[Path], typer.Option("--json", help="file to write the figures to")]  # noqa: UP045
 
 
 def timed(run: Callable[[], Any], device: torch.device, seconds: float) -> dict[str, float]:
@@ -99,6 +104,13 @@ def _resident_kib(name: str) -> int:
     return next(int(line.split()[1]) for line in lines if line.startswith(name))
 
 
+def device_and_dtype() -> tuple[torch.device, torch.dtype]:
+    """The GPU and bfloat16, or without a GPU the CPU and float32."""
+    if torch.cuda.is_available():
+        return torch.device("cuda"), torch.bfloat16
+    return torch.device("cpu"), torch.float32
+
+
 def backends(device: torch.device) -> list[str]:
     """The backends to compare on ``device``, Triton's interpreter among them where it is asked for."""
     return ["torch", "triton"] if interpreting() or (device.type == "cuda" and triton_installed()) else ["torch"]
@@ -149,7 +161,7 @@ def publish(
 
 def main() -> None:
     """Prints both rates; the benchmarks measure them again, each in its own run."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, _ = device_and_dtype()
     for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
         print(f"{dtype} matrix products on {device}: {matrix_rate(device, dtype, 0.5):.3g} TFLOP/s")
     print(f"memory on {device}: {memory_rate(device, 0.5):.3g} GB/s read and written")

@@ -15,14 +15,25 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 import typer
 from torch import Tensor
 
-from benchmarks.roofline import backends, matrix_rate, memory_rate, publish, run_header, step_memory, timed
+from benchmarks.roofline import (
+    JsonPath,
+    Seconds,
+    backends,
+    device_and_dtype,
+    matrix_rate,
+    memory_rate,
+    publish,
+    run_header,
+    step_memory,
+    timed,
+)
 from kernels import sampled_softmax_loss
 from kernels.sampled_softmax.torch_form import MASKED_LOGIT
 
@@ -37,13 +48,12 @@ def main(
     ] = "1x128,64x128,0x512",
     widths: Annotated[str, typer.Option(help="such as 50,64")] = "",
     items: Annotated[int, typer.Option(help="distinct items of the batch")] = 20000,
-    seconds: Annotated[float, typer.Option(help="time spent on each figure")] = 0.5,
-    json_path: Annotated[Optional[Path], typer.Option("--json")] = None,  # noqa: UP045  (typer on Python 3.10)
+    seconds: Seconds = 0.5,
+    json_path: JsonPath = None,
 ) -> None:
     """Prints a table of times and, with --json, writes them."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, dtype = device_and_dtype()
     on_gpu = device.type == "cuda"
-    dtype = torch.bfloat16 if on_gpu else torch.float32
     asked_tokens = [int(x) for x in (tokens or ("8192,32768,131072" if on_gpu else "4096")).split(",")]
     asked_negatives = [x.split("x") for x in negatives.split(",")]
     asked_widths = [int(x) for x in (widths or ("64,256" if on_gpu else "50")).split(",")]

@@ -10,8 +10,7 @@ of the allocator, on a CPU of the resident set. The padded form is left out wher
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +18,7 @@ import typer
 from torch import Tensor
 
 from benchmarks.padded_fuxi import PaddedFuxi
-from benchmarks.roofline import peak_memory, publish, run_header
+from benchmarks.roofline import JsonPath, device_and_dtype, peak_memory, publish, run_header
 from kernels import sampled_softmax_loss
 from mme.config import Config, load_config
 from mme.data.batch import SequenceBatch
@@ -36,10 +35,10 @@ def main(
     sequences: Annotated[int, typer.Option(help="of a batch; 0: 4 on a GPU, 1 on a CPU")] = 0,
     width: Annotated[int, typer.Option(help="D, of one table")] = 64,
     blocks: Annotated[int, typer.Option(help="FuXi blocks")] = 2,
-    json_path: Annotated[Optional[Path], typer.Option("--json")] = None,  # noqa: UP045  (typer on Python 3.10)
+    json_path: JsonPath = None,
 ) -> None:
     """Prints a table of peaks and, with --json, writes them."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, _ = device_and_dtype()
     sequences = sequences or (4 if device.type == "cuda" else 1)
     rows = []
     asked = lengths or ("2048,4096,8192" if device.type == "cuda" else "1024,2048")
