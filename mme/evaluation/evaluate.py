@@ -36,43 +36,37 @@ def evaluate(
     step: int,
     before_batch: Callable[[], Any] = lambda: None,
     keep_ranks_in: Path | None = None,
+    with_insight: bool = True,
 ) -> list[dict[str, Any]]:
     """The records of `metrics.jsonl` for the model and for popularity on one held-out part, the same on every rank.
 
     Each record says how items that a user has had before were treated (``seen``, see `mme.evaluation.seen`) and which share of
-    the targets were such items (``repeated_targets``). On the test part the model's record has under ``insight`` what the
-    model has learned (`mme.evaluation.insight`).
+    the targets were such items (``repeated_targets``).
 
     Args:
         before_batch: called before each batch, on every rank; what it raises ends the evaluation.
         keep_ranks_in: the folder to write `mme.evaluation.user_ranks` into. The records then have NDCG@10 by ``segments``,
             see `mme.evaluation.segments`, and the model's a few ``examples``.
+        with_insight: on the test part, adds what the model has learned (`mme.evaluation.insight`) to its record.
 
     Raises:
         NonFiniteError: the model has no valid scores, see `mme.evaluation.ranking.Ranker`.
     """
     popularity = _popularity(recommender, dataset, config)
     collected = None if keep_ranks_in is None else CollectedUsers(popularity)
-    records = _records(recommender, dataset, config, part, step, popularity, before_batch, collected)
+    ranks = target_ranks(recommender, dataset, config, part, popularity, before_batch, collected)
+    records = _records(ranks, dataset, config, part, step)
     if collected is not None and keep_ranks_in is not None:
         _keep(collected, recommender, dataset, records, keep_ranks_in)
-    if part == "test":
+    if with_insight and part == "test":
         histories = _loader(recommender, dataset, config, part).batches()
         records[0]["insight"] = insight(recommender, popularity, histories, before_batch)
     return records
 
 
 def _records(
-    recommender: Recommender,
-    dataset: PreparedDataset,
-    config: Config,
-    part: HeldOut,
-    step: int,
-    popularity: Popularity,
-    before_batch: Callable[[], Any] = lambda: None,
-    collected: CollectedUsers | None = None,
+    ranks: TargetRanks, dataset: PreparedDataset, config: Config, part: HeldOut, step: int
 ) -> list[dict[str, Any]]:
-    ranks = target_ranks(recommender, dataset, config, part, popularity, before_batch, collected)
     common = {
         "step": step,
         "split": part,
@@ -210,12 +204,10 @@ def evaluate_run(
     config.data.cache_dir = None if cache_dir is None else str(cache_dir)
     with process_group() as world:
         dataset, recommender, step = load_trained(run, checkpoint, config, world)
-        popularity = _popularity(recommender, dataset, config)
-        collected = CollectedUsers(popularity) if save_ranks else None
-        records = _records(recommender, dataset, config, "test", step, popularity, collected=collected)
-        if collected is not None:
-            _keep(collected, recommender, dataset, records, run)
-    model, by_popularity = records
+        folder = run if save_ranks else None
+        model, popularity = evaluate(
+            recommender, dataset, config, "test", step, keep_ranks_in=folder, with_insight=False
+        )
     if world.rank == 0 and (warning := repeats_warning(model)):
         print_line(f"warning: {warning}")
-    return {"run": str(run), "checkpoint": step, **model, "popularity": by_popularity}
+    return {"run": str(run), "checkpoint": step, **model, "popularity": popularity}
