@@ -85,6 +85,14 @@ def load_weights_down(p, i_expert, i_hidden, i_column, hidden_dim, D: tl.constex
 
 
 @triton.jit
+def load_expert(p_w1, p_w3, p_w2, expert, i_column, i_hidden, hidden_dim, D: tl.constexpr):
+    """One expert's W_1 and W_3 (d, hidden) and W_2 (hidden, d) for a step of hidden units."""
+    b_w1 = load_weights(p_w1, expert, i_column, i_hidden, hidden_dim, D)
+    b_w3 = load_weights(p_w3, expert, i_column, i_hidden, hidden_dim, D)
+    return b_w1, b_w3, load_weights_down(p_w2, expert, i_hidden, i_column, hidden_dim, D)
+
+
+@triton.jit
 def routed_rows(p_order, p_choice_weights, i_slot, m_slot, TOP_K: tl.constexpr):
     """Where the rows of the slots are read from, where their results go, and their weights.
 
@@ -121,9 +129,7 @@ def forward_kernel(
     b_y = tl.zeros([BLOCK, triton.next_power_of_2(max(D, 16))], tl.float32)
     for i_start in range(0, hidden_dim, STEP):
         i_hidden = i_start + tl.arange(0, STEP)
-        b_w1 = load_weights(p_w1, expert, i_column, i_hidden, hidden_dim, D)
-        b_w3 = load_weights(p_w3, expert, i_column, i_hidden, hidden_dim, D)
-        b_w2 = load_weights_down(p_w2, expert, i_hidden, i_column, hidden_dim, D)
+        b_w1, b_w3, b_w2 = load_expert(p_w1, p_w3, p_w2, expert, i_column, i_hidden, hidden_dim, D)
         b_a = tl.dot(b_x, b_w1, input_precision=PRECISION)
         b_b = tl.dot(b_x, b_w3, input_precision=PRECISION)
         _, b_silu = sigmoid_and_silu(b_a, b_x.dtype == tl.bfloat16)
@@ -152,9 +158,7 @@ def backward_rows_kernel(
     d_choice = tl.zeros([BLOCK], tl.float32)
     for i_start in range(0, hidden_dim, STEP):
         i_hidden = i_start + tl.arange(0, STEP)
-        b_w1 = load_weights(p_w1, expert, i_column, i_hidden, hidden_dim, D)
-        b_w3 = load_weights(p_w3, expert, i_column, i_hidden, hidden_dim, D)
-        b_w2 = load_weights_down(p_w2, expert, i_hidden, i_column, hidden_dim, D)
+        b_w1, b_w3, b_w2 = load_expert(p_w1, p_w3, p_w2, expert, i_column, i_hidden, hidden_dim, D)
         b_a = tl.dot(b_x, b_w1, input_precision=PRECISION)
         b_b = tl.dot(b_x, b_w3, input_precision=PRECISION)
         b_dh = tl.dot(b_g, tl.trans(b_w2), input_precision=PRECISION)
@@ -186,9 +190,7 @@ def backward_weights_kernel(
     end = tl.minimum(end, first + chunk)
     i_column = tl.arange(0, triton.next_power_of_2(max(D, 16)))
     i_hidden = (tl.program_id(0) % num_steps) * STEP + tl.arange(0, STEP)
-    b_w1 = load_weights(p_w1, expert, i_column, i_hidden, hidden_dim, D)
-    b_w3 = load_weights(p_w3, expert, i_column, i_hidden, hidden_dim, D)
-    b_w2 = load_weights_down(p_w2, expert, i_hidden, i_column, hidden_dim, D)
+    b_w1, b_w3, b_w2 = load_expert(p_w1, p_w3, p_w2, expert, i_column, i_hidden, hidden_dim, D)
     b_dw1 = tl.zeros([triton.next_power_of_2(max(D, 16)), STEP], tl.float32)
     b_dw3 = tl.zeros([triton.next_power_of_2(max(D, 16)), STEP], tl.float32)
     b_dw2 = tl.zeros([triton.next_power_of_2(max(D, 16)), STEP], tl.float32)

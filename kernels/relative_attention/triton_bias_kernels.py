@@ -131,6 +131,19 @@ def bias_forward_kernel(
     tl.store(p_store + DV, out_t.to(dtype), mask=m_query & m_v)
 
 
+@triton.jit
+def _load_queries(
+    p_grads, p_tile, p_times, i_start, i_query, distance, length, m_v,
+    DV: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
+):  # fmt: skip
+    """g_P, g_T, the rows of P and the times of the events after a step of queries, ``distance`` blocks from the keys."""
+    m_grad = (i_query < length)[:, None] & m_v
+    b_gp = tl.load(p_grads + i_start * (3 * DV), mask=m_grad, other=0.0)
+    b_gt = tl.load(p_grads + i_start * (3 * DV) + DV, mask=m_grad, other=0.0)
+    b_p = tl.load(p_tile + distance * (BLOCK * BLOCK) + tl.multiple_of(i_start % BLOCK, STEP) * BLOCK)
+    return b_gp, b_gt, b_p, tl.load(p_times + i_query + 1, mask=i_query < length, other=0)
+
+
 @triton.jit(do_not_specialize=SIZES)
 def bias_value_kernel(
     p_grad, p_bias_dv, p_offsets, p_times, p_ts_weights, p_cells, p_selects, p_codes, p_positions, p_items,
@@ -154,11 +167,9 @@ def bias_value_kernel(
     for i_start in range(i_block * BLOCK + BLOCK, length, STEP):
         i_query = i_start + i_step
         distance = i_start // BLOCK - i_block
-        m_grad = (i_query < length)[:, None] & m_v
-        b_gp = tl.load(p_grads + i_start * (3 * DV), mask=m_grad, other=0.0)
-        b_gt = tl.load(p_grads + i_start * (3 * DV) + DV, mask=m_grad, other=0.0)
-        b_p = tl.load(p_tile + distance * (BLOCK * BLOCK) + tl.multiple_of(i_start % BLOCK, STEP) * BLOCK)
-        next_times = tl.load(p_times + i_query + 1, mask=i_query < length, other=0)
+        b_gp, b_gt, b_p, next_times = _load_queries(
+            p_grads, p_tile, p_times, i_start, i_query, distance, length, m_v, DV, BLOCK, STEP
+        )
         b_dv = tl.dot(tl.trans(b_p), b_gp, b_dv, input_precision=PRECISION)
         code = tl.load(p_codes + distance * num_blocks).to(tl.int32)
         if code >= 0:
@@ -169,11 +180,9 @@ def bias_value_kernel(
         b_dv = tl.dot(b_t, b_gt, b_dv, input_precision=PRECISION)
     for i_start in range(i_block * BLOCK, i_block * BLOCK + BLOCK, STEP):
         i_query = i_start + i_step
-        m_grad = (i_query < length)[:, None] & m_v
-        b_gp = tl.load(p_grads + i_start * (3 * DV), mask=m_grad, other=0.0)
-        b_gt = tl.load(p_grads + i_start * (3 * DV) + DV, mask=m_grad, other=0.0)
-        b_p = tl.load(p_tile + tl.multiple_of(i_start % BLOCK, STEP) * BLOCK)
-        next_times = tl.load(p_times + i_query + 1, mask=i_query < length, other=0)
+        b_gp, b_gt, b_p, next_times = _load_queries(
+            p_grads, p_tile, p_times, i_start, i_query, 0, length, m_v, DV, BLOCK, STEP
+        )
         b_dv = tl.dot(tl.trans(b_p), b_gp, b_dv, input_precision=PRECISION)
         b_t = time_weights(next_times[None, :] - key_times[:, None], p_cells, p_ts_weights, dtype)
         b_t = tl.where(i_key[:, None] <= i_query[None, :], b_t, tl.zeros_like(b_t))
