@@ -1,12 +1,12 @@
-"""Compiles every kernel variant in use for given GPUs, without a GPU, and reports what the code needs.
+"""Compiles every kernel variant in use for given GPUs, without a GPU, and reports registers, memory and instructions.
 
     python -m kernels.aot --arch 80 --arch 90 --json benchmarks/raw/aot.json
 
 An operation with Triton kernels lists its compilations as `aot_variants()`, see `kernels.variant`. Registers, spills and
-tensor-core instructions are read from the machine code by the `cuobjdump` that comes with Triton. For a variant that states
-its `pairs`, a row also holds the report of `kernels.instructions` on the longest path through the product loop
-(``instructions_per_pair``, ``by_pipe``, ``tensor_repetition``, ``bound_share``, ``limited_by``) and, where a branch makes
-another kind of tile cheaper, the same for the ``shortest_path``.
+tensor-core instructions are read from the machine code with the `cuobjdump` that comes with Triton. If a variant states its
+`pairs`, its row also contains the report of `kernels.instructions` on the longest path through the product loop
+(``instructions_per_pair``, ``by_pipe``, ``tensor_repetition``, ``bound_share``, ``limited_by``). If a branch makes another
+kind of tile cheaper, ``shortest_path`` has the same report for that path.
 """
 
 from __future__ import annotations
@@ -33,22 +33,24 @@ MODULES = (
     "kernels.sampled_softmax.variants",
     "kernels.silu_split.triton_form",
 )
-# Shared memory that one program may ask for, in KiB: A100, H100.
+# Shared memory that one program may have, in KiB, on A100 and H100.
 SHARED_LIMIT_KIB = {80: 163, 90: 227}
 
 
 def main(
     arch: Annotated[
         Optional[list[int]],  # noqa: UP045  (typer on Python 3.10)
-        typer.Option(help="Compute capability, such as 80 or 90; may be repeated. Default: both."),
+        typer.Option(help="Compute capability, such as 80 or 90; can be repeated. Default: both."),
     ] = None,
     json_path: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--json", help="Where the list goes; default: standard output."),
+        typer.Option("--json", help="File to write the list to. Default: standard output."),
     ] = None,
-    only: Annotated[str, typer.Option(help="Regular expression on the kernel and variant names.")] = "",
+    only: Annotated[
+        str, typer.Option(help="Compile only the variants whose name matches this regular expression.")
+    ] = "",
 ) -> None:
-    """Compile every kernel variant in use for these GPUs and list what the code needs, as JSON."""
+    """Compile every kernel variant in use for these GPUs and list the resources of each as JSON."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         print("error: TRITON_INTERPRET=1 replaces the compiler by the interpreter: unset it", file=sys.stderr)
         raise typer.Exit(2)
@@ -69,12 +71,12 @@ def main(
 
 
 def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
-    """One row of the report.
+    """Compiles one variant and returns its row of the report.
 
     Raises:
-        RuntimeError: the kernel asks for more shared memory than a program of that GPU may have.
+        RuntimeError: the kernel needs more shared memory than a program may have on that GPU.
     """
-    # Not above: where the interpreter replaces the compiler, `main` says so first.
+    # Imported here so that `main` can first reject an environment in which the interpreter replaces the compiler.
     import triton
 
     from kernels.compilation import compiled
@@ -84,14 +86,14 @@ def compile_variant(variant: Variant, arch: int) -> dict[str, Any]:
     shared = binary.metadata.shared
     if shared > SHARED_LIMIT_KIB.get(arch, 99) * 1024:
         raise RuntimeError(
-            f"{variant.kernel.__name__} {variant.name} asks for {shared} bytes of shared memory on sm_{arch}"
+            f"{variant.kernel.__name__} {variant.name} needs {shared} bytes of shared memory on sm_{arch}"
         )
     return {
         "kernel": variant.kernel.__name__,
         "variant": variant.name,
         "arch": arch,
         "registers": int(_found(r"REG:(\d+)", usage)),
-        # Every thread's stack is spilled registers: no kernel here has an array of its own.
+        # The stack of a thread consists of spilled registers, because no kernel here has a local array.
         "spill_bytes": int(_found(r"STACK:(\d+)", usage)) + int(_found(r"LOCAL:(\d+)", usage)),
         "shared_bytes": shared,
         "tensor_core": len(re.findall(r"\bHG?MMA\b", code)),
@@ -127,7 +129,7 @@ def _found(pattern: str, text: str) -> str:
 
 
 def _disassemble(cubin: bytes) -> tuple[str, str]:
-    """Resource usage and machine code."""
+    """The resource usage and the machine code, as `cuobjdump` prints them."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

@@ -1,6 +1,6 @@
-"""Which implementation of an operation runs, the Triton kernels or their PyTorch twin; and how torch knows them.
+"""Chooses the implementation of an operation, Triton or PyTorch, and registers custom operators.
 
-`auto` takes Triton on CUDA and PyTorch elsewhere. A backend asked for by name runs or raises: it never falls back.
+`auto` takes Triton on CUDA and PyTorch elsewhere. A backend that is named explicitly runs or raises; it never falls back.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def backend_for(requested: str, name: str, tensor: Tensor) -> str:
-    """``torch`` or ``triton``, for an operation on ``tensor``, its argument ``name``; float64 has the PyTorch form alone.
+    """``torch`` or ``triton`` for an operation whose argument ``name`` is ``tensor``; only PyTorch takes float64.
 
     Raises:
-        ValueError: as `resolve_backend`, or triton is asked for by name and does not take the dtype.
+        ValueError: see `resolve_backend`; or ``requested`` is ``triton``, which does not take the dtype.
     """
     if requested == "auto" and tensor.dtype not in TRITON_DTYPES:
         return "torch"
@@ -34,11 +34,11 @@ def backend_for(requested: str, name: str, tensor: Tensor) -> str:
 
 
 def resolve_backend(requested: str, device: torch.device) -> str:
-    """``torch`` or ``triton``, on ``device``.
+    """``torch`` or ``triton`` for an operation on ``device``.
 
     Raises:
-        ValueError: ``requested`` is none of auto, torch and triton, or triton cannot run on ``device``: it needs CUDA,
-            or the interpreter (TRITON_INTERPRET=1 in the environment).
+        ValueError: ``requested`` is not auto, torch or triton, or triton cannot run on ``device``: it needs CUDA or the
+            interpreter (TRITON_INTERPRET=1 in the environment).
     """
     if requested not in BACKENDS:
         raise ValueError(f"backend ({requested!r}) must be one of {', '.join(BACKENDS)}")
@@ -60,14 +60,14 @@ def triton_installed() -> bool:
 
 
 def interpreting() -> bool:
-    """Whether Triton kernels run in Triton's interpreter, on tensors of any device."""
+    """Whether Triton kernels run in Triton's interpreter, which takes tensors of any device."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
 def operator(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """`torch.library.custom_op` for a function of tensors that changes none of them; it runs on its first tensor's device.
+    """`torch.library.custom_op` for a function that changes none of its tensors and runs on the device of the first.
 
-    Triton launches on the current device, whatever the device of the tensors, and a custom operator does not set it.
+    Triton launches on the current device, wherever the tensors are, and a custom operator does not set that device.
     """
 
     def register(function: Callable[..., Any]) -> CustomOpDef:
@@ -84,13 +84,13 @@ def operator(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
 
 @torch.compiler.assume_constant_result
 def dot_precision(dtype: torch.dtype) -> str:
-    """`tl.dot`'s. float32 products follow torch.set_float32_matmul_precision: "highest" is exact, the others allow TF32."""
+    """The precision of `tl.dot`. torch.set_float32_matmul_precision decides it for float32: all but "highest" allow TF32."""
     return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
 
 
 @torch.compiler.assume_constant_result
 def compute_capability(device: torch.device) -> int:
-    """Of a GPU, such as 80 or 90; in Triton's interpreter, on a CPU, that of an H100."""
+    """The compute capability of a GPU, such as 80 or 90; for Triton's interpreter on a CPU, that of an H100."""
     if device.type != "cuda":
         return 90
     major, minor = torch.cuda.get_device_capability(device)
@@ -98,5 +98,5 @@ def compute_capability(device: torch.device) -> int:
 
 
 def contiguous(*tensors: Tensor) -> list[Tensor]:
-    """As the kernels read them."""
+    """The tensors in the layout that the kernels read."""
     return [tensor.contiguous() for tensor in tensors]

@@ -1,8 +1,8 @@
-"""Compiles kernel variants for a GPU that need not be there, exactly as a launch on it would.
+"""Compiles kernel variants exactly as a launch would, also for a GPU that this machine does not have.
 
-Triton keeps what it compiles in a folder (`TRITON_CACHE_DIR`), under a key of source, types, constants, alignment and options. A
-launch with the same key loads it from there instead of compiling, so `fill_cache` takes the compilations out of the first
-training step, and makes them at once instead of one after another.
+Triton caches compiled kernels in a folder (`TRITON_CACHE_DIR`) by source, types, constants, alignment and options. A launch with
+the same key loads the kernel from there. So `fill_cache` moves compilation out of the first training step and compiles many
+kernels at the same time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kernels.variant import Variant
 
 
 def source(variant: Variant) -> ASTSource:
-    """What a launch of the variant hands to the compiler: the same object, so that both have one key in Triton's cache."""
+    """The source that a launch of the variant compiles; it has the same key in Triton's cache."""
     names = variant.kernel.arg_names
     attributes: dict[tuple[int], list[Any]] = {}
     for parameter in variant.kernel.params:
@@ -38,15 +38,15 @@ def source(variant: Variant) -> ASTSource:
 
 
 def compiled(variant: Variant, arch: int) -> Any:
-    """Triton's compiled kernel for a GPU of compute capability ``arch``, such as 90; from its cache where it is there."""
+    """Triton's compiled kernel for a GPU of compute capability ``arch``, such as 90; from the cache if it is there."""
     options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     return triton.compile(source(variant), target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def fill_cache(variants: Iterable[Variant], arch: int, workers: int) -> int:
-    """Compiles the variants that ``arch`` launches, ``workers`` at a time; returns how many there are.
+    """Compiles the variants that ``arch`` launches, ``workers`` at a time, and returns their number.
 
-    Threads suffice: Triton's passes, LLVM and ptxas run without Python's lock.
+    Threads suffice, because Triton's passes, LLVM and ptxas release Python's lock.
     """
     chosen = [variant for variant in variants if variant.runs_on(arch)]
     with ThreadPoolExecutor(max(1, workers)) as executor:

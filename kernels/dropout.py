@@ -1,13 +1,13 @@
-"""Dropout whose bits follow from a key for each row: the same on every device and wherever the row is computed.
+"""Dropout that depends only on a key per row, so that it is the same on every device and on any number of processes.
 
-A row's key is 64 random bits x (`kernels.splitmix`). Column block j, four columns, has an odd multiplier a_j, and one word
-gives its columns sixteen bits each, from the lowest:
+The key of a row is a random int64 x (`kernels.splitmix`). Each block j of four columns has an odd multiplier a_j. One word z
+holds sixteen bits for each of these columns, the lowest bits for the first:
 
     z = x · a_j;    z ← (z ⊕ (z ≫ 32)) · c        in int64, with an arithmetic shift
 
-An element is dropped if its sixteen bits, as an int16, are below p · 2¹⁶ − 2¹⁵. The product spreads x over the high bits,
-the shift brings them to the low ones, where the second product needs them. On a CPU that is less work than one draw of
-torch's generator for four elements. The Triton form of the norms computes the same words.
+An element is dropped if its sixteen bits, as an int16, are below p · 2¹⁶ − 2¹⁵. The first product spreads x over the high
+bits, and the shift moves these to the low bits for the second product. On a CPU this takes less work for four elements than
+one draw of torch's generator. The Triton form of the norms computes the same words.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ WORDS_AT_ONCE = 1 << 15  # on a CPU; they stay in a core's cache
 
 
 def dropout(x: Tensor, p: float, keys: Tensor | None) -> Tensor:
-    """``x`` with each element zero with probability ``p``, in steps of 2⁻¹⁶, and the others divided by 1 − ``p``.
+    """Sets each element of ``x`` to zero with probability ``p``, in steps of 2⁻¹⁶, and divides the others by 1 − ``p``.
 
     Args:
         x: (..., w).
-        keys: (...,) int64, see `kernels.splitmix`; None: only with p = 0.
+        keys: (...,) int64, see `kernels.splitmix`; may be None only if p = 0.
 
     Raises:
         ValueError: the keys are missing or do not fit ``x``.
@@ -41,14 +41,14 @@ def dropout(x: Tensor, p: float, keys: Tensor | None) -> Tensor:
 
 
 def dropout_steps(p: float) -> int:
-    """``p`` in steps of 2⁻¹⁶, at most all but one, so that 1 − p is not 0."""
+    """``p`` in steps of 2⁻¹⁶, at most 2¹⁶ − 1, so that 1 − p is not 0."""
     return min(round(p * DROPOUT_STEPS), DROPOUT_STEPS - 1)
 
 
 def checked_keys(keys: Tensor | None, x: Tensor) -> Tensor:
-    """``keys``, one for each row of ``x``; raises ValueError otherwise."""
+    """``keys``; raises ValueError unless there is one for each row of ``x``."""
     if keys is None:
-        raise ValueError("dropout_keys are required where the dropout probability is not 0")
+        raise ValueError("dropout_keys are required if the dropout probability is not 0")
     if keys.shape != x.shape[:-1] or keys.dtype != torch.int64 or keys.device != x.device:
         raise ValueError(
             f"dropout_keys have shape {tuple(keys.shape)} and dtype {keys.dtype} on {keys.device}, expected "
@@ -58,9 +58,9 @@ def checked_keys(keys: Tensor | None, x: Tensor) -> Tensor:
 
 
 def dropout_mask(keys: Tensor, width: int, dropped: int) -> tuple[Tensor, float]:
-    """keys (R,) → (R, width) uint8, 1 where an element stays, and the factor by which those are scaled.
+    """keys (R,) → (R, width) uint8, 1 where an element is kept, and the factor that scales the kept ones.
 
-    uint8, since products with bool take four times as long on a CPU.
+    The mask is uint8 because products with bool take four times as long on a CPU.
     """
     num_words = -(-width // 4)
     multipliers = derive(keys.new_zeros(num_words), torch.arange(num_words, device=keys.device)) | 1

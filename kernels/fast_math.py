@@ -1,13 +1,13 @@
-"""Functions for kernels in Triton: one special-function operation each where the compiler's own forms take several.
+"""Functions for Triton kernels that use one special-function operation where the compiler's own forms use several.
 
     sigmoid_and_silu(x)   σ(x) = ½ + ½·tanh(x / 2) and x·σ(x); for bfloat16 operands by `tanh.approx.f32`
     exp2(x)               2ˣ by `ex2.approx.ftz.f32`, which rounds results below 2⁻¹²⁶ to zero
 
-`tanh.approx.f32` has a relative error of at most 2⁻¹¹, so σ is off by at most 2⁻¹². A value that is rounded to bfloat16
-afterwards is off by up to 2⁻⁹ of itself. For other dtypes σ is 1 / (1 + e⁻ˣ), exact to float32's rounding.
+`tanh.approx.f32` has a relative error of at most 2⁻¹¹, so the error of σ is at most 2⁻¹². Rounding to bfloat16 afterwards has
+a relative error of up to 2⁻⁹. For other dtypes σ is 1 / (1 + e⁻ˣ), exact up to the rounding of float32.
 
-Triton's interpreter runs no inline assembly. It computes tanh exactly and rounds it to 11 significant bits, which has the
-same error bound, so tests in the interpreter bear the error that a GPU would bring.
+Triton's interpreter does not run inline assembly. It computes tanh exactly and rounds it to 11 significant bits. This has the
+same error bound, so tests in the interpreter see the error that a GPU would make.
 """
 
 # mypy: ignore-errors

@@ -1,15 +1,15 @@
 """Counts the machine instructions of a kernel's innermost product loop and derives the bound that they set.
 
-Input is what `cuobjdump -sass` prints. The code is cut into basic blocks; a loop is the set of blocks from which its
-backward branch can be reached without passing its head. The product loop is the innermost one with most tensor-core
-instructions, or, in a kernel without any, the longest innermost one. One pass is counted along the longest path from
-head to backward branch and along the shortest: where a tile takes one of two branches, these are the dearest and the
-cheapest kind of tile. A loop inside the product loop counts as one pass.
+The input is the output of `cuobjdump -sass`. The code is divided into basic blocks; a loop is the set of blocks from which its
+backward branch can be reached without passing its head. The product loop is the innermost loop with the most tensor-core
+instructions or, in a kernel without any, the longest innermost loop. One pass is counted along the longest and along the
+shortest path from head to backward branch. If a tile takes one of two branches, these are the most and the least expensive
+kind of tile. A loop inside the product loop counts as one pass.
 
-An instruction is issued once for a warp of 32 threads. With ``pairs`` the pairs that a program covers in one pass,
-instructions a pair = instructions of a pass · 32 · num_warps / pairs. The pipe that takes most cycles limits the kernel;
-latency and barriers come on top, so ``bound_share`` is an upper bound of the share of the bf16 matrix rate. Rates are
-those of NVIDIA's data sheets and of the table of arithmetic throughput in the CUDA C++ programming guide.
+An instruction is issued once per warp of 32 threads. If a program covers ``pairs`` pairs in one pass, then instructions per
+pair = instructions per pass · 32 · num_warps / pairs. The pipe that takes the most cycles limits the kernel. Latency and
+barriers come on top, so ``bound_share`` is an upper bound of the share of the bf16 matrix rate. The rates are those of NVIDIA's
+data sheets and of the table of arithmetic throughput in the CUDA C++ programming guide.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _PIPE_PATTERNS = (
 
 @dataclass(frozen=True)
 class Rates:
-    """What one SM does in a clock: threads' instructions of a kind, and bf16 FLOPs of its tensor cores."""
+    """What one SM executes per clock: thread instructions of each kind, and bf16 FLOPs of its tensor cores."""
 
     tensor_flops: int
     special_function: int
@@ -72,7 +72,7 @@ class Instruction:
 
     @property
     def tensor_flops(self) -> int:
-        """FLOPs of one warp, a TF32 one counted twice: its rate is half of bf16's."""
+        """FLOPs of one warp. TF32 counts twice, because its rate is half of bf16's."""
         match = re.match(r"HGMMA\.64x(\d+)x(\d+)", self.opcode)
         if match:
             flops = 2 * 16 * int(match[1]) * int(match[2])  # 64 rows over the four warps of a warp group
@@ -83,7 +83,7 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Of a branch inside the kernel."""
+        """The address that a branch inside the kernel jumps to."""
         match = (
             re.match(r"BRA\b.*?(0x[0-9a-f]+)\s*$", self.text[self.text.find("BRA") :]) if "BRA" in self.text else None
         )
@@ -109,7 +109,7 @@ class LoopPaths:
 
 
 def product_loop(instructions: list[Instruction]) -> LoopPaths | None:
-    """See the module's docstring; None: the kernel has no loop."""
+    """The paths through the product loop, see the module's docstring; None if the kernel has no loop."""
     blocks, successors = _basic_blocks(instructions)
     loops = _natural_loops(successors)
     if not loops:
@@ -129,7 +129,7 @@ def product_loop(instructions: list[Instruction]) -> LoopPaths | None:
 
 @dataclass(frozen=True)
 class _Walk:
-    """The ways through one loop, from ``head`` to the backward branch of ``tail``."""
+    """The paths through one loop, from ``head`` to the backward branch of ``tail``."""
 
     blocks: list[list[Instruction]]
     successors: list[list[int]]
@@ -141,7 +141,7 @@ class _Walk:
         found: dict[int, list[Instruction] | None] = {}
 
         def from_block(i: int) -> list[Instruction] | None:
-            """The instructions from block ``i`` on; None: the block leads back to where an inner loop came from."""
+            """The instructions from block ``i`` to the end of the pass; None if the block leads back into an inner loop."""
             if i not in found:
                 found[i] = None
                 following = [j for j in self.successors[i] if j in self.members and j != self.head]
@@ -154,18 +154,18 @@ class _Walk:
 
 
 def bound(path: list[Instruction], *, pairs: int, flops_per_pair: float, num_warps: int, arch: int) -> dict[str, Any]:
-    """The report on one pass: its instructions for each pair and what they allow.
+    """The report on one pass: its instructions per pair and the bound that they set.
 
     Args:
         path: the instructions of one pass of one warp.
-        pairs: what a program covers in one pass.
-        flops_per_pair: what the products of a pair need.
-        num_warps: of a program.
+        pairs: number of pairs that a program covers in one pass.
+        flops_per_pair: FLOPs that the products of a pair need.
+        num_warps: warps of a program.
         arch: compute capability, such as 90.
 
     Returns:
-        ``instructions_per_pair``, ``by_pipe``, ``tensor_repetition`` (FLOPs of the tensor cores over those needed: padding
-        of widths, and warps that compute the same), ``bound_share`` and ``limited_by``.
+        ``instructions_per_pair``, ``by_pipe``, ``tensor_repetition`` (FLOPs that the tensor cores execute over FLOPs needed;
+        padded widths and warps that compute the same tile raise it), ``bound_share`` and ``limited_by``.
     """
     lanes = 32 * num_warps / pairs
     by_pipe = dict.fromkeys(PIPES, 0.0)
@@ -192,7 +192,7 @@ def bound(path: list[Instruction], *, pairs: int, flops_per_pair: float, num_war
 
 
 def _basic_blocks(instructions: list[Instruction]) -> tuple[list[list[Instruction]], list[list[int]]]:
-    """Blocks in address order, and the indices of each one's successors."""
+    """The blocks in address order, and the indices of the successors of each."""
     starts = {instructions[0].address} | {i.target for i in instructions if i.target is not None}
     after = itertools.pairwise(instructions)
     starts |= {following.address for i, following in after if i.target is not None or not i.falls_through}
@@ -228,7 +228,7 @@ def _natural_loops(successors: list[list[int]]) -> dict[tuple[int, int], frozens
                     if before not in members:
                         members.add(before)
                         waiting.append(before)
-            # A block that stands out of line jumps back too; such an edge is reached from the kernel's entry past its head.
+            # A block placed out of line jumps back too, but the kernel's entry reaches such an edge without passing its head.
             entered = head == 0 or 0 not in members
             endless = (
                 members == {head} and tail == head and len(predecessors[head]) == 1

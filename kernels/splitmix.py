@@ -1,4 +1,4 @@
-"""SplitMix64: random bits that follow from a key and a number, wherever and in whatever order they are computed.
+"""SplitMix64: random bits that depend only on a key and a number, so they can be computed in any order and on any device.
 
 Steele, Lea & Flood, "Fast Splittable Pseudorandom Number Generators" (2014). All numbers are int64; products wrap around.
 """
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def signed(unsigned: int) -> int:
-    """The int64 of the same 64 bits."""
+    """The int64 with the same 64 bits."""
     return unsigned - 2**64 if unsigned >= 2**63 else unsigned
 
 
@@ -19,7 +19,7 @@ FACTORS = signed(0xBF58476D1CE4E5B9), signed(0x94D049BB133111EB)
 
 
 def mix(state: Tensor) -> Tensor:
-    """SplitMix64's finaliser of each element, in place."""
+    """Applies SplitMix64's finaliser to each element, in place."""
     state ^= (state >> 30).bitwise_and_(2**34 - 1)  # the mask makes the shift of a signed number a logical one
     state *= FACTORS[0]
     state ^= (state >> 27).bitwise_and_(2**37 - 1)
@@ -29,7 +29,7 @@ def mix(state: Tensor) -> Tensor:
 
 
 def derive(keys: Tensor, number: int | Tensor) -> Tensor:
-    """New keys from ``keys`` and ``number`` ≥ 0, which may be a tensor that broadcasts against them."""
+    """Derives new keys from ``keys`` and ``number`` ≥ 0, which may be a tensor that broadcasts against them."""
     if isinstance(number, int):
         return mix(keys + signed((number + 1) * GOLDEN_GAMMA % 2**64))
     return mix(keys + (number + 1) * GOLDEN_GAMMA)

@@ -1,4 +1,4 @@
-"""One compilation of a Triton kernel, the same in `kernels.aot`, which needs no GPU, and in a launch."""
+"""One compilation of a Triton kernel. `kernels.aot`, which needs no GPU, and a launch make the same one."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ class Variant:
 
     Attributes:
         kernel: the function that `triton.jit` made.
-        name: tells this variant from the kernel's others, such as ``bf16 dqk=64 dv=64``.
-        types: the type of each argument that is no constant, in Triton's notation, such as ``*bf16`` or ``i32``.
+        name: distinguishes this variant from others of the kernel, such as ``bf16 dqk=64 dv=64``.
+        types: the types of the arguments that are not constants, in Triton's notation, such as ``*bf16`` or ``i32``.
         constants: the values of the constexpr arguments.
-        num_warps, num_stages: of the launch.
-        multiples_of_16: the integer arguments that are such in use, which lets loads be wide; Triton finds it at a launch.
-        archs: the compute capabilities whose tiles these are; 80 stands for all below 90, 90 for all from 90 on.
-        pairs: that a program covers in one pass of its innermost product loop: (query, key) pairs, slots × hidden units or
-            tokens × items; 0: the loop is not counted.
-        flops_per_pair: what the products of that loop need for a pair, 2 a multiply-add.
+        num_warps, num_stages: launch options.
+        multiples_of_16: the integer arguments whose values are multiples of 16, which permits wide loads. At a launch Triton
+            finds them by itself.
+        archs: the compute capabilities that launch this variant; 80 means all below 90, 90 means 90 and above.
+        pairs: number of pairs that a program covers in one pass of its innermost product loop: (query, key), (slot, hidden
+            unit) or (token, item); 0: the loop is not counted.
+        flops_per_pair: FLOPs that the products of that loop need per pair, 2 per multiply-add.
     """
 
     kernel: Any

@@ -1,4 +1,4 @@
-"""Gated expert FFN: the definition and its checks (`api`), PyTorch and Triton forms."""
+"""The gated expert FFN: `api` has the definition and the checks, the other modules the PyTorch and Triton forms."""
 
 from __future__ import annotations
 

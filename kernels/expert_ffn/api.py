@@ -2,11 +2,12 @@
 
     y = (SiLU(x W_1) ⊙ (x W_3)) W_2        with the weights of the row's expert
 
-    with s = SiLU(x W_1), b = x W_3, h = s ⊙ b and d h = dy W_2ᵀ:
+With s = SiLU(x W_1), b = x W_3, h = s ⊙ b and d h = dy W_2ᵀ, the gradients are
+
     d W_2 = hᵀ dy,  d b = d h ⊙ s,  d a = d h ⊙ b ⊙ SiLU'(x W_1),  d x = d a W_1ᵀ + d b W_3ᵀ,
     d W_1 = xᵀ d a,  d W_3 = xᵀ d b
 
-Backward computes x W_1 and x W_3 again, so that only x is kept: the hidden rows are f / d times larger.
+Backward recomputes x W_1 and x W_3 and needs only x. Keeping the hidden rows would take f / d times as much memory.
 
 Legend: R rows, k choices of a row, d width, E experts, f hidden width.
 """
@@ -31,23 +32,23 @@ def expert_ffn(
     backend: str = "auto",
     check_offsets: bool = True,
 ) -> Tensor:
-    """The FFN of each row's expert.
+    """Applies the FFN of its expert to each row.
 
     Args:
         x: (R, d), sorted by expert. float64 (PyTorch form only), float32, bfloat16 or float16.
-        expert_offsets: (E + 1,) int64; expert e has the rows [expert_offsets[e], expert_offsets[e + 1]), maybe none.
+        expert_offsets: (E + 1,) int64; expert e has the rows [expert_offsets[e], expert_offsets[e + 1]), which may be none.
             Counts [2, 0, 3] → [0, 2, 2, 5].
-        w1, w3: (E, d, f). w2: (E, f, d). Of x's dtype.
+        w1, w3: (E, d, f). w2: (E, f, d). All have the dtype of ``x``.
         backend: ``auto`` (triton on CUDA, torch elsewhere and for float64), ``torch`` or ``triton``.
-        check_offsets: whether to read the values of ``expert_offsets``, for which the host waits for a GPU; without it,
-            offsets that do not rise from 0 to R give rows without a meaning.
+        check_offsets: whether to check the values of ``expert_offsets``, which makes the host wait for the GPU. Unchecked
+            offsets that do not rise from 0 to R give meaningless results.
 
     Returns:
         (R, d), differentiable in ``x`` and the weights.
 
     Raises:
-        ValueError: an argument's shape, dtype, device or value is wrong, the message names it; or the backend cannot
-            run here.
+        ValueError: the shape, dtype, device or value of an argument is wrong, and the message names it; or the backend
+            cannot run here.
     """
     _check(x, expert_offsets, w1, w3, w2)
     chosen = backend_for(backend, "x", x)
@@ -56,7 +57,7 @@ def expert_ffn(
         _check_values(expert_offsets, x.shape[0])
     if chosen == "torch":
         return torch_expert_ffn(x, expert_offsets, w1, w3, w2)
-    # Here, not above: the triton package need not be installed where it does not run.
+    # Imported here because the triton package may be missing if this backend is not used.
     from kernels.expert_ffn.triton_form import expert_ffn_op
 
     return expert_ffn_op(x, expert_offsets, w1, w3, w2)
@@ -74,23 +75,24 @@ def routed_expert_ffn(
     backend: str = "auto",
     check_offsets: bool = True,
 ) -> Tensor:
-    """Each row's weighted sum over the FFNs of the experts that it chose: a mixture's experts, all on one device.
+    """The weighted sum over the FFNs of the experts that each row chose: a mixture of experts on one device.
 
-    y_r = Σ_j choice_weights[r, j] · FFN_e(r, j)(x_r). The Triton kernels gather the rows and weigh the results as they go;
-    above a width of 128 the copies are made, as in the PyTorch form.
+    y_r = Σ_j choice_weights[r, j] · FFN_e(r, j)(x_r). The Triton kernels gather the rows and weight the results themselves.
+    The PyTorch form, and Triton above a width of 128, copy the rows in sorted order.
 
     Args:
         x: (R, d).
-        order: (R·k,) int64, the choices r·k + j sorted by their expert, each once.
+        order: (R·k,) int64, the choices r·k + j sorted by expert; each occurs once.
         choice_weights: (R, k) float32 or wider.
-        expert_offsets: (E + 1,) int64 into ``order``; w1, w3, w2, backend: as of `expert_ffn`.
-        check_offsets: whether to read the values of ``expert_offsets`` and ``order``, as of `expert_ffn`.
+        expert_offsets: (E + 1,) int64 into ``order``.
+        w1, w3, w2, backend: see `expert_ffn`.
+        check_offsets: whether to check the values of ``expert_offsets`` and ``order``, see `expert_ffn`.
 
     Returns:
         (R, d), differentiable in ``x``, ``choice_weights`` and the weights.
 
     Raises:
-        ValueError: as `expert_ffn`.
+        ValueError: see `expert_ffn`.
     """
     _check(x, expert_offsets, w1, w3, w2)
     if choice_weights.dim() != 2 or choice_weights.shape[0] != x.shape[0]:

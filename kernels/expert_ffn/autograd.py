@@ -1,4 +1,4 @@
-"""Result shapes and autograd of the expert FFN's operators, the same for its PyTorch and its Triton form."""
+"""Result shapes and autograd of the expert FFN's operators, shared by the PyTorch and the Triton form."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from torch.library import CustomOpDef
 
 
 def register_pair(forward: CustomOpDef, backward: CustomOpDef) -> None:
-    """``forward`` (x, expert_offsets, w1, w3, w2) → y, and ``backward`` (grad, the same) → gradients of x, w1, w3 and w2."""
+    """Registers ``backward`` as the gradient of ``forward``, and the result shapes of both.
+
+    Args:
+        forward: (x, expert_offsets, w1, w3, w2) → y.
+        backward: (grad, x, expert_offsets, w1, w3, w2) → the gradients of x, w1, w3 and w2.
+    """
 
     def differentiate(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         dx, *d_weights = backward(grad, *ctx.saved_tensors)
@@ -26,5 +31,5 @@ def save_inputs(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
 
 
 def like(tensor: Tensor) -> Tensor:
-    """Unwritten and contiguous, of the tensor's shape and dtype."""
+    """An uninitialised contiguous tensor with the shape, dtype and device of ``tensor``."""
     return torch.empty_like(tensor, memory_format=torch.contiguous_format)

@@ -1,4 +1,4 @@
-"""From rows to copies sorted by expert and back, by gathers alone: no direction adds atomically.
+"""Copies rows in the order of their experts and sums the results by row. Both directions only gather, without atomics.
 
 Legend: R rows, k choices of a row, d width. Choice c = row · k + j; order (R·k,) lists the choices by expert.
 """
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def sorted_copies(x: Tensor, order: Tensor, top_k: int) -> Tensor:
-    """x (R, d) → (S, d): row order[i] // k at i. ``order`` may lack choices: S ≤ R·k."""
+    """x (R, d) → (S, d), with row order[i] // k at i. ``order`` may omit choices, so S ≤ R·k."""
     return _SortedCopies.apply(x, order, top_k)
 
 
 def weighted_choices(results: Tensor, order: Tensor, weights: Tensor) -> Tensor:
-    """results (R·k, d) in ``order``, weights (R, k) → (R, d): of each row's k results the weighted sum."""
+    """results (R·k, d) in ``order``, weights (R, k) → (R, d), the weighted sum of each row's k results."""
     place = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     by_row = _Permute.apply(results, place, order).unflatten(0, weights.shape)
     return torch.einsum("rk,rkd->rd", weights.to(results.dtype), by_row)
@@ -38,7 +38,7 @@ class _SortedCopies(torch.autograd.Function):
 
 
 class _Permute(torch.autograd.Function):
-    """Rows in the order ``place``; ``inverse`` undoes it in backward by a gather instead of a scatter."""
+    """Permutes rows by ``place``. Backward gathers by the ``inverse`` permutation instead of scattering by ``place``."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, place: Tensor, inverse: Tensor) -> Tensor:

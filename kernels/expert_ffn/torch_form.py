@@ -1,6 +1,6 @@
-"""The PyTorch form of the expert FFN: the CPU's, and the twin that the Triton kernels are tested against.
+"""The PyTorch form of the expert FFN, which runs on CPUs and which the Triton kernels are tested against.
 
-One matrix product an expert and factor; only experts with rows are visited.
+It takes one matrix product per expert and factor and skips experts without rows.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def torch_expert_ffn(x: Tensor, expert_offsets: Tensor, w1: Tensor, w3: Tensor, 
 def torch_expert_ffn_backward(
     grad: Tensor, x: Tensor, expert_offsets: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w1, w3 and w2."""
+    """The gradients of x, w1, w3 and w2."""
     grad = grad.contiguous()
     grad_x = like(x)
     grad_w1, grad_w3, grad_w2 = (like(weight).zero_() for weight in (w1, w3, w2))
@@ -52,6 +52,6 @@ register_pair(torch_expert_ffn, torch_expert_ffn_backward)
 
 
 def _segments(expert_offsets: Tensor) -> list[tuple[int, slice]]:
-    """The experts that have rows, and which."""
+    """The experts that have rows, each with the range of its rows."""
     pairs = enumerate(itertools.pairwise(expert_offsets.tolist()))
     return [(expert, slice(start, end)) for expert, (start, end) in pairs if end > start]

@@ -1,4 +1,4 @@
-"""The expert FFN on Triton: launch configurations, custom operators and their autograd.
+"""The Triton form of the expert FFN: launch configurations, custom operators and their autograd.
 
 Legend: R rows, k choices of a row, d width, E experts, f hidden width.
 """
@@ -16,16 +16,16 @@ from kernels.backend import compute_capability, contiguous, dot_precision, opera
 from kernels.expert_ffn import triton_kernels, triton_wide_kernels
 from kernels.expert_ffn.autograd import like, register_pair, save_inputs
 
-# Beyond these widths the tiles that fit on chip are so small that weights are read again more often than two passes
-# would write and read the hidden rows.
+# Above these widths the tiles that fit on chip become so small that reading the weights again takes more memory traffic than
+# writing and reading the hidden rows in two passes.
 WIDEST_FORWARD, WIDEST_BACKWARD = 256, 128
-WIDE_INNER = 32  # columns of the inner sum at a time in the wide kernels
-PROGRAMS = 512  # of the weight gradients' kernel: some for each of an H100's 132 processors
+WIDE_INNER = 32  # columns that the inner sum of the wide kernels takes at a time
+PROGRAMS = 512  # of the kernel of the weights' gradients: several for each of the 132 processors of an H100
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """One kernel's launch: ``block`` slots and ``step`` hidden units (or columns) at a time; Triton's options."""
+    """The launch of one kernel: ``block`` slots, ``step`` hidden units (or columns) at a time, and Triton's options."""
 
     block: int
     step: int
@@ -36,14 +36,18 @@ class Tiles:
         return {"BLOCK": self.block, "STEP": self.step, "num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
-SUM_TILES = Tiles(1024, 0, 4, 1)  # elements of the weights that a program of the sum takes
+SUM_TILES = Tiles(1024, 0, 4, 1)  # here a block is a range of elements of the weights
 
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """How the kernels are launched for one width and dtype: forward, gradient of the rows, gradients of the weights.
+    """How the kernels are launched for one width and dtype.
 
-    In two passes these are the hidden kernel's forward and backward and the outer products, beside the product.
+    Attributes:
+        forward: forward; in two passes, the hidden kernel in forward.
+        rows: gradient of the rows; in two passes, the hidden kernel in backward.
+        weights: gradients of the weights; in two passes, the outer products.
+        product: only in two passes, the product with the hidden rows.
     """
 
     forward: Tiles
@@ -53,8 +57,10 @@ class LaunchConfig:
 
     @classmethod
     def choose(cls, dim: int, itemsize: int, precision: str, arch: int) -> LaunchConfig:
-        """For a GPU of compute capability ``arch``, such as 90. Each entry compiles without a spill in bfloat16 and needs few
-        instructions a pair (`python -m kernels.aot`)."""
+        """The launches for a GPU of compute capability ``arch``, such as 90.
+
+        In bfloat16 each compiles without spilled registers and has few instructions per pair (`python -m kernels.aot`).
+        """
         width = max(16, triton.next_power_of_2(dim))
         wide = WIDE_BF16 if itemsize == 2 else WIDE_FP32
         if itemsize == 4 and precision == "ieee":
@@ -68,8 +74,8 @@ class LaunchConfig:
         return cls(Tiles(*forward), Tiles(*rows), Tiles(*weights), Tiles(*wide[3]))
 
 
-# By width: block, step, warps and stages of the three kernels. Hopper's instruction of the tensor cores takes 64 rows of
-# four warps: 8 warps want 128 rows, on 64 each half would compute the same. Ampere's takes 16 rows of one warp.
+# By width: block, step, warps and stages of the three kernels. Hopper's tensor-core instruction takes 64 rows of four warps, so
+# 8 warps need 128 rows; on 64, both halves would compute the same. Ampere's instruction takes 16 rows of one warp.
 WIDE_BF16 = ((128, 64, 8, 3), (128, 64, 8, 3), (32, 128, 8, 3), (128, 128, 8, 3))
 WIDE_FP32 = ((128, 64, 8, 2), (64, 64, 8, 3), (32, 128, 8, 2), (128, 64, 8, 2))
 WIDE_EXACT = (*WIDE_FP32[:2], (32, 64, 8, 2), WIDE_FP32[3])
@@ -88,7 +94,7 @@ TILES_HOPPER = {
         128: ((128, 32, 8, 2), (64, 16, 4, 1), (32, 16, 4, 1)),
         256: ((32, 32, 8, 1), *WIDE_FP32[1:3]),
     },
-    # Rows that are no multiple of 16 columns are loaded an element at a time, with an address each.
+    # Rows whose width is not a multiple of 16 are loaded element by element, each with its own address.
     "ragged bf16": {
         64: ((128, 64, 8, 2), (64, 32, 4, 1), (64, 32, 4, 1)),
         128: ((128, 32, 8, 1), (128, 16, 8, 1), (64, 16, 4, 1)),
@@ -126,7 +132,7 @@ TILES_AMPERE = {
         256: ((32, 16, 8, 1), *WIDE_FP32[1:3]),
     },
 }
-# Exact float32 products run on vector units and keep their operands in registers.
+# Exact float32 products run on vector units, which keep their operands in registers.
 TILES_EXACT = {
     64: ((32, 32, 8, 1), (32, 16, 8, 1), (32, 32, 8, 1)),
     128: ((32, 32, 8, 1), (32, 16, 8, 1), (16, 16, 8, 1)),
@@ -137,7 +143,7 @@ TILES_RAGGED_EXACT = TILES_EXACT | {64: ((32, 32, 8, 1), (32, 32, 8, 1), (32, 32
 
 @dataclass(frozen=True)
 class _Shape:
-    """What every launch of one call has in common. A slot is a row, or with routing one of its ``top_k`` choices."""
+    """What all launches of one call share. A slot is a row or, with routing, one of its ``top_k`` choices."""
 
     num_slots: int
     top_k: int
@@ -161,11 +167,11 @@ class _Shape:
         return 0 in (self.num_slots, self.dim, self.hidden_dim)
 
     def blocks(self, size: int) -> int:
-        """No fewer than the blocks of ``size`` slots, of one expert each, that any offsets make."""
+        """An upper bound of the number of blocks, each of at most ``size`` slots of one expert, for any offsets."""
         return self.num_slots // size + min(self.num_experts, self.num_slots)
 
     def chunk(self, programs_of_a_chunk: int) -> int:
-        """Slots whose weight gradients one program adds up: few enough that the programs fill a GPU."""
+        """The number of slots whose weight gradients one program sums, small enough that the programs fill a GPU."""
         block = self.config.weights.block
         slots = triton.cdiv(self.num_slots * programs_of_a_chunk, PROGRAMS)
         return max(4 * block, triton.cdiv(slots, block) * block)
@@ -191,7 +197,7 @@ def expert_ffn_op(x: Tensor, expert_offsets: Tensor, w1: Tensor, w3: Tensor, w2:
 def expert_ffn_backward_op(
     grad: Tensor, x: Tensor, expert_offsets: Tensor, w1: Tensor, w3: Tensor, w2: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, w1, w3 and w2."""
+    """The gradients of x, w1, w3 and w2."""
     grad, x, expert_offsets, w1, w3, w2 = contiguous(grad, x, expert_offsets, w1, w3, w2)
     shape = _Shape.of(x, w1)
     if shape.dim <= WIDEST_BACKWARD:
@@ -233,7 +239,7 @@ def routed_expert_ffn_backward_op(
     w3: Tensor,
     w2: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, choice_weights, w1, w3 and w2."""
+    """The gradients of x, choice_weights, w1, w3 and w2."""
     grad, x, order, choice_weights, expert_offsets = contiguous(grad, x, order, choice_weights, expert_offsets)
     w1, w3, w2 = contiguous(w1, w3, w2)
     shape = _Shape.of(x, w1, choice_weights)
@@ -266,7 +272,7 @@ def _forward(
     w3: Tensor,
     w2: Tensor,
 ) -> Tensor:
-    """The slots' results: (R, d) of rows, or (R·k, d) by choice and weighted."""
+    """The results of the slots: (R, d) for rows, or with routing (R·k, d), weighted and in the order of the choices."""
     y = x.new_empty(shape.num_slots, shape.dim)
     if shape.nothing_to_do():
         return y.zero_()
@@ -289,7 +295,7 @@ def _backward(
     w3: Tensor,
     w2: Tensor,
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Gradients of the slots' rows, of choice_weights (nothing without), and of w1, w3 and w2."""
+    """The gradients of the slots' rows, of choice_weights (empty without routing), and of w1, w3 and w2."""
     dx = x.new_empty(shape.num_slots, shape.dim)
     d_choice = torch.zeros_like(x[:0] if choice_weights is None else choice_weights, dtype=torch.float32)
     if shape.nothing_to_do():

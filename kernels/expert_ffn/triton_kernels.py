@@ -1,20 +1,21 @@
 """Triton kernels of the gated expert FFN for widths whose rows fit on chip: forward, and backward by recomputation.
 
-forward   a program per block of rows of one expert: x stays, the hidden width passes by in steps: x W_1, x W_3, SiLU,
-          product, and its share of the output. No hidden value leaves the chip.
-d x       the same walk: both products again, dy W_2ᵀ, then d a W_1ᵀ + d b W_3ᵀ.
-d W       a program per (chunk of an expert's rows, step of the hidden width): the weights' step stays, the rows pass by;
-          xᵀ d a, xᵀ d b and hᵀ dy add up on chip and go to the chunk's own place in memory.
-sum       a program per (expert, part of its weights): the chunks' sums in rising order. No atomics: the same bits from
-          run to run.
+forward   has one program per block of rows of one expert. It keeps x and takes the hidden width in steps; each step computes
+          x W_1, x W_3, SiLU, their product and its contribution to the output. Hidden values stay on chip.
+d x       takes the same steps. Each computes both products again and dy W_2ᵀ, and adds d a W_1ᵀ + d b W_3ᵀ.
+d W       has one program per (chunk of an expert's rows, step of the hidden width). It keeps the weights of the step and takes
+          the rows block by block. It sums xᵀ d a, xᵀ d b and hᵀ dy on chip and writes them to the chunk's own memory.
+sum       has one program per (expert, part of its weights), which adds the sums of the chunks in order. Without atomics,
+          results repeat bit for bit.
 
-With routing, a slot's row is gathered as it is read, its result goes to the slot's own place weighted, and the weight's
-gradient falls out of dy W_2ᵀ: neither sorted copies nor unweighted results exist.
+With routing, the kernels gather the row of a slot as they read it and write its weighted result to the place of its choice. dy
+W_2ᵀ also gives the gradient of the weight. So neither sorted copies nor unweighted results are stored.
 
-A program finds its expert by itself, from the offsets: their values never reach the host. Slots of a chunk or
-block belong to one expert; programs past the true number of blocks end at once. Slots have int32 numbers, addresses int64.
+A program finds its expert from the offsets, whose values never reach the host. The slots of a chunk or block belong to one
+expert; programs beyond the true number of blocks end at once. Slot numbers are int32, addresses int64.
 
-Legend: slots: rows, or with routing the R·k choices sorted by expert; d width, E experts, f hidden width; i_ indices, m_ masks, p_ pointers, b_ blocks of values.
+Legend: a slot is a row or, with routing, one of the R·k choices sorted by expert; d width, E experts, f hidden width; i_ indices,
+m_ masks, p_ pointers, b_ blocks of values.
 """
 
 # mypy: ignore-errors
@@ -25,14 +26,14 @@ import triton.language as tl
 
 from kernels.fast_math import sigmoid_and_silu
 
-# Integers that vary from batch to batch, or gain nothing from being multiples of 16: a second compilation for them would
-# stall training. hidden_dim, size and the strides stay specialised: multiples of 16 make loads wide.
+# These integers vary from batch to batch, or gain nothing from being multiples of 16, and a second compilation would stall
+# training. hidden_dim, size and the strides stay specialised, because multiples of 16 permit wide loads.
 COUNTS = ["num_experts", "chunk", "num_steps", "num_parts", "left_steps", "right_steps"]
 
 
 @triton.jit
 def locate(p_offsets, i_item, num_experts, block, EXPERTS: tl.constexpr):
-    """Expert, first row and end of the expert's rows of the i-th block; expert ≥ num_experts: there is no such block."""
+    """Expert, first row and end of the expert's rows for the i-th block; if there is no such block, expert ≥ num_experts."""
     i_expert = tl.arange(0, EXPERTS)
     m_expert = i_expert < num_experts
     start = tl.load(p_offsets + i_expert, mask=m_expert, other=0).to(tl.int32)
@@ -47,7 +48,7 @@ def locate(p_offsets, i_item, num_experts, block, EXPERTS: tl.constexpr):
 
 @triton.jit
 def load_tile(p, row, m_row, column, columns_end, stride):
-    """(rows, columns) of a row-major matrix, zeros where ``m_row`` is false and beyond the last column."""
+    """(rows, columns) of a row-major matrix, with zeros if ``m_row`` is false and beyond the last column."""
     m_load = m_row[:, None] & (column[None, :] < columns_end)
     return tl.load(p + row[:, None].to(tl.int64) * stride + column[None, :], mask=m_load, other=0.0)
 
@@ -61,7 +62,7 @@ def store_tile(p, value, row, m_row, column, columns_end, stride):
 
 @triton.jit
 def load_rows(p, row, m_row, column, D: tl.constexpr):
-    """As `load_tile`, of a (rows, D) matrix; the columns need no mask where tiles of them end with D."""
+    """As `load_tile`, for a (rows, D) matrix. Columns need no mask if D is a multiple of the tile's width."""
     m_load = m_row[:, None]
     if tl.constexpr(D) % column.shape[0]:
         m_load &= column[None, :] < D
@@ -94,9 +95,9 @@ def load_expert(p_w1, p_w3, p_w2, expert, i_column, i_hidden, hidden_dim, D: tl.
 
 @triton.jit
 def routed_rows(p_order, p_choice_weights, i_slot, m_slot, TOP_K: tl.constexpr):
-    """Where the rows of the slots are read from, where their results go, and their weights.
+    """For each slot, the row that it reads, the place of its result, and its weight.
 
-    Without routing (TOP_K 0) a slot is a row. With it slot i holds choice order[i] = row · k + j.
+    Without routing (TOP_K 0) a slot is a row. With routing, slot i is choice order[i] = row · k + j.
     """
     if TOP_K:
         i_choice = tl.load(p_order + i_slot, mask=m_slot, other=0).to(tl.int32)
@@ -182,7 +183,7 @@ def backward_weights_kernel(
     D: tl.constexpr, TOP_K: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    # The steps of one chunk stand side by side: they read the same rows.
+    # The steps of one chunk are neighbours, because they read the same rows.
     i_chunk = tl.program_id(0) // num_steps
     expert, first, end = locate(p_offsets, i_chunk, num_experts, chunk, EXPERTS)
     if expert >= num_experts:
@@ -222,7 +223,7 @@ def backward_weights_kernel(
 def sum_chunks_kernel(
     p_partial, p_sum, p_offsets, num_experts, size, chunk, num_parts, EXPERTS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """(chunks, size) float32 of each expert's chunks in a row → (E, size); an expert without rows gets zeros."""
+    """Sums (chunks, size) float32, ordered by expert, to (E, size); an expert without rows gets zeros."""
     expert = tl.program_id(0) // num_parts
     i_expert = tl.arange(0, EXPERTS)
     m_expert = i_expert < num_experts

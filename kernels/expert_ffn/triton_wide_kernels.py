@@ -1,8 +1,8 @@
 """Triton kernels of the gated expert FFN in two passes, for widths whose rows do not fit on chip.
 
-hidden    SiLU(x W_1) ⊙ (x W_3) of a (rows, hidden) tile, written to memory; in backward d a, d b and h of it.
-product   rows times a matrix of their expert: h W_2, or d a W_1ᵀ + d b W_3ᵀ.
-outer     xᵀ d a, xᵀ d b or hᵀ dy over a chunk of an expert's rows, then `triton_kernels.sum_chunks_kernel`.
+hidden    writes SiLU(x W_1) ⊙ (x W_3) of a (rows, hidden) tile to memory; in backward d a, d b and h.
+product   multiplies rows by a matrix of their expert: h W_2, or d a W_1ᵀ + d b W_3ᵀ.
+outer     computes xᵀ d a, xᵀ d b or hᵀ dy over a chunk of an expert's rows, for `triton_kernels.sum_chunks_kernel` to sum.
 
 Programs, legend and determinism are those of `triton_kernels`.
 """
@@ -70,8 +70,10 @@ def product_kernel(
     EXPERTS: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, INNER: tl.constexpr, PAIR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """out = left · right (+ left2 · right2 with PAIR); element (i, o) of an expert's right factor stands at
-    i · inner_stride + o · out_stride."""
+    """out = left · right (+ left2 · right2 with PAIR).
+
+    Element (i, o) of an expert's right factor is at i · inner_stride + o · out_stride.
+    """
     expert, first, end = locate(p_offsets, tl.program_id(0) // num_steps, num_experts, BLOCK, EXPERTS)
     if expert >= num_experts:
         return

@@ -1,5 +1,4 @@
-"""The compilations of the expert FFN that are in use: the widths and dtypes of the configurations in `configs/` and of the
-benchmark."""
+"""The compilations of the expert FFN for the widths and dtypes of the configurations in `configs/` and of the benchmark."""
 
 from __future__ import annotations
 
@@ -26,7 +25,7 @@ NARROW = (triton_kernels.forward_kernel, triton_kernels.backward_rows_kernel, tr
 
 @dataclass(frozen=True)
 class _Case:
-    """A shape and dtype on one kind of GPU, with the tiles that are launched for them."""
+    """A shape and dtype on one kind of GPU, with the launches for them."""
 
     arch: int
     dtype: str
@@ -43,7 +42,7 @@ class _Case:
 
 
 def aot_variants() -> list[Variant]:
-    """Every kernel for every width that it serves, with the tiles of each kind of GPU."""
+    """Every kernel for every width that it supports, with the tiles of each kind of GPU."""
     found = [
         variant
         for arch in (80, 90)
@@ -58,7 +57,7 @@ def aot_variants() -> list[Variant]:
 def shape_variants(
     arch: int, dtype: str, itemsize: int, precision: str, dim: int, hidden_dim: int, num_experts: int, top_k: int
 ) -> list[Variant]:
-    """What forward and backward launch for one shape; ``top_k`` 0: without routing, which alone wide rows have."""
+    """The variants that forward and backward launch for one shape; ``top_k`` 0 means no routing, as for all wide rows."""
     config = LaunchConfig.choose(dim, itemsize, precision, arch)
     case = _Case(arch, dtype, precision, dim, hidden_dim, num_experts, config)
     sizes = {"size": dim * hidden_dim}
@@ -70,7 +69,11 @@ def _narrow_variants(case: _Case, top_k: int) -> list[Variant]:
     if case.dim > WIDEST_FORWARD:
         return []
     config = case.config
-    passes = ((config.forward, 6), (config.rows, 10), (config.weights, 12))  # FLOPs a pair over d, see docs/kernels.md
+    passes = (
+        (config.forward, 6),
+        (config.rows, 10),
+        (config.weights, 12),
+    )  # FLOPs per pair over d, see docs/kernels.md
     constants = {"TOP_K": top_k} | ({} if top_k else {"p_order": None, "p_choice_weights": None})
     kernels = NARROW if case.dim <= WIDEST_BACKWARD else NARROW[:1]
     return [
@@ -83,13 +86,13 @@ def _narrow_variants(case: _Case, top_k: int) -> list[Variant]:
 
 
 def _wide_variants(case: _Case) -> list[Variant]:
-    """A pass covers a part of the width: pairs are counted as parts of whole ones."""
+    """A pass covers only a part of the width, so a pair of it counts as a fraction."""
     dim, hidden_dim, config = case.dim, case.hidden_dim, case.config
     if dim <= WIDEST_BACKWARD:
         return []
     variants = []
     pairs = config.weights.block * config.weights.step**2 // dim
-    # xᵀ d a and hᵀ dy: one compilation, unless one width alone is a multiple of 16.
+    # xᵀ d a and hᵀ dy share a compilation unless exactly one width is a multiple of 16.
     for left, right in [(dim, hidden_dim), (hidden_dim, dim)][: 1 + (dim % 16 == 0) ^ (hidden_dim % 16 == 0)]:
         sizes = {"left_dim": left, "right_dim": right}
         name = case.name if left == dim else f"{case.name} transposed"
@@ -100,7 +103,7 @@ def _wide_variants(case: _Case) -> list[Variant]:
         constants: dict[str, Any] = {"INNER": WIDE_INNER, "BACKWARD": backward, "PAIR": backward}
         if not backward:
             constants |= {"p_grad": None, "p_da": None, "p_db": None}
-        # A launch makes a stride of 1 a constant.
+        # A launch turns a stride of 1 into a constant.
         constants["inner_stride" if backward else "out_stride"] = 1
         sizes = {"hidden_dim": hidden_dim, "inner_dim": hidden_dim, "out_dim": dim}
         sizes |= {"out_stride": hidden_dim} if backward else {"inner_stride": dim}
@@ -119,7 +122,7 @@ def _variant(
     case: _Case, kernel: Any, name: str, constants: dict[str, Any], tiles: Tiles, sizes: dict[str, int],
     pairs: int = 0, flops_per_pair: int = 0,
 ) -> Variant:  # fmt: skip
-    """``sizes``: the integer arguments whose divisibility by 16 is compiled in."""
+    """``sizes``: the integer arguments that Triton specialises by divisibility by 16."""
     values = constants | {
         "D": case.dim,
         "EXPERTS": triton.next_power_of_2(case.num_experts),

@@ -1,4 +1,4 @@
-"""RMS normalisation with an optional gate and dropout: the definition and its checks (`api`), PyTorch and Triton forms."""
+"""RMS normalisation with an optional gate and dropout: `api` has the definition and the checks, the others both forms."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
     y = dropout(u ⊙ a / √(mean(a²) + ε))        rms_norm: u = 1
 
-    with r = 1 / √(mean(a²) + ε), â = a r and g the gradient after the dropout mask:
+With r = 1 / √(mean(a²) + ε), â = a r and g the gradient after the dropout mask, the gradients are
+
     d u = g ⊙ â,    d a = r (g ⊙ u − â mean(g ⊙ u ⊙ â))
 
 Legend: R rows, w width.
@@ -28,21 +29,21 @@ def gated_rms_norm(
     dropout_keys: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """dropout(u ⊙ RMSNorm(a)), no learned scale.
+    """dropout(u ⊙ RMSNorm(a)), without a learned scale.
 
     Args:
-        u, a: (R, w) of one dtype: float64 (PyTorch form only), float32, bfloat16 or float16.
+        u, a: (R, w) of the same dtype: float64 (PyTorch form only), float32, bfloat16 or float16.
         dropout_p: probability of zero, in steps of 2⁻¹⁶; other elements are divided by 1 − p. 0: no dropout.
-        dropout_keys: (R,) int64, a random key for each row (`kernels.splitmix`), from which its dropout follows, the same
-            bits on both backends. Required with dropout.
+        dropout_keys: (R,) int64, a random key for each row (`kernels.splitmix`). The key determines the row's dropout mask,
+            which is the same on both backends. Required with dropout.
         backend: ``auto`` (triton on CUDA, torch elsewhere and for float64), ``torch`` or ``triton``.
 
     Returns:
         (R, w), differentiable in ``u`` and ``a``.
 
     Raises:
-        ValueError: shapes, dtypes or devices differ, ``eps`` is negative, ``dropout_p`` is outside [0, 1),
-            ``dropout_keys`` are missing or do not fit, or the backend cannot run here; the message names the argument.
+        ValueError: shapes, dtypes or devices differ, ``eps`` is negative, ``dropout_p`` is outside [0, 1), ``dropout_keys``
+            are missing or do not fit, or the backend cannot run here. The message names the argument.
     """
     if u.shape != a.shape or a.dim() != 2:
         raise ValueError(f"u {tuple(u.shape)} and a {tuple(a.shape)} must have one shape (R, w)")
@@ -61,7 +62,7 @@ def rms_norm(
     dropout_keys: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """dropout(RMSNorm(x)) of (R, w), no learned scale; arguments and errors as of `gated_rms_norm`."""
+    """dropout(RMSNorm(x)) for x (R, w), without a learned scale; arguments and errors are those of `gated_rms_norm`."""
     if x.dim() != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (R, w)")
     return _norm("x", x, None, eps, dropout_p, dropout_keys, backend)
@@ -80,7 +81,7 @@ def _norm(
     keys = checked_keys(dropout_keys, a) if dropped else None
     if backend_for(backend, name, a) == "torch":
         return torch_norm(a, u, keys, eps, dropped)
-    # Here, not above: the triton package need not be installed where it does not run.
+    # Imported here because the triton package may be missing if this backend is not used.
     from kernels.gated_rms_norm.triton_form import norm_op
 
     return norm_op(a, u, keys, eps, dropped)[0]

@@ -1,6 +1,6 @@
-"""The PyTorch form of the norms: the CPU's, and the twin that the Triton kernels are tested against.
+"""The PyTorch form of the norms, which runs on CPUs and which the Triton kernels are tested against.
 
-Dropout keeps its mask for backward.
+It keeps the dropout mask for backward.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from kernels.dropout import dropout_mask
 
 
 def torch_norm(a: Tensor, u: Tensor | None, keys: Tensor | None, eps: float, dropped: int) -> Tensor:
-    """`kernels.gated_rms_norm`, or without ``u`` `kernels.rms_norm`, after their checks; drops ``dropped`` / 2¹⁶."""
+    """`kernels.gated_rms_norm`, or without ``u`` `kernels.rms_norm`, after their checks; p is ``dropped`` / 2¹⁶."""
     mask, scale = (None, 1.0) if keys is None else dropout_mask(keys, a.shape[1], dropped)
     return _GatedRMSNorm.apply(a, u, mask, scale, eps)
 
@@ -27,7 +27,7 @@ class _GatedRMSNorm(torch.autograd.Function):
         inverse = mean_square.add_(eps).rsqrt_()
         y = wide * (inverse * scale)
         if u is not None:
-            y = y * u  # not in place: torch.compile of 2.11 then loses the gradient of a
+            y = y * u  # not in place, with which torch.compile of PyTorch 2.11 loses the gradient of a
         if mask is not None:
             y = y * mask
         ctx.save_for_backward(a, u, mask, inverse)

@@ -1,11 +1,12 @@
-"""The norms on Triton: one pass forward, one backward, whole rows on chip; custom operators and their autograd.
+"""The Triton form of the norms: kernels, custom operators and their autograd.
 
-Dropout computes the words of `kernels.dropout` from a row's key; backward computes them again, so no mask is kept.
+Forward and backward take one pass each and hold whole rows on chip. Both compute the words of `kernels.dropout` from the key of
+a row, so no dropout mask is kept.
 
 Legend: R rows, w width.
 """
 
-# Triton's kernels hold types that mypy does not know.
+# mypy does not know the types in Triton kernels.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ from kernels.variant import Variant
 
 GAMMA, FACTOR = tl.constexpr(GOLDEN_GAMMA), tl.constexpr(DROPOUT_FACTOR)
 FACTOR_0, FACTOR_1 = tl.constexpr(FACTORS[0]), tl.constexpr(FACTORS[1])
-TILE = 2048  # elements that a program of 4 warps holds of each operand
+TILE = 2048  # elements of each operand that a program of 4 warps holds
 
 
 @triton.jit
@@ -37,13 +38,13 @@ def _multipliers(NUM_WORDS: tl.constexpr):
 
 @triton.jit
 def _stays(keys, WIDTH: tl.constexpr, DROPPED: tl.constexpr):
-    """keys (rows,) → (rows, WIDTH) whether an element stays."""
+    """keys (rows,) → (rows, WIDTH), whether an element is kept."""
     words = keys[:, None] * _multipliers(WIDTH // 4)[None, :]
     words = (words ^ (words >> 32)) * FACTOR
     even = tl.join(words & 0xFFFF, (words >> 32) & 0xFFFF)
     odd = tl.join((words >> 16) & 0xFFFF, (words >> 48) & 0xFFFF)
     lanes = tl.reshape(tl.join(even, odd), (keys.shape[0], WIDTH)).to(tl.int32)
-    return (lanes ^ 0x8000) >= DROPPED  # as an int16 the lane is so much less
+    return (lanes ^ 0x8000) >= DROPPED  # flipping the top bit adds 2¹⁵ to the lane as an int16
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -110,7 +111,7 @@ def norm_op(
     eps: float,
     dropped: int,
 ) -> tuple[Tensor, Tensor]:
-    """The result (R, w) and, for backward, the inverse norms (R,) float32; ``keys`` (R,) int64 where ``dropped``."""
+    """The result (R, w) and, for backward, the inverse norms (R,) float32; ``keys`` (R,) int64 or, without dropout, None."""
     a, u, keys = a.contiguous(), _contiguous(u), _contiguous(keys)
     y, inverse = torch.empty_like(a), torch.empty(a.shape[0], dtype=torch.float32, device=a.device)
     if y.numel():
@@ -134,7 +135,7 @@ def norm_backward_op(
     inverse: Tensor,
     dropped: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of a and u (empty without a gate)."""
+    """The gradients of a and u (empty without a gate)."""
     grad, a, u, keys = grad.contiguous(), a.contiguous(), _contiguous(u), _contiguous(keys)
     da, du = torch.empty_like(a), a.new_empty(0) if u is None else torch.empty_like(u)
     if da.numel():
@@ -167,7 +168,7 @@ norm_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def aot_variants() -> list[Variant]:
-    """Both kernels, gated and not, with and without dropout, at the widths of the configurations."""
+    """Both kernels with and without gate and dropout, at the widths of the configurations."""
     return [
         variant
         for dtype in ("bf16", "fp32")
@@ -179,7 +180,7 @@ def aot_variants() -> list[Variant]:
 
 
 def shape_variants(dtype: str, width: int, dropped: int, gated: bool) -> list[Variant]:
-    """What forward and backward launch for one width; ``dropped``: see `kernels.dropout.dropout_steps`."""
+    """The variants that forward and backward launch for one width; ``dropped``: see `kernels.dropout.dropout_steps`."""
     return [_variant(kernel, dtype, width, dropped, gated) for kernel in (norm_kernel, norm_backward_kernel)]
 
 

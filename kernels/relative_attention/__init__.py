@@ -1,8 +1,8 @@
 """FuXi's relative attention, causal and jagged: a positional, a temporal and a semantic channel.
 
-`reference.py` is the definition, `api.py` the public function with its checks and the choice of the backend. `plan.py`,
-`torch_form.py` and `torch_op.py` are the PyTorch form; `work_plan.py`, `time_tables.py` and the modules `triton_*` the Triton
-form, `variants.py` its compilations in use. docs/kernels.md derives its cost and its tiles.
+`reference.py` is the definition. `api.py` is the public function, which checks its arguments and chooses the backend. `plan.py`,
+`torch_form.py` and `torch_op.py` are the PyTorch form. `work_plan.py`, `time_tables.py` and the modules `triton_*` are the
+Triton form, and `variants.py` lists its compilations in use. docs/kernels.md derives the cost and the tiles.
 """
 
 from __future__ import annotations

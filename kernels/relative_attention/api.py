@@ -1,4 +1,4 @@
-"""The public function of relative attention: checks, choice of the backend, autograd.
+"""The public functions of relative attention, which check their arguments and choose the backend.
 
 Legend: B sequences, N max_seq_len, T tokens, G groups (views × heads).
 """
@@ -18,19 +18,20 @@ from kernels.relative_attention.work_plan import WorkPlan, wide_sequences
 def plan_attention(
     seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor, *, backend: str = "auto"
 ) -> TilePlan | WorkPlan | None:
-    """What depends on the offsets and timestamps alone, once for all blocks of a decoder, forward and backward.
+    """Computes what depends only on offsets and timestamps, once for all blocks of a decoder, forward and backward.
 
     Args:
         seq_offsets: (B + 1,) int64, exclusive prefix sum of the lengths, each length at most ``max_seq_len``.
         timestamps: (T + B,) int64 seconds, each sequence with one entry more than its length.
-        backend: ``auto``, ``torch`` or ``triton``, that of the calls that the plan is for.
+        backend: ``auto``, ``torch`` or ``triton``, as in the calls that use the plan.
 
     Returns:
-        the ``plan`` of `relative_attention`. Under torch.compile None for the torch backend: its operator plans itself.
+        The ``plan`` of `relative_attention`. Under torch.compile it is None for the torch backend, whose operator makes its
+        own plan.
 
     Raises:
-        ValueError: an argument is wrong; the message names it. Values are read, in one transfer, to be checked; under
-            torch.compile they are not.
+        ValueError: an argument is wrong; the message names it. Values are read in one transfer and checked, but not under
+            torch.compile.
     """
     chosen = resolve_backend(backend, timestamps.device)
     _check_batch(seq_offsets, max_seq_len, timestamps)
@@ -67,14 +68,15 @@ def relative_attention(
         v: (G, T, dv), of q's dtype.
         seq_offsets: (B + 1,) int64, exclusive prefix sum of the lengths.
         max_seq_len: N, at least every length.
-        timestamps: (T + B,) int64 seconds: of each sequence's tokens, then of the event asked for.
+        timestamps: (T + B,) int64 seconds: for each sequence those of its tokens, then that of the event to predict.
         ts_weights: (129,), one weight for each time bucket.
         pos_weights: (2N − 1,), w_pos.
         backend: ``auto`` (triton on CUDA, torch elsewhere and for float64), ``torch`` or ``triton``.
-        plan: of `plan_attention` for these offsets and timestamps; None: made here.
+        plan: the result of `plan_attention` for these offsets and timestamps; None: computed here.
 
     Returns:
-        (G, T, 3·dv): positional, temporal, semantic. Differentiable in q, k, v, ts_weights and pos_weights.
+        (G, T, 3·dv) with the positional, temporal and semantic channel. Differentiable in q, k, v, ts_weights and
+        pos_weights.
 
     Raises:
         ValueError: an argument is wrong; the message names it.
@@ -90,10 +92,10 @@ def relative_attention(
     if plan is None:
         return tiled_op(*operands, seq_offsets, timestamps, max_seq_len)
     if (chosen == "torch") != isinstance(plan, TilePlan):
-        raise ValueError(f"plan is a {type(plan).__name__}, made for another backend than {chosen}")
+        raise ValueError(f"plan is a {type(plan).__name__}, which is for a backend other than {chosen}")
     if isinstance(plan, TilePlan):
         return TiledAttention.apply(*operands, max_seq_len, plan)
-    # Here, not above: the triton package need not be installed where it does not run.
+    # Imported here because the triton package may be missing if this backend is not used.
     from kernels.relative_attention.triton_form import LaunchConfig, attention_op
 
     precision = dot_precision(q.dtype)
@@ -116,7 +118,7 @@ def _check_batch(seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor) -> N
 
 
 def _check_values(seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor, *others: Tensor) -> list[int]:
-    """Raises unless the values fit. Returns the values of ``others``, scalars, which come in the same transfer."""
+    """Raises unless the values fit. Returns the values of the scalars ``others``, read in the same transfer."""
     lengths = seq_offsets.diff()
     shortest, longest = (lengths.min(), lengths.max()) if lengths.numel() else (seq_offsets[0], seq_offsets[0])
     values = torch.stack([seq_offsets[0], seq_offsets[-1], shortest, longest, *others]).tolist()

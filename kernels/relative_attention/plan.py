@@ -1,11 +1,12 @@
-"""What the PyTorch form needs to know of a batch beside q, k and v: how its sequences are grouped, and time buckets.
+"""The plan of the PyTorch form for a batch: how its sequences are bundled, and their time buckets.
 
-They depend on the offsets and the timestamps alone, so one plan serves every block of a decoder, forward and backward.
+A plan depends only on offsets and timestamps, so one plan serves every block of a decoder, forward and backward.
 
-Sequences of about the same length form bundles: a bundle is n sequences padded to the same P (a multiple of 16), worked on
-together as batched matrix products. A few sequences are padded further where that costs less than a bundle of their own. Its queries are cut into chunks of CHUNK_ROWS;
-a chunk's keys run from the sequence's start to the end of the chunk, so most of what lies above the diagonal is never
-computed. Rows beyond a sequence's end hold zeros and add nothing. Example, lengths [10, 150, 16, 100, 140]:
+Sequences of about the same length form a bundle: n sequences padded to the same length P, a multiple of 16, which batched
+matrix products process together. A few sequences are padded further if that costs less than a separate bundle. The queries of
+a bundle are divided into chunks of CHUNK_ROWS rows. The keys of a chunk run from the start of the sequence to the end of the
+chunk, so most of what lies above the diagonal is never computed. Rows beyond the end of a sequence are zeros and add nothing.
+Example with lengths [10, 150, 16, 100, 140]:
 
     bundle 0: P = 16, sequences 0 and 2;  bundle 1: P = 160, sequences 3, 4 and 1, chunks (rows 0..63, keys 0..63),
     (rows 64..127, keys 0..127), (rows 128..159, keys 0..159)
@@ -26,23 +27,23 @@ from torch import Tensor
 
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS
 
-# 64 query rows: a batched product of 64 rows runs at the rate of 96 rows, and less is computed above the diagonal.
+# A batched product of 64 rows runs at the rate of one of 96 rows, and less is computed above the diagonal.
 CHUNK_ROWS = 64
-# A bundle has as many sequences as keep n·64·P below this, 1 MiB of scores a group: a quarter of it costs 12 % more time
-# (64 sequences of about 165, d = 50), four times as much gains nothing.
+# Upper bound of n·64·P in a bundle: 1 MiB of scores per group. A quarter of it takes 12% more time (64 sequences of about 165
+# tokens, d = 50); four times as much gains nothing.
 BUNDLE_PAIRS = 1 << 18
-# What a chunk costs beside its pairs, in pairs. 64 sequences of 94 tokens on average, d = 50: 15 chunks instead of 27, with 4 %
-# more pairs, take 8 % less time; twice and four times this number gain less.
+# The fixed cost of a chunk, expressed in pairs. For 64 sequences of 94 tokens on average and d = 50, 15 chunks instead of 27
+# have 4% more pairs and take 8% less time; twice and four times this number gain less.
 CHUNK_PAIRS = 4_000
-# Time buckets are kept for up to this many (query, key) pairs, 64 MiB; beyond it each chunk makes its own anew, so
-# that memory stays linear in the sequence length.
+# Time buckets are kept for up to this many (query, key) pairs, 64 MiB. Beyond it each chunk computes its buckets when it needs
+# them, so that memory stays linear in the sequence length.
 MAX_KEPT_PAIRS = 1 << 24
-# The bucket of a key later than its query; its weight is 0 and its gradient is dropped.
+# The bucket of keys that are later than the query: the weight is 0 and the gradient is dropped.
 MASKED_BUCKET = NUM_TIME_BUCKETS
 
 
 class Bundle(NamedTuple):
-    """n sequences of padded length P, at slots [slot, slot + n·P); pairs: where its buckets start, -1: not kept."""
+    """n sequences of padded length P, in slots [slot, slot + n·P); pairs: where their buckets start, or -1 if not kept."""
 
     slot: int
     members: int
@@ -59,7 +60,7 @@ class Bundle(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Query rows [row, end) of each of a bundle's sequences, and their keys [0, end)."""
+    """Query rows [row, end) of each sequence of a bundle, and their keys [0, end)."""
 
     bundle: Bundle
     row: int
@@ -80,11 +81,11 @@ class TilePlan:
     """The plan of the torch backend.
 
     Attributes:
-        bundles: in the order in which they are worked on.
+        bundles: in the order in which they are processed.
         max_length: the longest padded length.
-        token_slots: (3, T) int64, of each token its slot, and the first slot and number of slots of its bundle.
-        slot_times: (2, S) int64 seconds, of each slot's token and of the event after it.
-        buckets: (pairs,) int32, the (n, rows, keys) time buckets of each chunk one after another; empty: not kept.
+        token_slots: (3, T) int64: for each token its slot, the first slot of its bundle and the bundle's number of slots.
+        slot_times: (2, S) int64 seconds: for each slot the time of its token and of the event after it.
+        buckets: (pairs,) int32, the (n, rows, keys) time buckets of all chunks, concatenated; empty if they are not kept.
     """
 
     bundles: list[Bundle]
@@ -99,10 +100,10 @@ class TilePlan:
         return self.token_slots.shape[1]
 
     def rows(self, groups: int) -> tuple[Tensor, Tensor]:
-        """How (G·T, w) tokens, and a row of zeros after them, move to padded rows and back, as row indices.
+        """Row indices that move (G·T, w) tokens, followed by a row of zeros, to padded rows and back.
 
-        Padded rows are (G, n, P) bundle after bundle. Returns the (G·S,) tokens that they take and the (G·T,) padded
-        rows in which the tokens stand.
+        Padded rows are (G, n, P), one bundle after another. Returns the token of each padded row, (G·S,), and the padded row
+        of each token, (G·T,).
         """
         if groups not in self._rows:
             slot, first, size = self.token_slots
@@ -115,7 +116,7 @@ class TilePlan:
 
 
 def make_tile_plan(seq_offsets: Tensor, timestamps: Tensor) -> TilePlan:
-    """Groups B jagged sequences into bundles and finds their time buckets.
+    """Divides B jagged sequences into bundles and computes their time buckets.
 
     Args:
         seq_offsets: (B + 1,) int64.
@@ -147,9 +148,9 @@ def make_tile_plan(seq_offsets: Tensor, timestamps: Tensor) -> TilePlan:
 
 
 def chunk_buckets(chunk: Chunk, slot_times: Tensor, out: Tensor) -> None:
-    """Writes the (n, rows, keys) time buckets of ``chunk`` to ``out``, flat int32; MASKED_BUCKET above the diagonal.
+    """Writes the (n, rows, keys) time buckets of ``chunk`` to ``out``, flat int32; above the diagonal MASKED_BUCKET.
 
-    In float32 and in the order of operations of the public code: `reference.time_bucket` gives the same integers.
+    Computes in float32 and in the order of operations of the public code, as `reference.time_bucket`, with the same result.
     """
     bundle = chunk.bundle
     times = slot_times[:, bundle.slot : bundle.slot + bundle.members * bundle.length].view(
@@ -163,7 +164,7 @@ def chunk_buckets(chunk: Chunk, slot_times: Tensor, out: Tensor) -> None:
 
 
 def _group(lengths: list[int]) -> tuple[list[Bundle], list[tuple[int, int, int]]]:
-    """The bundles of sequences of these lengths; and of each sequence its first slot, its bundle's, its bundle's slots."""
+    """The bundles; and for each sequence its first slot, the first slot of its bundle and the bundle's number of slots."""
     padded = _padded(lengths)
     order = [b for b in sorted(range(len(lengths)), key=padded.__getitem__) if lengths[b]]
     placed = [(0, 0, 0)] * len(lengths)
@@ -184,7 +185,7 @@ def _group(lengths: list[int]) -> tuple[list[Bundle], list[tuple[int, int, int]]
 
 
 def _padded(lengths: list[int]) -> list[int]:
-    """Each length made up to a multiple of 16; to the next one in use where the pairs added cost less than the chunks saved."""
+    """Rounds lengths up to multiples of 16, or to the next length in use if the added pairs cost less than the saved chunks."""
     sixteens = [16 * -(-length // 16) for length in lengths]
     numbers = Counter(length for length in sixteens if length)
     padded = {0: 0}
@@ -200,5 +201,5 @@ def _padded(lengths: list[int]) -> list[int]:
 
 
 def _pairs(length: int) -> int:
-    """Pairs of one sequence of this padded length."""
+    """The number of pairs of one sequence of this padded length."""
     return sum(chunk.size for chunk in Bundle(0, 1, length, -1).chunks())

@@ -1,15 +1,15 @@
-"""The definition of relative attention, written for reading: one sequence at a time, dense, differentiable.
+"""The definition of relative attention, written for reading: dense, differentiable, one sequence at a time.
 
-For position i of a sequence of length L, and j ≤ i:
+For position i of a sequence of length L and j ≤ i:
 
     A_ij = SiLU(q_i·k_j) / N            semantic, per group
     T_ij = w_ts[bucket(τ_{i+1} − τ_j)]  temporal, shared by the groups
     P_ij = w_pos[j − i + N − 1]         positional, shared by the groups
     output_i = concat(Σ_j P_ij v_j, Σ_j T_ij v_j, Σ_j A_ij v_j)
 
-Sources: FuXi-α, arXiv 2502.03036, and its public implementation. Every other implementation is tested against this.
+Sources: FuXi-α, arXiv 2502.03036, and its public implementation. All other implementations are tested against this one.
 
-Legend: B sequences, L length of one, N max_seq_len, T tokens, G groups (views × heads).
+Legend: B sequences, L length of a sequence, N max_seq_len, T tokens, G groups (views × heads).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NUM_TIME_BUCKETS = 129
 
 
 def time_bucket(seconds: Tensor) -> Tensor:
-    """min(floor(ln(max(|Δ|, 1)) / 0.301), 128) of int64 seconds, in float32 as the public FuXi-α code computes it."""
+    """min(floor(ln(max(|Δ|, 1)) / 0.301), 128) for int64 seconds Δ, computed in float32 as in the public FuXi-α code."""
     logarithm = torch.log(torch.abs(seconds).clamp(min=1))
     return (logarithm / 0.301).long().clamp(max=NUM_TIME_BUCKETS - 1)
 
@@ -39,7 +39,7 @@ def relative_attention_reference(
     ts_weights: Tensor,
     pos_weights: Tensor,
 ) -> Tensor:
-    """Arguments and result as `kernels.relative_attention`; computes in the inputs' own dtype."""
+    """Arguments and result are those of `kernels.relative_attention`; computes in the dtype of the inputs."""
     outputs = []
     bounds = seq_offsets.tolist()
     for b, (start, end) in enumerate(itertools.pairwise(bounds)):

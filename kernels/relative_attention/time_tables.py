@@ -1,4 +1,4 @@
-"""Where the time buckets of `reference.time_bucket` begin, in the forms in which the Triton kernels look them up."""
+"""The thresholds between the time buckets of `reference.time_bucket`, in the forms that the Triton kernels look up."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS
 
-# 11 bits of a float32: sign, exponent and two of mantissa.
+# One cell for each value of the upper 11 bits of a float32: sign, exponent and two bits of the mantissa.
 NUM_CELLS = 2048
 
 
@@ -17,8 +17,8 @@ NUM_CELLS = 2048
 def time_thresholds(device: torch.device) -> Tensor:
     """(129,) float32: entry b is the smallest float32 |Δ| whose time bucket is at least b.
 
-    Found by bisection over float32 with the formula of `reference.time_bucket` itself, on the CPU, so that every device
-    puts every Δ in the bucket that the CPU puts it in.
+    They are found on the CPU by bisection over float32 with the formula of `reference.time_bucket`. So every device assigns
+    every Δ to the same bucket as the CPU.
     """
     bucket = torch.arange(NUM_TIME_BUCKETS)
     low = torch.zeros(NUM_TIME_BUCKETS, dtype=torch.int32)
@@ -32,15 +32,16 @@ def time_thresholds(device: torch.device) -> Tensor:
 
 @functools.cache
 def time_cells(device: torch.device) -> Tensor:
-    """(2048,) int64, by the upper 11 bits of a float32 Δ: the bits of a threshold, and times 2³² a bucket b.
+    """(2048,) int64, indexed by the upper 11 bits of a float32 Δ: the cell of Δ.
 
-    |Δ| in the cell has bucket b below the threshold and b + 1 from it on. Thresholds lie apart by a factor of 1.35 and a
-    cell spans at most 1.25, so that it holds at most one; without one the threshold is NaN, which nothing reaches.
+    The upper 32 bits of a cell are a bucket b, the lower ones a float32 threshold. A |Δ| in the cell has bucket b if it is below
+    the threshold, and b + 1 otherwise. Thresholds are a factor of 1.35 apart and a cell spans at most a factor of 1.25, so a cell
+    contains at most one. If it contains none, the threshold is NaN and the bucket is always b.
     """
     thresholds = time_thresholds(torch.device("cpu"))[1:].contiguous()
     cell = torch.arange(NUM_CELLS // 2, dtype=torch.int64) << 21
     first, last = (bits.to(torch.int32).view(torch.float32) for bits in (cell, cell + (1 << 21) - 1))
-    # Infinities and NaN, which no time difference is, would compare as no number does.
+    # No time difference is infinite or NaN, and comparisons with NaN would be wrong.
     first, last = (x.nan_to_num(nan=torch.inf) for x in (first, last))
     bucket = torch.bucketize(first, thresholds, right=True)
     inside = torch.bucketize(last, thresholds, right=True) - bucket
@@ -52,10 +53,11 @@ def time_cells(device: torch.device) -> Tensor:
 
 @functools.cache
 def code_thresholds(device: torch.device) -> Tensor:
-    """(258,) int32, by the code of a tile (see `work_plan`): the smallest whole |Δ| of the upper bucket.
+    """(258,) int32, indexed by the code of a tile (see `work_plan`): the smallest whole |Δ| of the upper bucket.
 
-    Rounding to float32 keeps order, so comparing whole seconds puts every Δ where comparing float32 puts it. Thresholds
-    over 2³¹ − 1, of which no tile with a code has need, are 2³¹ − 1; a tile of one bucket has 0, as both weights are equal.
+    Rounding to float32 preserves the order, so comparing whole seconds gives the same bucket as comparing float32. Thresholds
+    above 2³¹ − 1, which no tile with a code needs, are set to 2³¹ − 1. A tile of one bucket has 0, because its two weights are
+    equal.
     """
     thresholds = time_thresholds(torch.device("cpu"))
     low, high = torch.zeros(NUM_TIME_BUCKETS, dtype=torch.int64), torch.full((NUM_TIME_BUCKETS,), 2**31 - 1)

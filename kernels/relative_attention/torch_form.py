@@ -1,15 +1,15 @@
-"""Relative attention in PyTorch, chunk by chunk: the twin of the Triton kernels, fast on one CPU core.
+"""Relative attention in PyTorch, fast on one CPU core; the Triton kernels are tested against it.
 
-Sequences of about the same length are worked on together (`plan.py`), a chunk of their queries at a time; the weights
-of one chunk are all that is held of anything quadratic. The P tile is the same for all sequences, P and T for all G
-groups, so their products with v are taken over (keys, G·dv). Backward recomputes the weights. With 1/N folded into the
-semantic channel's gradient g_A:
+Sequences of about the same length are processed together (`plan.py`), one chunk of their queries at a time. Only the weights
+of the current chunk exist, so no memory is quadratic in the length. All sequences share the P tile, and all G groups share P
+and T, so their products with v are computed over (keys, G·dv). Backward recomputes the weights. With 1/N folded into the
+gradient g_A of the semantic channel:
 
     dv = Pᵀ g_P + Tᵀ g_T + Aᵀ g_A;  dP = Σ_G g_P vᵀ;  dT = Σ_G g_T vᵀ
     dS = (g_A vᵀ) ⊙ SiLU'(S);  dq = dS k;  dk = dSᵀ q
     d w_pos[r] = Σ of dP along the diagonal j − i = r;  d w_ts[b] = Σ of dT where bucket = b
 
-On a CPU the order of every sum is fixed, so results are the same bit for bit from run to run.
+On a CPU the order of every sum is fixed, so results repeat bit for bit.
 
 Legend: T tokens, G groups (views × heads), n sequences of a bundle, P its padded length.
 """
@@ -27,7 +27,7 @@ from kernels.relative_attention.reference import NUM_TIME_BUCKETS
 def forward(
     q: Tensor, k: Tensor, v: Tensor, ts_weights: Tensor, pos_weights: Tensor, max_seq_len: int, plan: TilePlan
 ) -> Tensor:
-    """(G, T, 3·dv); all tensors of one floating dtype."""
+    """The result (G, T, 3·dv); all tensors have the same floating dtype."""
     groups, num_tokens, dv = v.shape
     tiles = _Tiles(plan, ts_weights, pos_weights, max_seq_len, groups)
     q, k, v = tiles.pad(q), tiles.pad(k), tiles.pad(v)
@@ -59,7 +59,7 @@ def backward(
     max_seq_len: int,
     plan: TilePlan,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, ts_weights and pos_weights for ``grad`` (G, T, 3·dv)."""
+    """The gradients of q, k, v, ts_weights and pos_weights for ``grad`` (G, T, 3·dv)."""
     groups, num_tokens, dv = v.shape
     tiles = _Tiles(plan, ts_weights, pos_weights, max_seq_len, groups)
     q, k, v, grad = tiles.pad(q), tiles.pad(k), tiles.pad(v), tiles.pad(grad)
@@ -105,12 +105,12 @@ def backward(
 
 
 class _Tiles:
-    """Operands in padded rows, the P and T tiles, and the scratch that the chunks of one call share."""
+    """Operands in padded rows, the P and T tiles, and the scratch memory that the chunks of one call share."""
 
     def __init__(self, plan: TilePlan, ts_weights: Tensor, pos_weights: Tensor, max_seq_len: int, groups: int) -> None:
         self.plan, self.max_seq_len, self.groups = plan, max_seq_len, groups
         self.gather, self.scatter = plan.rows(groups)
-        # Key columns of the widest tile: the last chunk of the longest sequence, made up to whole chunks.
+        # Key columns of the widest tile, that of the last chunk of the longest sequence, rounded up to whole chunks.
         self.width = CHUNK_ROWS * max(1, -(-plan.max_length // CHUNK_ROWS))
         self.ts_weights = torch.cat([ts_weights, ts_weights.new_zeros(1)])  # MASKED_BUCKET weighs 0
         self.positions = self._widest_position_tile(pos_weights)
@@ -120,7 +120,7 @@ class _Tiles:
         self.bucket_scratch = torch.empty(largest, dtype=torch.int32, device=pos_weights.device)
 
     def _widest_position_tile(self, pos_weights: Tensor) -> Tensor:
-        """P of the widest tile, (CHUNK_ROWS, width): the P of every other one stands among its columns."""
+        """P of the widest tile, (CHUNK_ROWS, width). The P of every other tile is a range of its columns."""
         row = torch.arange(CHUNK_ROWS, device=pos_weights.device)
         column = torch.arange(self.width, device=pos_weights.device) - (self.width - CHUNK_ROWS)
         offset = column[None, :] - row[:, None]
@@ -129,7 +129,7 @@ class _Tiles:
         return pos_weights[index].masked_fill_(outside, 0)
 
     def pad(self, x: Tensor) -> Tensor:
-        """(G, T, w) → (G·S, w), zeros where no token is."""
+        """(G, T, w) → (G·S, w), with zeros in slots without a token."""
         tokens = torch.cat([x.reshape(-1, x.shape[2]), x.new_zeros(1, x.shape[2])])
         return tokens.index_select(0, self.gather)
 
@@ -138,7 +138,7 @@ class _Tiles:
         return x.index_select(0, self.scatter).view(self.groups, num_tokens, x.shape[1])
 
     def by_sequence(self, x: Tensor, bundle: Bundle) -> Tensor:
-        """A bundle's part of (G·S, w) as (G·n, P, w)."""
+        """The rows of a bundle in (G·S, w), as (G·n, P, w)."""
         start, size = self.groups * bundle.slot, self.groups * bundle.members * bundle.length
         return x[start : start + size].view(self.groups * bundle.members, bundle.length, x.shape[1])
 
@@ -147,16 +147,16 @@ class _Tiles:
         return x.unflatten(0, (self.groups, -1)).permute(1, 2, 0, 3).flatten(2).contiguous()
 
     def columns(self, chunk: Chunk) -> slice:
-        """Where ``chunk``'s keys stand among the columns of the widest tile."""
+        """The columns of the widest tile that belong to the keys of ``chunk``."""
         first = self.width - CHUNK_ROWS - chunk.row
         return slice(first, first + chunk.end)
 
     def positional(self, chunk: Chunk) -> Tensor:
-        """(n, rows, keys), one tile n times."""
+        """The P tile of ``chunk``, expanded to (n, rows, keys)."""
         return self.positions[: chunk.rows, self.columns(chunk)].expand(chunk.bundle.members, -1, -1)
 
     def buckets(self, chunk: Chunk) -> Tensor:
-        """(n · rows · keys,) int32."""
+        """The time buckets of ``chunk``, (n · rows · keys,) int32."""
         if chunk.pairs >= 0:
             return self.plan.buckets[chunk.pairs : chunk.pairs + chunk.size]
         buckets = self.bucket_scratch[: chunk.size]
@@ -164,7 +164,7 @@ class _Tiles:
         return buckets
 
     def temporal(self, chunk: Chunk, buckets: Tensor) -> Tensor:
-        """(n, rows, keys)."""
+        """The T tiles of ``chunk``, (n, rows, keys)."""
         weights = self.time_scratch[: chunk.size]
         torch.index_select(self.ts_weights, 0, buckets, out=weights)
         return weights.view(chunk.bundle.members, chunk.rows, chunk.end)
@@ -175,9 +175,9 @@ class _Tiles:
 
 
 def sum_diagonals(d_positions: Tensor, max_seq_len: int, size: int) -> Tensor:
-    """The gradient of w_pos from that of the widest P tile: its sums along the diagonals."""
+    """The gradient of w_pos: the sums of the widest P tile's gradient along its diagonals."""
     rows, width = d_positions.shape
-    # Read back with one column more, each row starts one further left than the row before: diagonals become columns.
+    # Viewed with one column more, each row starts one column further left than the one before, so diagonals become columns.
     padded = F.pad(F.pad(d_positions, (rows, 0)).view(-1), (0, rows))
     totals = padded.view(rows, width + rows + 1).sum(0, dtype=torch.float64)  # column width is the offset j − i = 0
     used = min(width, max_seq_len)

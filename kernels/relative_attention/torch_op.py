@@ -1,6 +1,6 @@
-"""The PyTorch form as an autograd function, which shares a plan among calls, and as a custom operator for torch.compile.
+"""The PyTorch form as an autograd function that shares a plan among calls, and as a custom operator for torch.compile.
 
-Computes in float64 for float64 operands and in float32 for all others.
+Both compute in float64 for float64 operands and in float32 for all others.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from kernels.relative_attention.plan import TilePlan, make_tile_plan
 
 
 class TiledAttention(torch.autograd.Function):
-    """`torch_form.forward` and `torch_form.backward` with a plan that is at hand."""
+    """`torch_form.forward` and `torch_form.backward` with a given plan."""
 
     @staticmethod
     def forward(
@@ -49,7 +49,7 @@ def tiled_op(
     timestamps: Tensor,
     max_seq_len: int,
 ) -> Tensor:
-    """(G, T, 3·dv); makes its own plan, in forward and again in backward."""
+    """The result (G, T, 3·dv). The operator makes its own plan in forward and again in backward."""
     plan = make_tile_plan(seq_offsets, timestamps)
     return _forward((q, k, v, ts_weights, pos_weights), max_seq_len, plan)
 
@@ -71,7 +71,7 @@ def tiled_backward_op(
     timestamps: Tensor,
     max_seq_len: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, ts_weights and pos_weights."""
+    """The gradients of q, k, v, ts_weights and pos_weights."""
     plan = make_tile_plan(seq_offsets, timestamps)
     return _backward(grad, (q, k, v, ts_weights, pos_weights), max_seq_len, plan)
 

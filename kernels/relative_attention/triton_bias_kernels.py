@@ -1,20 +1,21 @@
 """Triton kernels of the positional and temporal channel, whose weights all groups share, and of the weights' gradients.
 
-tables       P as Toeplitz tiles, one for each distance of query and key block; the time weights by cell and by code.
-forward      a program per (query block, COLUMNS columns): P v, T v. Columns are those of all groups side by side.
-dv           a program per (key block, COLUMNS columns), tiles transposed: Pᵀ g_P + Tᵀ g_T, in float32.
-value sums   Σ v of each block of keys.
-d w_ts       a program per query block: Σ_G g_T vᵀ for the tiles of several buckets, then one sum a bucket; a tile of one
-             bucket adds ⟨Σ g_T, Σ v⟩ without a product.
-d w_pos      a program per (distance of query and key block, split): all tiles at one distance share their diagonals, so
-             their Σ_G g_P vᵀ add up in one accumulator; the diagonals are summed once, on the host's side.
+tables       makes P as Toeplitz tiles, one per distance of query and key block, and the time weights by cell and by code.
+forward      has one program per (query block, COLUMNS columns), which computes P v and T v. The columns are those of all
+             groups, side by side.
+dv           has one program per (key block, COLUMNS columns), which computes Pᵀ g_P + Tᵀ g_T in float32 from transposed tiles.
+value sums   computes Σ v of each block of keys.
+d w_ts       has one program per query block. It computes Σ_G g_T vᵀ for the tiles of several buckets and one sum per bucket.
+             A tile of one bucket adds ⟨Σ g_T, Σ v⟩ without a matrix product.
+d w_pos      has one program per (distance of query and key block, split). All tiles at one distance share their diagonals,
+             so one accumulator adds up their Σ_G g_P vᵀ, and PyTorch sums the diagonals once at the end.
 
-The plan gives each tile below the diagonal a code (`work_plan.py`): of one or two time buckets, whose weights one
-comparison selects, or of several, whose weights are looked up pair by pair. Times are int32 seconds from the earliest of
-the sequence; a sequence that spans 2³¹ s or more is left to a second launch, on int64 times, that looks up every tile.
+The plan gives each tile below the diagonal a code (`work_plan.py`). In a tile of one or two time buckets, one comparison
+selects the weights; in a tile of several buckets, they are looked up pair by pair. Times are int32 seconds since the earliest
+time of the sequence. A second launch, on int64 times, processes the sequences that span 2³¹ s or more and looks up every tile.
 
-Every partial sum has its own place in memory and is added in a fixed order: gradients are the same bit for bit from run to
-run. Layout and legend: as in `triton_semantic_kernels` and `triton_tiles`.
+Every partial sum has its own place in memory and is added in a fixed order, so gradients repeat bit for bit. Layout and
+legend are those of `triton_semantic_kernels` and `triton_tiles`.
 """
 
 # mypy: ignore-errors
@@ -34,13 +35,13 @@ from kernels.relative_attention.triton_tiles import (
 )
 
 NUM_CELLS = tl.constexpr(time_tables.NUM_CELLS)
-NUM_CODES = tl.constexpr(258)  # 129 of two buckets, 129 of one
+NUM_CODES = tl.constexpr(258)  # 129 for tiles of two buckets, 129 for tiles of one
 SIZES = ["num_tokens", "max_seq_len", "num_groups", "column_blocks", "num_blocks", "splits"]
 
 
 @triton.jit
 def _bits(weights, dtype: tl.constexpr):
-    """The bit patterns of weights, int32: float32's, or those of a 16-bit dtype in the lower half."""
+    """The bit patterns of weights as int32; a 16-bit dtype is in the lower half."""
     if dtype == tl.float32:
         return weights.to(tl.int32, bitcast=True)
     else:
@@ -162,7 +163,7 @@ def bias_value_kernel(
     key_times = tl.load(p_times + i_key, mask=i_key < length, other=0)
     p_grads = column_pointers(p_grad, i_column, num_tokens, start + i_step, 3 * DV, DV)
     p_tile = p_positions + i_step[:, None] * BLOCK + i_tile[None, :]
-    p_codes += i_row * num_blocks + i_block  # of the tile on the diagonal
+    p_codes += i_row * num_blocks + i_block  # the code of the tile on the diagonal
     b_dv = tl.zeros([BLOCK, COLUMNS], tl.float32)
     for i_start in range(i_block * BLOCK + BLOCK, length, STEP):
         i_query = i_start + i_step
@@ -211,13 +212,13 @@ def _weights_gradient(
     p_grad, p_v, query, key, start, length, num_tokens, num_groups,
     DV: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Σ_G g vᵀ of the tile from ``query`` and ``key`` on, (queries, keys), zeros beyond the sequence's end."""
+    """Σ_G g vᵀ of the tile that starts at ``query`` and ``key``: (queries, keys), zeros beyond the end of the sequence."""
     i_row = tl.arange(0, BLOCK)
     b_dw = tl.zeros([BLOCK, BLOCK], tl.float32)
     for c in tl.static_range(COLUMN_BLOCKS):
         i_column = c * COLUMNS + tl.arange(0, COLUMNS)
         m_v = column_mask(i_column, num_groups, DV)
-        # The first part of each address is the same for all tiles of a program.
+        # The first term of each address is the same for all tiles of a program.
         p_g = column_pointers(p_grad, i_column, num_tokens, i_row, 3 * DV, DV) + (start + query) * (3 * DV)
         b_g = tl.load(p_g, mask=(i_row < length - query)[:, None] & m_v, other=0.0)
         p_value = column_pointers(p_v, i_column, num_tokens, i_row, DV, DV) + (start + key) * DV
@@ -228,9 +229,9 @@ def _weights_gradient(
 
 @triton.jit
 def _add_histogram(b_sum, b_dt, seconds, lowest, highest, p_thresholds):
-    """``b_sum`` and the sum of ``b_dt`` over each time bucket of a tile, which has those from ``lowest`` to ``highest``.
+    """Adds to ``b_sum`` the sum of ``b_dt`` in each time bucket of a tile, from ``lowest`` to ``highest``.
 
-    A bucket's sum is the sum from its threshold on less that from the next one on.
+    The sum in a bucket is the sum from its threshold upwards minus the sum from the next threshold upwards.
     """
     i_bucket = tl.arange(0, 256)
     x = tl.abs(seconds.to(tl.float32))
@@ -244,7 +245,7 @@ def _add_histogram(b_sum, b_dt, seconds, lowest, highest, p_thresholds):
 
 @triton.jit
 def _bucket(x, p_thresholds):
-    """Of one |Δ|, float32."""
+    """The time bucket of one |Δ|, a float32."""
     i_bucket = tl.arange(0, 256)
     threshold = tl.load(p_thresholds + i_bucket, mask=(i_bucket > 0) & (i_bucket < 129), other=float("inf"))
     return tl.sum((x >= threshold).to(tl.int32))
@@ -255,7 +256,7 @@ def _add_single_bucket_tiles(
     b_sum, p_grad, p_sums, p_codes, i_query, i_block, i_row, start, length, num_tokens, num_groups,
     DV: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """``b_sum`` and ⟨Σ g_T, Σ v⟩ of each tile of one bucket."""
+    """Adds ⟨Σ g_T, Σ v⟩ of each tile of one bucket to ``b_sum``."""
     i_bucket, i_tile = tl.arange(0, 256), tl.arange(0, 32)
     for i_first in range(0, i_block, 32):
         code = tl.load(p_codes + i_first + i_tile, mask=i_first + i_tile < i_block, other=-1).to(tl.int32)
@@ -283,7 +284,7 @@ def time_gradient_kernel(
 ):  # fmt: skip
     i_item = tl.program_id(0)
     i_sequence, i_block, i_row, wide, start, length = load_item(p_items, i_item, p_offsets)
-    # Padding is the first launch's: its partial sums are zeros.
+    # The first launch also handles padding, whose partial sums are zeros.
     if ((i_sequence >= 0) & wide) != (p_times.dtype.element_ty == tl.int64):
         return
     p_grad += DV
@@ -330,7 +331,7 @@ def position_gradient_kernel(
     DV: tl.constexpr, COLUMNS: tl.constexpr, COLUMN_BLOCKS: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_distance = tl.program_id(0) // splits
-    # Items come with falling block numbers: those at least i_distance blocks from their start stand first.
+    # Items are in descending order of block number, so those at least i_distance blocks from the start come first.
     count = tl.load(p_counts + i_distance)
     i_row = tl.arange(0, BLOCK)
     b_dp = tl.zeros([BLOCK, BLOCK], tl.float32)

@@ -1,4 +1,4 @@
-"""Relative attention on Triton: the launch configurations, the custom operators and their autograd.
+"""The Triton form of relative attention: launch configurations, custom operators and their autograd.
 
 Legend: B sequences, N max_seq_len, T tokens, G groups (views × heads).
 """
@@ -23,7 +23,7 @@ from kernels.relative_attention.work_plan import WorkLists
 
 @dataclass(frozen=True)
 class Launch:
-    """Of one kernel: the keys or queries that a program takes at a time, and Triton's options."""
+    """The launch of one kernel: how many keys or queries a program takes at a time, and Triton's options."""
 
     step: int
     num_warps: int
@@ -38,11 +38,11 @@ class LaunchConfig:
     """How the kernels are launched for one pair of widths.
 
     Attributes:
-        block: queries or keys of a program, and both sides of a tile of the plan.
-        columns: of v and its gradients, all groups side by side, that a program of a bias kernel carries.
-        forward, query, key: the semantic kernels.
-        bias_forward, bias_value: the bias kernels; tiles of their weights' gradients are (block, block).
-        gradient: the kernels of the weights' gradients.
+        block: number of queries or keys of a program, and both sides of a tile of the plan.
+        columns: number of columns of v and its gradients, with all groups side by side, of a program of a bias kernel.
+        forward, query, key: launches of the semantic kernels.
+        bias_forward, bias_value: launches of the bias kernels.
+        gradient: launch of the kernels of the weights' gradients, whose tiles are (block, block).
     """
 
     block: int
@@ -56,7 +56,7 @@ class LaunchConfig:
 
     @classmethod
     def choose(cls, num_groups: int, dqk: int, dv: int, itemsize: int, precision: str, arch: int) -> LaunchConfig:
-        """Each branch is what compiles for its compute capability without a spill (`python -m kernels.aot`)."""
+        """Each branch compiles without spilled registers for its compute capability (`python -m kernels.aot`)."""
         block, width = cls.choose_block(dqk, dv, itemsize, precision), max(dqk, dv)
         padded = triton.next_power_of_2(max(dv, 16))
         columns = min(triton.next_power_of_2(num_groups) * padded, 128 if arch >= 90 else 64)
@@ -65,12 +65,12 @@ class LaunchConfig:
             semantic_launch, bias_launch = Launch(min(short, block), 8, 1), Launch(16, 4, 1)
             return cls(block, min(columns, 64), *[semantic_launch] * 3, *[bias_launch] * 3)
         if width > 128:
-            # On 8 warps tiles of 32 rows are computed twice; dk, dv alone would spill on 4.
+            # 8 warps compute tiles of 32 rows twice, but on 4 warps the kernel of dk and dv would spill.
             queries, keys = Launch(32, 4, 1), Launch(32, 8, 1)
             return cls(block, columns, queries, queries, keys, *[Launch(32, 4, 2)] * 3)
-        # On more than 4 warps, whose instructions have 16 rows each, tiles of 64 rows would be computed twice.
+        # A warp's instruction has 16 rows, so more than 4 warps would compute tiles of 64 rows twice.
         double, whole, half, quarter = (Launch(step, 4, 2) for step in (128, 64, 32, 16))
-        aligned = dqk % 16 == dv % 16 == 0  # otherwise masks of columns take registers too
+        aligned = dqk % 16 == dv % 16 == 0  # otherwise the masks of columns take registers too
         if width <= 16:
             launches = (double, double, whole)
         elif arch >= 90:
@@ -83,19 +83,19 @@ class LaunchConfig:
 
     @staticmethod
     def choose_block(dqk: int, dv: int, itemsize: int, precision: str) -> int:
-        """``block``: compared, not computed, so that torch.compile takes sizes that it knows as symbols."""
+        """``block``. It only compares the sizes, so that torch.compile can pass them as symbols."""
         width, aligned = max(dqk, dv), dqk % 16 == dv % 16 == 0
-        if itemsize == 4 and precision == "ieee":  # exact products run on vector units, their operands in registers
+        if itemsize == 4 and precision == "ieee":  # exact products run on vector units with operands in registers
             return 32 if width <= 64 and aligned else 16
         if width > 128:
             return 32 if itemsize == 2 else 16
-        # Rows of float32 that are no multiple of 16 columns are loaded an element at a time, with an address each.
+        # float32 rows whose width is not a multiple of 16 are loaded element by element, each with its own address.
         return 64 if itemsize == 2 or (width <= 64 and aligned) or width <= 16 else 32
 
 
 @dataclass(frozen=True)
 class _Tables:
-    """P as Toeplitz tiles, and the time weights by cell and by code, of one call."""
+    """The tables of one call: P as Toeplitz tiles, and the time weights by cell and by code."""
 
     positions: Tensor
     cells: Tensor
@@ -131,7 +131,7 @@ def attention_op(
     any_wide: bool,
     precision: str,
 ) -> Tensor:
-    """(G, T, 3·dv); ``lists``: those of `WorkLists` for the block of `LaunchConfig`."""
+    """The result (G, T, 3·dv); ``lists`` are the tensors of `WorkLists` for the block of `LaunchConfig`."""
     work = WorkLists(*lists)
     q, k, v, ts_weights, pos_weights = contiguous(q, k, v, ts_weights, pos_weights)
     seq_offsets, timestamps = contiguous(seq_offsets, timestamps)
@@ -177,7 +177,7 @@ def attention_backward_op(
     any_wide: bool,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, ts_weights and pos_weights."""
+    """The gradients of q, k, v, ts_weights and pos_weights."""
     work = WorkLists(*lists)
     grad, q, k, v, seq_offsets, timestamps = contiguous(grad, q, k, v, seq_offsets, timestamps)
     ts_weights, pos_weights = contiguous(ts_weights, pos_weights)
@@ -218,7 +218,7 @@ def attention_backward_op(
             work.codes, work.tiles, work.tile_counts, work.query_items, num_tokens, groups, work.codes.shape[1], **options,
         )  # fmt: skip
     distances = work.counts.numel()
-    # Enough programs to fill a GPU at short lengths, and at long ones to share the many tiles next to the diagonal; the
+    # Enough programs to fill a GPU at short lengths and, at long ones, to share the many tiles next to the diagonal. The
     # partial sums take distances · splits · 16 KiB.
     splits = min(num_items, max(16, 512 // distances))
     position_partial = torch.empty(distances, splits, block, block, dtype=torch.float32, device=q.device)
@@ -226,7 +226,7 @@ def attention_backward_op(
         v, grad, position_partial, seq_offsets, work.query_items, work.counts, num_tokens, groups, splits, **options
     )
     d_ts_weights = time_partial.sum(0, dtype=torch.float64).to(ts_weights.dtype)
-    # The tile at distance D stands D blocks left of the last columns of the widest position tile.
+    # In the widest position tile, the tile at distance D lies D blocks to the left of the last columns.
     widest = position_partial.sum(1).flip(0).transpose(0, 1).reshape(block, distances * block)
     return dq, dk, d_values, d_ts_weights, sum_diagonals(widest, max_seq_len, pos_weights.numel()).to(pos_weights.dtype)
 
@@ -252,5 +252,5 @@ attention_op.register_autograd(_backward, setup_context=_setup_context)
 
 
 def column_blocks(groups: int, dv: int, config: LaunchConfig) -> int:
-    """How many programs of a bias kernel share an item."""
+    """The number of programs of a bias kernel that share a work item."""
     return triton.cdiv(groups * triton.next_power_of_2(max(dv, 16)), config.columns)

@@ -1,14 +1,16 @@
 """Triton kernels of the semantic channel, A_ij = SiLU(q_i·k_j) / N: forward, dq, and dk with dv.
 
-forward   a program per (query block, group): S = q kᵀ, A v.
-dq        a program per (query block, group): S, g_A vᵀ, dS k.
-dk, dv    a program per (key block, group), tiles transposed: S, g_A vᵀ, dSᵀ q, Aᵀ g_A; dv adds the bias channels' part.
+forward   has one program per (query block, group), which computes S = q kᵀ and A v.
+dq        has one program per (query block, group), which computes S, g_A vᵀ and dS k.
+dk, dv    has one program per (key block, group), which computes S, g_A vᵀ, dSᵀ q and Aᵀ g_A in transposed tiles and adds the
+          part of the bias channels to dv.
 
-q, in the last kernel k, is halved when it is loaded, exactly: SiLU and its slope are functions of S / 2 (`triton_tiles`).
-Only tiles that touch the diagonal are masked; rows beyond the end of a sequence are zeros and add nothing. 1/N comes once a row.
+q, or in the last kernel k, is halved when it is loaded, which is exact: SiLU and its slope are functions of S / 2
+(`triton_tiles`). Only tiles that touch the diagonal are masked. Rows beyond the end of a sequence are zeros and add nothing.
+1/N is applied once per row.
 
-Layout: q, k (G, T, dqk), v (G, T, dv), out and grad (G, T, 3·dv), contiguous; addresses in int64. Work items are in
-`work_plan.py`. Legend: as in `triton_tiles`.
+Layout: q, k (G, T, dqk), v (G, T, dv), out and grad (G, T, 3·dv) are contiguous; addresses are int64. `work_plan.py` describes
+the work items, `triton_tiles` has the legend.
 """
 
 # mypy: ignore-errors
@@ -31,7 +33,7 @@ SIZES = ["num_tokens", "max_seq_len", "num_groups"]
 
 @triton.jit
 def _load_halved(p, i_column, row, m_row, WIDTH: tl.constexpr):
-    """(rows, columns), halved: SiLU and its slope are functions of S / 2."""
+    """Half of a block (rows, columns) of q or k."""
     b = tl.load(
         column_pointers(p, i_column, 0, row, WIDTH, WIDTH), mask=m_row & column_mask(i_column, 1, WIDTH), other=0.0
     )
@@ -42,7 +44,7 @@ def _load_halved(p, i_column, row, m_row, WIDTH: tl.constexpr):
 def _load_keys(
     p_keys, p_values, i_start, i_key, length, m_qk, m_v, DIAGONAL: tl.constexpr, DQK: tl.constexpr, DV: tl.constexpr
 ):
-    """k and v of a step of keys. Only next to the DIAGONAL may a key lie beyond the sequence's end."""
+    """k and v of a step of keys. Only in tiles on the DIAGONAL can a key lie beyond the end of the sequence."""
     if DIAGONAL:
         m_key = (i_key < length)[:, None]
         b_k = tl.load(p_keys + i_start * DQK, mask=m_key & m_qk, other=0.0)
@@ -57,7 +59,7 @@ def _forward_step(
     out, b_q, p_keys, p_values, i_query, i_start, i_step, length, m_qk, m_v,
     DIAGONAL: tl.constexpr, DQK: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``out`` and A v of a step of keys."""
+    """Adds A v of a step of keys to ``out``."""
     i_key = i_start + i_step
     b_k, b_v = _load_keys(p_keys, p_values, i_start, i_key, length, m_qk, m_v, DIAGONAL, DQK, DV)
     b_a = silu(tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION), b_q.dtype == tl.float32)
@@ -71,7 +73,7 @@ def _query_step(
     b_dq, b_q, b_g, p_keys, p_values, i_query, i_start, i_step, length, m_qk, m_v,
     DIAGONAL: tl.constexpr, DQK: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``b_dq`` and dS k of a step of keys."""
+    """Adds dS k of a step of keys to ``b_dq``."""
     i_key = i_start + i_step
     b_k, b_v = _load_keys(p_keys, p_values, i_start, i_key, length, m_qk, m_v, DIAGONAL, DQK, DV)
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
@@ -87,7 +89,7 @@ def _key_step(
     b_dk, b_dv, b_k, b_v, p_queries, p_grads, i_key, i_start, i_step, length, m_qk, m_v,
     DIAGONAL: tl.constexpr, DQK: tl.constexpr, DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``b_dk`` and dSᵀ q, ``b_dv`` and Aᵀ g_A of a step of queries."""
+    """Adds dSᵀ q and Aᵀ g_A of a step of queries to ``b_dk`` and ``b_dv``."""
     i_query = i_start + i_step
     b_q = tl.load(p_queries + i_start * DQK, mask=(i_query < length)[:, None] & m_qk, other=0.0)
     b_g = tl.load(p_grads + i_start * (3 * DV), mask=(i_query < length)[:, None] & m_v, other=0.0)

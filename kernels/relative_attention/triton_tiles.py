@@ -1,7 +1,7 @@
-"""What the Triton kernels of relative attention share: work items, rows of groups side by side, SiLU, time weights.
+"""Functions that the Triton kernels of relative attention share: work items, columns of groups, SiLU, time weights.
 
-Legend: L length of a sequence; i_ indices, m_ masks, p_ pointers, b_ blocks of values. A padded width is the next power of
-two of a width, at least 16. Columns are those of all groups side by side, each group padded.
+Legend: L length of a sequence; i_ indices, m_ masks, p_ pointers, b_ blocks of values. A padded width is the
+smallest power of two that is at least the width and 16. Columns are those of all groups, side by side, each group padded.
 """
 
 # mypy: ignore-errors
@@ -12,13 +12,13 @@ import triton.language as tl
 
 from kernels.backend import interpreting
 
-# Triton's interpreter runs no PTX.
+# Triton's interpreter cannot run PTX.
 INTERPRETED = tl.constexpr(interpreting())
 
 
 @triton.jit
 def load_item(p_items, i_item, p_offsets):
-    """Sequence, block, row of the plan's tables, whether times span 2³¹ s, first token and length; sequence −1: no work."""
+    """Sequence (−1: no work), block, row in the plan's tables, whether times span 2³¹ s, first token and length."""
     i_sequence = tl.load(p_items + 4 * i_item)
     i_block = tl.load(p_items + 4 * i_item + 1).to(tl.int32)
     i_row = tl.load(p_items + 4 * i_item + 2)
@@ -31,7 +31,7 @@ def load_item(p_items, i_item, p_offsets):
 
 @triton.jit
 def column_pointers(p, i_column, num_tokens, token, stride, WIDTH: tl.constexpr):
-    """(rows, columns): where the columns of each token stand in (G, T, stride)."""
+    """(rows, columns): pointers to the columns of each token in (G, T, stride)."""
     width: tl.constexpr = triton.next_power_of_2(max(WIDTH, 16))
     group = (i_column // width).to(tl.int64) * num_tokens
     return p + (group[None, :] + token[:, None]) * stride + (i_column % width)[None, :]
@@ -39,9 +39,9 @@ def column_pointers(p, i_column, num_tokens, token, stride, WIDTH: tl.constexpr)
 
 @triton.jit
 def column_mask(i_column, num_groups, WIDTH: tl.constexpr):
-    """(1, columns): where a column is of a group that exists and no padding."""
+    """(1, columns): whether a column belongs to an existing group and is not padding."""
     width: tl.constexpr = triton.next_power_of_2(max(WIDTH, 16))
-    if width == WIDTH and i_column.shape[0] <= WIDTH:  # known when compiled, so that no mask is left
+    if width == WIDTH and i_column.shape[0] <= WIDTH:  # known at compile time, so the compiler removes the mask
         return tl.full([1, i_column.shape[0]], True, tl.int1)
     else:
         return ((i_column % width < WIDTH) & (i_column // width < num_groups))[None, :]
@@ -49,7 +49,7 @@ def column_mask(i_column, num_groups, WIDTH: tl.constexpr):
 
 @triton.jit
 def load_columns(p_tile, m_column, ALL_COLUMNS: tl.constexpr):
-    """A tile whose rows all exist; ALL_COLUMNS: its columns do too."""
+    """Loads a tile whose rows all exist; with ALL_COLUMNS its columns do too."""
     if ALL_COLUMNS:
         return tl.load(p_tile)
     else:
@@ -66,7 +66,7 @@ def tanh(x):
 
 @triton.jit
 def silu(h, EXACT: tl.constexpr):
-    """SiLU(2h) = h + h·tanh(h): one special function. Its error of 2⁻¹¹ is an eighth of bfloat16's rounding."""
+    """SiLU(2h) = h + h·tanh(h), with one special function whose error, 2⁻¹¹, is an eighth of bfloat16's rounding."""
     if EXACT:
         return 2.0 * h / (1.0 + tl.exp(-2.0 * h))
     else:
@@ -75,7 +75,7 @@ def silu(h, EXACT: tl.constexpr):
 
 @triton.jit
 def silu_gradient(h, b_da, EXACT: tl.constexpr):
-    """2 SiLU'(2h) dA, in which 2 SiLU'(2h) = 1 + t + h (1 − t²), t = tanh(h)."""
+    """2 SiLU'(2h) dA, where 2 SiLU'(2h) = 1 + t + h (1 − t²) and t = tanh(h)."""
     if EXACT:
         s = 1.0 / (1.0 + tl.exp(-2.0 * h))
         return b_da * (2.0 * s * (1.0 + 2.0 * h * (1.0 - s)))
@@ -86,10 +86,9 @@ def silu_gradient(h, b_da, EXACT: tl.constexpr):
 
 @triton.jit
 def time_cells(seconds, p_cells):
-    """Of a tile of time differences: whether |Δ| reaches the threshold of its cell, and what the cell holds.
+    """For a tile of time differences: whether |Δ| reaches the threshold of its cell, and the upper half of the cell.
 
-    The thresholds decide, not the cells, so buckets are exact. A cell is a float32's sign, exponent and two bits of
-    its mantissa, too narrow for two thresholds; see `time_tables.time_cells`.
+    Buckets are exact, because thresholds separate them, not cells (`time_tables.time_cells`).
     """
     x = seconds.to(tl.float32)
     b_cell = tl.load(p_cells + (x.to(tl.uint32, bitcast=True) >> 21))
@@ -98,7 +97,7 @@ def time_cells(seconds, p_cells):
 
 @triton.jit
 def time_weights(seconds, p_cells, p_ts_weights, dtype: tl.constexpr):
-    """T of a tile of any buckets. The cell holds the two weights, in float32 the lower bucket."""
+    """T of a tile with any buckets. A cell contains the two weights or, in float32, the lower bucket."""
     reached, held = time_cells(seconds, p_cells)
     if dtype == tl.float32:
         return tl.load(p_ts_weights + held + reached.to(tl.int32)).to(tl.float32)
@@ -108,7 +107,7 @@ def time_weights(seconds, p_cells, p_ts_weights, dtype: tl.constexpr):
 
 @triton.jit
 def selected_weights(p_selects, code, dtype: tl.constexpr):
-    """Of a tile of at most two buckets: int32 threshold, weight below it and weight from it on."""
+    """For a tile of at most two buckets: the int32 threshold, the weight below it and the weight from it upwards."""
     threshold = tl.load(p_selects + 3 * code)
     low = tl.load(p_selects + 3 * code + 1)
     high = tl.load(p_selects + 3 * code + 2)

@@ -1,5 +1,4 @@
-"""The compilations of relative attention that are in use: the widths and dtypes of the configurations in `configs/`
-and of the benchmark."""
+"""The compilations of relative attention for the widths and dtypes of the configurations in `configs/` and of the benchmark."""
 
 from __future__ import annotations
 
@@ -10,8 +9,8 @@ from kernels.relative_attention import triton_semantic_kernels as semantic
 from kernels.relative_attention.triton_form import Launch, LaunchConfig, column_blocks
 from kernels.variant import Variant
 
-# (dtype, bytes, precision of products, groups, dqk, dv): 4 views of 16, one table of 50 (FuXi-α's) and heads of 64, 128
-# and 256 columns; float32 with TF32 and with exact products; one float16, whose widths differ.
+# (dtype, bytes, precision of products, groups, dqk, dv): 4 views of 16, one table of 50 as in FuXi-α, and heads of 64, 128
+# and 256 columns; float32 with TF32 and with exact products; float16 with dqk and dv that differ.
 SHAPES = (
     ("bf16", 2, "ieee", 4, 16, 16),
     ("bf16", 2, "ieee", 1, 50, 50),
@@ -43,7 +42,7 @@ INTEGERS = {
     "p_codes": "*i16",
     "p_tiles": "*i16",
 }
-# Launched a second time for sequences whose times span 2³¹ s.
+# These kernels are launched a second time for sequences whose times span 2³¹ s.
 OF_TIMES = (bias.bias_forward_kernel, bias.bias_value_kernel, bias.time_gradient_kernel)
 
 
@@ -55,12 +54,12 @@ def aot_variants() -> list[Variant]:
 def shape_variants(
     arch: int, dtype: str, itemsize: int, precision: str, groups: int, dqk: int, dv: int, *, wide_times: bool = True
 ) -> list[Variant]:
-    """What forward and backward launch for one shape; ``wide_times``: for histories that span 2³¹ s too."""
+    """The variants that forward and backward launch for one shape; ``wide_times`` adds those for times that span 2³¹ s."""
     config = LaunchConfig.choose(groups, dqk, dv, itemsize, precision, arch)
     exact = " exact" if dtype == "fp32" and precision == "ieee" else ""
     name = f"{dtype}{exact} G={groups} dqk={dqk} dv={dv}"
     columns, gradient = config.columns, config.gradient
-    # Kernel, launch, columns of products.
+    # Kernel, launch, number of columns of its products.
     launches: list[tuple[Any, Launch, int]] = [
         (bias.tables_kernel, Launch(config.block, 4, 1), 0),
         (bias.value_sums_kernel, gradient, 0),

@@ -1,17 +1,18 @@
-"""The plan of the Triton form: what its programs work on and how many time buckets each tile has.
+"""The plan of the Triton form: the work of each program and the number of time buckets in each tile.
 
-It depends on the offsets and the timestamps alone, so one plan serves every block of a decoder, forward and backward.
-Everything is made on the tensors' device, without a transfer.
+It depends only on offsets and timestamps, so one plan serves every block of a decoder, forward and backward. Everything is
+computed on the device of the tensors, without a transfer.
 
-A block is ``block`` consecutive tokens of one sequence; a tile is a block of queries and a block of keys. Rows of the tables
-number the blocks of all sequences, in order: lengths [70, 0, 10], block 64 → rows 0 and 1, none, row 2. A tile below the
-diagonal has a code, from the earliest and latest times of its two blocks:
+A block consists of ``block`` consecutive tokens of one sequence; a tile consists of a block of queries and a block of keys. The
+rows of the tables number the blocks of all sequences in order: with lengths [70, 0, 10] and block 64, the first sequence has
+rows 0 and 1, the second none and the third row 2. A tile below the diagonal has a code c, which is derived from the earliest
+and latest times of its two blocks:
 
-    0 ≤ c < 129     buckets c − 1 and c, no time difference negative;
-    129 ≤ c < 258   bucket c − 129 alone;
-    c < 0           buckets from (−1 − c) // 129 to (−1 − c) % 129, and every tile of a wide sequence.
+    0 ≤ c < 129     the tile has buckets c − 1 and c, and no negative time difference;
+    129 ≤ c < 258   the tile has only bucket c − 129;
+    c < 0           the tile has buckets from (−1 − c) // 129 to (−1 − c) % 129, or its sequence is wide.
 
-A sequence is wide if its times span 2³¹ s or more. The times of the others are int32 seconds from their earliest.
+A sequence is wide if its times span 2³¹ s or more. Times of other sequences are int32 seconds since their earliest time.
 
 Legend: B sequences, N max_seq_len, T tokens, R rows, at most T // block + B.
 """
@@ -31,17 +32,17 @@ WIDE_SPAN = 2**31
 
 @dataclass(frozen=True)
 class WorkLists:
-    """The programs' work, heaviest first, and the codes of the tiles, for blocks of one size.
+    """The work of the programs, largest first, and the codes of the tiles, for one block size.
 
     Attributes:
-        query_items, key_items: (R, 4) int64, (sequence, block, row, whether the sequence is wide); a query item's work is
-            its block number + 1 key blocks, a key item's the blocks from its own to the last. Sequence −1 pads the
-            lists, whose true length only the device knows.
-        counts: (ceil(N / block),) int32, the query items whose block number is at least the index.
-        seconds: (T + B,) int32, see above; of wide sequences, zeros.
-        codes: (R, ceil(N / block)) int16, of the tile of a row's queries and a key block before its own.
-        tiles: (R, ceil(N / block)) int16, a row's key blocks whose tiles have several buckets, in order, then others.
-        tile_counts: (R,) int32, how many those are.
+        query_items, key_items: (R, 4) int64, (sequence, block, row, whether the sequence is wide). A query item processes its
+            own block and all earlier key blocks, a key item its own block and all later query blocks. Only the device
+            knows the true length of the lists, so they are padded with sequence −1.
+        counts: (ceil(N / block),) int32, the number of query items whose block number is at least the index.
+        seconds: (T + B,) int32, see above; zeros for wide sequences.
+        codes: (R, ceil(N / block)) int16, the code of the tile of a row's queries and an earlier key block.
+        tiles: (R, ceil(N / block)) int16, the key blocks of a row whose tiles have several buckets, in order, then the others.
+        tile_counts: (R,) int32, the number of tiles with several buckets.
     """
 
     query_items: Tensor
@@ -53,7 +54,7 @@ class WorkLists:
     tile_counts: Tensor
 
     def tensors(self) -> list[Tensor]:
-        """In the order of the attributes."""
+        """The tensors in the order of the attributes."""
         return [getattr(self, name) for name in self.__dataclass_fields__]
 
 
@@ -62,7 +63,7 @@ class WorkPlan:
     """The plan of the triton backend: work lists by block size.
 
     Attributes:
-        any_wide: whether a sequence may span 2³¹ s or more.
+        any_wide: whether a sequence may be wide.
     """
 
     seq_offsets: Tensor
@@ -109,7 +110,7 @@ def _(seq_offsets: Tensor, timestamps: Tensor, max_seq_len: int, block: int) -> 
 
 
 def wide_sequences(seq_offsets: Tensor, timestamps: Tensor) -> Tensor:
-    """(B,) bool."""
+    """(B,) bool, whether the times of a sequence span 2³¹ s or more."""
     sequence = _sequence_of_times(seq_offsets, timestamps)
     span = _extreme(timestamps, sequence, "amax", seq_offsets.numel() - 1)
     span -= _extreme(timestamps, sequence, "amin", seq_offsets.numel() - 1)
@@ -120,19 +121,19 @@ def _sequence_of_times(seq_offsets: Tensor, timestamps: Tensor) -> Tensor:
     """(T + B,) int64, the sequence of each timestamp: offsets [0, 2, 2, 3] → [0, 0, 0, 1, 2, 2]."""
     ends = seq_offsets[1:] + torch.arange(1, seq_offsets.numel(), device=seq_offsets.device)
     time = torch.arange(timestamps.numel(), device=seq_offsets.device)
-    # Clamped for offsets and timestamps that do not fit, which are refused later.
+    # Offsets and timestamps that do not fit are rejected later; the clamp keeps their indices valid until then.
     return torch.searchsorted(ends, time, right=True).clamp(max=max(ends.numel() - 1, 0))
 
 
 def _extreme(values: Tensor, group: Tensor, reduction: str, num_groups: int) -> Tensor:
-    """(num_groups,) the ``amin`` or ``amax`` of the values of each group, 0 for an empty one."""
+    """(num_groups,) the ``amin`` or ``amax`` of the values of each group, or 0 if it is empty."""
     return values.new_zeros(max(num_groups, 1)).scatter_reduce(0, group, values, reduction, include_self=False)[
         :num_groups
     ]
 
 
 def make_work_lists(seq_offsets: Tensor, timestamps: Tensor, max_seq_len: int, block: int) -> WorkLists:
-    """See `WorkLists`. Offsets [0, 70, 80], block 64 → query items (0, 1, 1), (0, 0, 0), (1, 0, 2), then padding."""
+    """See `WorkLists`. Offsets [0, 70, 80] and block 64 give query items (0, 1, 1), (0, 0, 0), (1, 0, 2), then padding."""
     device = seq_offsets.device
     num_sequences = seq_offsets.numel() - 1
     num_tokens = timestamps.numel() - num_sequences
@@ -171,7 +172,7 @@ def make_work_lists(seq_offsets: Tensor, timestamps: Tensor, max_seq_len: int, b
 def _tile_codes(
     seq_offsets: Tensor, timestamps: Tensor, items: Tensor, first_row: Tensor, key_block: Tensor, block: int
 ) -> Tensor:
-    """(R, key blocks) int16; ``items`` in the order of rows, ``first_row`` (R,) of their sequences."""
+    """(R, key blocks) int16. ``items`` are in the order of rows; ``first_row`` (R,) is the first row of an item's sequence."""
     rows = items.shape[0]
     num_tokens = timestamps.numel() - seq_offsets.numel() + 1
     token = torch.arange(num_tokens, device=timestamps.device)
@@ -183,7 +184,7 @@ def _tile_codes(
     key_row = (first_row[:, None] + key_block[None, :]).clamp(max=max(rows - 1, 0))
     least = _extreme(next_times, row, "amin", rows)[:, None] - _extreme(key_times, row, "amax", rows)[key_row]
     most = _extreme(next_times, row, "amax", rows)[:, None] - _extreme(key_times, row, "amin", rows)[key_row]
-    # |Δ| is least at 0 where Δ has both signs.
+    # If Δ takes both signs, the least |Δ| is 0.
     nearest = torch.where(least >= 0, least, (-most).clamp(min=0))
     furthest = torch.maximum(least.abs(), most.abs())
     thresholds = time_thresholds(timestamps.device)[1:].contiguous()

@@ -1,8 +1,8 @@
-"""Sampled softmax: the loss of each token over its target and its negatives, without the gathered negatives.
+"""Sampled softmax: the loss of each token over its target and its negatives, without storing the gathered negatives.
 
-`api.py` has the definition, the public function, its checks and the choice of the backend; `torch_form.py` the PyTorch
-form; `triton_kernels.py` and `triton_form.py` the Triton form, `variants.py` its compilations in use. docs/kernels.md
-derives its cost and its tiles.
+`api.py` has the definition and the public function, which checks its arguments and chooses the backend. `torch_form.py` is the
+PyTorch form. `triton_kernels.py` and `triton_form.py` are the Triton form, and `variants.py` lists its compilations in use.
+docs/kernels.md derives the cost and the tiles.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The public function of sampled softmax: checks, choice of the backend.
+"""The public function of sampled softmax, which checks its arguments and chooses the backend.
 
-With unit vectors h_t and e_i, temperature τ, offset o and an item's own bias b_i, the logits of token t are
+With unit vectors h_t and e_i, temperature τ, offset o and bias b_i of an item, the logits, loss and gradients of token t are
 
-    z_t0 = ⟨h_t, e_target⟩ / τ,    z_tj = ⟨h_t, e_neg(t,j)⟩ / τ + o + b_neg(t,j)  (−5e4 where the negative is the target)
+    z_t0 = ⟨h_t, e_target⟩ / τ,    z_tj = ⟨h_t, e_neg(t,j)⟩ / τ + o + b_neg(t,j)  (−5e4 if the negative is the target)
     loss_t = ln Σ_j exp z_tj − z_t0
 
-    d h_t = Σ_j g_tj e_j,    d e_i = Σ over the (t, j) that name i of g_tj h_t,    g = (softmax(z) − 1[j = 0]) · grad / τ
+    d h_t = Σ_j g_tj e_j,    d e_i = Σ g_tj h_t over all (t, j) whose item is i,    g = (softmax(z) − 1[j = 0]) · grad / τ
 
 Token t uses the negatives of group t // group_size.
 
@@ -38,23 +38,24 @@ def sampled_softmax_loss(
     """The loss of each token.
 
     Args:
-        hidden: (T, D) and items: (U, D), both normalised by the caller, of one dtype: float64, float32, bfloat16 or
-            float16.
+        hidden: (T, D), normalised by the caller; float64, float32, bfloat16 or float16.
+        items: (U, D), normalised by the caller, of the same dtype.
         targets: (T,) int64 rows of ``items``.
-        negatives: (ceil(T / group_size), n) int64 rows of ``items``; token t uses row t // group_size. That rows exist is
-            checked on a CPU; reading them on a GPU would wait for it.
-        group_size: consecutive tokens that share their negatives; 0: all tokens share one row.
-        temperature: τ. logit_offset: added to the negatives' logits.
-        item_bias: (U,) float32, added to the logit of each negative by its row, such as −log of how often it is expected
-            among the negatives; no gradient flows to it. None: nothing is added.
-        backend: ``auto`` (triton on CUDA for what it takes, torch elsewhere), ``torch``, or ``triton``, which takes
-            float32, bfloat16 and float16 and widths to 512.
+        negatives: (ceil(T / group_size), n) int64 rows of ``items``; token t uses row t // group_size. Only on a CPU is it
+            checked that the rows exist, because reading them from a GPU would wait for it.
+        group_size: number of consecutive tokens that share their negatives; 0: all tokens share one row.
+        temperature: τ.
+        logit_offset: added to the logits of the negatives.
+        item_bias: (U,) float32, added to the logit of each negative, such as −log of its expected count among the negatives.
+            It gets no gradient. None: nothing is added.
+        backend: ``auto`` (triton on CUDA for inputs that it takes, torch otherwise), ``torch``, or ``triton``, which takes
+            float32, bfloat16 and float16 and widths up to 512.
 
     Returns:
         (T,) float32 (float64 for float64 input), differentiable in ``hidden`` and ``items``.
 
     Raises:
-        ValueError: an argument is wrong, or the backend cannot run here; the message names it.
+        ValueError: an argument is wrong, or the backend cannot run here. The message names it.
     """
     chosen = backend_for(backend, "hidden", hidden)
     _check_operands(hidden, items, targets, negatives, item_bias, group_size)
@@ -63,9 +64,9 @@ def sampled_softmax_loss(
     if hidden.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_rows(items.shape[0], targets=targets, negatives=negatives)
     if hidden.shape[1] > TRITON_WIDTH and backend == "triton":
-        raise ValueError(f"hidden has width {hidden.shape[1]}; the triton backend takes widths to {TRITON_WIDTH}")
+        raise ValueError(f"hidden has width {hidden.shape[1]}; the triton backend takes widths up to {TRITON_WIDTH}")
     if chosen == "triton" and hidden.shape[1] <= TRITON_WIDTH:
-        # Here, not above: the triton package need not be installed where it does not run.
+        # Imported here because the triton package may be missing if this backend is not used.
         from kernels.sampled_softmax.triton_form import loss_op
 
         loss, _ = loss_op(hidden, items, targets, negatives, item_bias, group_size, temperature, logit_offset)

@@ -1,7 +1,8 @@
-"""Sampled softmax in PyTorch, for the CPU and for what the Triton form does not take.
+"""Sampled softmax in PyTorch, for CPUs and for inputs that the Triton form does not take.
 
-With a group of one, logits are products of a row with rows of its own, and both gradients are weighted sums of rows
-(`embedding_bag`); the sum into the items reads its entries sorted by item, so that it runs in a fixed order. In larger groups all are batched products.
+With a group size of one, each token has its own negatives: logits are products of its row with their rows, and both gradients
+are weighted sums of rows (`embedding_bag`). The sum into the items reads its entries sorted by item, so its order is fixed. In
+larger groups, all of these are batched products.
 
 Legend: T tokens, D width, U distinct items, n negatives; see `api.py` for the definition.
 """
@@ -18,7 +19,7 @@ from torch import Tensor
 from kernels.backend import operator
 
 MASKED_LOGIT = -5e4
-TOKENS_AT_ONCE = 32  # tokens whose negatives' rows exist at once; 32 · 128 rows of 50 floats stay in the cache
+TOKENS_AT_ONCE = 32  # tokens whose negatives are gathered at a time; 32 · 128 rows of 50 floats stay in the cache
 
 
 @operator("kernels::sampled_softmax_own_torch")
@@ -31,7 +32,7 @@ def own_negatives(
     temperature: float,
     logit_offset: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The losses (T,) where every token has negatives of its own; for backward, rows (T, 1 + n) int32 and their slopes."""
+    """The losses (T,) if each token has its own negatives; for backward, rows (T, 1 + n) int32 and their slopes."""
     # 32-bit rows halve the time of the sort and of the weighted sums.
     rows = torch.cat([targets[:, None], negatives], dim=1).int()
     logits = _products(hidden, items, rows)
@@ -51,13 +52,13 @@ def _(hidden: Tensor, items: Tensor, targets: Tensor, negatives: Tensor, *_: Any
 def own_negatives_backward(
     grad: Tensor, hidden: Tensor, items: Tensor, rows: Tensor, slopes: Tensor, temperature: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and items."""
+    """The gradients of hidden and items."""
     num_tokens, width = rows.shape
     weights = (slopes * (grad / temperature)[:, None]).to(hidden.dtype).flatten()
     flat = rows.flatten()
     bags = torch.arange(0, num_tokens * width, width, dtype=torch.int32, device=rows.device)
     grad_hidden = F.embedding_bag(flat, items, bags, mode="sum", per_sample_weights=weights)
-    # A stable sort goes digit by digit: half as many in 16 bits.
+    # A stable sort is a radix sort; 16-bit keys have half as many digits.
     order = torch.argsort(flat.short() if items.shape[0] <= 2**15 else flat, stable=True)
     token = torch.div(order.to(flat.dtype), width, rounding_mode="trunc")
     counts = torch.bincount(flat, minlength=items.shape[0])
@@ -77,7 +78,7 @@ def shared_negatives(
     temperature: float,
     logit_offset: float,
 ) -> tuple[Tensor, Tensor]:
-    """The losses (T,) where groups of consecutive tokens share their negatives; for backward, the slopes (T, 1 + n)."""
+    """The losses (T,) if groups of consecutive tokens share their negatives; for backward, the slopes (T, 1 + n)."""
     num_tokens = hidden.shape[0]
     groups, num_negatives = negatives.shape
     grouped = _grouped(hidden, groups, group_size)
@@ -110,7 +111,7 @@ def shared_negatives_backward(
     group_size: int,
     temperature: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and items."""
+    """The gradients of hidden and items."""
     groups, num_negatives = negatives.shape
     weights = (slopes * (grad / temperature)[:, None]).to(hidden.dtype)
     grouped_weights = _grouped(weights[:, 1:], groups, group_size)
@@ -157,7 +158,7 @@ shared_negatives.register_autograd(_differentiate_shared, setup_context=_save_sh
 
 
 def _empty_results(hidden: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor]:
-    """Of losses and slopes, float32 or, for float64 operands, float64."""
+    """Uninitialised losses and slopes, in float32 or, for float64 operands, in float64."""
     wide = torch.promote_types(hidden.dtype, torch.float32)
     shape = hidden.shape[0], 1 + negatives.shape[1]
     return hidden.new_empty(shape[0], dtype=wide), hidden.new_empty(shape, dtype=wide)
@@ -167,8 +168,8 @@ def _products(hidden: Tensor, items: Tensor, rows: Tensor) -> Tensor:
     """⟨h_t, e_rows[t, j]⟩, (T, 1 + n), in float32 or wider on a CPU."""
     num_tokens, width = rows.shape
     if hidden.device.type == "cpu" and width <= items.shape[0]:
-        # A sparse matrix that names the pairs: no row is copied, 2 to 2.6 times faster than below (D = 16 to 128). Its rows
-        # may name an item twice, but PyTorch allots no more entries than a dense matrix would have.
+        # A sparse matrix lists the pairs, so no row is copied: 2 to 2.6 times faster than the loop below (D = 16 to 128). A row
+        # may list an item twice, but PyTorch allows no more entries than a dense matrix would have.
         wide = torch.promote_types(hidden.dtype, torch.float32)
         starts, shape = torch.arange(0, rows.numel() + 1, width, dtype=rows.dtype), (num_tokens, items.shape[0])
         with warnings.catch_warnings():
@@ -204,12 +205,12 @@ def _finish_logits(
 
 
 def _slopes(logits: Tensor, log_sum: Tensor) -> Tensor:
-    """d loss_t / d z_tj; takes the place of the logits."""
+    """d loss_t / d z_tj, in the memory of the logits."""
     slopes = logits.sub_(log_sum[:, None]).exp_()
     slopes[:, 0] -= 1
     return slopes
 
 
 def _grouped(x: Tensor, groups: int, group_size: int) -> Tensor:
-    """(T, w) → (groups, group_size, w), the last group filled up with zeros."""
+    """(T, w) → (groups, group_size, w), with the last group padded with zeros."""
     return F.pad(x, (0, 0, 0, groups * group_size - x.shape[0])).unflatten(0, (groups, group_size))

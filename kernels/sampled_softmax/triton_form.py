@@ -1,5 +1,4 @@
-"""Sampled softmax on Triton: the launch configurations, the sorting of what the items' gradient sums, the custom
-operators and their autograd.
+"""The Triton form of sampled softmax: launch configurations, sorting for the items' gradient, custom operators, autograd.
 
 Legend: T tokens, D width, U distinct items, n negatives.
 """
@@ -16,10 +15,10 @@ from torch import Tensor
 from kernels.backend import contiguous, dot_precision, operator
 from kernels.sampled_softmax import triton_kernels
 
-# Below this many tokens a group's negatives are gathered for each token: a tile of 16 rows would stand half empty, and
-# its partial rows in float32 would move more bytes than the sort that they save.
+# In smaller groups the negatives are gathered for each token. Tiles of 16 rows would be less than half full, and their partial
+# rows in float32 would move more bytes than the sort that they save.
 SMALLEST_SHARED_GROUP = 8
-# What one pass of the items' gradient sorts or holds, so that its memory does not grow with T.
+# What one pass of the items' gradient sorts or keeps, so that its memory does not grow with T.
 ENTRIES_AT_ONCE = 1 << 22
 PARTIAL_FLOATS_AT_ONCE = 1 << 24
 PIECE = 256  # entries of an item that one program sums
@@ -32,10 +31,11 @@ class LaunchConfig:
 
     Attributes:
         rows: gathered rows that a program of one token or one item takes at a time.
-        tokens: of a group, that a program of the shared forward and d hidden kernels holds.
-        negatives: that it takes at a time.
-        held_negatives, next_tokens: the same of the d negatives kernel, which holds negatives.
-        precision: of `tl.dot`.
+        tokens: tokens of a group that a program of the shared forward and d hidden kernels holds.
+        negatives: negatives that such a program takes at a time.
+        held_negatives: negatives that a program of the d negatives kernel holds.
+        next_tokens: tokens that such a program takes at a time.
+        precision: precision of `tl.dot`.
     """
 
     rows: int
@@ -47,11 +47,11 @@ class LaunchConfig:
 
     @classmethod
     def choose(cls, width: int, itemsize: int, precision: str, group_size: int) -> LaunchConfig:
-        """Each choice is what compiles for sm_80 and sm_90 without a spill (`python -m kernels.aot`)."""
+        """Each choice compiles for sm_80 and sm_90 without spilled registers (`python -m kernels.aot`)."""
         columns = max(16, triton.next_power_of_2(width))
-        # A tile of rows and its accumulators are 2048 floats each: 16 registers each for a thread of 4 warps.
+        # A tile of rows and its accumulators have 2048 floats each, which are 16 registers per thread of 4 warps.
         rows = min(64, 2048 // columns)
-        # Exact float32 has no tensor cores: its products hold both operands in registers.
+        # Tensor cores do not compute exact float32; its products hold both operands in registers.
         exact = itemsize == 4 and precision == "ieee"
         if columns <= 64:
             block, step = (32, 32) if exact else (64, 64 if itemsize == 2 else 32)
@@ -61,20 +61,20 @@ class LaunchConfig:
             block, step = (16, 16) if exact else (32, 32)
         else:
             block, step = 16, 16
-        # A tile as high as a small group, not one of empty rows; tl.dot wants 16.
+        # In small groups the tile is no higher than the group, except that tl.dot needs 16 rows.
         most = max(16, triton.next_power_of_2(group_size))
         return cls(rows, min(block, most), step, block, min(step, most), precision)
 
     def own(self) -> dict[str, Any]:
-        """The launch options of the kernels of gathered rows."""
+        """The launch options of the kernels that gather rows."""
         return {"STEP": self.rows, "num_warps": 4, "num_stages": 1}
 
     def shared(self) -> dict[str, Any]:
-        """Those of the shared forward and d hidden kernels."""
+        """The launch options of the shared forward and d hidden kernels."""
         return self._tiles(self.tokens, self.negatives)
 
     def shared_negatives(self) -> dict[str, Any]:
-        """Those of the d negatives kernel."""
+        """The launch options of the d negatives kernel."""
         return self._tiles(self.held_negatives, self.next_tokens)
 
     def _tiles(self, block: int, step: int) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def loss_backward_op(
     temperature: float,
     logit_offset: float,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of hidden and items."""
+    """The gradients of hidden and items."""
     grad, hidden, items, targets, negatives = contiguous(grad, hidden, items, targets, negatives)
     num_tokens, width = hidden.shape
     size, num_negatives = min(group_size or num_tokens, num_tokens), negatives.shape[1]
@@ -148,7 +148,7 @@ def loss_backward_op(
         triton_kernels.backward_hidden_own_kernel[(num_tokens,)](
             *operands, d_hidden, num_negatives, size, *scales, D=width, **config.own()
         )
-        # Whole groups, and rows that keep the alignment of the first.
+        # Parts consist of whole groups and keep the alignment of the first row.
         step = max(1, ENTRIES_AT_ONCE // (num_negatives + 1) // (16 * size)) * 16 * size
         for start in range(0, num_tokens, step):
             part = slice(start, min(start + step, num_tokens))
@@ -182,10 +182,10 @@ def _add_entries(
     scales: tuple[float, float],
     config: LaunchConfig,
 ) -> None:
-    """Adds Σ of slope · hidden over all tokens and slots into the items that ``rows`` (T, slots) names."""
+    """Adds slope · hidden of each token and slot to the gradient of its item; ``rows`` (T, slots) are the items."""
     num_items, width = items.shape
     order, starts = _sort_by_item(rows, num_items)
-    # An item's entries in pieces of PIECE: those of item i are [piece_starts[i], piece_starts[i + 1]).
+    # The entries of an item are divided into pieces of PIECE; item i has the pieces [piece_starts[i], piece_starts[i + 1]).
     piece_starts = torch.zeros_like(starts)
     torch.cumsum((starts.diff() + PIECE - 1) // PIECE, 0, dtype=torch.int32, out=piece_starts[1:])
     most_pieces = rows.numel() // PIECE + min(num_items, rows.numel())
@@ -202,7 +202,7 @@ def _add_entries(
 def _add_shared_negatives(
     d_items: Tensor, operands: tuple[Any, ...], size: int, scales: tuple[float, float], config: LaunchConfig
 ) -> None:
-    """Adds the negatives' part for groups of ``size``: products of tiles into partial rows, these sorted by item."""
+    """Adds the part of negatives that groups of ``size`` share: products of tiles give partial rows, which are sorted by item."""
     hidden, _, _, negatives, *_ = operands
     num_tokens, width = hidden.shape
     groups, num_negatives = negatives.shape
@@ -225,8 +225,11 @@ def _add_shared_negatives(
 
 
 def _sort_by_item(rows: Tensor, num_items: int) -> tuple[Tensor, Tensor]:
-    """Positions in ``rows`` by rising item, those of item i at [starts[i], starts[i + 1]); int32, without a transfer."""
-    # A radix sort takes a pass for each byte of the key: 16 bits halve the dearest part of the items' gradient.
+    """The positions in ``rows``, sorted by item, and ``starts``: item i has the range [starts[i], starts[i + 1]).
+
+    Both are int32 and are computed without a transfer to the host.
+    """
+    # A radix sort takes one pass per byte of the key, so 16 bits halve the most expensive part of the items' gradient.
     dtype = torch.int16 if num_items < 1 << 15 else torch.int32
     keys, order = torch.sort(rows.flatten().to(dtype), stable=True)
     bounds = torch.arange(num_items + 1, dtype=dtype, device=rows.device)

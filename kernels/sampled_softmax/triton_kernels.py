@@ -1,18 +1,18 @@
 """Triton kernels of sampled softmax: forward and backward, without logits or gathered rows in device memory.
 
-forward, d hidden   own negatives: a program per token, products on vector units, STEP gathered rows at a time.
-                    shared: a program per BLOCK tokens of a group, (BLOCK, STEP) tiles of logits on tensor cores.
-d items             sorted by item: a program per piece of an item's entries (token, slot) computes their logits and
-                    slopes again, from one row of items and gathered rows of hidden, and writes one partial row.
-d negatives         shared: a program per (group, split of its tokens, BLOCK negatives) writes BLOCK partial rows.
-sums                a program per item adds up its partial rows in the order given.
+forward, d hidden   own negatives: one program per token takes STEP gathered rows at a time on vector units.
+                    shared negatives: one program per BLOCK tokens of a group computes (BLOCK, STEP) tiles of logits on
+                    tensor cores.
+d items             entries (token, slot) are sorted by item and divided into pieces. One program per piece recomputes logits
+                    and slopes from one row of items and gathered rows of hidden, and writes one partial row.
+d negatives         shared negatives: one program per (group, split of its tokens, BLOCK negatives) writes BLOCK partial rows.
+sums                one program per item adds its partial rows in the given order.
 
-Every partial sum has its own place in memory: gradients are the same bit for bit from run to run. Backward has the
-logits' log-sum of each token and computes logits again.
+Every partial sum has its own place in memory, so gradients repeat bit for bit. Forward keeps the log-sum of each token's
+logits, from which backward recomputes what it needs.
 
-Layout: hidden (T, D), items (U, D), contiguous; addresses in int64; p_bias is None where items
-have no bias. Entry t·slots + j is slot j of token t; slot 0 is its
-target.
+Layout: hidden (T, D) and items (U, D) are contiguous; addresses are int64; p_bias is None if items have no bias. Entry
+t·slots + j is slot j of token t, and slot 0 is its target.
 
 Legend: T tokens, D width, U items, n negatives; z logits; i_ indices, m_ masks, p_ pointers, b_ blocks of values.
 """
@@ -29,14 +29,14 @@ from kernels.sampled_softmax.torch_form import MASKED_LOGIT
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _LN_2 = tl.constexpr(0.6931471805599453)
 _MASKED = tl.constexpr(MASKED_LOGIT)
-# Integers, and the alignment of what is often a part of a larger tensor, vary from batch to batch: a second compilation for
-# them would stall training.
+# These integers, and the alignment of pointers into larger tensors, vary from batch to batch. A second compilation for them would
+# stall training.
 VARYING = [
     "p_targets", "p_negatives", "p_grad",
     "num_tokens", "num_negatives", "num_items", "slots", "group_size", "token_blocks", "first_group", "splits",
     "split_tokens", "negative_blocks",
 ]  # fmt: skip
-_LOWEST = tl.constexpr(-1e38)  # of a running maximum: finite, so that the difference of two is a number
+_LOWEST = tl.constexpr(-1e38)  # initial value of a running maximum; finite, so that the difference of two is a number
 
 
 @triton.jit
@@ -46,14 +46,14 @@ def _columns(D: tl.constexpr):
 
 @triton.jit
 def _load_row(p, i_row, D: tl.constexpr):
-    """(columns,) float32, zeros beyond D."""
+    """(columns,) float32, with zeros beyond D."""
     i_column = _columns(D)
     return tl.load(p + tl.cast(i_row, tl.int64) * D + i_column, mask=i_column < D, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _load_rows(p, i_row, m_row, D: tl.constexpr):
-    """(rows, columns), zeros beyond D and where masked."""
+    """(rows, columns), with zeros beyond D and in masked rows."""
     i_column = _columns(D)
     m_load = m_row[:, None] & (i_column[None, :] < D)
     return tl.load(p + tl.cast(i_row, tl.int64)[:, None] * D + i_column[None, :], mask=m_load, other=0.0)
@@ -68,7 +68,7 @@ def _store_rows(p, value, i_row, m_row, D: tl.constexpr):
 
 @triton.jit
 def _offsets(p_bias, i_row, m_row, offset):
-    """What is added to the logits of these negatives, in the shape of ``i_row``; one number where items have no bias."""
+    """The offsets of the logits of these negatives, in the shape of ``i_row``; one number if items have no bias."""
     if p_bias is not None:
         offset += tl.load(p_bias + i_row, mask=m_row, other=0.0)
     return offset
@@ -76,7 +76,7 @@ def _offsets(p_bias, i_row, m_row, offset):
 
 @triton.jit
 def _own_tile(p_items, p_negatives, p_bias, i_slot, num_negatives, b_h, target, scale, offset, D: tl.constexpr):
-    """The negatives' rows (STEP, columns) and logits (STEP,), −∞ beyond n."""
+    """The rows (STEP, columns) and logits (STEP,) of the negatives; logits beyond n are −∞."""
     m_slot = i_slot < num_negatives
     i_row = tl.load(p_negatives + i_slot, mask=m_slot, other=0)
     b_e = _load_rows(p_items, i_row, m_slot, D).to(tl.float32)
@@ -95,7 +95,7 @@ def forward_own_kernel(
     target = tl.load(p_targets + i_token)
     z_target = tl.sum(b_h * _load_row(p_items, target, D), axis=0) * scale
     p_negatives += (i_token // group_size) * num_negatives
-    # One maximum and sum for each row of the tile: what crosses rows waits for the end.
+    # Each row of the tile has its own maximum and sum; they are combined at the end.
     largest = tl.full([STEP], _LOWEST, tl.float32)
     total = tl.zeros([STEP], tl.float32)
     for start in range(0, num_negatives, STEP):
@@ -141,7 +141,7 @@ def backward_items_kernel(
 ):  # fmt: skip
     i_piece = tl.program_id(0)
     i_item = tl.load(p_pieces + i_piece)
-    if i_item >= num_items:  # the list of pieces is as long as it can get
+    if i_item >= num_items:  # the list of pieces has the greatest possible length
         return
     start = tl.load(p_starts + i_item) + (i_piece - tl.load(p_piece_starts + i_item)) * PIECE
     end = tl.minimum(start + PIECE, tl.load(p_starts + i_item + 1))
@@ -168,7 +168,7 @@ def backward_items_kernel(
 
 @triton.jit
 def sum_rows_kernel(p_partial, p_order, p_starts, p_sums, D: tl.constexpr, STEP: tl.constexpr):
-    """Adds to each item's row of sums its partial rows, which stand at [starts, next starts) of the order."""
+    """Adds to each item's row of sums its partial rows, which are [starts, next starts) of the order."""
     i_item = tl.program_id(0)
     start, end = tl.load(p_starts + i_item), tl.load(p_starts + i_item + 1)
     if start == end:
@@ -185,7 +185,7 @@ def sum_rows_kernel(p_partial, p_order, p_starts, p_sums, D: tl.constexpr, STEP:
 
 @triton.jit
 def _block_of_tokens(token_blocks, group_size, num_tokens, BLOCK: tl.constexpr):
-    """The group of a program, its tokens (BLOCK,) and which of them exist."""
+    """The group of a program, its tokens (BLOCK,) and whether each of them exists."""
     i_group = tl.program_id(0) // token_blocks
     i_local = (tl.program_id(0) % token_blocks) * BLOCK + tl.arange(0, BLOCK)
     i_token = i_group * group_size + i_local
@@ -194,7 +194,7 @@ def _block_of_tokens(token_blocks, group_size, num_tokens, BLOCK: tl.constexpr):
 
 @triton.jit
 def _negatives(p_items, p_negatives, start, num_negatives, MASKED: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr):
-    """Which of STEP slots hold a negative, their items and these items' rows; all do unless MASKED."""
+    """Whether each of STEP slots has a negative (all do unless MASKED), the items of the slots, and the rows of the items."""
     i_slot = start + tl.arange(0, STEP)
     m_slot = i_slot < num_negatives if MASKED else tl.full([STEP], True, tl.int1)
     i_row = tl.load(p_negatives + i_slot, mask=m_slot, other=0).to(tl.int32)
@@ -206,17 +206,17 @@ def _forward_tile(
     b_h, target, largest, total, p_items, p_negatives, p_bias, start, num_negatives, scale, offset,
     MASKED: tl.constexpr, D: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Running maximum and sum of powers of two after STEP more negatives; ``scale`` and ``offset`` in powers of two."""
+    """Running maximum and sum after STEP more negatives. Logits, ``scale`` and ``offset`` are base-2 exponents."""
     m_slot, i_row, b_e = _negatives(p_items, p_negatives, start, num_negatives, MASKED, D, STEP)
     z = tl.dot(b_h, tl.trans(b_e), input_precision=PRECISION)
     if p_bias is not None:
         z = z * scale + _offsets(p_bias, i_row[None, :], m_slot[None, :], offset) * _LOG2_E
-    # The logit of a negative that is the target, -5e4, adds nothing in float32.
+    # The logit of a negative that is the target, −5e4, would add nothing in float32, so −∞ replaces it.
     z = tl.where(i_row[None, :] != target[:, None], z, float("-inf"))
     if MASKED:
         z = tl.where(m_slot[None, :], z, float("-inf"))
     if p_bias is None:
-        # One offset for all: the largest product tells the largest logit, so a value takes one multiply-add.
+        # With one offset for all, the largest product gives the largest logit, and each value takes one multiply-add.
         next_largest = tl.maximum(largest, tl.max(z, axis=1) * scale + offset)
         z = z * scale - (next_largest - offset)[:, None]
     else:
@@ -260,9 +260,9 @@ def forward_shared_kernel(
 
 @triton.jit
 def _softmax_tile(b_first, b_second, i_row, i_target, scale, b_shift, PRECISION: tl.constexpr):
-    """Softmax's values of a tile whose rows and columns are (tokens, negatives), or the other way round.
+    """The softmax of a tile with rows and columns (tokens, negatives) or (negatives, tokens).
 
-    ``scale`` and ``b_shift``, the token's log-sum less the negative's offset, are in powers of two: a value takes one
+    ``b_shift`` is the token's log-sum minus the negative's offset. It and ``scale`` are base-2 exponents, so a value takes one
     multiply-add and one exponential.
     """
     z = tl.dot(b_first, tl.trans(b_second), input_precision=PRECISION) * scale - b_shift
@@ -300,7 +300,7 @@ def backward_hidden_shared_kernel(
     if p_bias is None:
         offset *= _LOG2_E
     p_negatives += tl.cast(i_group, tl.int64) * num_negatives
-    # The target's part comes first: after the loop its rows would spill.
+    # The target's part comes first, because after the loop its rows would spill.
     b_target = _load_rows(p_items, target, m_token, D).to(tl.float32)
     slope = exp2(tl.sum(b_h.to(tl.float32) * b_target, axis=1) * scale - log_sum) - 1.0
     b_d = slope[:, None] * b_target
@@ -324,7 +324,7 @@ def backward_negatives_kernel(
     num_tokens, num_negatives, group_size, first_group, splits, split_tokens, negative_blocks, scale, offset,
     D: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    i_split = tl.program_id(0) // negative_blocks  # of all groups: group · splits + split
+    i_split = tl.program_id(0) // negative_blocks  # among those of all groups: group · splits + split
     i_group = first_group + i_split // splits
     i_slot = (tl.program_id(0) % negative_blocks) * BLOCK + tl.arange(0, BLOCK)
     m_slot = i_slot < num_negatives
@@ -338,7 +338,7 @@ def backward_negatives_kernel(
     b_d = tl.zeros([BLOCK, triton.next_power_of_2(max(D, 16))], tl.float32)
     for first in range(start, end, STEP):
         i_local = first + tl.arange(0, STEP)
-        # Past the end the last token stands in with a gradient of 0, so that nothing but the gradient needs a mask.
+        # Beyond the end, the last token is repeated with a gradient of 0, so that only the gradient needs a mask.
         i_token = i_group * group_size + tl.minimum(i_local, end - 1)
         target = tl.load(p_targets + i_token).to(tl.int32)
         log_sum = tl.load(p_log_sum + i_token) * _LOG2_E

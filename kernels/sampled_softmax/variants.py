@@ -1,5 +1,4 @@
-"""The compilations of sampled softmax that are in use: the widths and dtypes of the configurations in `configs/` and of
-the benchmark."""
+"""The compilations of sampled softmax for the widths and dtypes of the configurations in `configs/` and of the benchmark."""
 
 from __future__ import annotations
 
@@ -30,9 +29,9 @@ INT32 = ("p_order", "p_starts", "p_pieces", "p_piece_starts")
 
 
 def aot_variants() -> list[Variant]:
-    """Every kernel for every width and dtype; the tiles for groups of 64 tokens, as they are by default, and of 16.
+    """Every kernel for every width and dtype, with the tiles of groups of 64 tokens, the default, and of 16.
 
-    With items' own biases, which the log-Q correction has, those of bfloat16.
+    The variants with a bias per item, as for the log-Q correction, are those of bfloat16.
     """
     variants = [
         _variant(kernel, *dtype, width, 1)
@@ -52,7 +51,7 @@ def aot_variants() -> list[Variant]:
 
 
 def shape_variants(dtype: str, itemsize: int, precision: str, width: int, group_size: int, bias: bool) -> list[Variant]:
-    """What forward and backward launch for one shape, on every GPU."""
+    """The variants that forward and backward launch for one shape, on every GPU."""
     own = group_size < SMALLEST_SHARED_GROUP
     kernels = OWN_KERNELS if own else (*SHARED_KERNELS, *OWN_KERNELS[2:])
     return [_variant(kernel, dtype, itemsize, precision, width, group_size, bias) for kernel in kernels]

@@ -1,4 +1,4 @@
-"""SiLU of the projection and its split into u, v, q and k by group."""
+"""SiLU of the projection, split into u, v, q and k by group."""
 
 from __future__ import annotations
 

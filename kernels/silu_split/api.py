@@ -1,6 +1,6 @@
 """SiLU of the projection of a FuXi block, split into u, v, q and k as the attention reads them.
 
-    [u, v, q, k] = SiLU(projected), v, q and k with the heads of each view as groups
+    [u, v, q, k] = SiLU(projected);  the heads of each view become groups of v, q and k
 
 Legend: R = M·T rows, M views, T tokens, H heads, G = M·H groups.
 """
@@ -19,16 +19,16 @@ def silu_split(
     """u, v, q and k of a block.
 
     Args:
-        projected: (R, 4·H·dv + 2·H·dqk), view-major rows, columns u (3·H·dv), v (H·dv), q (H·dqk), k (H·dqk). float64
-            (PyTorch form only), float32, bfloat16 or float16.
+        projected: (R, 4·H·dv + 2·H·dqk) with view-major rows and the columns u (3·H·dv), v (H·dv), q (H·dqk), k (H·dqk).
+            float64 (PyTorch form only), float32, bfloat16 or float16.
         backend: ``auto`` (triton on CUDA, torch elsewhere and for float64), ``torch`` or ``triton``.
 
     Returns:
-        u (R, 3·H·dv), v (G, T, dv), q and k (G, T, dqk), groups view-major; differentiable in ``projected``.
+        u (R, 3·H·dv), v (G, T, dv), q and k (G, T, dqk) with view-major groups; differentiable in ``projected``.
 
     Raises:
         ValueError: the shape does not fit the widths, a number is below 1, the dtype is not floating, or the backend cannot
-            run here; the message names the argument.
+            run here. The message names the argument.
     """
     for name, number in {"num_views": num_views, "num_heads": num_heads, "dv": dv, "dqk": dqk}.items():
         if number < 1:
@@ -42,7 +42,7 @@ def silu_split(
             f"{num_heads} heads of dv {dv} and dqk {dqk}"
         )
     if backend_for(backend, "projected", projected) == "triton":
-        # Here, not above: the triton package need not be installed where it does not run.
+        # Imported here because the triton package may be missing if this backend is not used.
         from kernels.silu_split.triton_form import silu_split_op
 
         return silu_split_op(projected, num_views, num_heads, dv, dqk)

@@ -1,11 +1,12 @@
-"""`kernels.silu_split` on Triton: one pass over the projection each way; operators and their autograd.
+"""The Triton form of `kernels.silu_split`: kernels, custom operators and their autograd.
 
-A program takes a block of rows of one view and one of the four parts; u keeps its rows, v, q and k go to (G, T, width).
+Forward and backward take one pass over the projection. A program takes a block of rows of one view and one of the four parts.
+u keeps its rows; v, q and k are written as (G, T, width).
 
 Legend: R = M·T rows, M views, T tokens, H heads, G = M·H groups.
 """
 
-# Triton's kernels hold types that mypy does not know.
+# mypy does not know the types in Triton kernels.
 # mypy: disable-error-code="no-untyped-def,no-untyped-call"
 from __future__ import annotations
 
@@ -19,12 +20,12 @@ from torch import Tensor
 from kernels.backend import operator
 from kernels.variant import Variant
 
-TILE = 4096  # elements of a program of 4 warps
+TILE = 4096  # elements that a program of 4 warps holds
 
 
 @triton.jit
 def _places(i_view, num_tokens, token, column, start, COLUMNS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr):
-    """Where a tile of (tokens, columns) of a part stands: in the projection, and in the part by group."""
+    """The places of a tile (tokens, columns) of a part: in the projection, and in the part by group."""
     row = i_view.to(tl.int64) * num_tokens + token
     projected = row[:, None] * COLUMNS + start + column[None, :]
     group = i_view * HEADS + column // WIDTH
@@ -67,7 +68,7 @@ def split_kernel(
     q: tl.constexpr = 4 * HEADS * DV
     k: tl.constexpr = HEADS * (4 * DV + DQK)
     if tl.program_id(1) == 0:
-        # One group as wide as all of u: its rows stay rows.
+        # One group as wide as all of u, so that its rows stay rows.
         _part(p_projected, p_u, i_view, num_tokens, token, 0, columns, 1, 3 * HEADS * DV)
     elif tl.program_id(1) == 1:
         _part(p_projected, p_v, i_view, num_tokens, token, v, columns, HEADS, DV)
@@ -126,7 +127,7 @@ def _(projected: Tensor, num_views: int, num_heads: int, dv: int, dqk: int) -> t
 def silu_split_backward_op(
     projected: Tensor, du: Tensor, d_values: Tensor, dq: Tensor, dk: Tensor, num_views: int, num_heads: int
 ) -> Tensor:
-    """Gradient of the projection."""
+    """The gradient of the projection."""
     projected, *grads = (tensor.contiguous() for tensor in (projected, du, d_values, dq, dk))
     d_projected = torch.empty_like(projected)
     if projected.numel():
@@ -175,7 +176,7 @@ def aot_variants() -> list[Variant]:
 
 
 def shape_variants(dtype: str, num_heads: int, dv: int, dqk: int) -> list[Variant]:
-    """What forward and backward launch for one shape."""
+    """The variants that forward and backward launch for one shape."""
     return [_variant(kernel, dtype, num_heads, dv, dqk) for kernel in (split_kernel, split_backward_kernel)]
 
 

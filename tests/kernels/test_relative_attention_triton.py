@@ -209,7 +209,7 @@ def test_one_plan_and_repeats_bit_for_bit() -> None:
     plan = plan_attention(case.seq_offsets, case.max_seq_len, case.timestamps, backend="triton")
     first, second = results(attention, case), results(functools.partial(attention, plan=plan), case)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
-    with pytest.raises(ValueError, match="plan is a WorkPlan, made for another backend than torch"):
+    with pytest.raises(ValueError, match="plan is a WorkPlan, which is for a backend other than torch"):
         results(functools.partial(relative_attention, backend="torch", plan=plan), case)
 
 
