@@ -1,16 +1,16 @@
-"""How accurate Fuxi-MME is beside its baselines and without either of its two parts, over seeds.
+"""How accurate is Fuxi-MME compared with its baselines and without either of its two parts, over several seeds?
 
     python -m benchmarks.accuracy --data quickstart
     python -m benchmarks.accuracy --data ml-latest-small --input ratings.csv --seed 42 --seed 43 --seed 44
     python -m benchmarks.accuracy --data quickstart --model fuxi-alpha --model fuxi-mme --tables 4 --work runs/tables-4
 
-Every model is trained by `mme train` in a process of its own, one after another, on the same split, for the same number
-of epochs, with item tables of the same number of parameters (`--tables 4`: twice as many in all), and tested at the
-checkpoint that the validation split chose (leave_two_out). A run that is finished is not trained again; one that was
-stopped goes on from its checkpoint.
+Every model is trained by `mme train` in a separate process, one after another, on the same split and for the same number of
+epochs. Item tables have the same number of parameters in all models (`--tables 4`: twice as many). Each model is tested at the
+checkpoint that the validation split selects (leave_two_out). A finished run is not trained again; a stopped one resumes from its
+checkpoint.
 
-The test pairs users: the NDCG@10 of each, mean over the seeds, against that of the model compared with. Two-sided p by
-random signs of the differences.
+The significance test pairs users: it compares the NDCG@10 of each user, averaged over the seeds, with that of FuXi-α. The
+two-sided p comes from random signs of the differences.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from mme.evaluation.record import METRICS
 from mme.run.metrics_file import METRICS_FILE, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-SINGLE_TABLE_HEAD = 64  # width of a head where there is one table
-BATCH_SIZE = 64  # sequences, over all processes
+SINGLE_TABLE_HEAD = 64  # width of a head in models with one table
+BATCH_SIZE = 64  # sequences of all processes together
 DENSE = ["model.moe.num_experts=0"]
 EXPERTS = [
     "model.moe.num_experts=8",
@@ -46,7 +46,7 @@ EXPERTS = [
     "model.moe.router=all_views",
     "model.moe.load_balance_coef=0.001",
 ]
-MODELS: dict[str, tuple[bool, list[str]]] = {  # whether it has several tables, and what else makes the model
+MODELS: dict[str, tuple[bool, list[str]]] = {  # whether it has several tables, and its other overrides
     "sasrec": (False, [*DENSE, "model.block=sasrec"]),
     "hstu": (False, [*DENSE, "model.block=hstu"]),
     "fuxi-alpha": (False, DENSE),
@@ -55,9 +55,9 @@ MODELS: dict[str, tuple[bool, list[str]]] = {  # whether it has several tables, 
     "fuxi-mme": (True, EXPERTS),
 }
 VIEW_DIM = {"quickstart": 64, "ml-latest-small": 32}
-# Over the data's configuration, for one table and for several: what the validation split preferred for FuXi-α and for
-# Fuxi-MME (docs/reproducing.md); the other models share it. The hidden layer of an FFN or expert is 64 wide in every view,
-# in one table as wide as the table.
+# Overrides of the data's configuration for models with one table (False) and with several: what the validation split preferred for
+# FuXi-α and for Fuxi-MME (docs/reproducing.md); the other models share them. The hidden layer of an FFN or expert is 64 wide in
+# every view, or as wide as the table if there is only one.
 SETTINGS: dict[str, dict[bool, list[str]]] = {
     "quickstart": {
         False: ["loss.views=together", "model.score_norm=concat", "model.dropout=0.6", "train.lr_schedule=cosine"],
@@ -82,16 +82,29 @@ NUM_FLIPS = 10_000
 def main(
     data: Annotated[str, typer.Option(help="quickstart (embedded) or ml-latest-small (needs --input).")] = "quickstart",
     input_file: Annotated[Optional[Path], typer.Option("--input", help="ml-latest-small's ratings.csv.")] = None,  # noqa: UP045
-    model: Annotated[Optional[list[str]], typer.Option(help=f"Of {', '.join(MODELS)}; default: all.")] = None,  # noqa: UP045
-    seed: Annotated[Optional[list[int]], typer.Option(help="May be repeated; default: 42, 43, 44.")] = None,  # noqa: UP045
-    tables: Annotated[int, typer.Option(min=2, help="Of the models of several; one is as wide as they together.")] = 2,
-    epochs: Annotated[int, typer.Option(min=1, help="Of every run; the best one on the validation split counts.")] = 60,
-    setting: Annotated[Optional[list[str]], typer.Option("--set", help="[MODEL:]key.path=value; all, or one.")] = None,  # noqa: UP045
-    processes: Annotated[int, typer.Option(help="Processes of a run.")] = 1,
-    work: Annotated[Path, typer.Option(help="Data sets and runs.")] = Path("runs/accuracy"),
-    output: Annotated[Optional[Path], typer.Option(help="Stem of the .json and .md; default: in --work.")] = None,  # noqa: UP045
+    model: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(help=f"One of {', '.join(MODELS)}; can be repeated. Default: all."),
+    ] = None,
+    seed: Annotated[Optional[list[int]], typer.Option(help="Seed; can be repeated. Default: 42, 43, 44.")] = None,  # noqa: UP045
+    tables: Annotated[
+        int, typer.Option(min=2, help="Tables of models with several; a single table is as wide as these together.")
+    ] = 2,
+    epochs: Annotated[
+        int, typer.Option(min=1, help="Epochs per run; the best one on the validation split counts.")
+    ] = 60,
+    setting: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option("--set", help="[MODEL:]key.path=value, for all models or one."),
+    ] = None,
+    processes: Annotated[int, typer.Option(help="Processes per run.")] = 1,
+    work: Annotated[Path, typer.Option(help="Folder of data sets and runs.")] = Path("runs/accuracy"),
+    output: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="Path of the .json and .md without suffix. Default: in --work."),
+    ] = None,
 ) -> None:
-    """Trains what is not trained yet, prints the table and writes it as JSON and Markdown."""
+    """Trains the missing runs, prints the table and writes it as JSON and Markdown."""
     models, seeds = model or list(MODELS), seed or [42, 43, 44]
     try:
         for name in models:
@@ -128,7 +141,7 @@ def main(
 
 
 def prepare(data: str, input_file: Path | None, work: Path) -> Path:
-    """The folder of the prepared data set, made where it is not there yet."""
+    """The folder of the prepared data set, which is prepared if it does not exist."""
     folder = work / "data" / data
     if data not in SETTINGS:
         raise UserError(f"--data {data}: expected one of {', '.join(SETTINGS)}")
@@ -137,7 +150,7 @@ def prepare(data: str, input_file: Path | None, work: Path) -> Path:
     if data == "quickstart":
         source = ["--synthetic", "quickstart"]
     elif input_file is None:
-        raise UserError(f"--data {data}: --input is required, its ratings.csv")
+        raise UserError(f"--data {data}: expected its ratings.csv as --input")
     else:
         source = ["--input", str(input_file), "--format", "auto"]
     _run([sys.executable, "-m", "mme", "prepare", *source, "--output", str(folder)])
@@ -145,7 +158,7 @@ def prepare(data: str, input_file: Path | None, work: Path) -> Path:
 
 
 def overrides_of(name: str, data: str, tables: int) -> list[str]:
-    """What makes a model of the data's configuration; in all its tables are as wide as ``tables`` views."""
+    """The overrides that turn the data's configuration into a model. Its tables together are as wide as ``tables`` views."""
     several, others = MODELS[name]
     width = tables * VIEW_DIM[data]
     heads = [] if several else [f"model.num_heads={width // SINGLE_TABLE_HEAD}"]
@@ -154,21 +167,21 @@ def overrides_of(name: str, data: str, tables: int) -> list[str]:
 
 
 def set_for(name: str, settings: list[str]) -> list[str]:
-    """Those of ``settings`` that are for this model: ``key.path=value`` and ``name:key.path=value``."""
+    """The ``settings`` for this model: ``key.path=value`` and ``name:key.path=value``."""
     own = []
     for setting in settings:
         model, colon, override = setting.partition(":")
-        if not colon or "=" in model:  # a value may hold a colon
+        if not colon or "=" in model:  # the colon is in the value
             own.append(setting)
         elif model not in MODELS:
-            raise UserError(f"--set {setting}: no model {model}: expected one of {', '.join(MODELS)}")
+            raise UserError(f"--set {setting}: unknown model {model}: expected one of {', '.join(MODELS)}")
         elif model == name:
             own.append(override)
     return own
 
 
 def train(name: str, seed: int, data: str, dataset: Path, own: list[str], work: Path, processes: int) -> dict[str, Any]:
-    """One finished run: its test records and ranks, trained now unless they are there already."""
+    """The test records and ranks of one run, which is trained unless it is finished already."""
     folder = work / "runs" / data / name / f"seed-{seed}"
     path = REPOSITORY / "configs" / f"{data}.yaml"
     overrides = [
@@ -181,7 +194,7 @@ def train(name: str, seed: int, data: str, dataset: Path, own: list[str], work: 
     ]
     config = load_config(path, overrides)
     if (folder / CONFIG_FILE).exists() and load_config(folder / CONFIG_FILE) != config:
-        raise UserError(f"{folder}: has another configuration than this run would: choose another --work")
+        raise UserError(f"{folder}: has a run with another configuration: choose another --work")
     if not (folder / RANKS_JSON).exists():
         started = time.perf_counter()
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
@@ -193,7 +206,7 @@ def train(name: str, seed: int, data: str, dataset: Path, own: list[str], work: 
 
 
 def read_run(folder: Path, config: Config) -> dict[str, Any]:
-    """The model's and popularity's last test records, parameters, seconds in steps, and the ranks of the users."""
+    """The last test records of the model and of popularity, the parameters, the time of a step, and the users' ranks."""
     records = read_metrics(folder / METRICS_FILE)
     tests = {record["model"]: record for record in records if record.get("split") == "test"}
     ranks = json.loads((folder / RANKS_JSON).read_text())
@@ -211,7 +224,7 @@ def read_run(folder: Path, config: Config) -> dict[str, Any]:
 
 
 def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]]:
-    """Model → mean and spread of each metric over the seeds, and how it compares with FuXi-α; popularity first.
+    """Model → mean and standard deviation of each metric over the seeds, and lift and p over FuXi-α; popularity comes first.
 
     Raises:
         UserError: two runs were not tested on the same targets.
@@ -240,19 +253,19 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]
 
 
 def ndcg_at_10(ranks: Tensor) -> Tensor:
-    """(users,) int64 ranks from 1 → (users,) float64 NDCG@10 of each."""
+    """(users,) int64 ranks, which start at 1 → (users,) float64 NDCG@10."""
     return torch.where(ranks <= 10, 1 / torch.log2(ranks.double() + 1), 0.0)
 
 
 def paired_p(differences: Tensor, num_flips: int = NUM_FLIPS) -> float:
-    """Two-sided p of the mean of paired ``differences`` (users,) being 0, by a permutation test over their signs.
+    """Two-sided p for the mean of paired ``differences`` (users,) being 0, by a permutation test over their signs.
 
-    The signs are flipped at random ``num_flips`` times, so that p is at least 1 / (num_flips + 1); if there are not more
-    combinations of signs than that, all are counted.
+    The signs are flipped at random ``num_flips`` times, so p is at least 1 / (num_flips + 1). If there are no more combinations of
+    signs than that, all of them are counted.
     """
     nonzero = differences[differences != 0].double().numpy()
     if nonzero.size < 2:
-        return 1.0  # one difference has no smaller p, and a test of none is undefined
+        return 1.0  # the p of one difference is 1, and a test of none is undefined
     result = permutation_test(
         (nonzero,),
         lambda sample, axis: abs(sample.sum(axis)),
@@ -270,8 +283,8 @@ def markdown(about: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
     """The table as Markdown."""
     seeds = ", ".join(map(str, about["seeds"]))
     lines = [
-        f"{about['data']}, leave_two_out, seeds {seeds}, mean ± standard deviation over the seeds; lift and p of NDCG@10 "
-        f"beside {COMPARED_WITH}, p over users.",
+        f"{about['data']}, leave_two_out, seeds {seeds}, mean ± standard deviation over the seeds; lift and p are those of "
+        f"NDCG@10 over {COMPARED_WITH}, p over users.",
         "",
         f"| model | {' | '.join(metric.upper() for metric in METRICS)} | lift | p |",
         "|---|" + "---|" * (len(METRICS) + 2),

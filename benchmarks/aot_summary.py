@@ -1,4 +1,4 @@
-"""What the compilations of `kernels.aot` come to, by kernel and GPU architecture: registers, spills, shared memory.
+"""Summarises the compilations of `kernels.aot` by kernel and GPU architecture: registers, spills, shared memory.
 
 python -m kernels.aot --arch 80 --arch 90 --json benchmarks/raw/aot.json
 python -m benchmarks.aot_summary benchmarks/raw/aot.json --json benchmarks/results/aot.json
@@ -17,8 +17,8 @@ from benchmarks.json_file import write_json
 
 
 def main(
-    raw: Annotated[Path, typer.Argument(help="What `kernels.aot` wrote: one object a variant and architecture.")],
-    output: Annotated[Path, typer.Option("--json", help="Where to write the summary.")],
+    raw: Annotated[Path, typer.Argument(help="Output of `kernels.aot`: one object per variant and architecture.")],
+    output: Annotated[Path, typer.Option("--json", help="File to write the summary to.")],
 ) -> None:
     """Summarises the compilations of all kernel variants."""
     write_json(output, summary(json.loads(raw.read_text())))
@@ -27,8 +27,8 @@ def main(
 def summary(compilations: list[dict[str, Any]]) -> dict[str, Any]:
     """Rows by kernel and architecture, and every variant that spills registers.
 
-    A row has the number of variants, the fewest and most registers of a thread, the most shared memory of a block, and how
-    many variants use the tensor cores.
+    A row has the number of variants, the least and most registers per thread, the most shared memory per block, and the number
+    of variants that use tensor cores.
     """
     groups: dict[tuple[str, int], list[dict[str, Any]]] = defaultdict(list)
     for found in compilations:

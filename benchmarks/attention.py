@@ -1,14 +1,16 @@
-"""How fast is relative attention, by length and width, forward and backward, against the eager padded form?
+"""How fast is relative attention, by length and width, forward and backward, compared with the eager padded form?
 
-    python -m benchmarks.attention                                    # the shapes that this device is asked about
+    python -m benchmarks.attention                                    # default shapes for this device
     python -m benchmarks.attention --lengths 256,1024 --widths 4x16 --skewed --json out.json
 
-Forms: `torch` and `triton`, ours; `padded`, what the public FuXi-α code does: q, k, v padded to (B, N), weights of (B, N, N)
-for each channel, and the same under torch.compile; on a GPU public HSTU kernels, where they are installed, which compute the
-semantic channel alone. FLOPs are counted over true lengths: 2 a multiply-add, L(L + 1)/2 pairs a sequence,
-G·(dqk + 3·dv) multiply-adds a pair forward and G·(3·dqk + 5·dv) backward: S, g_A vᵀ, dq, dk, dP, dT and three of dv (one
-channel: dqk + dv, and 3·dqk + 2·dv); so padding, work above the diagonal and recomputation count as none. The roofline is the
-matrix rate measured in the same run. Step GiB is the peak of forward and backward together.
+The forms are `torch` and `triton`, which are ours, and `padded`, which computes as the public FuXi-α code: q, k, v padded to
+(B, N), weights of (B, N, N) for each channel. `padded` is also measured under torch.compile. On a GPU, installed public HSTU
+kernels are measured too; they compute only the semantic channel.
+
+FLOPs are counted over true lengths: 2 per multiply-add, L(L + 1)/2 pairs per sequence, G·(dqk + 3·dv) multiply-adds per pair in
+forward and G·(3·dqk + 5·dv) in backward, for S, g_A vᵀ, dq, dk, dP, dT and three products of dv. One channel has dqk + dv and
+3·dqk + 2·dv. So padding, work above the diagonal and recomputation do not count. The roofline is the matrix rate measured in the
+same run. "step GiB" is the peak of forward and backward together.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ from benchmarks.roofline import (
 from kernels import plan_attention, relative_attention
 from kernels.relative_attention.reference import time_bucket
 
-# The padded form is left out where its three weights, kept for backward, pass this.
+# The padded form is skipped if its three weights, which backward needs, exceed this.
 MEMORY_LIMIT_BYTES = {"cuda": 24 << 30, "cpu": 2 << 30}
 
 
@@ -77,7 +79,7 @@ def main(
 
 @dataclass(frozen=True)
 class Shape:
-    """What is asked about: ``tokens`` in sequences of up to ``longest``, ``groups`` of ``width`` columns."""
+    """A shape to measure: ``tokens`` in sequences of up to ``longest``, ``groups`` of ``width`` columns."""
 
     longest: int
     groups: int
@@ -86,7 +88,7 @@ class Shape:
     skewed: bool
 
     def lengths(self, random: torch.Generator) -> Tensor:
-        """Of the sequences: 0.65 to 1 of the longest, or one of it and, with as many tokens, the others a tenth of it."""
+        """The lengths of the sequences: from 0.65 to 1 times the longest or, if skewed, one of it and the others a tenth."""
         if self.skewed:
             dwarfs = max(1, 10 * (self.tokens - self.longest) // self.longest)
             return torch.tensor([self.longest] + [max(1, self.longest // 10)] * dwarfs)
@@ -96,7 +98,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Batch:
-    """Random operands of one shape, with times that step by seconds to months; ``pairs`` L(L + 1)/2 of its sequences."""
+    """Random operands of one shape, with times that step by seconds to months; ``pairs`` is Σ L(L + 1)/2."""
 
     sizes: Tensor
     pairs: float
@@ -128,7 +130,7 @@ class Batch:
 
     @property
     def inputs(self) -> list[Tensor]:
-        """What is differentiated: q, k, v and both weights."""
+        """The operands that are differentiated: q, k, v and both weights."""
         return [operand for operand in self.operands if isinstance(operand, Tensor) and operand.requires_grad]
 
 
@@ -146,7 +148,7 @@ def measure(
         make_plan = functools.partial(plan_attention, offsets, longest, timestamps, backend=backend)
         forms[backend] = functools.partial(relative_attention, *operands, backend=backend, plan=make_plan())
         planned = timed(make_plan, device, seconds)
-        rows.append(described | {"form": f"plan, {backend}", "pass": "once a batch", "gflop": None} | planned)
+        rows.append(described | {"form": f"plan, {backend}", "pass": "once per batch", "gflop": None} | planned)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     if 3 * len(sizes) * (groups + 1) * longest**2 * q.element_size() <= MEMORY_LIMIT_BYTES[device.type]:
         padded = functools.partial(padded_attention, *operands)
@@ -154,7 +156,7 @@ def measure(
             check_agreement(name, form, padded, inputs, tolerance)
         forms["padded"] = padded
         if compiled:
-            torch._dynamo.reset()  # it compiles one function for so many shapes, then runs it eagerly
+            torch._dynamo.reset()  # Dynamo compiles a function for a limited number of shapes, then runs it eagerly
             forms["padded, compiled"] = functools.partial(torch.compile(padded_attention, dynamic=False), *operands)
     by_form = {name: (form, inputs, {"forward": 4 * width, "backward": 8 * width}) for name, form in forms.items()}
     ours = next(iter(forms.values()))
@@ -181,7 +183,7 @@ def public_forms(
 ) -> Iterator[tuple[str, Callable[[], Tensor], list[Tensor]]]:
     """The public HSTU kernels that are installed: name, call → (T, G, dv), and the inputs that it differentiates.
 
-    They take (T, heads, width) and compute SiLU(q kᵀ) / N · v, causal: the semantic channel.
+    They take (T, heads, width) and compute causal SiLU(q kᵀ) / N · v, which is the semantic channel.
     """
     given = [x.detach().transpose(0, 1).contiguous().requires_grad_() for x in (q, k, v)]
     if importlib.util.find_spec("generative_recommenders"):
@@ -206,7 +208,7 @@ def public_forms(
 def check_agreement(
     name: str, form: Callable[[], Tensor], expected: Callable[[], Tensor], inputs: list[Tensor], tolerance: float
 ) -> None:
-    """No time is told of a form that computes something else, forward or backward."""
+    """Raises if a form computes something else, forward or backward, so that only right forms are measured."""
     upstream = torch.randn_like(expected())
     results = ([y.detach(), *torch.autograd.grad(y, inputs, upstream)] for y in (form(), expected()))
     for found, reference in zip(*results, strict=True):
@@ -229,7 +231,7 @@ def padded_attention(
     ts_weights: Tensor,
     pos_weights: Tensor,
 ) -> Tensor:
-    """`kernels.relative_attention` as the public code computes it: everything padded to (B, N) and (B, N, N)."""
+    """`kernels.relative_attention` as the public code computes it, with everything padded to (B, N) and (B, N, N)."""
     lengths = seq_offsets.diff()
     position = torch.arange(max_seq_len, device=q.device)
     real = position < lengths[:, None]

@@ -2,10 +2,11 @@
 
     python -m benchmarks.attention_shortcuts --lengths 512,2048,4096,8192 --json out.json
 
-Forward of one sequence, one group. Temporal: `tiles`, weights of blocks of queries by their buckets and a product with v, as
-the PyTorch form of `kernels.relative_attention` does it, which has the buckets once a batch; `segments`, where times do not step back: the keys of bucket b or more are a prefix, so
-Σ_j T_ij v_j = Σ_b (w_b − w_{b−1}) · Σ_{j < end_b(i)} v_j, a weighted sum of at most 129 rows of v's prefix sums. Positional:
-`tiles`, and `convolution` by FFT over 2N. Each must agree with float64; its error is told.
+Measures the forward of one sequence and one group. The temporal channel has two forms. `tiles` looks up the weights of blocks of
+queries by their buckets and multiplies them by v, as the PyTorch form of `kernels.relative_attention`, which computes the buckets
+once per batch. `segments` needs times that do not step back. Then the keys of bucket b or more are a prefix, so
+Σ_j T_ij v_j = Σ_b (w_b − w_{b−1}) · Σ_{j < end_b(i)} v_j, a weighted sum of at most 129 rows of v's prefix sums. The positional
+channel has `tiles`, and `convolution` by FFT over 2N. Each form must agree with float64, and its error is printed.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from torch import Tensor
 from benchmarks.roofline import JsonPath, Seconds, device_and_dtype, publish, run_header, timed
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS, time_bucket
 
-BLOCK = 64  # queries at a time, as the PyTorch form's chunks
-SEGMENT_ROWS = 256  # queries whose prefix rows are named at once
+BLOCK = 64  # queries at a time, as in the chunks of the PyTorch form
+SEGMENT_ROWS = 256  # queries at a time whose prefix rows are looked up
 
 
 def main(
@@ -54,7 +55,7 @@ def main(
 def measure(length: int, width: int, device: torch.device, seconds: float) -> list[dict[str, Any]]:
     """Every form of both channels, for one sequence of ``length``."""
     random = torch.Generator().manual_seed(length)
-    # SiLU's outputs, as v is, have a mean: their prefix sums grow.
+    # v is an output of SiLU, whose mean is not zero, so its prefix sums grow.
     v = F.silu(torch.randn(length, width, generator=random)).to(device)
     times = (1_500_000_000 + torch.exp(13 * torch.rand(length + 1, generator=random)).long().cumsum(0)).to(device)
     weights = 0.02 * torch.randn(NUM_TIME_BUCKETS + length, generator=random).to(device)
@@ -93,7 +94,7 @@ def temporal_tiles(v: Tensor, ts_weights: Tensor, *, buckets: Iterable[Tensor]) 
 
 
 def bucket_tiles(times: Tensor) -> Iterator[Tensor]:
-    """The (queries, keys) int32 time buckets of each block of queries; a plan holds them for all blocks of a decoder."""
+    """The (queries, keys) int32 time buckets of each block of queries, which a plan keeps for all blocks of a decoder."""
     length = len(times) - 1
     for first in range(0, length, BLOCK):
         last = min(first + BLOCK, length)
@@ -101,7 +102,7 @@ def bucket_tiles(times: Tensor) -> Iterator[Tensor]:
 
 
 def temporal_segments(v: Tensor, ts_weights: Tensor, *, times: Tensor) -> Tensor:
-    """The same, for times that do not step back."""
+    """The result of `temporal_tiles`, for times that do not step back."""
     prefix = F.pad(v.double().cumsum(0).to(v.dtype), (0, 0, 1, 0))
     steps = ts_weights.diff(prepend=ts_weights.new_zeros(1))
     least = bucket_starts(times.device)
@@ -111,7 +112,7 @@ def temporal_segments(v: Tensor, ts_weights: Tensor, *, times: Tensor) -> Tensor
     out = torch.empty_like(v)
     for first in range(0, len(v), SEGMENT_ROWS):
         rows = slice(first, min(first + SEGMENT_ROWS, len(v)))
-        # Keys j ≤ i with time ≤ next time − least Δ of the bucket stand before `ends`.
+        # The keys before `ends` are those with j ≤ i and time ≤ next time − least Δ of the bucket.
         latest = times[1:][rows, None] - least[None, :reached]
         ends = torch.searchsorted(times, latest, right=True).minimum(queries[rows])
         out[rows] = F.embedding_bag(ends, prefix, per_sample_weights=steps[:reached].expand(ends.shape), mode="sum")
@@ -120,7 +121,7 @@ def temporal_segments(v: Tensor, ts_weights: Tensor, *, times: Tensor) -> Tensor
 
 @functools.cache
 def bucket_starts(device: torch.device) -> Tensor:
-    """(129,) int64, the smallest whole Δ ≥ 0 of each bucket or a later one, by bisection with the formula itself."""
+    """(129,) int64, the smallest whole Δ ≥ 0 in each bucket or a later one, found by bisection with the formula itself."""
     bucket = torch.arange(NUM_TIME_BUCKETS)
     low, high = torch.zeros_like(bucket), torch.full_like(bucket, 2**62)
     for _ in range(63):
@@ -131,8 +132,8 @@ def bucket_starts(device: torch.device) -> Tensor:
 
 
 def positional_tiles(v: Tensor, recent: Tensor) -> Tensor:
-    """(L, dv) for v (L, dv) and (L,) the weights of the distances i − j = 0, 1, …."""
-    # One tile holds all: that of the last block, whose columns every other takes some of.
+    """(L, dv) for v (L, dv) and ``recent`` (L,), the weights of the distances i − j = 0, 1, …."""
+    # The tile of the last block is the widest; the tile of every other block is a range of its columns.
     width = BLOCK * -(-len(v) // BLOCK)
     distance = torch.arange(BLOCK, device=v.device)[:, None] - torch.arange(BLOCK - width, BLOCK, device=v.device)
     widest = recent[distance.clamp(0, len(v) - 1)].tril_(width - BLOCK)
@@ -145,7 +146,7 @@ def positional_tiles(v: Tensor, recent: Tensor) -> Tensor:
 
 
 def positional_convolution(v: Tensor, recent: Tensor) -> Tensor:
-    """The same, by transforms of twice the length."""
+    """The result of `positional_tiles`, by transforms of twice the length."""
     size = 2 * len(v)
     product = torch.fft.rfft(recent, size)[None] * torch.fft.rfft(v.T.contiguous(), size)
     return torch.fft.irfft(product, size)[:, : len(v)].T

@@ -4,9 +4,10 @@
     OMP_NUM_THREADS=1 torchrun --nproc-per-node 2 -m benchmarks.catalogue_step
 
 Whole steps (negatives, lookup, forward, loss, backward, clipping, update of decoder and tables) of FuXi-α at the public
-setting (one table of 50, two blocks, N = 200), with sequences of full length over uniform items. The catalogues take turns
-step by step, so that a busy machine slows both by the same factor; the ratio is of medians. Negatives are shared by groups of 64 tokens or
-each token's own: with these a step looks up nearly every item of the small catalogue and many times as many of the large one.
+setting (one table of 50, two blocks, N = 200), with sequences of full length over uniform items. The catalogues alternate step by
+step, so that a busy machine slows all of them by the same factor; ratios are of medians. Negatives are shared by groups of 64
+tokens or sampled for each token. With the latter, a step looks up nearly every item of a small catalogue and far more items of a
+large one.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ LENGTH = 200
 
 
 def main(
-    items: Annotated[str, typer.Option(help="Catalogues; ratios are to the first.")] = "10000,1000000",
+    items: Annotated[str, typer.Option(help="Sizes of catalogues; ratios are to the first.")] = "10000,1000000",
     optimizers: Annotated[str, typer.Option(help="Values of train.table_optimizer.")] = "adam,dense_adam",
     negatives: Annotated[str, typer.Option(help="Values of loss.negatives.")] = "shared,per_token",
-    sequences: Annotated[int, typer.Option(min=1, help="Of a rank's batch.")] = 128,
-    grad_clip: Annotated[float, typer.Option(help="train.grad_clip")] = 1.0,
-    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each.")] = 7,
+    sequences: Annotated[int, typer.Option(min=1, help="Sequences per rank.")] = 128,
+    grad_clip: Annotated[float, typer.Option(help="Value of train.grad_clip.")] = 1.0,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps per catalogue.")] = 7,
     json_path: Annotated[Optional[Path], typer.Option("--json")] = None,  # noqa: UP045  (typer on Python 3.10)
 ) -> None:
-    """Prints a table of milliseconds a step and, with --json, writes them."""
+    """Prints a table of milliseconds per step and, with --json, writes them."""
     rows = []
     with process_group() as world:
         for kind in negatives.split(","):
@@ -83,7 +84,7 @@ def configuration(negatives: str, optimizer: str, sequences: int, grad_clip: flo
 
 
 def measure(config: Config, catalogues: list[int], steps: int, world: World) -> list[dict[str, Any]]:
-    """Median milliseconds of a step by catalogue, the catalogues in turns."""
+    """Median milliseconds of a step for each catalogue, with alternating catalogues."""
     trained = []
     for num_items in catalogues:
         recommender = Recommender(config, num_items, world)

@@ -1,11 +1,11 @@
-"""Do the readers keep up? Tokens a second of one on one core, the share of a step spent waiting, memory by events.
+"""Do the readers keep up? Tokens per second of one reader on one core, share of a step spent waiting, memory by events.
 
     python -m benchmarks.data_loading
     python -m benchmarks.data_loading --millions 1 --millions 10 --millions 100 --json benchmarks/results/data_loading_cpu.json
 
-Training sets of histories of log-normal length (median 60 events, mean about 100, one of 200,000) are written to disk and
-read by the loader that trains: positions, dealing over the ranks, reading, assembling. Each measurement is a process of
-its own. The flat file is read from the kernel's cache (warm) and after it has been dropped from there (cold).
+Training sets of histories of log-normal length (median 60 events, mean about 100, one of 200,000) are written to disk and read by
+the loader of training: positions, distribution over the ranks, reading, assembling. Each measurement runs in a separate process.
+The flat file is read from the kernel's page cache (warm) and after it has been dropped from there (cold).
 """
 
 from __future__ import annotations
@@ -48,19 +48,19 @@ from mme.prepare.writer import DatasetWriter
 
 USERS_AT_ONCE = 20_000
 LONGEST = 200_000
-BATCH_SIZE = 128  # sequences of a rank
-SECONDS = 4.0  # of a measurement
+BATCH_SIZE = 128  # sequences per rank
+SECONDS = 4.0  # per measurement
 SETTINGS = [(1, 200), (8, 200), (64, 200), (512, 200), (8, 1000)]  # ranks, max_seq_len
 H100_CONFIG = Path("configs/ml-20m.yaml")
 H100_ITEMS = 100_000
 
 
 def main(
-    millions: Annotated[Optional[list[float]], typer.Option(help="Millions of events; may be repeated.")] = None,  # noqa: UP045
-    folder: Annotated[Optional[Path], typer.Option(help="Where to work; about 20 bytes an event.")] = None,  # noqa: UP045
-    output: Annotated[Optional[Path], typer.Option("--json", help="Where to write the figures.")] = None,  # noqa: UP045
+    millions: Annotated[Optional[list[float]], typer.Option(help="Millions of events; can be repeated.")] = None,  # noqa: UP045
+    folder: Annotated[Optional[Path], typer.Option(help="Work folder; takes about 20 bytes per event.")] = None,  # noqa: UP045
+    output: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None,  # noqa: UP045
 ) -> None:
-    """Measures and prints speed, waiting and memory."""
+    """Measures speed, waiting and memory, and prints them."""
     results: dict[str, Any] = {"processor": processor(), "torch": torch.__version__, "batch_size": BATCH_SIZE}
     results["memory"] = []
     sizes = sorted(round(size * 1e6) for size in millions or [1, 10])
@@ -74,16 +74,16 @@ def main(
                 results["straggler"] = in_process(stragglers, work / "set")
         finally:
             shutil.rmtree(work)
-    results["load_average"] = round(os.getloadavg()[0], 1)  # other programs' too
+    results["load_average"] = round(os.getloadavg()[0], 1)  # includes other programs
     results["training"] = waiting_share()
-    results["h100"] = appetite(results["reader"])
+    results["h100"] = h100s_fed(results["reader"])
     _print(results)
     if output:
         write_json(output, results)
 
 
 def write_set(folder: Path, num_events: int) -> None:
-    """A training set of about ``num_events`` events, items of skewed popularity."""
+    """Writes a training set of about ``num_events`` events, with items of skewed popularity."""
     rng = np.random.default_rng(0)
     num_items = max(num_events // 1000, 1000)
     counts = np.zeros(num_items, np.int64)
@@ -104,7 +104,7 @@ def write_set(folder: Path, num_events: int) -> None:
 
 
 def in_process(function: Any, *arguments: Any) -> Any:
-    """What ``function`` returns in a fresh process."""
+    """Calls ``function`` in a new process and returns its result."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(function, arguments)
 
@@ -115,7 +115,7 @@ def loader_of(dataset: PreparedDataset, world_size: int, max_seq_len: int) -> Tr
 
 
 def reader_rate(folder: Path, world_size: int, max_seq_len: int) -> dict[str, Any]:
-    """Tokens a second that one reader assembles for one of ``world_size`` ranks, on one core."""
+    """Tokens per second that one reader on one core assembles for one of ``world_size`` ranks."""
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     torch.set_num_threads(1)
     dataset = PreparedDataset.open(folder)
@@ -149,7 +149,7 @@ def reader_rate(folder: Path, world_size: int, max_seq_len: int) -> dict[str, An
 
 @contextmanager
 def peak_anonymous_mib() -> Iterator[list[float]]:
-    """The most memory of its own that the process has meanwhile above what it began with, as the list's only entry."""
+    """Yields a list whose only entry becomes the peak growth of the process's anonymous memory in the context, in MiB."""
 
     def now() -> float:
         with open("/proc/self/status") as file:
@@ -172,8 +172,8 @@ def peak_anonymous_mib() -> Iterator[list[float]]:
 
 
 def memory_of(folder: Path) -> dict[str, Any]:
-    """What a rank's memory grows by, and the seconds it takes, to open the set first and again, to read batches of one
-    of 8 ranks and to evaluate (training counts and the targets' hash); and the cut of `global_time`."""
+    """Memory growth of a rank and seconds of each of these: opening the set for the first and the second time, reading the batches
+    of one of 8 ranks, evaluating (training counts and hash of the targets), and finding the cut-off of `global_time`."""
     info = json.loads((folder / "dataset.json").read_text())
     figures: dict[str, Any] = {"events": info["num_events"], "users": info["num_users"]}
 
@@ -204,7 +204,7 @@ def memory_of(folder: Path) -> dict[str, Any]:
 
 
 def stragglers(folder: Path) -> list[dict[str, Any]]:
-    """The share of the slowest rank's cost that the ranks wait on average, dealt in turn and by cost; 40 batches."""
+    """The average share of time that ranks wait for the slowest one, over 40 batches, dealt round robin and by cost."""
     dataset = PreparedDataset.open(folder)
     results = []
     for world_size, max_seq_len in ((8, 200), (8, 1000), (64, 1000)):
@@ -220,7 +220,7 @@ def stragglers(folder: Path) -> list[dict[str, Any]]:
 
 
 def waiting_share() -> dict[str, Any]:
-    """Whole training steps of the quick start on two CPU processes, by `benchmarks.train_throughput`."""
+    """Measures whole training steps of the quick start on two CPU processes, with `benchmarks.train_throughput`."""
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder) / "result.json"
         command = [sys.executable, "-m", "benchmarks.train_throughput", "--json", str(result)]
@@ -229,9 +229,8 @@ def waiting_share() -> dict[str, Any]:
     return {key: figures[key] for key in ("setting", "processes", "tokens_per_s", "waiting_share")}
 
 
-def appetite(rates: list[dict[str, Any]]) -> dict[str, Any]:
-    """How many of the H100s of a node of eight one reader on a core of its own would feed, by what `launcher plan`
-    predicts that they train."""
+def h100s_fed(rates: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many H100s of a node of eight one reader with its own core can supply, at the rate that `launcher plan` predicts."""
     config = load_config(H100_CONFIG, [f"data.batch_size={BATCH_SIZE}"])
     shape = Shape(config, 8, 8, H100_ITEMS)
     wanted = shape.tokens / total_s(time_parts(shape, DEVICES["h100-80g"]))

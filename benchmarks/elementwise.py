@@ -1,11 +1,11 @@
-"""How fast are the FuXi block's norms and its split SiLU, and which share of the memory's bandwidth do they reach?
+"""How fast are the FuXi block's norms and its split SiLU, and which share of the memory bandwidth do they reach?
 
-    python -m benchmarks.elementwise                                # the shapes that this device is asked about
+    python -m benchmarks.elementwise                                # default shapes for this device
     python -m benchmarks.elementwise --rows 8192 --widths 64 --json out.json
 
-The eager form is plain PyTorch under autograd; then our PyTorch form, and Triton on a GPU. Bytes are the least that a pass
-moves: operands and results once each, the inverse norms and no mask. The share is those bytes at the copy rate measured in
-the same run, over the time; what the caches hold makes a share above 100% possible.
+The eager form is plain PyTorch under autograd; our PyTorch form and, on a GPU, Triton follow. Bytes are the least that a pass
+moves: operands and results once each, the inverse norms, and no mask. The share is the time of these bytes at the copy rate
+measured in the same run over the time of the pass; caches make shares above 100% possible.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def main(
 def measure_norms(
     rows: int, width: int, dtype: torch.dtype, device: torch.device, seconds: float
 ) -> list[dict[str, Any]]:
-    """rms_norm, gated_rms_norm, and the latter with dropout, by every form."""
+    """Measures rms_norm, gated_rms_norm, and the latter with dropout, in every form."""
     a, u = (torch.randn(rows, width, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
     row_bytes, element_bytes = 4 * rows, rows * width * a.element_size()
     measured = []
@@ -82,7 +82,7 @@ def measure_norms(
 def measure_silu_split(
     rows: int, width: int, dtype: torch.dtype, device: torch.device, seconds: float
 ) -> list[dict[str, Any]]:
-    """One head of dv = dqk = width, by every form."""
+    """Measures one head of dv = dqk = width in every form."""
     projected = torch.randn(rows, 6 * width, device=device, dtype=dtype, requires_grad=True)
     forms: dict[str, Form] = {"eager": functools.partial(eager_silu_split, projected, width)}
     for backend in backends(device):
@@ -102,7 +102,7 @@ def measure_forms(
     device: torch.device,
     seconds: float,
 ) -> list[dict[str, Any]]:
-    """Forward, and backward from a gradient of ones, of each form."""
+    """Measures forward, and backward from a gradient of ones, of each form."""
     measured = []
     for name, form in forms.items():
         with torch.no_grad():
@@ -121,7 +121,7 @@ def _alone(operation: Callable[..., Tensor], *inputs: Tensor, **options: Any) ->
 
 
 def eager_norm(*inputs: Tensor, dropout_p: float) -> tuple[Tensor]:
-    """The operands of `gated_rms_norm`, or of `rms_norm` alone."""
+    """Takes the operands of `gated_rms_norm` or of `rms_norm`."""
     y = F.rms_norm(inputs[-1], inputs[-1].shape[1:], eps=1e-6)
     return (F.dropout(inputs[0] * y if len(inputs) == 2 else y, dropout_p),)
 
@@ -132,7 +132,7 @@ def eager_silu_split(projected: Tensor, width: int) -> list[Tensor]:
 
 
 def check_agreement(name: str, forms: dict[str, Form], inputs: list[Tensor], dtype: torch.dtype) -> None:
-    """No time is told of a form that computes something else."""
+    """Raises if a form computes something else, so that only right forms are measured."""
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     found = {}
     for label, form in forms.items():

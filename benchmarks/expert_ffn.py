@@ -1,14 +1,14 @@
-"""How fast is the gated expert FFN, by width and experts, forward and backward, against grouped matrix products?
+"""How fast is the gated expert FFN, by width and experts, forward and backward, compared with grouped matrix products?
 
-    python -m benchmarks.expert_ffn                                  # the shapes that this device is asked about
+    python -m benchmarks.expert_ffn                                  # default shapes for this device
     python -m benchmarks.expert_ffn --widths 16x64,64x256 --experts 8 --json out.json
 
-Forms: `eager`, three matrix products an expert with hidden rows kept for backward; `grouped`, three calls of
-torch._grouped_mm (widths that are multiples of 8); `torch`, our PyTorch form; `triton`. Then the whole mixture (top 2): `copies` makes
-the sorted copies and the weighted sum beside the kernel, `routed` gathers and weighs inside it.
+The forms are `eager`, three matrix products per expert with hidden rows kept for backward; `grouped`, three calls of
+torch._grouped_mm (for widths that are multiples of 8); `torch`, our PyTorch form; and `triton`. Then the whole mixture (top 2) is
+measured: `copies` makes the sorted copies and the weighted sum outside the kernel, `routed` gathers and weights inside it.
 
-FLOPs are 6·R·d·f forward and twice that backward: recomputation counts as none. Bytes are rows and weights read once, and
-their gradients. The bound is the longer of both at the rates measured in the same run; the share is that bound over the time.
+FLOPs are 6·R·d·f in forward and twice that in backward; recomputation does not count. Bytes are rows and weights, read once, and
+their gradients. The bound is the longer of both times at the rates measured in the same run; the share is the bound over the time.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def measure(
     device: torch.device,
     seconds: float,
 ) -> list[dict[str, Any]]:
-    """Forward and backward of every form, for one shape."""
+    """Measures forward and backward of every form for one shape."""
     random = torch.Generator().manual_seed(rows)
     likes = torch.ones(num_experts)
     likes[0] = max(1, num_experts - 1) if skewed else 1
@@ -125,7 +125,7 @@ def measure(
 
 
 def eager_ffn(x: Tensor, offsets: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> Tensor:
-    """Three products an expert, autograd as PyTorch makes it."""
+    """Three products per expert, with PyTorch's autograd."""
     parts = [
         (F.silu(part @ w1[expert]) * (part @ w3[expert])) @ w2[expert]
         for expert, part in enumerate(x.split(offsets.diff().tolist()))
@@ -142,7 +142,7 @@ def grouped_ffn(x: Tensor, ends: Tensor, w1: Tensor, w3: Tensor, w2: Tensor) -> 
 def check_agreement(
     name: str, form: Callable[[], Tensor], reference: Callable[[], Tensor], inputs: list[Tensor], tolerance: float
 ) -> None:
-    """No time is told of a form that computes something else."""
+    """Raises if a form computes something else, so that only right forms are measured."""
     upstream = torch.randn_like(reference())
     found, expected = ([y.detach(), *torch.autograd.grad(y, inputs, upstream)] for y in (form(), reference()))
     for i, (value, wanted) in enumerate(zip(found, expected, strict=True)):

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All figures that one GPU can give in eight minutes, into $OUT/results.jsonl (see benchmarks/gpu_suite/__main__.py).
+# Measures kernels and training on one GPU in eight minutes and writes $OUT/results.jsonl (see benchmarks/gpu_suite/__main__.py).
 #   OUT=benchmarks/raw/h100 benchmarks/gpu_suite.sh [--dry] [--only attention,experts]
 set -euo pipefail
 cd "$(dirname "$0")/.."

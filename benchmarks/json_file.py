@@ -1,4 +1,4 @@
-"""JSON files of figures, one row a line: small in git and readable in a diff."""
+"""JSON files of figures with one row per line, which are small in git and readable in a diff."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ WIDTH = 320
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes ``value`` into a folder that is made if needed. What fits into a line of `WIDTH` characters has one line."""
+    """Writes ``value`` and makes the folder if needed. A value that fits into `WIDTH` characters takes one line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(to_json(value) + "\n")
 
 
 def to_json(value: Any, indent: int = 0, before: int = 0) -> str:
-    """``before``: characters of the line in front of the value."""
+    """``value`` as JSON; ``before`` is the number of characters before it on its line."""
     line = json.dumps(value, ensure_ascii=False)
     if indent + before + len(line) < WIDTH or not isinstance(value, dict | list) or not value:
         return line

@@ -1,4 +1,4 @@
-"""How long does each Triton kernel of a call take alone?"""
+"""How long does each Triton kernel of a call take?"""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from benchmarks.roofline import flush_cache
 
 
 def kernel_times(run: Callable[[], Any], device: torch.device, repetitions: int) -> dict[str, float]:
-    """Median milliseconds by kernel over ``repetitions`` calls of ``run``, after one that warms up.
+    """Median milliseconds of each kernel over ``repetitions`` calls of ``run``, after a warm-up call.
 
-    On a GPU each launch is timed by events, with an empty second-level cache; several launches of a kernel in one call count
-    together. On a CPU the time is that of Triton's interpreter.
+    On a GPU each launch is timed by events, starting with an empty second-level cache. The times of several launches of a kernel
+    in one call are added. On a CPU the time is that of Triton's interpreter.
     """
     run()
     calls: dict[str, list[float]] = defaultdict(list)

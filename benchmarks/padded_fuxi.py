@@ -1,8 +1,8 @@
-"""FuXi-α as it is written down, in eager PyTorch: what `benchmarks.train_throughput` compares with.
+"""FuXi-α in straightforward eager PyTorch, with which `benchmarks.train_throughput` compares.
 
-Attention works on padded (B, N, N) matrices, N = max_seq_len, as the public implementation's does, and each token's
-negatives are gathered; what is computed token by token stays jagged. One process, tables and AdamW of torch alone.
-`tests/benchmarks` holds it against the real block and the real loss.
+Attention works on padded (B, N, N) matrices, N = max_seq_len, as in the public implementation, and the negatives of each token
+are gathered. What is computed per token stays jagged. It runs in one process, with torch's tables and AdamW. `tests/benchmarks`
+compares it with the real block and the real loss.
 
 Legend: B sequences, N max_seq_len, T tokens, D width, H heads, n negatives.
 """
@@ -23,7 +23,7 @@ MASKED_LOGIT = -5e4
 
 
 class PaddedBlock(nn.Module):
-    """One FuXi block; weights as those of `mme.model.fuxi_block.FuxiBlock` with a dense FFN."""
+    """One FuXi block with the weights of `mme.model.fuxi_block.FuxiBlock` with a dense FFN."""
 
     def __init__(self, dim: int, max_seq_len: int, num_heads: int, hidden_dim: int, dropout: float) -> None:
         super().__init__()
@@ -36,7 +36,7 @@ class PaddedBlock(nn.Module):
         self.w2 = nn.Linear(hidden_dim, dim, bias=False)
 
     def forward(self, x: Tensor, times: Tensor, inside: Tensor) -> Tensor:
-        """x (T, D), times (B, N + 1) padded with the last, inside (B, N) bool: where tokens are → (T, D)."""
+        """x (T, D), times (B, N + 1) padded with the last one, inside (B, N) bool, true for tokens → (T, D)."""
         dim, heads, n = x.shape[1], self.num_heads, self.max_seq_len
         projected = F.silu(_norm(x) @ self.uvqk)
         u, v, q, k = projected.split([3 * dim, dim, dim, dim], dim=1)
@@ -58,7 +58,7 @@ class PaddedBlock(nn.Module):
 
 
 class PaddedFuxi(nn.Module):
-    """FuXi-α with one table of the configuration's total width, dense FFN and negatives of its own for each token."""
+    """FuXi-α with one table of the configuration's total width, dense FFN and per-token negatives."""
 
     def __init__(self, config: Config, num_items: int) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class PaddedFuxi(nn.Module):
         )
 
     def forward(self, batch: SequenceBatch) -> Tensor:
-        """() the mean loss over the tokens."""
+        """The mean loss over the tokens, a scalar."""
         inside, times = self.padded(batch)
         place = positions_in_sequence(batch.seq_offsets, batch.num_tokens)
         x = self.items(batch.item_ids) * self.items.embedding_dim**0.5 + self.positions(place)
@@ -85,7 +85,7 @@ class PaddedFuxi(nn.Module):
         return gathered_loss(x, self.items.weight, batch.target_ids, negatives, self.loss.temperature).mean()
 
     def padded(self, batch: SequenceBatch) -> tuple[Tensor, Tensor]:
-        """(B, N) bool, where tokens are; (B, N + 1) the times of each sequence, then its last one again and again."""
+        """(B, N) bool, true for tokens; and (B, N + 1), the times of each sequence, padded with its last one."""
         lengths = batch.seq_offsets.diff()[:, None]
         place = torch.arange(self.max_seq_len + 1, device=lengths.device)
         sequence = torch.arange(batch.num_sequences, device=lengths.device)[:, None]
@@ -94,7 +94,7 @@ class PaddedFuxi(nn.Module):
 
 
 def gathered_loss(hidden: Tensor, items: Tensor, targets: Tensor, negatives: Tensor, temperature: float) -> Tensor:
-    """(T,) −log softmax at the target among it and its negatives (T, n), of cosines; ``items`` (U, D)."""
+    """(T,) −log softmax of the target among itself and its negatives (T, n), by cosine; ``items`` (U, D)."""
     rows = torch.cat([targets[:, None], negatives], dim=1)
     vectors = F.normalize(F.embedding(rows, items), dim=-1, eps=1e-6)
     queries = F.normalize(hidden, dim=-1, eps=1e-6)
@@ -108,5 +108,5 @@ def _norm(x: Tensor) -> Tensor:
 
 
 def _padded(x: Tensor, inside: Tensor) -> Tensor:
-    """(T, w) → (B, N, w), zeros where no token is."""
+    """(T, w) → (B, N, w), with zeros in places without a token."""
     return x.new_zeros(*inside.shape, x.shape[1]).masked_scatter(inside[:, :, None], x)

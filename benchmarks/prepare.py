@@ -1,11 +1,11 @@
-"""How fast `mme prepare` is and how much memory it takes, by the number of events.
+"""How fast is `mme prepare`, and how much memory does it take, by the number of events?
 
     python -m benchmarks.prepare
     python -m benchmarks.prepare --millions 1 --millions 10 --millions 100 --json benchmarks/results/prepare_cpu.json
 
-For each size it writes a log of events in the order of time, in Parquet files of at most 10 million rows: users and
-items of skewed popularity (a hundred events a user on average, a thousand an item), one event in fifty logged twice. It
-runs `mme prepare` on it as a process of its own and keeps the elapsed time and the highest resident set of the process.
+For each size it writes a log of events in the order of time, in Parquet files of at most 10 million rows. Users and items have
+skewed popularity (on average 100 events per user and 1,000 per item), and one event in fifty is logged twice. It runs `mme prepare`
+on the log in a separate process and records the elapsed time and the peak resident set of that process.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ ROWS_PER_FILE = 10_000_000
 ROWS_AT_ONCE = 1_000_000
 SECONDS_BETWEEN_LOOKS = 0.01
 FIRST_SECOND = 1_600_000_000
-PRIME = 1_000_003  # spreads the ids, so that rank and id have nothing to do with each other
+PRIME = 1_000_003  # spreads the ids, so that id and popularity are independent
 
 
 def main(
-    millions: Annotated[Optional[list[float]], typer.Option(help="Millions of events; may be repeated.")] = None,  # noqa: UP045
-    memory_limit: Annotated[str, typer.Option(help="As for mme prepare.")] = "4GiB",
-    min_item_events: Annotated[int, typer.Option(help="As for mme prepare; above 1 the filters take rounds.")] = 1,
-    folder: Annotated[Optional[Path], typer.Option(help="Where to work; about 60 bytes an event.")] = None,  # noqa: UP045
-    output: Annotated[Optional[Path], typer.Option("--json", help="Where to write the figures.")] = None,  # noqa: UP045
+    millions: Annotated[Optional[list[float]], typer.Option(help="Millions of events; can be repeated.")] = None,  # noqa: UP045
+    memory_limit: Annotated[str, typer.Option(help="Option of mme prepare.")] = "4GiB",
+    min_item_events: Annotated[int, typer.Option(help="Option of mme prepare; above 1 it filters in rounds.")] = 1,
+    folder: Annotated[Optional[Path], typer.Option(help="Work folder; takes about 60 bytes per event.")] = None,  # noqa: UP045
+    output: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None,  # noqa: UP045
 ) -> None:
-    """Measures and prints the preparation of each size."""
+    """Measures the preparation of each size and prints the figures."""
     results = []
     for size in millions or [1, 10]:
         work = Path(tempfile.mkdtemp(dir=folder))
@@ -61,13 +61,13 @@ def main(
             "min_item_events": min_item_events,
             "duckdb": duckdb.__version__,
             "pyarrow": pa.__version__,
-            "load_average": round(os.getloadavg()[0], 1),  # other programs' too
+            "load_average": round(os.getloadavg()[0], 1),  # includes other programs
         }
         write_json(output, about | {"results": results})
 
 
 def write_events(folder: Path, num_events: int) -> list[Path]:
-    """Parquet files of ``num_events`` rows: user_id, item_id, timestamp, in the order of time."""
+    """Writes ``num_events`` rows (user_id, item_id, timestamp) in the order of time to Parquet files."""
     rng = np.random.default_rng(0)
     num_users, num_items = max(num_events // 100, 10), max(num_events // 1000, 10)
     paths: list[Path] = []
@@ -94,12 +94,12 @@ def write_events(folder: Path, num_events: int) -> list[Path]:
 
 
 def _skewed(rng: np.random.Generator, number: int, size: int, power: int) -> np.ndarray:
-    """Ids of ``number`` things; that of rank r has a share of about r^(1 / power - 1)."""
+    """Random ids of ``number`` things; the thing of popularity rank r has a share of about r^(1 / power - 1)."""
     return (number * rng.random(size) ** power).astype(np.int64) * PRIME % (1 << 40)
 
 
 def measure(num_events: int, folder: Path, memory_limit: str, min_item_events: int) -> dict[str, Any]:
-    """Events prepared by a process of its own, whose time and memory are returned."""
+    """Prepares events in a separate process and returns its time and memory."""
     paths = write_events(folder, num_events)
     options = ["--memory-limit", memory_limit, "--min-item-events", str(min_item_events)]
     command = [sys.executable, "-m", "mme", "prepare", "--format", "parquet", *options, "--output", str(folder / "set")]
@@ -130,13 +130,13 @@ def measure(num_events: int, folder: Path, memory_limit: str, min_item_events: i
 
 
 def _peak_rss_kib(pid: int) -> int:
-    """Highest resident set of a process up to now; 0 at its end. The ru_maxrss of a child begins at its parent's."""
+    """Peak resident set of a process so far; 0 once it has ended. The ru_maxrss of a child would start at its parent's."""
     with open(f"/proc/{pid}/status") as file:
         return next((int(line.split()[1]) for line in file if line.startswith("VmHWM")), 0)
 
 
 def processor() -> str:
-    """How many cores of what, as the benchmarks' results name it."""
+    """Number and model of the cores, as results name them."""
     with open("/proc/cpuinfo") as file:
         names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
     return f"{len(names)} × {names[0]}" if names else platform.processor()

@@ -1,4 +1,4 @@
-"""What can this device do at most: matrix products and memory traffic; and how long does a call take?
+"""Measures the highest rates of this device in matrix products and memory traffic, and the time of a call.
 
 python -m benchmarks.roofline
 """
@@ -29,9 +29,9 @@ JsonPath = Annotated[Optional[Path], typer.Option("--json", help="file to write 
 
 
 def timed(run: Callable[[], Any], device: torch.device, seconds: float) -> dict[str, float]:
-    """Median and spread (half the distance of the quartiles) of one call, after a warm-up; on a GPU its memory too.
+    """Median and spread (half the interquartile range) of one call, after a warm-up; on a GPU also its memory.
 
-    A GPU's time is that between two events on its stream, with nothing of the call's in the second-level cache.
+    On a GPU the time is that between two events on its stream, and the second-level cache is overwritten before each call.
     """
     on_gpu = device.type == "cuda"
     measure = functools.partial(_milliseconds_on_gpu if on_gpu else _milliseconds_on_cpu, run)
@@ -51,7 +51,7 @@ def timed(run: Callable[[], Any], device: torch.device, seconds: float) -> dict[
 
 
 def _milliseconds_on_cpu(run: Callable[[], Any]) -> float:
-    # On one CPU thread its own time, which leaves out what other processes take of the core.
+    # For one thread the CPU time counts, because it excludes other processes on the core.
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     run()
@@ -69,7 +69,7 @@ def _milliseconds_on_gpu(run: Callable[[], Any]) -> float:
 
 
 def flush_cache() -> None:
-    """Overwrites more than the second-level cache of the current GPU holds."""
+    """Overwrites more memory than the second-level cache of the current GPU holds."""
     _cache_filler().zero_()
 
 
@@ -79,7 +79,7 @@ def _cache_filler() -> Tensor:
 
 
 def peak_memory(run: Callable[[], Any], device: torch.device) -> float:
-    """GiB that ``run`` takes at its peak beyond what is held before it; on a CPU the growth of the resident set."""
+    """GiB that ``run`` takes at its peak beyond the memory in use before it; on a CPU, the growth of the resident set."""
     if device.type == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -112,26 +112,26 @@ def device_and_dtype() -> tuple[torch.device, torch.dtype]:
 
 
 def backends(device: torch.device) -> list[str]:
-    """The backends to compare on ``device``, Triton's interpreter among them where it is asked for."""
+    """The backends to compare on ``device``; Triton's interpreter is among them if TRITON_INTERPRET=1."""
     return ["torch", "triton"] if interpreting() or (device.type == "cuda" and triton_installed()) else ["torch"]
 
 
 def matrix_rate(device: torch.device, dtype: torch.dtype, seconds: float) -> float:
-    """TFLOP/s (GFLOP a millisecond) of one large matrix product."""
+    """TFLOP/s (GFLOP per millisecond) of one large matrix product."""
     size = 8192 if device.type == "cuda" else 1024
     a = torch.randn(size, size, device=device, dtype=dtype)
     return 2e-9 * size**3 / timed(lambda: a @ a, device, seconds)["ms"]
 
 
 def memory_rate(device: torch.device, seconds: float) -> float:
-    """GB/s, read and written, of one large copy."""
+    """GB/s of one large copy, counting reads and writes."""
     source = torch.ones((1 << 30) if device.type == "cuda" else (1 << 26), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2e-6 * source.numel() / timed(lambda: target.copy_(source), device, seconds)["ms"]
 
 
 def run_header(device: torch.device, dtype: torch.dtype, **figures: Any) -> dict[str, Any]:
-    """What a result is worth nothing without: the device, its threads, the version and the dtype; then ``figures``."""
+    """The conditions of a result: device, threads, version and dtype, followed by ``figures``."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{platform.machine()} CPU"
     return {
         "device": name,
@@ -146,7 +146,7 @@ def publish(
     what: str, header: dict[str, Any], columns: Sequence[str], cells: Iterable[Sequence[str]],
     rows: list[dict[str, Any]], path: Path | None,
 ) -> None:  # fmt: skip
-    """Prints ``cells`` as a table, headed by the device and the rates that it reached, and writes ``rows`` as JSON."""
+    """Prints ``cells`` as a table, with the device and the rates that it reached as title, and writes ``rows`` as JSON."""
     rates = {"matrix_tflops": "matrices at {:.3g} TFLOP/s", "memory_gbs": "memory at {:.3g} GB/s"}
     reached = [text.format(header[name]) for name, text in rates.items() if name in header]
     table = Table(title=f"{what} on {', '.join([header['device'], header['dtype'], *reached])}")
@@ -160,7 +160,7 @@ def publish(
 
 
 def main() -> None:
-    """Prints both rates; the benchmarks measure them again, each in its own run."""
+    """Prints both rates. Each benchmark measures them again in its own run."""
     device, _ = device_and_dtype()
     for dtype in (torch.float32, torch.bfloat16) if device.type == "cuda" else (torch.float32,):
         print(f"{dtype} matrix products on {device}: {matrix_rate(device, dtype, 0.5):.3g} TFLOP/s")

@@ -1,13 +1,13 @@
-"""How fast is the sampled-softmax loss, by tokens and kind of negatives, forward and backward, and what memory does it take?
+"""How fast is the sampled-softmax loss, by tokens and kind of negatives, forward and backward, and how much memory does it take?
 
-    python -m benchmarks.sampled_softmax                                # the shapes that this device is asked about
+    python -m benchmarks.sampled_softmax                                # default shapes for this device
     python -m benchmarks.sampled_softmax --tokens 8192 --negatives 1x128,64x128 --json out.json
 
-The eager form gathers the negatives' rows and keeps their logits, as public training code does; then our PyTorch form,
-and Triton on a GPU. FLOPs are 2·T·(n + 1)·D forward and twice that backward: recomputation counts as none. Bytes are those
-of the rows that each token (own negatives) or each group (shared) reads, twice in backward, and of the gradients. The
-bound is the longer of both at the rates measured in the same run; the share is that bound over the time. Rows that the
-caches serve make a share above 100% possible.
+The eager form gathers the negatives' rows and keeps their logits, as public training code does; our PyTorch form and, on a GPU,
+Triton follow. FLOPs are 2·T·(n + 1)·D in forward and twice that in backward; recomputation does not count. Bytes are those of the
+rows that each token (own negatives) or each group (shared negatives) reads, twice in backward, and of the gradients. The bound is
+the longer of both times at the rates measured in the same run; the share is the bound over the time. Caches make shares above
+100% possible.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from kernels import sampled_softmax_loss
 from kernels.sampled_softmax.torch_form import MASKED_LOGIT
 
 TEMPERATURE = 0.05
-MEMORY_LIMIT_BYTES = 24 << 30  # the eager form is left out where its gathered rows and their gradient pass this
+MEMORY_LIMIT_BYTES = 24 << 30  # the eager form is skipped if its gathered rows and their gradient exceed this
 
 
 def main(
@@ -79,7 +79,7 @@ def measure(
     device: torch.device,
     seconds: float,
 ) -> list[dict[str, Any]]:
-    """Forward and backward of every form, for one shape."""
+    """Measures forward and backward of every form for one shape."""
     random = torch.Generator().manual_seed(tokens)
     size = group_size or tokens
     groups = -(-tokens // size)
@@ -131,7 +131,7 @@ def measure(
 def check_agreement(
     name: str, form: Callable[[], Tensor], eager: Callable[[], Tensor], inputs: list[Tensor], tolerance: float
 ) -> None:
-    """No time is told of a form that computes something else."""
+    """Raises if a form computes something else, so that only right forms are measured."""
     found, expected = ([y, *torch.autograd.grad(y.mean(), inputs)] for y in (form(), eager()))
     for what, value, wanted in zip(("loss", "d hidden", "d items"), found, expected, strict=True):
         error = ((value.double() - wanted.double()).norm() / wanted.double().norm()).item()

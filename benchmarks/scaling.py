@@ -1,14 +1,13 @@
-"""How does training scale: measured on CPU processes, predicted for GPUs that are not here.
+"""How does training scale? Measured on CPU processes, predicted for GPUs.
 
     python -m benchmarks.scaling --json benchmarks/raw/scaling_cpu.json --summary benchmarks/results/scaling_cpu.json
     python -m benchmarks.scaling --no-measure --config configs/ml-20m.yaml --items 26744
 
-Measured: whole training steps by `benchmarks.train_throughput` with 1, 2 and 4 processes of one thread each, a total batch
-that stays and one that grows with the processes. Predicted: `launcher.plan`'s models for 8 to 1,024 GPUs, each time in
-the layout that the plan chooses, for a batch that grows with the GPUs and for the batch of 8 GPUs split among ever more. A part
-becomes the bound where it first takes more time than any other; so it says for how many GPUs that is, with the host's time,
-which is a guess, and without. Efficiency is the rate of a process or GPU beside that of
-the smallest number.
+The measurement takes whole training steps of `benchmarks.train_throughput` with 1, 2 and 4 processes of one thread each, once with
+a fixed total batch and once with a batch that grows with the processes. The prediction uses the models of `launcher.plan` for 8 to
+1,024 GPUs, in the layout that the plan chooses, for a batch that grows with the GPUs and for the batch of 8 GPUs split among more.
+It also gives the number of GPUs from which a part takes more time than any other, with and without the host's time, which is a
+guess. Efficiency is the rate per process or GPU relative to that of the smallest number.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ from mme.run.exit_status import job_status
 
 PROCESSES = (1, 2, 4)
 MARKS = ("largest_part_from", "largest_part_beside_the_host_from")
-TOTAL_SEQUENCES, SEQUENCES_EACH = 128, 64  # of a step: where the work stays, and of a process where it grows
+TOTAL_SEQUENCES, SEQUENCES_EACH = 128, 64  # per step if the work is fixed; per process if it grows
 GPUS_OF_A_NODE = 8
 GPUS = [8 * 2**doublings for doublings in range(8)]  # to 1,024
 KINDS = ("a100-80g", "h100-80g")
@@ -46,21 +45,22 @@ KUAIRAND, KUAIRAND_ITEMS = Path("configs/kuairand-27k.yaml"), 32_038_725
 
 
 def main(
-    measure: Annotated[bool, typer.Option(help="Measure here, by the quick start.")] = True,
+    measure: Annotated[bool, typer.Option(help="Measure the quick start on this machine.")] = True,
     steps: Annotated[int, typer.Option(help="Steps of a repetition.", min=1)] = 5,
-    repetitions: Annotated[int, typer.Option(help="Repetitions, after some steps that warm up.", min=2)] = 7,
-    config: Annotated[Path, typer.Option(help="What the GPUs are predicted to train.")] = KUAIRAND,
+    repetitions: Annotated[int, typer.Option(help="Repetitions after a warm-up.", min=2)] = 7,
+    config: Annotated[Path, typer.Option(help="Configuration to predict.")] = KUAIRAND,
     items: Annotated[
         Optional[int],  # noqa: UP045
         typer.Option(
-            help="Items of the catalogue; default: KuaiRand-27K's, of another --config its data set's.", min=1
+            help="Items of the catalogue. Default: those of KuaiRand-27K or, with another --config, of its data set.",
+            min=1,
         ),
     ] = None,
-    overrides: Annotated[Optional[list[str]], typer.Argument(help="key.path=value, of the prediction")] = None,  # noqa: UP045
-    output: Annotated[Optional[Path], typer.Option("--json", help="Where to write all figures.")] = None,  # noqa: UP045
+    overrides: Annotated[Optional[list[str]], typer.Argument(help="key.path=value for the prediction")] = None,  # noqa: UP045
+    output: Annotated[Optional[Path], typer.Option("--json", help="File to write all figures to.")] = None,  # noqa: UP045
     brief: Annotated[
         Optional[Path],  # noqa: UP045
-        typer.Option("--summary", help="Where to write the figures of the tables alone."),
+        typer.Option("--summary", help="File to write only the figures of the tables to."),
     ] = None,
 ) -> None:
     """Prints measured and predicted scaling."""
@@ -71,12 +71,12 @@ def main(
     console = Console(width=150)
     result: dict[str, Any] = {}
     if measure:
-        load = os.getloadavg()[1]  # of other work too: the last five minutes
+        load = os.getloadavg()[1]  # over the last five minutes, including other programs
         measured = [_measured(processes, sequences, steps, repetitions) for processes, sequences in _settings()]
         result["measured"] = {
             "cores": os.cpu_count(),
             "load_average_before": load,
-            "setting": "quick start, one thread a process",
+            "setting": "quick start, one thread per process",
             "runs": measured,
             "fixed_work": _efficiency(measured, lambda run: run["processes"] * run["sequences"] == TOTAL_SEQUENCES),
             "growing_work": _efficiency(measured, lambda run: run["sequences"] == SEQUENCES_EACH),
@@ -100,7 +100,7 @@ def main(
 
 
 def summary(result: dict[str, Any]) -> dict[str, Any]:
-    """The figures of the tables: the repetitions of a measurement and the devices' constants are left out."""
+    """The figures of the tables, without the repetitions of measurements and the constants of devices."""
     predicted = result["predicted"]
     runs = [
         {
@@ -122,7 +122,7 @@ def summary(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _settings() -> list[tuple[int, int]]:
-    """(processes, sequences of each) of all runs, each once."""
+    """(processes, sequences per process) of all runs, without repetitions."""
     wanted = [(n, TOTAL_SEQUENCES // n) for n in PROCESSES] + [(n, SEQUENCES_EACH) for n in PROCESSES]
     return list(dict.fromkeys(wanted))
 
@@ -144,7 +144,7 @@ def _measured(processes: int, sequences: int, steps: int, repetitions: int) -> d
 
 
 def _efficiency(runs: list[dict[str, Any]], belongs: Any) -> list[dict[str, Any]]:
-    """Median and quartiles of the rates of the runs that belong, and how much of one process's rate each has."""
+    """Median and quartiles of the rates of the runs that ``belongs`` selects, with speed-up and efficiency."""
     rows: list[dict[str, Any]] = []
     for run in sorted(filter(belongs, runs), key=lambda run: run["processes"]):
         lower, median, upper = statistics.quantiles(run["tokens_per_s_all"], n=4)
@@ -164,7 +164,7 @@ def _efficiency(runs: list[dict[str, Any]], belongs: Any) -> list[dict[str, Any]
 
 
 def _predicted(config: Config, items: int, device: Device, work: str) -> dict[str, Any]:
-    """The plan's prediction from 8 to 1,024 GPUs, but for numbers that no layout fits or that the work cannot be dealt to."""
+    """The plan's prediction for 8 to 1,024 GPUs, without numbers for which no layout fits or the work cannot be divided."""
     planned: list[ParallelLayout] = []
     for gpus in GPUS:
         dealt = _with_batch(config, gpus, work)
@@ -182,7 +182,7 @@ def _predicted(config: Config, items: int, device: Device, work: str) -> dict[st
         rows.append(
             {
                 "gpus": layout.shape.ranks,
-                "tokens_a_gpu": layout.shape.tokens,
+                "tokens_per_gpu": layout.shape.tokens,
                 "layout": layout.overrides,
                 "memory_gib": layout.memory.total / 2**30,
                 "step_ms": 1e3 * layout.step_s,
@@ -202,7 +202,7 @@ def _predicted(config: Config, items: int, device: Device, work: str) -> dict[st
 
 
 def _with_batch(config: Config, gpus: int, work: str) -> Config | None:
-    """``config`` as it is, or with the tokens of 8 GPUs dealt to all; None where that is less than a sequence for each."""
+    """``config`` as it is, or with the tokens of 8 GPUs divided among all; None if each gets less than a sequence."""
     if work == "growing work":
         return config
     data = config.data
@@ -211,7 +211,7 @@ def _with_batch(config: Config, gpus: int, work: str) -> Config | None:
 
 
 def _largest_from(rows: list[dict[str, Any]], beside: str | None = None) -> dict[str, int | None]:
-    """By part, the smallest number of GPUs at which it takes more time than any other but ``beside``; None: at none."""
+    """For each part, the least number of GPUs at which it takes more time than any other except ``beside``, or None."""
     found: dict[str, int | None] = dict.fromkeys(name for row in rows for name in row["parts"])
     for row in reversed(rows):
         parts = {name: part["ms"] for name, part in row["parts"].items() if name != beside}
@@ -247,9 +247,9 @@ def _predicted_table(prediction: dict[str, Any]) -> Table:
     rows = prediction["rows"]
     title = f"predicted, not measured: {prediction['gpu']['name']}, {prediction['work']}; ms by part"
     table = Table(title=title, title_justify="left")
-    _columns(table, ("GPUs", *(f"{row['gpus']:,}" for row in rows), "largest from", "beside the host"))
+    _columns(table, ("GPUs", *(f"{row['gpus']:,}" for row in rows), "largest from", "without the host"))
     figures = {
-        "tokens a GPU": ("tokens_a_gpu", "{:,}"),
+        "tokens per GPU": ("tokens_per_gpu", "{:,}"),
         "step, ms": ("step_ms", "{:,.1f}"),
         "million tokens/s": ("tokens_per_s", "{:,.1f}"),
         "efficiency": ("efficiency", "{:.2f}"),

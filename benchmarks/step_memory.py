@@ -1,10 +1,10 @@
-"""How much memory does a training step take beside its weights, on the kernels and in eager padded PyTorch?
+"""How much memory does a training step take beyond its weights, on the kernels and in eager padded PyTorch?
 
     python -m benchmarks.step_memory --lengths 2048,4096,8192 --json out.json
 
-One batch of full-length histories, forward, loss and backward, of FuXi-α (one table, dense FFN, negatives of each token's
-own): `kernels` is `mme.model` on the backend that `auto` takes, `padded` is `benchmarks.padded_fuxi`. On a GPU the peak is
-of the allocator, on a CPU of the resident set. The padded form is left out where it would not fit.
+Measures forward, loss and backward of FuXi-α (one table, dense FFN, per-token negatives) on one batch of full-length histories.
+`kernels` is `mme.model` with the backend `auto`, `padded` is `benchmarks.padded_fuxi`. The peak is that of the allocator on a GPU
+and that of the resident set on a CPU. The padded form is skipped if it would not fit.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from mme.data.batch import SequenceBatch
 from mme.model.decoder import Decoder
 
 NUM_ITEMS = 20_000
-# What autograd keeps of a block in padded form, in matrices of (B, N, N) for each head: three weights, scores and masks.
+# Number of (B, N, N) matrices per head that autograd keeps of a padded block: three weights, scores and masks.
 PADDED_MATRICES = 12
 MEMORY_LIMIT_BYTES = {"cuda": 64 << 30, "cpu": 8 << 30}
 
 
 def main(
     lengths: Annotated[str, typer.Option(help="N, such as 2048,8192; on a CPU 1024 and 2048 by default")] = "",
-    sequences: Annotated[int, typer.Option(help="of a batch; 0: 4 on a GPU, 1 on a CPU")] = 0,
-    width: Annotated[int, typer.Option(help="D, of one table")] = 64,
+    sequences: Annotated[int, typer.Option(help="sequences of a batch; 0: 4 on a GPU, 1 on a CPU")] = 0,
+    width: Annotated[int, typer.Option(help="D, the width of the table")] = 64,
     blocks: Annotated[int, typer.Option(help="FuXi blocks")] = 2,
     json_path: JsonPath = None,
 ) -> None:
@@ -54,7 +54,7 @@ def main(
 
 
 def measure(longest: int, sequences: int, width: int, blocks: int, device: torch.device) -> list[dict[str, Any]]:
-    """The peak of each form that fits, and its share of the padded form's."""
+    """The peak of each form that fits, and its share of the peak of the padded form."""
     config = load_config(
         None,
         [
@@ -76,7 +76,7 @@ def measure(longest: int, sequences: int, width: int, blocks: int, device: torch
         steps["padded"] = lambda: padded(batch)
     peaks = {}
     for name, step in steps.items():
-        step().backward()  # gradients, and what libraries set up at first, are there before
+        step().backward()  # allocates gradients and what libraries set up at first use
         peaks[name] = peak_memory(lambda step=step: step().backward(), device)  # type: ignore[misc]
     shape = {"longest": longest, "sequences": sequences}
     padded_peak = peaks.get("padded")
@@ -87,7 +87,7 @@ def measure(longest: int, sequences: int, width: int, blocks: int, device: torch
 
 
 def full_batch(longest: int, sequences: int) -> SequenceBatch:
-    """Histories of ``longest`` events, random items and rising times."""
+    """Histories of ``longest`` events with random items and rising times."""
     random = torch.Generator().manual_seed(longest)
     items = torch.randint(NUM_ITEMS, (sequences, longest + 1), generator=random)
     steps = torch.exp(13 * torch.rand(sequences, longest + 1, generator=random)).long()
@@ -103,7 +103,7 @@ def full_batch(longest: int, sequences: int) -> SequenceBatch:
 def kernel_step(
     config: Config, batch: SequenceBatch, device: torch.device, decoder: Decoder | None = None
 ) -> Callable[[], Tensor]:
-    """The mean loss of ``batch`` by the decoder and the loss that train, on a table held whole."""
+    """The mean loss of ``batch``, with the decoder and the loss of training and one local table."""
     decoder = decoder or Decoder(config).to(device)
     table = torch.nn.Embedding(NUM_ITEMS, config.model.embedding_dim, device=device)
 

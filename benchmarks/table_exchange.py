@@ -1,12 +1,12 @@
-"""What does one exchange of distinct ids save, against a lookup for each table?
+"""How much does one exchange of distinct ids save, compared with a lookup for each table?
 
     torchrun --nproc-per-node 2 -m benchmarks.table_exchange --json benchmarks/results/table_exchange_2cpu.json
 
-Three forms of the same lookup, forward and backward with the tables' update, on all processes of the group:
+Measures three forms of the same lookup on all processes of the group, forward and backward with the update of the tables:
 
-    ours             the batch's distinct ids, once, for all M tables
-    distinct ids     the same ids, once for each table
-    every use        the ids of inputs, targets and negatives as they come, once for each table
+    ours             sends the distinct ids of the batch once for all M tables
+    distinct ids     sends the same ids once for each table
+    every use        sends all ids of inputs, targets and negatives, with repetitions, once for each table
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ def main(
     items: Annotated[int, typer.Option(help="rows of a table")] = 100_000,
     tables: Annotated[int, typer.Option(help="M")] = 4,
     dim: Annotated[int, typer.Option(help="width of a table, d")] = 16,
-    tokens: Annotated[int, typer.Option(help="tokens of a process's batch")] = 4096,
-    negatives: Annotated[int, typer.Option(help="negatives of a group of 64 tokens")] = 128,
-    repeats: Annotated[int, typer.Option(help="of each form, in turn")] = 15,
+    tokens: Annotated[int, typer.Option(help="tokens per process")] = 4096,
+    negatives: Annotated[int, typer.Option(help="negatives per group of 64 tokens")] = 128,
+    repeats: Annotated[int, typer.Option(help="repetitions of each form; the forms alternate")] = 15,
     json_path: Annotated[Optional[Path], typer.Option("--json")] = None,  # noqa: UP045  (typer on Python 3.10)
 ) -> None:
     """Prints the table on the first process and, with --json, writes it."""
     with process_group() as world:
         torch.manual_seed(world.rank)
-        # Half of the uses name one of a hundred popular items.
+        # Half of the uses are of one of a hundred popular items.
         uses = torch.randint(items, (2 * tokens + tokens // 64 * negatives,))
         popular = torch.rand(uses.shape) < 0.5
         uses = torch.where(popular, uses % 100, uses).to(world.device)
@@ -71,7 +71,7 @@ def main(
 
 def _config(tables: int, dim: int) -> Config:
     overrides = ["data.path=unused", f"model.num_tables={tables}", f"model.embedding_dim={tables * dim}"]
-    # Fused in backward, so that no time of a dense optimizer hides the exchange.
+    # The optimizer is fused into backward, so that no time of a dense optimizer hides the exchange.
     return load_config(None, [*overrides, "model.moe.num_experts=0", "train.table_optimizer=rowwise_adagrad"])
 
 
@@ -98,7 +98,7 @@ def _report(rows: list[dict[str, Any]], world: World, shape: dict[str, int], pat
     table = Table(
         title=f"Lookup and update of {shape['tables']} tables on {world.size} processes ({world.device.type})"
     )
-    for column in ("form", "ids", "exchanges", "KiB a process", "ms", "± ms", "ratio"):
+    for column in ("form", "ids", "exchanges", "KiB per process", "ms", "± ms", "ratio"):
         table.add_column(column, justify="left" if column == "form" else "right")
     for row in rows:
         ratio = row["ms"] / rows[0]["ms"]

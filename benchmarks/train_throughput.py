@@ -4,14 +4,14 @@
     python -m benchmarks.train_throughput --config F.yaml --processes 4 model.num_blocks=4
     python -m benchmarks.train_throughput --data datasets/ml-latest-small --setting fuxi-alpha --json out.json
 
-Starts the processes by torchrun and runs whole training steps (data, lookup, forward, loss, backward, optimizers). Tokens
-are trained positions, none of them padding; figures are medians over repetitions of a fixed number of steps. In turns with
-them runs `benchmarks.padded_fuxi`, FuXi-α at the same widths, blocks, batches and negatives, one copy a process that
-exchanges no gradients; the ratio counts tokens a second, and tokens a second of CPU time, which a busy machine disturbs
-less. Some more steps are profiled (`mme.profiling.profile`) for the time by part, and one checkpoint is written.
+Starts the processes with torchrun and runs whole training steps (data, lookup, forward, loss, backward, optimizers). Tokens
+are trained positions; none is padding. Figures are medians over repetitions of a fixed number of steps. `benchmarks.padded_fuxi`,
+FuXi-α with the same widths, blocks, batches and negatives, alternates with them; each process has a copy and exchanges no
+gradients. The ratio compares tokens per second, and tokens per second of CPU time, which other programs disturb less. Some more
+steps are profiled (`mme.profiling.profile`) for the time by part, and one checkpoint is written.
 
-Model FLOPs utilisation: what `mme.flops` counts over the true lengths, forward and backward, as a share of the rate of
-large matrix products that all processes reach here at once.
+Model FLOPs utilisation is the rate of the FLOPs that `mme.flops` counts over the true lengths, forward and backward, as a share of
+the rate that all processes reach together in large matrix products.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ if TYPE_CHECKING:
     from mme.data.batch import SequenceBatch
     from mme.training import Training
 
-RESULT = "MME_THROUGHPUT_RESULT"  # where the worker of rank 0 leaves its figures
+RESULT = "MME_THROUGHPUT_RESULT"  # names the file to which the worker of rank 0 writes its figures
 
 EMBEDDED = Path("datasets/quickstart")
 WARM_UP_STEPS = 2  # before the profiled ones
 
-# The public FuXi-α code's setting for ML-1M (arXiv 2502.03036): one table, dense FFN, 128 negatives for each token.
+# The setting of the public FuXi-α code for ML-1M (arXiv 2502.03036): one table, dense FFN, 128 negatives per token.
 SETTINGS: dict[str, list[str]] = {
     "quickstart": [],
     "fuxi-alpha": [
@@ -70,7 +70,7 @@ SETTINGS: dict[str, list[str]] = {
 
 
 class Rate(NamedTuple):
-    """Of one repetition, over all ranks: trained tokens and FLOPs a second, and a second of CPU time."""
+    """Trained tokens and FLOPs of all ranks in one repetition, per second and per second of CPU time."""
 
     tokens_per_s: float
     flops_per_s: float
@@ -80,18 +80,18 @@ class Rate(NamedTuple):
 
 def main(
     overrides: Annotated[Optional[list[str]], typer.Argument(help="key.path=value")] = None,  # noqa: UP045
-    data: Annotated[Optional[Path], typer.Option(help="Prepared data set; default: the configuration's.")] = None,  # noqa: UP045
+    data: Annotated[Optional[Path], typer.Option(help="Prepared data set. Default: that of the configuration.")] = None,  # noqa: UP045
     setting: Annotated[str, typer.Option(help=f"One of {', '.join(SETTINGS)}.")] = "quickstart",
     config: Annotated[Path, typer.Option(help="Configuration file.")] = Path("configs/quickstart.yaml"),
-    processes: Annotated[Optional[int], typer.Option(help="Default: one a GPU, without one 2.", min=1)] = None,  # noqa: UP045
+    processes: Annotated[Optional[int], typer.Option(help="Default: one per GPU, or 2 without GPUs.", min=1)] = None,  # noqa: UP045
     steps: Annotated[int, typer.Option(help="Steps of one repetition.", min=1)] = 10,
-    repetitions: Annotated[int, typer.Option(help="Repetitions after one that warms up.", min=1)] = 5,
-    padded_steps: Annotated[int, typer.Option(help="Steps of padded FuXi-α in each turn; 0: without it.", min=0)] = 2,
-    profiled_steps: Annotated[int, typer.Option(help="Steps for the time by part; 0: without it.", min=0)] = 5,
-    output: Annotated[Optional[Path], typer.Option("--json", help="Where to write the figures.")] = None,  # noqa: UP045
+    repetitions: Annotated[int, typer.Option(help="Repetitions after a warm-up.", min=1)] = 5,
+    padded_steps: Annotated[int, typer.Option(help="Steps of padded FuXi-α in each turn; 0 leaves it out.", min=0)] = 2,
+    profiled_steps: Annotated[int, typer.Option(help="Steps for the time by part; 0 leaves it out.", min=0)] = 5,
+    output: Annotated[Optional[Path], typer.Option("--json", help="File to write the figures to.")] = None,  # noqa: UP045
 ) -> None:
-    """Measures and prints training throughput."""
-    from benchmarks.prepare import processor  # not above: DuckDB would count as memory of the workers
+    """Measures training throughput and prints it."""
+    from benchmarks.prepare import processor  # imported here, because DuckDB would count as memory of the workers
 
     with job_status():
         if setting not in SETTINGS:
@@ -110,7 +110,7 @@ def main(
         subprocess.run(
             [*command, "-m", "benchmarks.train_throughput", *worker],
             check=True,
-            env=environment | {RESULT: str(result_file), "PYTHONWARNINGS": "ignore"},  # of libraries, about themselves
+            env=environment | {RESULT: str(result_file), "PYTHONWARNINGS": "ignore"},  # hides warnings of libraries
         )
         result = json.loads(result_file.read_text())
     result |= {"setting": setting, "overrides": options, "processes": processes, "processor": processor()}
@@ -120,7 +120,7 @@ def main(
 
 
 def run_worker(arguments: list[str]) -> None:
-    """One rank of the measurement."""
+    """Runs one rank of the measurement."""
     import torch
 
     from benchmarks.roofline import matrix_rate
@@ -152,18 +152,18 @@ def run_worker(arguments: list[str]) -> None:
         precision = getattr(torch, config.train.precision_on(world.device.type))
         matrix_flops = world.sum(torch.tensor(1e12 * matrix_rate(world.device, precision, 0.5)).to(world.device)).item()
         if world.rank == 0:
-            counted = config.model.block == "fuxi"  # what `mme.flops` knows
+            counted = config.model.block == "fuxi"  # the only block that `mme.flops` counts
             flops_per_s = statistics.median(rate.flops_per_s for rate in rates) if counted else 0.0
             of_cpu_time = None
             if (
                 counted and world.device.type == "cpu" and torch.get_num_threads() == 1
-            ):  # one core a process, as its rate
+            ):  # each process has one core, as for the rate of matrix products
                 of_cpu_time = statistics.median(rate.flops_per_cpu_s for rate in rates) / (matrix_flops / world.size)
             result: dict[str, Any] = {
                 "tokens_per_s": statistics.median(rate.tokens_per_s for rate in rates),
                 "tokens_per_s_all": [round(rate.tokens_per_s, 1) for rate in rates],
                 "tokens_per_cpu_s_all": [round(rate.tokens_per_cpu_s, 1) for rate in rates],
-                "waiting_share": measured.waited_s / measured.all_s,  # of the time, for the data
+                "waiting_share": measured.waited_s / measured.all_s,  # share of the time spent waiting for data
                 "gflops_per_s": flops_per_s / 1e9 if counted else None,
                 "matrix_gflops_per_s": matrix_flops / 1e9,
                 "model_flops_utilisation": flops_per_s / matrix_flops if counted else None,
@@ -182,7 +182,7 @@ def run_worker(arguments: list[str]) -> None:
 
 
 class _Measured:
-    """The steps of one training job, as `Training.run` makes them, with clocks round them."""
+    """Runs and times the steps of one training job, as `Training.run` makes them."""
 
     def __init__(self, training: Training) -> None:
         self.training, self.world = training, training.world
@@ -203,7 +203,7 @@ class _Measured:
         return self._rate(tokens, flops, seconds, time.process_time() - cpu_started)
 
     def flops(self, batch: SequenceBatch) -> int:
-        """Of this rank's part of a step."""
+        """FLOPs of this rank's part of a step."""
         from mme.flops import training_flops
 
         lengths = batch.seq_offsets.diff()
@@ -212,7 +212,7 @@ class _Measured:
         return sum(counts.values())
 
     def profile(self, steps: int) -> dict[str, Any]:
-        """Time by part of some more steps; of rank 0, which alone returns it."""
+        """Time by part of some more steps of rank 0; empty on other ranks."""
         from mme.profiling.profile import StepProfile
         from mme.profiling.regions import region
 
@@ -236,7 +236,7 @@ class _Measured:
         }
 
     def checkpoint(self) -> dict[str, float]:
-        """How long one checkpoint holds up training, and how long its writing takes beside it."""
+        """How long one checkpoint interrupts training, and after what time it is complete."""
         from mme.distributed.checkpoint import Progress
         from mme.distributed.checkpoint_writer import CheckpointWriter
 
@@ -247,7 +247,7 @@ class _Measured:
         return {"held_up_ms": 1000 * held_up, "complete_after_ms": 1000 * (time.perf_counter() - started)}
 
     def padded(self, steps: int) -> Callable[[], Rate]:
-        """One turn of padded FuXi-α on the batches to come; the first step is done here."""
+        """Returns a function that runs one turn of padded FuXi-α on the next batches; a first step warms up."""
         import torch
 
         from benchmarks.padded_fuxi import PaddedFuxi
@@ -277,7 +277,7 @@ class _Measured:
         return self.training.step(self.done, batch).tokens
 
     def _rate(self, tokens: int, flops: int, seconds: float, cpu_s: float) -> Rate:
-        """``tokens``: of all ranks; ``flops`` and ``cpu_s``: of this one."""
+        """``tokens`` are those of all ranks; ``flops`` and ``cpu_s`` are those of this rank."""
         import torch
 
         summed = torch.tensor([float(flops), cpu_s], dtype=torch.float64, device=self.world.device)
@@ -291,7 +291,7 @@ class _Measured:
 
 
 def _against(rates: list[Rate], padded: list[Rate]) -> dict[str, Any]:
-    """Ours against padded FuXi-α: each of its turns stands between two of ours."""
+    """Compares our rates with those of padded FuXi-α, whose turns alternate with ours."""
     if not padded:
         return {}
     pairs = list(zip(rates, padded, strict=True))
@@ -309,7 +309,7 @@ def _against(rates: list[Rate], padded: list[Rate]) -> dict[str, Any]:
 
 
 def _memory_gib(name: str) -> float:
-    """A figure of this process from /proc: VmRSS, resident now; VmHWM, the most it was."""
+    """A figure of this process from /proc in GiB: VmRSS, the resident set, or VmHWM, its peak."""
     with open("/proc/self/status") as file:
         return next(int(line.split()[1]) for line in file if line.startswith(name)) / 2**20
 
@@ -330,14 +330,14 @@ def _print(result: dict[str, Any]) -> None:
         of = f"{result['gflops_per_s']:,.0f} of {result['matrix_gflops_per_s']:,.0f} GFLOP/s"
         table.add_row("model FLOPs utilisation", f"{result['model_flops_utilisation']:.1%} ({of})")
     if result["utilisation_of_cpu_time"]:
-        table.add_row("the same, of CPU time", f"{result['utilisation_of_cpu_time']:.1%}")
+        table.add_row("the same by CPU time", f"{result['utilisation_of_cpu_time']:.1%}")
     table.add_row("peak memory of rank 0", f"{result['peak_mem_gib']:.2f} GiB")
     table.add_row(
         "resident, after warm-up and later", f"{result['rss_gib_after_warm_up']}, {result['rss_gib_at_end']} GiB"
     )
-    table.add_row("a checkpoint holds up training for", f"{checkpoint['held_up_ms']:.0f} ms")
+    table.add_row("a checkpoint interrupts training for", f"{checkpoint['held_up_ms']:.0f} ms")
     if padded := result.get("padded_fuxi_alpha"):
-        for name, key in (("tokens/s", "ratio"), ("tokens a CPU second", "ratio_of_cpu_time")):
+        for name, key in (("tokens/s", "ratio"), ("tokens per CPU second", "ratio_of_cpu_time")):
             every = padded[f"{key}_all"]
             table.add_row(f"times padded FuXi-α, {name}", f"{padded[key]:.1f} ({min(every):.1f} – {max(every):.1f})")
     console.print(table)

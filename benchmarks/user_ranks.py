@@ -1,10 +1,10 @@
-"""The rank of each test user's target under a run's best checkpoint and under popularity, for tests that pair users.
+"""Ranks the target of each test user by a run's best checkpoint and by popularity, for tests that pair users.
 
     python -m benchmarks.user_ranks runs/quickstart
 
-writes `test_ranks.json` into the run's folder: model → ranks, users in the order of the data set. A target that is in no list
-(`eval.seen=exclude`, an item that the user has had before) has the rank `mme.evaluation.metrics.UNRANKED`, a number beyond
-any cut-off. One process.
+writes `test_ranks.json` into the run's folder: model → ranks of the users, in the order of the data set. With `eval.seen=exclude`,
+a target that the user has had before is in no list; its rank is `mme.evaluation.metrics.UNRANKED`, which is beyond any cut-off. It
+runs in one process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RANKS_JSON = "test_ranks.json"
 
 
 def main(run: Path) -> None:
-    """Ranks the test users' targets and keeps the ranks in the run's folder."""
+    """Ranks the targets of the test users and writes the ranks into the run's folder."""
     config = load_run_config(run)
     with process_group() as world:
         dataset, recommender, _ = load_trained(run, None, config, world)

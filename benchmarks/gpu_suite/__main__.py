@@ -1,12 +1,12 @@
-"""What are the kernels and the training worth on this GPU: all figures of one run of eight minutes.
+"""How fast are the kernels and the training on this GPU? One run of eight minutes measures all figures.
 
     OUT=benchmarks/raw/h100 python -m benchmarks.gpu_suite
     python -m benchmarks.gpu_suite --dry --out /tmp/dry     # every stage on a CPU, with tiny shapes
 
-Stages run in order of worth, each in a process of its own with its own time limit; a stage that fails or takes too long costs
-nothing but itself. Every figure is in ``results.jsonl`` as soon as it is known (`benchmarks.gpu_suite.results`), what stages print
-in ``logs/``. The same command again runs what is missing. Nothing is installed or downloaded: a figure whose packages are not
-there is recorded as failed.
+Stages run in order of importance, each in a separate process with its own time limit, so a stage that fails or takes too long does
+not affect others. Every figure is written to ``results.jsonl`` as soon as it is known (`benchmarks.gpu_suite.results`); the output
+of stages is in ``logs/``. The same command, run again, measures what is missing. Nothing is installed or downloaded; a figure whose
+packages are missing is recorded as failed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import typer
 
 from benchmarks.gpu_suite.results import DEVICE_LOST, Results
 
-# Seconds, with what they start. On an H100 or H200 a stage is expected to take half of it.
+# Time limits in seconds, including start-up. On an H100 or H200 a stage should take half of its limit.
 STAGES = {
     "environment": 25,
     "compile": 100,
@@ -39,20 +39,22 @@ STAGES = {
     "flex": 35,
 }
 TOTAL_S = 465.0
-LEAST_S = 8.0  # a stage is not begun with less
-DRY_FACTOR = 8  # of all limits, where imports alone take a busy CPU many seconds
+LEAST_S = 8.0  # a stage does not start with less time left
+DRY_FACTOR = 8  # multiplies all limits, because imports take many seconds on a busy CPU
 
 
 def main(
-    out: Annotated[Optional[Path], typer.Option(help="Folder of the results; default: $OUT.")] = None,  # noqa: UP045
-    only: Annotated[str, typer.Option(help=f"Some of {', '.join(STAGES)}.")] = "",
+    out: Annotated[Optional[Path], typer.Option(help="Folder of the results. Default: $OUT.")] = None,  # noqa: UP045
+    only: Annotated[str, typer.Option(help=f"Run only some of {', '.join(STAGES)}, separated by commas.")] = "",
     seconds: Annotated[
         Optional[float],  # noqa: UP045
-        typer.Option(help=f"For all stages together; default: {TOTAL_S:.0f}, in a dry run {DRY_FACTOR} times as many."),
+        typer.Option(
+            help=f"Limit for all stages together. Default: {TOTAL_S:.0f}, or {DRY_FACTOR} times that in a dry run."
+        ),
     ] = None,
-    dry: Annotated[bool, typer.Option(help="On a CPU, in Triton's interpreter, with tiny shapes.")] = False,
+    dry: Annotated[bool, typer.Option(help="Run on a CPU, in Triton's interpreter, with tiny shapes.")] = False,
 ) -> None:
-    """Measure what is not measured yet, in order of worth."""
+    """Measure the missing figures, in order of importance."""
     chosen = only.split(",") if only else list(STAGES)
     for name in chosen:
         if name not in STAGES:
@@ -90,7 +92,7 @@ def main(
 
 
 def _run_stage(name: str, folder: Path, run: int, limit_s: float, dry: bool) -> dict[str, Any]:
-    """Runs one stage to its end or for ``limit_s``. Where an error has spoilt the GPU's context, a new process goes on."""
+    """Runs one stage for at most ``limit_s``. If an error has destroyed the GPU's context, a new process continues."""
     began = time.monotonic()
     log = folder / "logs" / f"{name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -137,7 +139,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _gpu_answers() -> bool:
-    # In another process: this one stays small and holds no GPU memory.
+    # A separate process asks, so that this one stays small and takes no GPU memory.
     asked = [sys.executable, "-c", "import sys, torch; sys.exit(not torch.cuda.is_available())"]
     return subprocess.run(asked, capture_output=True).returncode == 0
 

@@ -1,7 +1,7 @@
-"""Is every kernel right here: against float64, forward and every gradient, and the same bits twice.
+"""Checks every kernel on this device: forward and every gradient against float64, and that two runs give the same bits.
 
-The error of a result is its distance from float64 relative to the norm. It may be twice that of the PyTorch form in the same
-dtype, and a rounding of a 16-bit dtype, or thirty of float32, more.
+The error of a result is its distance from the float64 result, relative to the norm. It may be twice that of the PyTorch form in
+the same dtype plus one rounding error of a 16-bit dtype or thirty of float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Form = Callable[..., Sequence[Tensor]]  # (backend, *inputs) → results
 def comparisons(
     dtype: torch.dtype, device: torch.device, dry: bool
 ) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
-    """The name of each operation and shape, and its comparison, which raises where the kernel is wrong."""
+    """The name of each operation and shape, and its comparison, which raises if the kernel is wrong."""
     random = torch.Generator().manual_seed(0)
 
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
@@ -77,7 +77,7 @@ Case = tuple[str, Form, list[Tensor]]
 
 
 def _attention(normal: Normal, random: torch.Generator, device: torch.device, dry: bool) -> Iterator[Case]:
-    """Lengths about the edges of a block, empty histories, a step back in time, times that span 2³¹ s, one moment alone."""
+    """Lengths around the edges of a block, empty histories, times that step back, span 2³¹ s or are all equal."""
     lengths = torch.tensor([3, 0, 9] if dry else [300, 0, 1, 63, 64, 65, 128, 200])
     offsets = F.pad(lengths.cumsum(0), (1, 0))
     tokens, longest = int(offsets[-1]), int(lengths.max())
@@ -101,7 +101,7 @@ def _attention(normal: Normal, random: torch.Generator, device: torch.device, dr
 
 
 def _experts(normal: Normal, random: torch.Generator, device: torch.device, dry: bool) -> Iterator[Case]:
-    """Skewed routing with an expert that gets nothing; rows on chip, and wider ones in two passes."""
+    """Skewed routing with an expert that gets no rows; widths that fit on chip, and wider ones in two passes."""
     rows, num_experts = (10, 3) if dry else (1000, 8)
     for dim in (8,) if dry else (16, 50, 64, 128, 256, 512):
         likes = torch.arange(num_experts).float()  # expert 0 is never chosen

@@ -1,9 +1,9 @@
-"""The results of a suite, one JSON object a line, written as soon as they are known and found again after an end at any moment.
+"""The results of the suite, one JSON object per line, written as soon as they are known so that they survive any interruption.
 
-{"run": 1, "dry": false, "seconds": 470.0}                              a run of the suite begins
+{"run": 1, "dry": false, "seconds": 470.0}                              the start of a run of the suite
 {"run": 1, "stage": "rates", "figure": "copy", "gb_per_s": 2900.0}      a figure
-{"run": 1, "stage": "rates", "figure": "copy", "failed": "…"}           one that could not be had
-{"run": 1, "stage": "rates", "status": "done", "s": 12.3}               a stage has ended: done, failed or out of time
+{"run": 1, "stage": "rates", "figure": "copy", "failed": "…"}           a figure that could not be measured
+{"run": 1, "stage": "rates", "status": "done", "s": 12.3}               the end of a stage: done, failed or out of time
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 RESULTS_FILE = "results.jsonl"
-DEVICE_LOST = 75  # exit status of a stage whose GPU context an error has spoilt: it may go on in another process
+DEVICE_LOST = 75  # exit status of a stage if an error has destroyed the GPU's context; it can continue in a new process
 
 
 class Results:
-    """``results.jsonl`` in a folder. A line that was cut off is left out when it is read."""
+    """``results.jsonl`` in a folder. Reading skips truncated lines."""
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / RESULTS_FILE
@@ -36,7 +36,7 @@ class Results:
         return found
 
     def append(self, *lines: dict[str, Any]) -> None:
-        """Writes the lines and waits until they are on the disk."""
+        """Writes the lines and waits until they are on disk."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "ab+") as file:
             cut_off = file.tell() > 0 and _last_byte(self.path) != b"\n"
@@ -49,14 +49,14 @@ class Results:
         return max((line["run"] for line in self.lines()), default=0)
 
     def done(self) -> set[str]:
-        """The stages that ended well, in any run."""
+        """The stages that succeeded in any run."""
         return {line["stage"] for line in self.lines() if line.get("status") == "done"}
 
 
 class Recorder:
-    """Takes down the figures of one stage in one run.
+    """Records the figures of one stage in one run.
 
-    A figure that an earlier run took is not taken again; one that failed is, but not in the same run.
+    A figure from an earlier run is not measured again. A figure that failed is measured again, but not in the same run.
     """
 
     def __init__(self, folder: Path, run: int, stage: str) -> None:
@@ -69,13 +69,13 @@ class Recorder:
         self.rows(name, lambda: [measure()])
 
     def rows(self, name: str, measure: Callable[[], list[dict[str, Any]]]) -> None:
-        """Several figures of one measurement, each with a line of its own. A failure is recorded and passed over."""
+        """Records several figures of one measurement, one per line. A failure is recorded and does not stop the stage."""
         if name in self.known:
             return
         began, head = time.perf_counter(), {"run": self.run, "stage": self.stage, "figure": name}
         try:
             rows = measure()
-        except Exception as error:  # whatever it is: the other figures are still to be had
+        except Exception as error:  # after any error the other figures can still be measured
             traceback.print_exc()
             self.failures += 1
             text = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -87,13 +87,13 @@ class Recorder:
         self.results.append(*(head | _rounded(row) | took for row in rows))
 
     def recorded(self, stage: str, figure: str) -> dict[str, Any]:
-        """What another stage found, the newest; nothing where it failed."""
+        """The newest result of a figure of another stage; empty if it failed."""
         found = [line for line in self.results.lines() if (line.get("stage"), line.get("figure")) == (stage, figure)]
         return next((line for line in reversed(found) if "failed" not in line), {})
 
 
 def is_device_lost(error: Exception) -> bool:
-    """Whether CUDA answers nothing more in this process."""
+    """Whether CUDA no longer works in this process."""
     return "CUDA error" in str(error)
 
 

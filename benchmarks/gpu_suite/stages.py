@@ -1,4 +1,4 @@
-"""The stages of the suite; as a program, one of them: python -m benchmarks.gpu_suite.stages STAGE FOLDER RUN gpu|dry
+"""The stages of the suite. `python -m benchmarks.gpu_suite.stages STAGE FOLDER RUN gpu|dry` runs one of them.
 
 A stage is a function of `Stage` that measures figures one by one and records each. Legend: N longest history, T tokens.
 """
@@ -26,7 +26,7 @@ from benchmarks.roofline import matrix_rate, memory_rate, timed
 from kernels import plan_attention, relative_attention
 
 GROUPS_AND_WIDTHS = ((1, 64), (2, 128), (4, 16))
-# Products of each attention kernel for a pair and group, in multiply-adds over the width (dqk = dv): docs/kernels.md.
+# Multiply-adds of each attention kernel per pair and group, over the width (dqk = dv); see docs/kernels.md.
 PRODUCTS = {
     "semantic_forward_kernel": 2,
     "bias_forward_kernel": 2,
@@ -44,12 +44,12 @@ CLOCKS = (
 
 @dataclass(frozen=True)
 class Stage:
-    """Where a stage measures and what: everything small in a dry run.
+    """The device and the sizes of a stage's measurements, which are small in a dry run.
 
     Attributes:
-        seconds: spent on each figure.
+        seconds: time spent on each figure.
         longest: N of the middle length.
-        tokens: of a batch.
+        tokens: tokens of a batch.
     """
 
     recorder: Recorder
@@ -65,7 +65,7 @@ class Stage:
     def begin(cls, name: str, folder: Path, run: int, dry: bool) -> Stage:
         recorder = Recorder(folder, run, name)
         if dry:
-            # Triton's interpreter does not multiply bfloat16.
+            # Triton's interpreter cannot multiply bfloat16.
             return cls(recorder, folder, dry, torch.device("cpu"), torch.float32, 0.0, 40, 40)
         torch.set_float32_matmul_precision("high")
         return cls(recorder, folder, dry, torch.device("cuda"), torch.bfloat16, 0.15, 2048, 65536)
@@ -75,7 +75,7 @@ class Stage:
         return "triton"
 
     def peak(self) -> float | None:
-        """TFLOP/s of matrix products, as the stage of the rates measured it."""
+        """TFLOP/s of matrix products, as the stage `rates` has measured them; None if it has not."""
         return self.recorder.recorded("rates", f"matrix product, {_name(self.dtype)}").get("tflops")
 
 
@@ -106,7 +106,7 @@ def environment(stage: Stage) -> None:
 
 
 def compile_kernels(stage: Stage) -> None:
-    """Into Triton's cache, for the stages that follow; without a GPU two kernels for an H100."""
+    """Compiles the kernels of the next stages into Triton's cache; without a GPU, two kernels for an H100."""
     from benchmarks.gpu_suite import training
     from benchmarks.gpu_suite.variants import variants
     from kernels.backend import compute_capability
@@ -148,7 +148,7 @@ def lengths(stage: Stage) -> None:
 
 
 def _attention(stage: Stage, shape: attention.Shape, alone: bool) -> None:
-    """The plan, forward and backward of one shape; with ``alone`` each kernel for itself too."""
+    """Measures plan, forward and backward of one shape and, with ``alone``, also each kernel separately."""
     name = f"{shape.groups}x{shape.width}, N={shape.longest}{', skewed' if shape.skewed else ''}"
     prepared = functools.cache(lambda: _prepare(stage, shape))
 
@@ -200,7 +200,7 @@ def train(stage: Stage) -> None:
 
 
 def experts(stage: Stage) -> None:
-    """Beside three calls of torch._grouped_mm, and the whole mixture with and without copies."""
+    """Compares experts with three calls of torch._grouped_mm, and measures the whole mixture with and without copies."""
     shapes = ((8, 16, 2),) if stage.dry else ((64, 256, 8), (128, 512, 8), (256, 1024, 8), (64, 256, 64))
     rows = 8 if stage.dry else 131072
     for dim, hidden_dim, num_experts in shapes:
@@ -229,7 +229,7 @@ def norms(stage: Stage) -> None:
 
 
 def padded(stage: Stage) -> None:
-    """The eager padded form of the public code beside ours, at one shape."""
+    """Compares with the eager padded form of the public code, at one shape."""
     shape = attention.Shape(stage.longest, 1, 8 if stage.dry else 64, stage.tokens // (1 if stage.dry else 4), False)
     measure = functools.partial(attention.measure, shape, *_where(stage), compiled=False)
     stage.recorder.rows(f"1x{shape.width}, N={shape.longest}", measure)
@@ -268,7 +268,7 @@ RUN = {
 
 
 def main(name: str, folder: str, run: str, kind: str) -> int:
-    """1 where a figure could not be had."""
+    """Runs one stage and returns its exit status, 1 if a figure could not be measured."""
     stage = Stage.begin(name, Path(folder), int(run), dry=kind == "dry")
     RUN[name](stage)
     return int(stage.recorder.failures > 0)

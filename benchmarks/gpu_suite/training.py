@@ -1,4 +1,4 @@
-"""Whole training steps of Fuxi-MME: of the decoder and loss in this process, and of the job with its tables by itself."""
+"""Whole training steps of Fuxi-MME: decoder and loss in this process, and the job with its tables in another."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KEPT = (
 
 
 def overrides(dry: bool) -> list[str]:
-    """Four views of 256 in heads of 64, hidden 1024 in all; tiny in a dry run."""
+    """Four views of 256 in heads of 64, with a total width of 1024; tiny in a dry run."""
     model = [
         "model.num_tables=4",
         "model.moe.num_experts=8",
@@ -45,7 +45,7 @@ def overrides(dry: bool) -> list[str]:
     if dry:
         sizes = ["model.embedding_dim=16", "model.num_blocks=1", "data.max_seq_len=12", "data.batch_size=2"]
     else:
-        # Softmaxes of single views, 256 wide: over 512 the loss has no Triton kernel.
+        # Each view has its own softmax, 256 wide, because the loss has no Triton kernel for widths above 512.
         sizes = ["model.embedding_dim=1024", "model.num_heads=4", "model.num_blocks=4", "model.score_norm=per_view"]
         sizes += ["loss.views=each", "data.max_seq_len=2048", "data.batch_size=16"]
     return [*model, *sizes, "data.path=unused", "train.precision=" + ("float32" if dry else "bfloat16")]
@@ -56,7 +56,7 @@ def config(dry: bool) -> Config:
 
 
 def decoder_step(stage: Stage) -> dict[str, Any]:
-    """Forward, loss, backward and AdamW without tables of TorchRec and without DeepSpeed: what the kernels' packages alone allow."""
+    """Forward, loss, backward and AdamW without TorchRec's tables and without DeepSpeed, to show what the kernels permit."""
     settings = config(stage.dry)
     run, tokens, flops = _decoder_step(stage, settings)
     found = timed(run, stage.device, 4 * stage.seconds)
@@ -66,14 +66,14 @@ def decoder_step(stage: Stage) -> dict[str, Any]:
 
 
 def decoder_kernels(stage: Stage) -> list[dict[str, Any]]:
-    """Each of its Triton kernels, all launches of a step together."""
+    """The time of each Triton kernel of the decoder step, summed over its launches."""
     run, *_ = _decoder_step(stage, config(stage.dry))
     found = kernel_times(run, stage.device, 1 if stage.dry else 5)
     return [{"kernel": name, "ms": milliseconds} for name, milliseconds in found.items()]
 
 
 def _decoder_step(stage: Stage, settings: Config) -> tuple[Callable[[], None], int, float]:
-    """A step, its tokens, and its FLOPs."""
+    """A step, the number of its tokens, and its FLOPs."""
     longest, sequences = settings.data.max_seq_len, settings.data.batch_size
     if stage.dry:
         settings.kernels.backend = "triton"
@@ -93,7 +93,7 @@ def _decoder_step(stage: Stage, settings: Config) -> tuple[Callable[[], None], i
 
 
 def training(stage: Stage) -> dict[str, Any]:
-    """`benchmarks.train_throughput` in one process on histories of random items, the job's own time by region included."""
+    """Runs `benchmarks.train_throughput` in one process on histories of random items, including its time by region."""
     data, result = stage.folder / "random_histories", stage.folder / "train_throughput.json"
     write_histories(data, config(stage.dry).data.max_seq_len, 40 if stage.dry else 400)
     steps = ["--steps", "2", "--repetitions", "2", "--profiled-steps", "1"] if stage.dry else ["--steps", "8"]
@@ -114,7 +114,7 @@ def training(stage: Stage) -> dict[str, Any]:
 
 @functools.cache
 def write_histories(path: Path, longest: int, users: int) -> None:
-    """A training set: histories of 0.65 to 1.2 of the longest, of random items, minutes to days apart."""
+    """Writes a training set: histories of 0.65 to 1.2 times the longest, with random items that are minutes to days apart."""
     if path.exists():
         return
     random = np.random.default_rng(0)

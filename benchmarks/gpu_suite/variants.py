@@ -1,4 +1,4 @@
-"""The kernels that the suite launches, by operation, so that they are compiled at once before it measures."""
+"""The kernels that the suite launches, by operation, so that they can be compiled together before it measures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ BFLOAT16 = ("bf16", 2, "ieee")
 
 
 def variants(arch: int, config: Config, dry: bool) -> dict[str, list[Variant]]:
-    """Those of a dry run are two of the norms."""
+    """The variants by operation. A dry run has only two, of the norms."""
     if dry:
         return {"norms": norm.shape_variants("bf16", 16, 0, gated=False)}
     widths = ((1, 64), (2, 128), (4, 16))

@@ -1,4 +1,4 @@
-"""Attention kernels of PyTorch, which compute something else, at the shapes of ours: what their kind of work can reach here."""
+"""PyTorch's attention kernels at the shapes of ours. They compute something else, but show what similar work can reach here."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
 
 
 def dot_product_attention(stage: Stage, groups: int, width: int) -> list[dict[str, Any]]:
-    """Causal softmax attention, sequences of N: forward q kᵀ and A v, backward five products."""
+    """Causal softmax attention on sequences of N, with the products q kᵀ and A v in forward and five in backward."""
     q, k, v = _operands(stage, groups, width)
     form = functools.partial(F.scaled_dot_product_attention, q, k, v, is_causal=True)
     return _passes(stage, form, [q, k, v], {"forward": 2, "backward": 5})
 
 
 def flex_attention(stage: Stage, groups: int, width: int) -> list[dict[str, Any]]:
-    """Softmax attention with a positional bias that is looked up for each pair, causal; compiled on a GPU."""
+    """Causal softmax attention with a positional bias that is looked up for each pair; compiled on a GPU."""
     from torch.nn.attention import flex_attention as flex
 
     longest = stage.longest
     q, k, v = _operands(stage, groups, width)
-    if stage.dry:  # on a CPU flex_attention has no backward, and refuses operands that ask for one
+    if stage.dry:  # on a CPU flex_attention has no backward and rejects operands that require gradients
         q, k, v = (x.detach() for x in (q, k, v))
     bias = torch.randn(2 * longest - 1, device=stage.device, dtype=stage.dtype)
 

@@ -71,7 +71,7 @@ def test_a_setting_applies_to_all_models_or_to_one() -> None:
     settings = ["train.lr=0.1", "hstu:model.dropout=0.5", "data.path=a:b"]
     assert set_for("hstu", settings) == ["train.lr=0.1", "model.dropout=0.5", "data.path=a:b"]
     assert set_for("sasrec", settings) == ["train.lr=0.1", "data.path=a:b"]
-    with pytest.raises(UserError, match="no model hst: expected one of sasrec, hstu"):
+    with pytest.raises(UserError, match="unknown model hst: expected one of sasrec, hstu"):
         set_for("hstu", ["hst:train.lr=0.1"])
 
 

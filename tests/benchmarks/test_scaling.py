@@ -39,7 +39,7 @@ def test_predictions_are_those_of_the_plan(tmp_path: Path) -> None:
         assert run["rows"][0]["efficiency"] == 1
     # A batch of 8 × 64 sequences cannot be divided among 1,024 GPUs.
     assert [row["gpus"] for row in fixed_a100["rows"]] == [8, 16, 32, 64, 128, 256, 512]
-    assert {row["gpus"] * row["tokens_a_gpu"] for row in fixed_a100["rows"]} == {8 * 65_536}
+    assert {row["gpus"] * row["tokens_per_gpu"] for row in fixed_a100["rows"]} == {8 * 65_536}
     summary = json.loads(brief.read_text())["predicted"]["runs"]
     for run, short in zip(predicted["runs"], summary, strict=True):
         assert (short["gpu"], short["work"]) == (run["gpu"]["name"], run["work"])
