@@ -1,14 +1,14 @@
-"""Files opened safely, replaced whole, locked and hashed.
+"""Opens files safely, replaces them atomically, locks and hashes them.
 
-A run, a checkpoint or a data set may come from a stranger, or be damaged. So only regular files are read (a pipe or a
-device would block for ever), and a function that is given a ``root``, the stranger's folder, follows no symbolic link
-below it: neither a file nor a folder on the way to it can stand for something outside. ``root`` itself may be reached
-through links: where it lies is the user's choice. Without a ``root`` the path is the user's own and links are followed.
+A run, a checkpoint or a data set may be damaged or come from a stranger. So only regular files are read, because a pipe or a
+device could block forever. A function with a ``root``, the stranger's folder, follows no symbolic link below it, so no file or
+folder there can stand for something outside. Links on the way to ``root`` are followed, because the user chose that path. Without
+a ``root`` the whole path is the user's own, and links are followed.
 
-Files appear whole or not at all: they are written under a name that can't be guessed, made durable and renamed. Their
-mode is what the umask leaves of 0666.
+Files are published atomically: they are written under a name that can't be guessed, made durable and renamed. Their mode is 0666
+minus the umask.
 
-Locks are taken here, not by ``filelock``, which opens the lock file by its path and so follows links on the way to it.
+Locks do not use ``filelock``, which opens the lock file by its path and so follows links on the way to it.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
-PARTIAL = ".partial-"  # how the names of files that are being written begin
-MAX_TEXT_BYTES = 1 << 28  # of a JSON or YAML file: more is no description of a run, a checkpoint or a data set
-HASH_BLOCK_BYTES = 1 << 26  # of a large file; each block is hashed by one thread
+PARTIAL = ".partial-"  # prefix of the names of files that are being written
+MAX_TEXT_BYTES = 1 << 28  # a larger JSON or YAML file can't describe a run, a checkpoint or a data set
+HASH_BLOCK_BYTES = 1 << 26  # size of the blocks of a large file that threads hash
 HASH_THREADS = min(8, len(os.sched_getaffinity(0)))
 VISIBLE_WITHIN_S = 30.0  # a file server may take this long to show a new file to another node
 _BLOCK_BYTES = 1 << 20
-# Without O_NONBLOCK, opening a pipe would wait for its other end. It means nothing to a regular file.
+# Without O_NONBLOCK, opening a pipe would wait for its other end. The flag has no effect on a regular file.
 _ALWAYS = os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
 
 
@@ -41,17 +41,17 @@ def open_to_read(path: Path, root: Path | None = None) -> BinaryIO:
     """Opens a regular file.
 
     Raises:
-        OSError: there is none, it is not a regular file, or a link stands below ``root``.
+        OSError: it is missing or not a regular file, or there is a link on the way below ``root``.
     """
     return os.fdopen(_open_regular(path, os.O_RDONLY, root), "rb")
 
 
 def read_text(path: Path, root: Path | None = None, max_bytes: int = MAX_TEXT_BYTES) -> str:
-    """The text of a UTF-8 file.
+    """Reads a UTF-8 file.
 
     Raises:
         OSError: see `open_to_read`; or the file is larger than ``max_bytes``.
-        UnicodeDecodeError: it is not UTF-8.
+        UnicodeDecodeError: the file is not UTF-8.
     """
     with open_to_read(path, root) as file:
         data = file.read(max_bytes + 1)
@@ -61,11 +61,11 @@ def read_text(path: Path, root: Path | None = None, max_bytes: int = MAX_TEXT_BY
 
 
 def read_json(path: Path, root: Path | None = None) -> Any:
-    """The value that a JSON file holds.
+    """Reads a JSON file.
 
     Raises:
         OSError: see `read_text`.
-        ValueError: it is not JSON.
+        ValueError: the file is not JSON.
     """
     try:
         return json.loads(read_text(path, root), parse_constant=_refuse_constant)
@@ -74,7 +74,7 @@ def read_json(path: Path, root: Path | None = None) -> Any:
 
 
 def open_to_append(path: Path, root: Path) -> TextIO:
-    """Opens a text file, made where it is missing, that each written line is added to at once.
+    """Opens a text file to append lines, each of which is written immediately; creates the file if it is missing.
 
     Raises:
         OSError: see `open_to_read`.
@@ -85,14 +85,14 @@ def open_to_append(path: Path, root: Path) -> TextIO:
 
 @contextmanager
 def replacing(path: Path, root: Path | None = None) -> Iterator[Path]:
-    """Gives a new, empty file to write, which takes the place of ``path`` at the end, durable; not after an exception.
+    """Yields the path of a new, empty file that replaces ``path`` durably at the end, but not after an exception.
 
-    The body may also put another file in its place, as libraries do that write whole files themselves.
+    The body may also replace that file by another one, as libraries do that write whole files themselves.
 
     Raises:
         OSError: see `open_to_read`.
     """
-    # The name ends as that of the file, by which some libraries choose a format.
+    # The name keeps the suffix, because some libraries choose the format by it.
     partial = path.with_name(f"{PARTIAL}{secrets.token_hex(8)}-{path.name[-200:]}")
     try:
         with _folder(path.parent, root) as folder:
@@ -114,20 +114,20 @@ def replacing(path: Path, root: Path | None = None) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str, root: Path | None = None) -> None:
-    """Writes a text file whole, in UTF-8.
+    """Writes a UTF-8 text file atomically.
 
     Raises:
-        OSError: it can't be written; ``path`` is as it was.
+        OSError: it can't be written; ``path`` is unchanged.
     """
     with replacing(path, root) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def make_folder(path: Path, root: Path) -> None:
-    """Makes ``path``, and what is missing of ``root`` and of the folders between.
+    """Creates ``path`` and the missing folders of ``root`` and between them.
 
     Raises:
-        OSError: it can't be made, or a link or file stands below ``root`` in a folder's place.
+        OSError: a folder can't be created, or there is a link or file in its place below ``root``.
     """
     root.mkdir(parents=True, exist_ok=True)
     with _folder(path, root, make=True):
@@ -135,10 +135,10 @@ def make_folder(path: Path, root: Path) -> None:
 
 
 def require_folder(path: Path, root: Path) -> bool:
-    """Whether ``path``, a folder below ``root``, is there.
+    """Whether ``path``, a folder below ``root``, exists.
 
     Raises:
-        OSError: a link or a file is there instead, or on the way to it.
+        OSError: there is a link or a file in its place or on the way to it.
     """
     try:
         with _folder(path, root):
@@ -148,7 +148,7 @@ def require_folder(path: Path, root: Path) -> bool:
 
 
 def is_regular(path: Path, root: Path) -> bool:
-    """Whether a regular file is at ``path`` that can be read and is reached through no link below ``root``."""
+    """Whether ``path`` is a readable regular file without a link on the way below ``root``."""
     try:
         open_to_read(path, root).close()
     except OSError:
@@ -157,7 +157,7 @@ def is_regular(path: Path, root: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link (not what it leads to) or a folder with all that is in it; what can't be removed stays."""
+    """Removes a file, a link (not its target) or a folder with its content; what can't be removed stays."""
     with suppress(OSError):
         if path.is_symlink() or not path.is_dir():
             path.unlink()
@@ -166,7 +166,7 @@ def remove(path: Path) -> None:
 
 
 def flush(path: Path, folder: int | None = None) -> None:
-    """Makes a file's content, or a folder's names, durable; ``folder``: the descriptor from which ``path`` starts."""
+    """Makes the content of a file, or the names in a folder, durable; ``path`` is relative to the descriptor ``folder``."""
     descriptor = os.open(path, os.O_RDONLY | _ALWAYS, dir_fd=folder)
     try:
         os.fsync(descriptor)
@@ -175,7 +175,7 @@ def flush(path: Path, folder: int | None = None) -> None:
 
 
 def sha256(path: Path, root: Path | None = None) -> str:
-    """SHA-256 of a file's content, in hexadecimal.
+    """The SHA-256 of a file's content, in hexadecimal.
 
     Raises:
         OSError: see `open_to_read`.
@@ -208,7 +208,7 @@ def sha256_of_blocks(path: Path, root: Path | None = None, block_bytes: int = HA
 
 
 def take_lock(path: Path, *, wait: bool = False) -> int:
-    """Locks a file, made where it is missing and no link; the kernel releases the lock when this process dies.
+    """Locks a file, which is created if it is missing; the kernel releases the lock when this process dies.
 
     Returns:
         The descriptor that `release_lock` takes.
@@ -221,7 +221,7 @@ def take_lock(path: Path, *, wait: bool = False) -> int:
         descriptor = _open_regular(path, os.O_RDWR | os.O_CREAT, path.parent)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # The last holder may have removed the file after it was opened here: then this is a lock on nothing.
+            # If the last holder removed the file after it was opened here, this lock protects nothing.
             with suppress(FileNotFoundError):
                 if os.path.samestat(os.fstat(descriptor), path.lstat()):
                     return descriptor
@@ -239,7 +239,7 @@ def release_lock(path: Path, descriptor: int) -> None:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Waits for the lock and holds it; raises as `take_lock`."""
+    """Waits for the lock and holds it. Raises OSError, see `take_lock`."""
     descriptor = take_lock(path, wait=True)
     try:
         yield
@@ -261,7 +261,7 @@ def _open_regular(path: Path, flags: int, root: Path | None) -> int:
 
 @contextmanager
 def _folder(path: Path, root: Path | None, make: bool = False) -> Iterator[int]:
-    """A descriptor of a folder, reached from ``root`` without following a link."""
+    """Opens a folder without following a link below ``root`` and yields its descriptor."""
     descriptor = os.open(path if root is None else root, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         reached = root or path
@@ -281,7 +281,7 @@ def _folder(path: Path, root: Path | None, make: bool = False) -> Iterator[int]:
 
 @contextmanager
 def _link_named(path: Path) -> Iterator[None]:
-    """Says of a link that it is one, where the system says 'too many levels' or 'not a directory'; adds the path."""
+    """Adds the path to errors, and names a link as such where the system says 'too many levels' or 'not a directory'."""
     if path.name == "..":
         raise OSError(errno.EINVAL, "leads out of its folder", str(path))
     try:
@@ -293,4 +293,4 @@ def _link_named(path: Path) -> Iterator[None]:
 
 
 def _refuse_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not a JSON number")

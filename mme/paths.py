@@ -1,4 +1,4 @@
-"""Paths that people give, refused in one line where they can't name a file or folder here."""
+"""Checks paths from users and rejects those that can't name a file or folder on this machine, in one line."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from mme.errors import UserError
 from mme.files import open_to_read
 
-LONGEST_NAME, LONGEST_PATH = 255, 4095  # in bytes, of Linux
-# `Path` makes s3:/bucket of s3://bucket.
+LONGEST_NAME, LONGEST_PATH = 255, 4095  # Linux's limits, in bytes
+# `Path` turns s3://bucket into s3:/bucket.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
 
 
 def check_path(path: str, key: str = "") -> None:
-    """Checks the text of a path; ``key``: the option or key that it comes from.
+    """Checks the text of a path; ``key`` is the option or key that it comes from.
 
     Raises:
         UserError: it is a URL such as ``s3://bucket/folder``, has a control character or is too long.
@@ -36,26 +36,26 @@ def check_path(path: str, key: str = "") -> None:
 
 
 def local_path(path: str | Path, key: str = "") -> Path:
-    """``path``, which the file system accepts as a name; ``key``: the option or key that it comes from.
+    """Returns ``path`` if the file system accepts it; ``key`` is the option or key that it comes from.
 
     Raises:
-        UserError: see `check_path`; or the file system refuses it, as it does links that lead in a circle.
+        UserError: see `check_path`; or the file system rejects it, for example because links form a loop.
     """
     check_path(str(path), key)
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass  # whoever reads or writes it says so
+        pass  # the code that reads or writes it reports this
     except OSError as error:
         raise UserError(f"{key}: {path}: {error.strerror}" if key else f"{path}: {error.strerror}") from error
     return Path(path)
 
 
 def regular_file(path: Path, expected: str) -> Path:
-    """``path``, which is a regular file that can be read; ``expected``: what it should hold.
+    """Returns ``path`` if it is a readable regular file; ``expected`` describes the expected content.
 
     Raises:
-        UserError: there is none, or it can't be opened, or it is a folder, a pipe, a device or a socket.
+        UserError: it is missing or can't be opened, or is a folder, a pipe, a device or a socket.
     """
     local_path(path)
     try:
