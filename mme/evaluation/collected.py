@@ -1,6 +1,6 @@
-"""What the test keeps for each user while it ranks the targets: ranks, lists, segments and a few examples.
+"""Collects the ranks and lists of each user during the test, and derives segments and a few examples from them.
 
-Legend: B histories of one rank's batch, U those of all ranks.
+Legend: B histories of one rank's batch, U histories of all ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ EXAMPLE_EVENTS = 5  # of a history and of a list
 
 
 class CollectedUsers:
-    """Collects batch by batch, on every rank; `add` is a collective."""
+    """Collects results batch by batch on every rank; `add` is a collective."""
 
     def __init__(self, popularity: Popularity) -> None:
         counts = popularity.counts
@@ -36,7 +36,7 @@ class CollectedUsers:
         self._examples: list[dict[str, Any]] = []
 
     def add(self, batch: EvaluationBatch, ranker: Ranker, ranks: Tensor, popularity_ranks: Tensor) -> None:
-        """Adds one batch of every rank; ``ranks`` and ``popularity_ranks``: (U,) ranks of the targets."""
+        """Adds one batch of every rank; ``ranks`` and ``popularity_ranks`` are the (U,) ranks of the targets."""
         world = ranker.world
         facts = torch.stack([batch.sequences.user_rows, batch.targets, batch.seen_offsets.diff()], dim=1)
         user_row, target, history_events = torch.cat(world.gather(facts)).unbind(1)
@@ -59,7 +59,7 @@ class CollectedUsers:
         )
 
     def user_ranks(self, about: dict[str, Any]) -> UserRanks:
-        """The ranks of all users added; ``about``: the metadata."""
+        """The ranks of all added users; ``about`` is the metadata."""
         arrays = {name: torch.cat([of[name] for of in self._batches]).cpu().numpy() for name in self._batches[0]}
         return UserRanks(about, **arrays)
 
@@ -88,7 +88,7 @@ class CollectedUsers:
 
 
 def segments(users: UserRanks) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    """Model and "popularity" → "popularity" and "history" → a row a group of users, see `mme.evaluation.segments`."""
+    """Model and "popularity" → "popularity" and "history" → one row per group of users, see `mme.evaluation.segments`."""
     groups = {
         "popularity": popularity_groups(users.target_place, users.target_events, users.about["num_items"]),
         "history": history_groups(users.history_events),

@@ -1,4 +1,4 @@
-"""Metrics of a model and of the popularity baseline, on the held-out parts of a split."""
+"""Computes the metrics of a model and of the popularity baseline on the held-out parts of a split."""
 
 from __future__ import annotations
 

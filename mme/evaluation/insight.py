@@ -36,7 +36,7 @@ def insight(
     batches: Iterable[EvaluationBatch],
     before_batch: Callable[[], Any] = lambda: None,
 ) -> dict[str, Any]:
-    """Spectra and similarity of the tables, the use of the experts, and the learned curves; the same on every rank.
+    """The spectra and similarity of the tables, the use of the experts and the learned curves, the same on every rank.
 
     Args:
         popularity: of the items in training.
@@ -44,12 +44,15 @@ def insight(
         before_batch: called before each collective part of the work.
 
     Returns:
-        ``singular_values`` [view][d] in descending order, ``effective_rank`` [view], ``similarity`` [view][view] in 0 … 1;
-        ``ranking`` (with several views, where there are histories): NDCG@10 by each view's share of the score alone,
-        ``ndcg@10`` [view], by all views together, ``all_views``, and the number of ``users``;
-        ``routing`` (with experts): for "view", "popularity" and "position" the ``groups`` and the ``share`` of each group's
-        choices, [block][group][expert]; ``blocks`` of them; ``longest_gap_s``, the longest time between two events of a
-        history, the target's included; ``time_weights`` and ``position_weights`` [block][…].
+        A dict with these keys:
+
+        - ``singular_values`` [view][d] in descending order, ``effective_rank`` [view], ``similarity`` [view][view] in 0 … 1;
+        - ``ranking``, if there are several views and histories: NDCG@10 by the share of each view in the score, ``ndcg@10``
+          [view], by all views together, ``all_views``, and the number of ``users``;
+        - ``routing``, if there are experts: for "view", "popularity" and "position" the ``groups`` and the ``share`` of each
+          group's choices, [block][group][expert]; and the ``blocks`` with experts;
+        - ``longest_gap_s``, the longest time between two events of a history, including the target;
+        - ``time_weights`` and ``position_weights`` [block][…].
     """
     products, sums = table_products(recommender, before_batch)
     found: dict[str, Any] = table_figures(products, sums, recommender.num_items, recommender.config.model.num_tables)

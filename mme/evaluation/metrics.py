@@ -12,9 +12,11 @@ from mme.evaluation.user_ranks import UNRANKED
 def user_metrics(ranks: Tensor) -> dict[str, Tensor]:
     """Each metric of each user, (users,) float64.
 
-    hr@k is 1 for a target among the first k and otherwise 0; ndcg@k is 1 / log2(rank + 1) among the first k and otherwise
-    0, which is NDCG for a single relevant item; mrr is 1 / rank. ``ranks``: (users,) int64, 1 for a target ranked first,
-    `UNRANKED` for one that is in no list, which counts as 0 in every metric.
+    hr@k is 1 if the target is among the first k, otherwise 0. ndcg@k is 1 / log2(rank + 1) if the target is among the first k,
+    otherwise 0, which is NDCG for a single relevant item. mrr is 1 / rank.
+
+    Args:
+        ranks: (users,) int64, starting at 1; `UNRANKED` for a target in no list, which counts as 0 in every metric.
     """
     ranked = ranks != UNRANKED
     ranks = ranks.double()

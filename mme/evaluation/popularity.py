@@ -1,4 +1,4 @@
-"""The baseline: items by falling number of training events, the same list for every user.
+"""The popularity baseline: items in descending order of training events, the same list for every user.
 
 Legend: B histories, n all their events.
 """
@@ -46,11 +46,11 @@ def popularity_ranks(place: Tensor, targets: Tensor, excluded_ids: Tensor, exclu
     Args:
         place: (num_items,) int64, of each item in the order of popularity.
         targets: (B,) int64 item indices.
-        excluded_ids: (n,) int64, items that must not be ranked for each user, repeats allowed, and their
-            ``excluded_offsets`` (B + 1,).
+        excluded_ids: (n,) int64, the items that must not be ranked for each user; an item may occur several times.
+        excluded_offsets: (B + 1,) int64, their offsets.
 
     Returns:
-        (B,) int64, 1 for the first; `UNRANKED` for a target that is excluded.
+        (B,) int64, starting at 1; `UNRANKED` for a target that is excluded.
     """
     user = torch.repeat_interleave(torch.arange(targets.numel(), device=targets.device), excluded_offsets.diff())
     distinct = torch.unique(user * place.numel() + excluded_ids)

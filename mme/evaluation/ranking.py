@@ -1,10 +1,10 @@
-"""Exact ranking of the whole catalogue with the tables still sharded.
+"""Exact ranking of the whole catalogue with sharded tables.
 
-Each rank holds the vectors of its share of the items and scores them for the histories of all ranks. Only states, target
+Each rank has the vectors of its share of the items and scores them for the histories of all ranks. Only states, target
 scores, counts and the best few items are exchanged. Items with equal scores rank in the order of their index, so the
 result does not depend on the number of processes.
 
-Legend: B histories of one rank's batch, U those of all ranks, D total width, S items of a rank's share.
+Legend: B histories of one rank's batch, U histories of all ranks, D total width, S items of a rank's share.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class GatheredHistories:
 
 
 class Ranker:
-    """Ranks the catalogue by the present tables; after they change, a new Ranker is needed. Each call is a collective.
+    """Ranks the catalogue by the current tables; a new Ranker is needed after they change. Each call is a collective.
 
     Raises:
         NonFiniteError: an item's vector or, in each method, a history's state is not finite. No comparison with NaN is
@@ -52,7 +52,7 @@ class Ranker:
         self._require_finite_vectors()
 
     def target_ranks(self, batch: SequenceBatch, excluded: Tensor, offsets: Tensor, targets: Tensor) -> Tensor:
-        """1 + the number of ranked items that score higher than the target, or as high with a smaller index.
+        """1 + the number of ranked items with a higher score than the target, or with the same score and a smaller index.
 
         Args:
             batch: B histories.
@@ -67,7 +67,7 @@ class Ranker:
         return self._ranks(histories, torch.cat(self.world.gather(targets)), slice(None))
 
     def target_ranks_by_view(self, batch: SequenceBatch, excluded: Tensor, offsets: Tensor, targets: Tensor) -> Tensor:
-        """`target_ranks` by each view's share of the scores alone and, last, by all of them: (M + 1, U) int64."""
+        """(M + 1, U) int64: `target_ranks` by the share of each view in the scores and, in the last row, by all views."""
         histories = self._gather(batch, excluded, offsets)
         targets = torch.cat(self.world.gather(targets))
         model = self.encoder.config.model
@@ -93,10 +93,9 @@ class Ranker:
         return torch.cat(ranks).masked_fill(is_excluded, UNRANKED)
 
     def top_k(self, batch: SequenceBatch, excluded: Tensor, offsets: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k best items that are not excluded and their scores, for the histories of all ranks in rank order: both
-        (U, k).
+        """The k best items that are not excluded, (U, k), and their scores, (U, k), for all ranks' histories in rank order.
 
-        Where no item is left, the item is −1 and the score −inf.
+        If no item is left, the item is −1 and the score −inf.
         """
         histories = self._gather(batch, excluded, offsets)
         items = [torch.empty(0, k, dtype=torch.int64, device=histories.states.device)]
@@ -131,7 +130,7 @@ class Ranker:
         return GatheredHistories(self.states(batch), torch.cat(self.world.gather(excluded)), history_of)
 
     def _scores(self, histories: GatheredHistories, of: slice = slice(None)) -> Iterator[tuple[slice, Tensor]]:
-        """Yields scores (u, width) of this rank's share for parts of the histories; −inf where an item is not ranked.
+        """Yields scores (u, width) of this rank's share for parts of the histories; −inf for items that are not ranked.
 
         ``of``: the components of the vectors to use.
         """
@@ -174,7 +173,7 @@ class Ranker:
 def _first_of_the_best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest scores of each row and their columns, (u, k), with the first of equal ones.
 
-    `topk` alone may return any of several equal scores.
+    `topk` may return any of several equal scores.
     """
     width = scores.shape[1]
     best, column = scores.topk(k)

@@ -1,4 +1,4 @@
-"""Top-K items for histories in Parquet, in the item ids of the raw data.
+"""Recommends the top-K items for histories in Parquet, by the item ids of the raw data.
 
 Legend: B histories, k items of a list.
 """
@@ -41,9 +41,9 @@ class Options:
     Attributes:
         top_k: length of a list.
         seen: whether items of the history may be recommended; None: the run's `eval.seen`.
-        unknown: whether the event of an item that the training data doesn't have is left out, or the file is refused.
-        request_time: see `check_requests`. Evaluation uses the time of the next event. The time of the last event is the
-            nearest that a history holds; the time of a real request is better.
+        unknown: whether events of items that are not in the training data are skipped or make the file invalid.
+        request_time: see `check_requests`. Evaluation uses the time of the next event. A history's closest time is that of its
+            last event; the time of a real request is better.
     """
 
     top_k: int = 10
@@ -54,12 +54,12 @@ class Options:
 
 @dataclass
 class Summary:
-    """Counts of histories and of what was left out.
+    """Counts of histories and of skipped events.
 
     Attributes:
-        histories: how many there are.
-        unknown_events: events left out because their item is unknown, in ``with_unknown`` histories.
-        fallbacks: histories without any known item, which got the most popular items.
+        histories: number of histories.
+        unknown_events: events skipped because their item is unknown, in ``with_unknown`` histories.
+        fallbacks: histories without any known item, which get the most popular items.
     """
 
     histories: int
@@ -84,7 +84,7 @@ class Summary:
 
 @dataclass
 class Lists:
-    """(B, k) item indices and scores; −1 where no item is left."""
+    """(B, k) item indices and scores; the index is −1 if no item is left."""
 
     items: IntArray
     scores: NDArray[np.float32] = field(repr=False)
@@ -100,11 +100,11 @@ def recommend(run: Path, users: Path, output: Path, options: Options) -> Summary
     Args:
         run: a run's folder; its best checkpoint is used.
         users: Parquet, see `mme.evaluation.requests.check_requests`. A column of `model.event_features` has a list with a
-            value for each event, one of `model.user_features` a value (or such a list, in which the first event read
-            counts). A value that is missing, or not in the training data, counts as unknown.
+            value for each event. A column of `model.user_features` has one value, or such a list, of which the value of the
+            first event in the model's window counts. A value that is missing or not in the training data counts as unknown.
         output: Parquet with `user_id`, `item_ids` (list of raw item ids, best first), `scores` (list of float) and
-            `fallback` (bool), written whole or not at all. A history without a known item gets the most popular items:
-            `fallback` is true, and the scores are the events of each item in the data set.
+            `fallback` (bool), published atomically. A history without a known item gets the most popular items; its
+            `fallback` is true, and its scores are the numbers of events of the items in the data set.
 
     Raises:
         UserError: a file, column, row or item is missing, unknown or wrong, or ``output`` can't be written.
@@ -136,7 +136,7 @@ def recommend(run: Path, users: Path, output: Path, options: Options) -> Summary
 
 
 def _rank(recommender: Recommender, config: Config, requests: Requests, top_k: int, seen: Seen) -> Lists:
-    """Lists for the histories that hold a known item; the others stay empty."""
+    """Ranks items for the histories with a known item; the lists of the others stay empty."""
     world, ranker = recommender.world, Ranker(recommender)
     lists = Lists.empty(requests.lengths.size, top_k)
     rows = np.flatnonzero(requests.lengths)
@@ -155,7 +155,7 @@ def _rank(recommender: Recommender, config: Config, requests: Requests, top_k: i
 
 
 def _fill_with_popular(lists: Lists, chosen: NDArray[np.bool_], counts: IntArray) -> None:
-    """Puts the most popular items into the ``chosen`` rows, (B,). These histories hold no known item, so all are unseen.
+    """Puts the most popular items into the ``chosen`` rows, (B,). These histories have no known item, so no item is seen.
 
     ``counts``: (num_items,) events of each item.
     """
@@ -179,7 +179,7 @@ def _result(requests: Requests, lists: Lists, is_fallback: NDArray[np.bool_], ca
 
 
 def _require_writable(output: Path, world: World) -> None:
-    """Refuses, before the model is loaded, an ``output`` that couldn't be written; a collective."""
+    """Rejects an ``output`` that can't be written before the model is loaded; a collective."""
     problem = ""
     if world.rank == 0:
         try:

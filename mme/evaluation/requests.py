@@ -1,7 +1,7 @@
-"""The histories for which recommendations are requested: read from Parquet and checked like training data.
+"""Reads the histories of requests from Parquet and checks them like training data.
 
-A wrong history (falling times, milliseconds instead of seconds, a request before its last event) would still give a list,
-but a worse one, so it is refused with its row.
+A wrong history (times that decrease, milliseconds instead of seconds, a request before its last event) would still give a list,
+but a worse one, so it is rejected with its row.
 
 Legend: B histories, n their events, one history after another.
 """
@@ -38,13 +38,13 @@ class Requests:
     """Checked histories.
 
     Attributes:
-        user_ids: (B,) as given.
+        user_ids: (B,) ids as given.
         offsets: (B + 1,) int64, the events of history b are offsets[b] to offsets[b + 1].
-        items: (n,) int64 item indices; −1: the training data doesn't have the item.
+        items: (n,) int64 item indices; −1 if the item is not in the training data.
         times: (n,) int64 seconds.
-        request_times: (B,) int64 seconds, the time that the recommendation is for.
-        of_events: column with a value for each event → (n,) int64 value indices.
-        of_users: column with a value for each history → (B,) int64 value indices.
+        request_times: (B,) int64 seconds, the time of the recommendation.
+        of_events: column with a value per event → (n,) int64 value indices.
+        of_users: column with a value per history → (B,) int64 value indices.
     """
 
     user_ids: pa.Array
@@ -60,7 +60,7 @@ class Requests:
         return np.diff(self.offsets)
 
     def of_known_items(self) -> Requests:
-        """The same histories without the events of unknown items; a history may be empty then."""
+        """The same histories without the events of unknown items, which may make a history empty."""
         known = self.items >= 0
         before = np.concatenate([[0], np.cumsum(known)])
         return replace(
@@ -73,10 +73,10 @@ class Requests:
 
 
 def read_table(path: Path) -> pa.Table:
-    """The table of a Parquet file of histories.
+    """Reads the table of a Parquet file of histories.
 
     Raises:
-        UserError: the file is missing, unreadable or empty, or two columns have one name.
+        UserError: the file is missing, unreadable or empty, or two columns have the same name.
     """
     try:
         with open_to_read(path) as file, pq.ParquetFile(file) as parquet:
@@ -89,7 +89,7 @@ def read_table(path: Path) -> pa.Table:
     except (pa.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
     if table.num_rows == 0:
-        raise UserError(f"{path}: no rows: expected one history a row")
+        raise UserError(f"{path}: no rows: expected one history per row")
     return table
 
 
@@ -101,17 +101,17 @@ def check_requests(
     request_time: RequestTime | None = None,
     unknown: Unknown = "skip",
 ) -> Requests:
-    """The histories of a table, without features.
+    """Checks the histories of a table and returns them without features.
 
     Args:
-        table: with `user_id`, `item_ids` (list of raw item ids, oldest first), `timestamps` (list of integer
-            seconds, never falling) and, if wanted, `request_timestamp` (integer seconds).
+        table: has `user_id`, `item_ids` (list of raw item ids, oldest first), `timestamps` (list of integer seconds that never
+            decrease) and optionally `request_timestamp` (integer seconds).
         source: what messages name, such as the file.
         catalogue: raw item ids by item index.
         times_trained_on: first and last time of the training data.
         request_time: "last": the time of the last event; "now"; "column": that of `request_timestamp`; None: the column
-            where there is one, otherwise the last event.
-        unknown: whether an item that the training data doesn't have is refused, or given the index −1.
+            if there is one, otherwise the last event.
+        unknown: whether an item that is not in the training data is an error or gets the index −1.
 
     Raises:
         UserError: a file, column, row or item is missing, unknown or wrong; the line names the row, from 0.
@@ -149,7 +149,7 @@ def check_requests(
 def with_features(
     requests: Requests, table: pa.Table, source: str, model: ModelConfig, numbering: Numbering
 ) -> Requests:
-    """The histories with the value indices of the features that the model reads, 0 for an unknown value.
+    """Adds the value indices of the features that the model reads to the histories; 0 stands for an unknown value.
 
     Raises:
         UserError: a column is missing or doesn't fit.
@@ -186,7 +186,7 @@ def with_features(
 def _request_times(
     table: pa.Table, source: str, last: IntArray, request_time: RequestTime | None, times_trained_on: tuple[int, int]
 ) -> IntArray:
-    """(B,) request times, never before the last event, (B,)."""
+    """(B,) request times, none of which is before the last event of its history, ``last`` (B,)."""
     has_column = REQUEST_COLUMN in table.column_names
     if request_time == "last" or (request_time is None and not has_column):
         return last
@@ -223,7 +223,7 @@ def _require_no_fall(source: str, offsets: IntArray, times: IntArray) -> None:
 
 
 def _require_same_unit(source: str, what: str, rows: IntArray, times: IntArray, trained_on: tuple[int, int]) -> None:
-    """Refuses times whose magnitude differs from the training data's: the model would see gaps a thousand times as long."""
+    """Rejects times in another unit than the training data's, because the model would see gaps a thousand times as long."""
     first, last = trained_on
     far = np.abs(times) > FAR_OUTSIDE * max(abs(first), abs(last), 1)
     if first > 0:
@@ -240,13 +240,13 @@ def _require_same_unit(source: str, what: str, rows: IntArray, times: IntArray, 
 
 
 def _user_numbers(column: pa.Array, source: str, numbering: Numbering) -> NDArray[Any]:
-    """1 + the row of each user in the training data; 0 for a user that it doesn't have."""
+    """1 + the row of each user in the training data; 0 for unknown users."""
     assert numbering.user_ids is not None
     return np.asarray(pc.add(_places(column, numbering.user_ids, source, USER_ID).fill_null(-1), 1))
 
 
 def _places(ids: pa.Array, known: pa.Array, source: str, column: str) -> pa.Array:
-    """The index of each raw id in the training data; null if it is not there."""
+    """The index of each raw id in the training data; null for unknown ids."""
     try:
         return pc.index_in(ids.cast(known.type), known)
     except pa.ArrowException as error:

@@ -1,4 +1,4 @@
-"""Groups of users by popularity of the target and by length of the history, and a metric's mean in each."""
+"""Groups users by popularity of the target and by length of the history, and averages a metric in each group."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
 
 NEW = "new"  # the target has no training event
-# The upper bound of each group: a place in the order of popularity, as a share of the catalogue.
+# The upper bound of each group, as a share of the catalogue in the order of popularity.
 POPULARITY_BOUNDS = {"top 1%": 0.01, "1–10%": 0.1, "10–50%": 0.5, "50–100%": 1.0}
 # The least number of events in the history of each group.
 HISTORY_BOUNDS = {"1–9": 1, "10–19": 10, "20–49": 20, "50–99": 50, "100 or more": 100}

@@ -1,18 +1,18 @@
-"""test_ranks.parquet of a run: the rank of each test user's target, so that runs can be compared user by user.
+"""Reads and writes test_ranks.parquet, the rank of each test user's target, so that runs can be compared user by user.
 
 One row per user, in the order of the data set:
 
     user_row         int64         row of the user in the data set
-    rank             int64         of the target by the model, from 1; null where it is in no list
-    popularity_rank  int64         the same by popularity
-    target_place     int64         of the target in the order of popularity, from 0
+    rank             int64         rank of the target by the model, from 1; null if it is in no list
+    popularity_rank  int64         rank of the target by popularity, likewise
+    target_place     int64         place of the target in the order of popularity, from 0
     target_events    int64         training events of the target
     history_events   int64         events before the target
     top_items        list<int64>   item indices of the model's list of 10
-    novelty          double        bits of the list, mean of −log2((c + 1) / (n + I)): c training events of an item, n of all
-                                   I items
+    novelty          double        novelty of the list in bits, the mean of −log2((c + 1) / (n + I)), where c is the number of
+                                   training events of an item and n that of all I items
 
-The file's metadata holds under ``mme`` a JSON object with model, step, split, protocol, seen, targets_sha256, num_items.
+The key ``mme`` of the file's metadata is a JSON object with model, step, split, protocol, seen, targets_sha256 and num_items.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ _REQUIRED = {"model": str, "step": int, "targets_sha256": str, "num_items": int}
 
 @dataclass(frozen=True)
 class UserRanks:
-    """The content of the file, each (users,); `UNRANKED` stands for null.
+    """The content of the file; each attribute is (users,), and `UNRANKED` stands for null.
 
     Attributes:
         about: the metadata.
-        top_items: (users, 10) item indices, −1 where the list is shorter.
+        top_items: (users, 10) item indices, padded with −1 if the list is shorter.
     """
 
     about: dict[str, Any]
@@ -58,7 +58,7 @@ class UserRanks:
     novelty: Floats
 
     def write(self, run: Path) -> Path:
-        """Writes the file into a run's folder, whole or not at all, users in the order of the data set."""
+        """Writes the file into a run's folder atomically, with users in the order of the data set."""
         order = np.argsort(self.user_row, kind="stable")
         top = self.top_items[order]
         offsets = np.concatenate([[0], np.cumsum((top >= 0).sum(1))]).astype(np.int32)
@@ -77,7 +77,7 @@ class UserRanks:
 
 
 def read_user_ranks(run: Path) -> UserRanks:
-    """Reads a run's file.
+    """Reads the file of a run.
 
     Raises:
         UserError: the file is missing, damaged or of another kind.
@@ -99,7 +99,7 @@ def read_user_ranks(run: Path) -> UserRanks:
         if columns[name].size and columns[name].min() < 1:
             raise UserError(f"{path}: column {name!r}: expected ranks from 1, found {columns[name].min()}")
     if not table.num_rows:
-        raise UserError(f"{path}: no rows: expected one a user")
+        raise UserError(f"{path}: no rows: expected one per user")
     novelty = _column(path, table, "novelty", pa.float64()).to_numpy(zero_copy_only=False)
     top_items = _lists(path, table)
     if top_items.max() >= about["num_items"] or top_items.min() < -1:
@@ -139,7 +139,7 @@ def _lists(path: Path, table: pa.Table) -> Ints:
     column = _column(path, table, "top_items", pa.list_(pa.int64()))
     lengths = column.value_lengths().fill_null(0).to_numpy(zero_copy_only=False)
     if (lengths > LIST_LENGTH).any():
-        raise UserError(f"{path}: column 'top_items': expected at most {LIST_LENGTH} items a row")
+        raise UserError(f"{path}: column 'top_items': expected at most {LIST_LENGTH} items per row")
     top = np.full((len(column), LIST_LENGTH), -1, np.int64)
     top[np.arange(LIST_LENGTH) < lengths[:, None]] = column.flatten().to_numpy(zero_copy_only=False)
     return top

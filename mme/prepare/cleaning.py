@@ -1,4 +1,4 @@
-"""Raw columns → ids, times and features. Rows that are malformed or lack the wanted feedback are counted by reason."""
+"""Turns raw columns into ids, times and features. Rows that are malformed or lack the required feedback are counted by reason."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Cleaner:
     """Cleans the batches of all files.
 
     Attributes:
-        ids: what is known of the ids, by role (user, item).
-        malformed: the rows left out because they are malformed.
-        unwanted: sound rows left out because of their feedback, by reason.
+        ids: what is known about the ids, by role (user, item).
+        malformed: the rows that are left out because they are malformed.
+        unwanted: valid rows that are left out because of their feedback, by reason.
         vocabularies: feature column → its vocabulary, which learns the values of sound rows.
     """
 
@@ -44,10 +44,10 @@ class Cleaner:
         self._time_unit = time_unit
 
     def examine(self, source: SourceFile, sample: pa.RecordBatch) -> None:
-        """Finds out from the first rows of a file how its times are written and whether its ids are numbers or text.
+        """Determines from the first rows of a file how its times are written and whether its ids are numbers or text.
 
         Raises:
-            UserError: a column can't hold ids or times, or its ids don't fit those of the files before.
+            UserError: a column can't be ids or times, or its ids don't fit those of earlier files.
         """
         if source.time_form is None:
             source.time_form = recognise(source, sample.column("timestamp"), self._time_unit)
@@ -55,8 +55,9 @@ class Cleaner:
             settle_kind(source, role, sample.column(role), self.ids[role])
 
     def clean(self, source: SourceFile, batch: pa.RecordBatch, first_row: int) -> pa.Table:
-        """The sound rows of a batch: user, item, timestamp (seconds), fraction (nanoseconds), position (the row, from
-        ``first_row`` on) and features.
+        """The valid rows of a batch: user, item, timestamp (seconds), fraction (nanoseconds), position and features.
+
+        The position is the number of the row in the file; that of the batch's first row is ``first_row``.
 
         Raises:
             UserError: a column has a type that ids or times can't have.
@@ -76,12 +77,14 @@ class Cleaner:
             else:
                 times = convert(source, column, source.time_form)
                 columns[role], columns["fraction"], reasons = times.seconds, pa.array(times.nanoseconds), times.faults
-            if role == "timestamp" and source.times_may_be_missing:  # published like this: the file is sound
+            if (
+                role == "timestamp" and source.times_may_be_missing
+            ):  # published files have such rows, so they are not malformed
                 missing = pc.and_(reasons.pop("no value"), sound)
                 self._leave_out("no time", missing)
                 sound = pc.and_not(sound, missing)
             for reason, bad in reasons.items():
-                bad = pc.and_(bad, sound)  # a row counts once, under its first fault
+                bad = pc.and_(bad, sound)  # a row counts only once, under its first fault
                 self._count(source, f"{reason} in {source.columns[role]}", bad, column)
                 sound = pc.and_not(sound, bad)
         sound = self._wanted(source, batch, sound)
@@ -102,7 +105,7 @@ class Cleaner:
         return table
 
     def _wanted(self, source: SourceFile, batch: pa.RecordBatch, sound: pa.BooleanArray) -> pa.BooleanArray:
-        """The ``sound`` rows that have the feedback asked for."""
+        """The ``sound`` rows that have the required feedback."""
         for role in self._feedback.roles():
             name = source.columns[role]
             numbers = feedback_numbers(batch.column(role))

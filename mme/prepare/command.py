@@ -40,15 +40,15 @@ def prepare(
         typer.Option(
             "--input",
             metavar="FILE",
-            help="File of interactions, folder or pattern; may be given several times, or many at once.",
+            help="File of interactions, folder or pattern; can be repeated and can take several values.",
         ),
     ] = None,
     more_inputs: Annotated[Optional[list[Path]], typer.Argument(metavar="FILE", hidden=True)] = None,
     format: Annotated[
         Optional[str],
         typer.Option(
-            help="What the files are: parquet, csv, json, movielens-1m, movielens-20m (also 25m, 32m), kuairand, "
-            "kuairec, amazon, or auto (the default) to find out."
+            help="Format of the files: parquet, csv, json, movielens-1m, movielens-20m (also 25m, 32m), kuairand, "
+            "kuairec, amazon, or auto (the default) to recognise it."
         ),
     ] = None,
     user_column: Annotated[Optional[str], typer.Option(help="Column of users: its name, or its number from 1.")] = None,
@@ -62,23 +62,23 @@ def prepare(
         Optional[str],
         typer.Option(
             help='What " means in CSV: standard (encloses fields), literal (a character like others) or auto (the default: '
-            "encloses fields where it is closed properly)."
+            "encloses fields if it is closed properly)."
         ),
     ] = None,
     time_unit: Annotated[
         Optional[str],
         typer.Option(
-            help="Of times that are numbers: s, ms, us, ns, iso (20210403) or auto (the default: by their size)."
+            help="Unit of times that are numbers: s, ms, us, ns, iso (20210403) or auto (the default: by their size)."
         ),
     ] = None,
     id_type: Annotated[
         Optional[str],
-        typer.Option(help="What ids are: integer, text or auto (the default: integer where they are whole numbers)."),
+        typer.Option(help="Type of ids: integer, text or auto (the default: integer if they are whole numbers)."),
     ] = None,
     rating_column: Annotated[Optional[str], typer.Option(help="Name of the column of ratings.")] = None,
     click_column: Annotated[Optional[str], typer.Option(help="Name of the column of clicks, 0 or 1.")] = None,
     watch_time_column: Annotated[
-        Optional[str], typer.Option(help="Name of the column of times watched, in ms where it ends in _ms.")
+        Optional[str], typer.Option(help="Name of the column of times watched, in ms if the name ends in _ms.")
     ] = None,
     watch_ratio_column: Annotated[
         Optional[str], typer.Option(help="Name of the column of the shares of the videos watched.")
@@ -90,7 +90,7 @@ def prepare(
     ] = None,
     min_watch_time: Annotated[Optional[float], typer.Option(help="Leave out events watched for fewer seconds.")] = None,
     min_watch_ratio: Annotated[
-        Optional[float], typer.Option(help="Leave out events with a smaller share watched.")
+        Optional[float], typer.Option(help="Leave out events with a smaller watched share.")
     ] = None,
     min_user_events: Annotated[
         Optional[int], typer.Option(min=1, help="Drop users with fewer events; default 3.")
@@ -101,7 +101,7 @@ def prepare(
     filter_once: Annotated[
         Optional[bool],
         typer.Option(
-            "--filter-once", help="Count users and items once, not repeatedly until all that are left have enough."
+            "--filter-once", help="Filter users and items once, not repeatedly until all remaining ones have enough."
         ),
     ] = None,
     feature_columns: Annotated[
@@ -113,12 +113,10 @@ def prepare(
             "model.user_features.",
         ),
     ] = None,
-    memory_limit: Annotated[Optional[str], typer.Option(help="Memory to use at most; default 4GiB.")] = None,
+    memory_limit: Annotated[Optional[str], typer.Option(help="Upper limit of memory; default 4GiB.")] = None,
     max_malformed_share: Annotated[
         Optional[float],
-        typer.Option(
-            min=0, max=1, help="Largest share of malformed rows; default 0.01. With more, the input is refused."
-        ),
+        typer.Option(min=0, max=1, help="Largest share of malformed rows; default 0.01. Input with more is rejected."),
     ] = None,
     synthetic: Annotated[
         Optional[str],
@@ -130,7 +128,7 @@ def prepare(
 ) -> None:
     """Turn raw interactions into a training set.
 
-    The output folder gets Parquet files, one row a user (user_id, item_ids, timestamps), and dataset.json with the
+    The output folder gets Parquet files with one row per user (user_id, item_ids, timestamps), and dataset.json with the
     counts, the sort rule and the id maps. With --add-to, new events join an existing training set: users keep their rows,
     items their indices, and only the parts that the events touch are rewritten.
 
@@ -226,7 +224,7 @@ def _refuse(options: dict[str, Any], beside: str) -> None:
 
 
 def _print_prepared(info: dict[str, Any], output: Path) -> None:
-    """Prints what was read, left out and kept; ``info`` is what dataset.json holds."""
+    """Prints what was read, left out and kept; ``info`` is the content of dataset.json."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table

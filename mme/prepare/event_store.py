@@ -1,4 +1,4 @@
-"""Events on disk, sorted and grouped by DuckDB under a memory limit.
+"""Keeps events on disk and sorts and groups them with DuckDB under a memory limit.
 
 Numeric ids arrive as int64, unsigned ones wrapped (`mme.prepare.ids`); `number_items` and `histories` unwrap them.
 """
@@ -51,7 +51,7 @@ class EventStore:
         """Fills a table of the store and replaces an older one; all ``tables`` have the same columns.
 
         The columns of `events` are user, item, timestamp, fraction, position, features and, if there is a prior set,
-        place. An exception raised by ``tables`` is raised unchanged.
+        place. An exception of ``tables`` is raised unchanged.
         """
         failure: list[BaseException] = []
         first = next(tables, None)
@@ -101,8 +101,12 @@ class EventStore:
         return from_bits(table["item"].combine_chunks(), unsigned)
 
     def histories(self, unsigned: bool) -> Iterator[Histories]:
-        """Yields whole users, each with its events by time, then position. Users come by their rows in the prior set, then by raw
-        id. ``unsigned``: the users' ids are unsigned numbers.
+        """Yields whole users, each with its events ordered by time, then position.
+
+        Users of the prior set come first, in the order of their rows, then the others in the order of their raw ids.
+
+        Args:
+            unsigned: whether the ids of users are unsigned numbers.
         """
         ((largest,),) = self._database.execute("SELECT max(fraction) FROM events").fetchall()
         self.has_fractions |= bool(largest)
@@ -169,7 +173,7 @@ def was_interrupted(error: Exception) -> bool:
 
 
 class _Stream:
-    """Hands out as many rows at a time as are asked for."""
+    """Reads a stream of tables by a given number of rows at a time."""
 
     def __init__(self, reader: pa.RecordBatchReader) -> None:
         self._reader = reader
@@ -186,7 +190,7 @@ class _Stream:
 
 
 def _whole_users(reader: pa.RecordBatchReader) -> Iterator[pa.Table]:
-    """Tables that end where a user ends."""
+    """Yields tables that end with the last event of a user."""
     pending: list[pa.Table] = []
     for batch in reader:
         if not batch.num_rows:

@@ -1,4 +1,4 @@
-"""Which interactions count, by the feedback of the user: rating, click, time watched."""
+"""Selects interactions by the feedback of the user: rating, click, watch time."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ TRUE_TEXTS, FALSE_TEXTS = ["true", "t", "yes"], ["false", "f", "no"]
 
 @dataclass(frozen=True)
 class FeedbackFilter:
-    """Conditions that every event must meet; None and False ask for nothing.
+    """Conditions that every event must meet; None and False mean no condition.
 
     Attributes:
-        min_rating: the rating must be this or more.
-        clicks_only: the click must be 1 or true.
-        min_watch_s: seconds watched.
-        min_watch_ratio: share of the video watched, above 1 where it was watched again.
+        min_rating: the least rating.
+        clicks_only: whether the click must be 1 or true.
+        min_watch_s: the least watch time, in seconds.
+        min_watch_ratio: the least watched share of the video, which is above 1 if it was watched again.
     """
 
     min_rating: float | None = None
@@ -50,7 +50,7 @@ class FeedbackFilter:
 
 
 def feedback_numbers(column: pa.Array) -> pa.Array | None:
-    """float64, null where the value is missing or not a number; None if the column can't hold feedback."""
+    """The values as float64, null if missing or not a number; None if the column can't be feedback."""
     kind = column.type
     if pa.types.is_dictionary(kind):
         column = column.dictionary_decode()

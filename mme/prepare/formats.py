@@ -1,4 +1,4 @@
-"""Recognises the format of a file of interactions, and which columns hold user, item, time and feedback.
+"""Recognises the format of a file of interactions and its columns of users, items, times and feedback.
 
 | format | file | user, item, time |
 |---|---|---|
@@ -76,14 +76,14 @@ TIME_SUFFIXES = ("ms", "us", "ns")  # of a column's name
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How the user asks for files to be read.
+    """The user's options for reading files.
 
     Attributes:
         format: a name of `FORMATS` or `SAME_FORMAT`.
         columns: role → name of the column, or its number from 1.
         header: whether the first line of a text file names the columns; None: recognised by its fields.
         quoting: what `"` means in a text file.
-        time_unit: of times that are numbers, or `auto` or `iso` (`times.TIME_UNITS`).
+        time_unit: unit of times that are numbers, or `auto` or `iso` (`times.TIME_UNITS`).
         id_type: `auto`, `integer` or `text` (`mme.prepare.ids`).
     """
 
@@ -202,7 +202,9 @@ def _json(path: Path, first_lines: list[str], format: str, given: dict[str, str]
     for line in first_lines:
         names.update(dict.fromkeys(json_fields(line) or {}))
     if not names:
-        raise UserError(f"{path}: line 1: {first_lines[0][:60]!r}: expected one JSON object a line, with each key once")
+        raise UserError(
+            f"{path}: line 1: {first_lines[0][:60]!r}: expected one JSON object per line, with each key once"
+        )
     return SourceFile(path, _resolve(path, list(names), format, given, roles), "json")
 
 
@@ -230,12 +232,12 @@ def _separator(line: str) -> str:
 
 
 def _is_value(text: str) -> bool:
-    """Whether a field of the first line is a number or a date, so not the name of a column."""
+    """Whether a field of the first line is a number or a date, and so not the name of a column."""
     return re.fullmatch(r"[+-]?\d[\d.]*(?:[eE][+-]?\d+)?|\d{4}-\d{2}-\d{2}.*", text) is not None
 
 
 def _first_lines(path: Path) -> list[str] | None:
-    """The first whole lines of a text file, compressed or not; None if it is Parquet."""
+    """The first complete lines of a text file, compressed or not; None if it is Parquet."""
     try:
         with path.open("rb") as file:
             if file.read(4) == b"PAR1":
@@ -248,7 +250,7 @@ def _first_lines(path: Path) -> list[str] | None:
         if start.startswith(magic):
             raise UserError(f"{path}: {message}")
     if b"\r" in start and b"\n" not in start:
-        raise UserError(f"{path}: lines end with a carriage return alone: expected LF or CRLF")
+        raise UserError(f"{path}: lines end with CR only: expected LF or CRLF")
     text = start.decode("utf-8-sig", errors="replace")
     lines = [line.rstrip("\r") for line in text.split("\n")]
     if len(start) == FIRST_BYTES and len(lines) > 1:
@@ -261,7 +263,7 @@ def _first_lines(path: Path) -> list[str] | None:
         raise UserError(f"{path}: neither Parquet nor text")
     if lines[0].lstrip().startswith("["):
         raise UserError(
-            f"{path}: line 1: starts with '[', as a JSON array does: expected one JSON object a line, or CSV"
+            f"{path}: line 1: starts with '[', as a JSON array does: expected one JSON object per line, or CSV"
         )
     return lines
 
@@ -284,7 +286,7 @@ def _fixed(path: Path, roles: list[str], names: list[str]) -> dict[str, str]:
 
 
 def _resolve(path: Path, names: list[str], format: str, given: dict[str, str], roles: list[str]) -> dict[str, str]:
-    """The column of each role: as given, by the format, or the first known name in the file."""
+    """The column of each role: as given by the user, fixed by the format, or the first known name in the file."""
     columns = {}
     fixed = dict(zip(ROLES, FIXED_NAMES.get(format, []), strict=False))
     for role in roles:
@@ -296,14 +298,12 @@ def _resolve(path: Path, names: list[str], format: str, given: dict[str, str], r
             raise UserError(f"{path}: {names.count(columns[role])} columns are named {columns[role]!r}: expected one")
     for role, other in (("user", "item"), ("user", "timestamp"), ("item", "timestamp")):
         if columns[role] == columns[other]:
-            raise UserError(
-                f"{path}: column {columns[role]!r} is asked for as {role} and as {other}: expected two columns"
-            )
+            raise UserError(f"{path}: column {columns[role]!r} is given as {role} and as {other}: expected two columns")
     return columns
 
 
 def _named(path: Path, names: list[str], wanted: str) -> str:
-    """The column with this name, otherwise with this number from 1."""
+    """The column with this name or, if there is none, with this number, from 1."""
     if wanted in names:
         return wanted
     if wanted.isdecimal() and 1 <= int(wanted) <= len(names):

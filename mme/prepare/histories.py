@@ -1,7 +1,7 @@
-"""Whole users with their events in order, as arrays, and the steps on their way to the training set.
+"""Whole users with their ordered events, as arrays, and the steps that turn them into a training set.
 
-Legend: U users, E their events, user after user; codes: numbers of items, first those of a prior set in its order, then
-new ones in the order of their raw ids.
+Legend: U users, E their events, one user after another. Codes number the items: first those of a prior set in its order, then new
+ones in the order of their raw ids.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Histories:
         codes: (E,) int32 items.
         times: (E,) int64 seconds, non-decreasing within a user.
         places: (E,) int64, for an event that the prior set left out, how many kept events of its user came before it;
-            `NEW`: an event that the prior set does not have.
+            `NEW` if the prior set does not have the event.
         columns: further columns by their names in the parts, (E,) int32: the value indices of each feature and, if times are
             finer than a second, `FRACTIONS`, the nanoseconds beyond ``times``.
     """
@@ -95,7 +95,7 @@ def concatenate(pieces: Sequence[Histories]) -> Histories:
 
 
 def first_of_duplicates(histories: Histories) -> BoolArray:
-    """(E,) whether each event is the first with its user, item and time, at the resolution of the times."""
+    """(E,) whether each event is the first with the same user, item and time, at the resolution of the times."""
     user, times = histories.user_of_event(), histories.times
     kept = np.ones(times.size, bool)
     ties = (times[1:] == times[:-1]) & (user[1:] == user[:-1])
@@ -106,7 +106,7 @@ def first_of_duplicates(histories: Histories) -> BoolArray:
         return kept
     tied = np.flatnonzero(np.append(ties, False) | np.append(False, ties))
     group = np.cumsum(~np.append(False, ties))[tied]  # one number for each user and time
-    order = np.lexsort((histories.codes[tied], group))  # stable: of equals the first stays first
+    order = np.lexsort((histories.codes[tied], group))  # stable, so that the first of equal events stays first
     item, group = histories.codes[tied][order], group[order]
     again = (item[1:] == item[:-1]) & (group[1:] == group[:-1])
     kept[tied[order[1:][again]]] = False
@@ -135,9 +135,9 @@ class CountFilter:
     def choose_items(
         self, spool: Spool, arriving: Iterable[Histories], num_items: int, num_prior: int
     ) -> tuple[BoolArray, IntArray]:
-        """Which items pass, and how many kept events each has; ``arriving`` are written to ``spool`` on the way.
+        """Which items pass, and how many kept events each has; ``arriving`` histories are also written to ``spool``.
 
-        Each round takes the items that passed the last one and counts their events of users that have enough. Nothing
+        Each round takes the items that passed the last one and counts their events of users with enough events. Nothing
         about single users stays in memory.
         """
         passes = np.ones(num_items, bool)
@@ -161,19 +161,19 @@ class CountFilter:
 
 
 def places_among(kept: BoolArray, histories: Histories) -> IntArray:
-    """(E,) how many kept events of its user come before each event."""
+    """(E,) the number of kept events of the same user before each event."""
     before: IntArray = np.cumsum(kept) - kept
     return before - np.repeat(before[histories.offsets[:-1]], histories.lengths)
 
 
 class Spool:
-    """Histories in a file, to be read several times in the order written."""
+    """Histories in a file, which can be read several times in the order in which they were written."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def writing(self, pieces: Iterable[Histories]) -> Iterator[Histories]:
-        """Yields the pieces, each after it is written."""
+        """Yields the pieces and writes each before it is yielded."""
         writer: pa.RecordBatchFileWriter | None = None
         try:
             for histories in pieces:

@@ -1,11 +1,11 @@
-"""The one rule for user and item ids, in every file format.
+"""The rule for user and item ids, which is the same in every file format.
 
 Ids are 64-bit whole numbers (signed or unsigned) if most of the first rows hold such numbers and none is written with a
 leading zero; otherwise they are text. `--id-type` overrides this. 7, "7" and 7.0 are the same number; as texts, "7" and
-"007" are two ids. Blanks around an id do not count.
+"007" are two ids. Blanks around an id are ignored.
 
 Numbers are kept as int64. Those from 2^63 on wrap around until all rows are read, because only then is it known whether a
-column is unsigned (`IdColumn.unsigned`). No column may hold both such numbers and negative ones.
+column is unsigned (`IdColumn.unsigned`). No column may have both such numbers and negative ones.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class IdColumn:
     Attributes:
         kind: None before the first row with an id.
         fixed: events are added to a set, so `kind` and `unsigned` can't change.
-        said: the value of --id-type. With `text`, numbers become text; with `integer`, leading zeros don't count.
+        said: the value of --id-type. With `text`, numbers become text; with `integer`, leading zeros are ignored.
         negative, large: whether a number below 0, or from 2^63 on, has been seen.
     """
 
@@ -94,7 +94,7 @@ def natural_kind(source: SourceFile, role: str, column: pa.Array, as_text: bool)
 
 
 def settle_kind(source: SourceFile, role: str, column: pa.Array, ids: IdColumn) -> None:
-    """Decides ``ids.kind`` by the first rows of a file, or checks that they fit the decision.
+    """Sets ``ids.kind`` by the first rows of a file, or checks that they fit it.
 
     Raises:
         UserError: the ids of this file are of another kind.
@@ -134,7 +134,7 @@ def convert_ids(
         text = _as_text(column)
         if is_decimal:
             text = pc.replace_substring_regex(text, r"\.0+$", "")
-        # Bytes were lost, so two ids may have become one.
+        # Bytes were lost, so two ids may have become equal.
         damaged = pc.fill_null(pc.match_substring(text, REPLACEMENT), False)
         return text, {"no value": pc.or_(missing, is_missing(text)), "not UTF-8": damaged}
     numbers = _as_numbers(column)
@@ -157,7 +157,7 @@ def convert_ids(
 
 @dataclass(frozen=True)
 class _Numbers:
-    """``signed``: int64, null where the value is not a 64-bit whole number; ``negative`` and ``large`` (wrapped): which are."""
+    """Values as ``signed`` int64, null if not a 64-bit whole number; which are ``negative``, and which ``large`` (wrapped)."""
 
     signed: pa.Array
     negative: pa.BooleanArray
@@ -166,7 +166,7 @@ class _Numbers:
 
 def _as_numbers(column: pa.Array) -> _Numbers:
     if pa.types.is_floating(column.type):
-        # Beyond this, floats are not exact: two ids could become one.
+        # Beyond this, floats are not exact, and two ids could become equal.
         exact = 2.0**24 if pa.types.is_float32(column.type) else 2.0**53
         whole = pc.and_(pc.equal(pc.floor(column), column), pc.less_equal(pc.abs(column), exact))
         column = pc.if_else(pc.fill_null(whole, False), column, pa.scalar(None, column.type)).cast(pa.int64())
@@ -197,7 +197,7 @@ def _unsigned(numbers: pa.Array) -> _Numbers:
 
 
 def _parse(text: pa.Array) -> _Numbers:
-    """Parses by pattern; a value with more digits than 64 bits hold is not a number."""
+    """Parses by pattern; a value that does not fit into 64 bits is not a number."""
     whole = pc.fill_null(pc.match_substring_regex(text, WHOLE_NUMBER), False)
     digits = pc.replace_substring_regex(pc.if_else(whole, text, pa.scalar(None, text.type)), r"\.0*$", "")
     negative = pc.fill_null(pc.starts_with(digits, "-"), False)

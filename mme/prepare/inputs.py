@@ -1,4 +1,4 @@
-"""The files that paths, folders and patterns stand for."""
+"""Finds the files that paths, folders and patterns stand for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from mme.errors import UserError
 from mme.paths import local_path, regular_file
 
-# The log among the files of a published folder; KuaiRand's random log and KuaiRec's small matrix must be named.
+# The names of logs in published folders; KuaiRand's random log and KuaiRec's small matrix must be given explicitly.
 FILES_IN_FOLDER = {
     "movielens-1m": ["ratings.dat"],
     "movielens-20m": ["ratings.csv"],

@@ -1,4 +1,4 @@
-"""JSON lines → batches of columns, with the line of each row."""
+"""Reads JSON lines as batches of columns, with the line of each row."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class JsonBlock:
     """Some rows of a file.
 
     Attributes:
-        columns: typed as most values of the first rows, or text if the values of the block differ in type.
+        columns: of the type of most values in the first rows, or text if the types in the block differ.
         lines: (rows,) int64, the line of each row in the file, from 1.
         broken_lines: the lines that are not a JSON object, or that have a wanted key twice.
     """
@@ -31,7 +31,7 @@ class JsonBlock:
 
 
 def read_blocks(stream: pa.NativeFile, wanted: Sequence[str], block_bytes: int = BLOCK_BYTES) -> Iterator[JsonBlock]:
-    """The ``wanted`` keys, about ``block_bytes`` of the file at a time.
+    """Yields the ``wanted`` keys, about ``block_bytes`` of the file at a time.
 
     Raises:
         UnreadableText: a line is too long.
@@ -50,7 +50,7 @@ def read_blocks(stream: pa.NativeFile, wanted: Sequence[str], block_bytes: int =
 
 
 def json_fields(line: str | bytes, once: Collection[str] | None = None) -> dict[str, Any] | None:
-    """The fields of one line of JSON; None if it is not an object, or has a key of ``once`` (None: any key) twice."""
+    """The fields of one JSON line; None if it is not an object or has a key of ``once`` (None: any key) twice."""
 
     def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
@@ -116,7 +116,7 @@ def _read_fast(text: bytes, schema: pa.Schema) -> pa.RecordBatch | None:
 
 
 def _read_slowly(text: bytes, wanted: Sequence[str], first_line: int) -> JsonBlock:
-    """Parses line by line and keeps each value as the text in which it is written."""
+    """Parses line by line and keeps each value as the text in the file."""
     columns: dict[str, list[str | None]] = {name: [] for name in wanted}
     lines, broken = [], []
     for number, line in enumerate(text.split(b"\n"), start=first_line):

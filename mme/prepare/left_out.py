@@ -1,7 +1,7 @@
-"""The events that the count filters left out, kept because new days may bring their users and items past the filters.
+"""Keeps the events that the count filters left out, because later additions may let their users and items pass.
 
-left_out.parquet, one row an event: user_id, item_id (raw), timestamp, place (how many kept events of its user come
-before it), and its `Histories.columns`. The events of one user stand together, in order.
+left_out.parquet has one row per event: user_id, item_id (raw), timestamp, place (how many kept events of its user come before it),
+and its `Histories.columns`. The events of a user are consecutive and in order.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ class LeftOutWriter:
     """Writes the file if there is any such event.
 
     Attributes:
-        users: how many users have no event kept.
-        events: how many events the file has.
+        users: number of users without a kept event.
+        events: number of events in the file.
     """
 
     def __init__(self, folder: Path, raw_items: pa.Array) -> None:

@@ -1,4 +1,4 @@
-"""Malformed rows: how many were left out, for which reasons, and where the first ones are."""
+"""Counts malformed rows by reason and remembers where the first ones are."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Malformed:
             kept.extend(places[: EXAMPLES - len(kept)])
 
     def report(self) -> dict[str, dict[str, object]]:
-        """For dataset.json."""
+        """The counts and examples for dataset.json."""
         return {reason: {"rows": number, "first": self.examples[reason]} for reason, number in self.counts.items()}
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What dataset.json records about the origin of a training set, so that the set can be checked and added to."""
+"""The part of dataset.json about the origin of a training set, so that the set can be checked and extended."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TOTALS = ("rows_read", "malformed_rows", "unwanted_rows", "duplicate_rows")
 
 @dataclass(frozen=True)
 class Settings:
-    """How files are read and what is kept of them; the same for all files that are added to a set.
+    """How files are read and which events are kept; the same for all files that are added to a set.
 
     Attributes:
         features: further columns to keep, by name or as ``name:kind``, see `mme.data.features`.
@@ -48,7 +48,7 @@ class Settings:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """For dataset.json."""
+        """The settings for dataset.json."""
         values = asdict(self)
         return {**values.pop("read"), **values}
 
@@ -58,8 +58,8 @@ def describe(
 ) -> dict[str, Any]:
     """The part of dataset.json about the origin: each run, and the sums over all runs.
 
-    ``run`` is what this run read and left out (with `files` and `TOTALS`); ``earlier`` is the former dataset.json if
-    events are added to a set.
+    ``run`` counts what this run read and left out (with `files` and `TOTALS`); ``earlier`` is the previous dataset.json if events
+    are added to a set.
     """
     runs = [*(earlier["runs"] if earlier else []), run]
     return {

@@ -1,8 +1,8 @@
-"""New events and a prior training set → the new one.
+"""Merges new events into a prior training set.
 
-What the prior set kept stays, because more events can only bring more users and items past the count filters. New events are
-filtered together with those that the prior set left out, and only the parts that hold a user among them are rewritten.
-Users keep their rows and items their indices; new ones are appended.
+What the prior set kept stays, because more events can only let more users and items pass the count filters. New events are
+filtered together with those that the prior set left out, and only the parts with users among them are rewritten. Users keep their
+rows and items their indices; new ones are appended.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def write_histories(
     left_out: LeftOutWriter,
     with_fractions: bool,
 ) -> NDArray[np.int32]:
-    """Writes the events that the filter keeps, together with those of ``prior``, and the events that it leaves out.
+    """Writes the events that the filter keeps, together with those of ``prior``, and separately the events that it leaves out.
 
     ``item_passes`` and ``item_index`` (items,) give for each code whether it is kept, and its number in the set;
     ``with_fractions``: the spooled histories have `FRACTIONS`. Returns the codes of the new events that ``prior`` already
@@ -70,13 +70,13 @@ def write_histories(
 def merge(
     kept: Histories, arriving: Histories, arriving_kept: BoolArray
 ) -> tuple[Histories, BoolArray, NDArray[np.int32]]:
-    """The users of ``kept``, a part of a prior set, with all their events in order.
+    """Merges the users of ``kept``, a part of a prior set, with ``arriving`` events of some of them.
 
-    Legend: E events of the result. ``arriving`` are events of some of these users. Events that had been left out return to
-    their places; new ones follow all events that are not younger; new ones that exist already are dropped.
+    Events that had been left out return to their places. New events follow all events that are not later, and are dropped if they
+    exist already. Legend: E events of the result.
 
     Returns:
-        The histories; (E,) which of the events are kept now; the codes of those dropped.
+        The histories; (E,) whether each event is kept now; the codes of the dropped events.
     """
     user = np.repeat(arriving.rows - kept.rows[0], arriving.lengths)
     is_new = arriving.places == NEW
@@ -114,14 +114,14 @@ def _order(users: IntArray, times: IntArray, fractions: NDArray[np.int32] | None
 
 
 class _ByRow:
-    """Hands out histories in the order of their rows, those without a row last."""
+    """Reads histories in the order of their rows; those without a row come last."""
 
     def __init__(self, pieces: Iterator[Histories]) -> None:
         self._pieces = pieces
         self._next: Histories | None = next(pieces, None)
 
     def below(self, end: int | None) -> Iterator[Histories]:
-        """All remaining histories with rows below ``end``; None: all, with or without a row."""
+        """The next histories with rows below ``end``; None: all remaining ones, with or without a row."""
         while self._next is not None:
             piece = self._next
             number = piece.rows.size

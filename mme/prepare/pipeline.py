@@ -1,11 +1,11 @@
-"""Files of interactions → a training set: cleaned, deduplicated, filtered, sorted by user and time.
+"""Turns files of interactions into a training set: cleaned, deduplicated, filtered, sorted by user and time.
 
     files → batches, cleaned (`formats`, `readers`, `cleaning`) → events on disk, sorted by DuckDB (`event_store`)
           → whole users, duplicates dropped, in a file (`histories`) → rounds of the count filters
           → with what a prior set has (`merging`) → Parquet (`writer`)
 
-Memory holds batches, about twenty bytes per item, and the longest history. Everything else is on disk beside the output,
-where an interrupted run leaves the events that it had read for the next one (`unfinished`).
+Only batches, about twenty bytes per item, and the longest history are in memory. Everything else is on disk beside the output,
+where an interrupted run leaves the events that it has read for the next run (`unfinished`).
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ from mme.prepare.writer import DatasetWriter
 
 _BYTES = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 SMALLEST_MEMORY = 512 * 2**20
-# Memory beside DuckDB's: interpreter and libraries, batches in flight, the row group that is being written.
+# Memory besides DuckDB's: interpreter and libraries, batches in flight, the row group that is being written.
 OTHER_MEMORY = 384 * 2**20
-KEPT = Path(WORK_FOLDER, READ_FILE)  # of an interrupted run
-DUCKDB_SHARE = 0.9  # of the rest, because DuckDB uses somewhat more than its limit
+KEPT = Path(WORK_FOLDER, READ_FILE)  # left by an interrupted run
+DUCKDB_SHARE = 0.9  # share of the rest, because DuckDB uses somewhat more than its limit
 
 
 def prepare(
@@ -73,27 +73,26 @@ def prepare(
     max_malformed_share: float = 0.01,
     tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Writes the training set of ``inputs`` to the folder ``output``; returns what its dataset.json holds.
+    """Writes the training set of ``inputs`` to the folder ``output`` and returns the content of its dataset.json.
 
     ``inputs`` are files, folders and patterns (`find_files`). ``columns`` names the column of a role (user, item,
     timestamp, rating, click, watch_time, watch_ratio); `ReadOptions` describes this and the other options of reading.
-    Events are rows with the feedback asked for (`FeedbackFilter`; ``min_watch_time`` in seconds; ``clicks_only`` None: yes
-    for KuaiRand, whose log has everything that was shown, otherwise no). ``tell`` is called before anything is read, with a
-    text that says what each file was recognised as.
+    Events are rows with the required feedback (`FeedbackFilter`; ``min_watch_time`` is in seconds; ``clicks_only`` None means True
+    for KuaiRand, whose log has everything that was shown, and False otherwise). ``tell`` is called before anything is read, with a
+    text that describes the recognised form of each file.
 
-    Events are ordered by (time, original row), files in the order given, at the resolution of the times; the set stores
-    seconds. The first of several rows with the same user, item and time is kept. Malformed rows (a missing or invalid id
-    or time, a wrong number of fields) are left out and counted. Then users with fewer than ``min_user_events`` and items
-    with fewer than ``min_item_events`` events are dropped, repeatedly until all that remain have enough or, with
-    ``filter_once``, by one count of all events. Items are numbered in the order of their raw ids.
-    ``feature_columns`` names columns to keep beside item and time, such as ``action`` or ``price:number``
-    (`mme.data.features`).
+    Events are ordered by time at its full resolution, then by file, in the given order, and row; the set stores seconds. The first of
+    several rows with the same user, item and time is kept. Malformed rows (a missing or invalid id or time, a wrong number of
+    fields) are left out and counted. Then users with fewer than ``min_user_events`` and items with fewer than ``min_item_events``
+    events are dropped, repeatedly until all remaining ones have enough or, with ``filter_once``, by one count of all events. Items
+    are numbered in the order of their raw ids. ``feature_columns`` names columns to keep besides item and time, such as ``action``
+    or ``price:number`` (`mme.data.features`).
 
     Raises:
         UserError: a file is missing, empty, truncated, not a regular file or lacks a column; its content can be read in two
-            ways; a column has a wrong type; more than the share ``max_malformed_share`` of the rows is malformed; nothing
-            is left after the filters; the memory limit is invalid or too small; ``output`` can't be written. Nothing is
-            left behind then.
+            ways; a column has a wrong type; a larger share of the rows than ``max_malformed_share`` is malformed; nothing
+            is left after the filters; the memory limit is invalid or too small; ``output`` can't be written. Then nothing is
+            left behind.
     """
     settings = Settings(
         ReadOptions(format, _given(columns), header, quoting, time_unit, id_type),
@@ -124,14 +123,14 @@ def add_events(
     max_malformed_share: float = 0.01,
     tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-    """Adds the events of ``inputs`` to the training set in the folder ``prepared``; returns what dataset.json holds.
+    """Adds the events of ``inputs`` to the training set in the folder ``prepared`` and returns the new content of dataset.json.
 
-    They are read and filtered as the set was, except for the reading options that are given. Users keep their rows and
-    items their indices; new ones are appended in the order of their raw ids. Otherwise the set equals one made of all files
-    together. An event that the set already has is dropped, so adding a file twice changes nothing.
+    They are read and filtered like the set, except for the reading options that are given. Users keep their rows and
+    items their indices; new ones are appended in the order of their raw ids. Apart from this, the set equals one made of all files
+    together. Events that the set already has are dropped, so adding a file twice changes nothing.
 
     Raises:
-        UserError: as `prepare`, or ``prepared`` was not made from files of interactions, or has ids of another type.
+        UserError: see `prepare`; or ``prepared`` was not made from files of interactions, or has ids of another type.
     """
     limit = _memory_limit(memory_limit)
     prepared = local_path(prepared, "--add-to")
@@ -161,7 +160,7 @@ def _open(
     max_malformed_share: float,
     tell: Callable[[str], None] | None,
 ) -> tuple[Settings, Reading]:
-    """The files, ready to be read, and the settings completed by what their formats decide."""
+    """Opens the files and completes the settings by what their formats determine."""
     read = settings.read
     for option, value, known in (
         ("time-unit", read.time_unit, TIME_UNITS),
@@ -198,7 +197,7 @@ def _make(
     prior: PriorSet | None,
     memory_limit: int,
 ) -> dict[str, Any]:
-    """Writes and commits the set."""
+    """Writes the set and puts it in place."""
     sources, vocabularies = reading.sources, reading.cleaner.vocabularies
     inputs = [source.path for source in sources]
     work = WorkFolder(writer.partial, inputs, settings, prior.folder if prior else None)
@@ -315,7 +314,7 @@ def _with_left_out(tables: Iterator[pa.Table], prior: PriorSet | None) -> Iterat
 
 @dataclass
 class _Distinct:
-    """Histories without duplicate events; counts users and duplicates on the way."""
+    """Iterates over histories without duplicate events, and counts users and duplicates."""
 
     arriving: Iterator[Histories]
     users: int = 0

@@ -1,4 +1,4 @@
-"""The training set on disk that new events are added to."""
+"""Reads the training set on disk to which new events are added."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ ID_KINDS: dict[str, tuple[IdKind, bool]] = {  # type in dataset.json → whether
 class PriorSet:
     """
     Attributes:
-        info: its dataset.json.
+        info: content of its dataset.json.
         raw_items: raw ids by item index.
-        counts: (items,) int64, events of each.
+        counts: (items,) int64, events of each item.
         vocabularies: feature → its values.
-        features: the names of the features in the parts.
-        ids: the kinds of the users' and items' ids.
+        features: names of the features in the parts.
+        ids: kinds of the users' and items' ids.
         has_fractions: whether its times are finer than a second.
     """
 
@@ -57,7 +57,7 @@ class PriorSet:
         self.counts: IntArray = items["count"].to_numpy()
 
     def user_rows(self) -> Iterator[pa.Table]:
-        """All users: user (raw), row."""
+        """A table of all users: user (raw), row."""
         row = 0
         for part in self.info["parts"]:
             for batch in _batches(self.folder, part["file"], ["user_id"]):
@@ -65,7 +65,7 @@ class PriorSet:
                 row += batch.num_rows
 
     def left_out(self) -> Iterator[pa.Table]:
-        """The events left out, with the columns of `Cleaner.clean` and their place; their positions are negative, before all new ones."""
+        """The events left out, with the columns of `Cleaner.clean` and their place; negative positions put them before new events."""
         path = self.folder / LEFT_OUT_FILE
         if LEFT_OUT_FILE not in self.info.get("files", {}) and not os.path.lexists(path):
             return
@@ -90,7 +90,7 @@ class PriorSet:
             position += batch.num_rows
 
     def part(self, part: dict[str, Any], first_row: int, with_fractions: bool) -> Histories:
-        """One part, whose first user has the row ``first_row``; ``with_fractions``: with `FRACTIONS`, 0 if the part has none."""
+        """One part, whose first user has row ``first_row``; ``with_fractions`` adds `FRACTIONS`, which are 0 if the part has none."""
         require_sum(self.folder, part["file"], part)
         table = _read(self.folder, part["file"])
         columns = {name: table[name].combine_chunks() for name in ("item_ids", "timestamps")}

@@ -1,9 +1,9 @@
-"""Finds where the records of a block of CSV end, and which `"` enclose a field and which are plain characters.
+"""Finds where the records of a CSV block end, and which `"` enclose a field and which are plain characters.
 
 A line is a record by itself if every field is either quoted as a whole or does not begin with `"` (RFC 4180; a `"` inside
 such a field is a character). A line may also end inside a quoted field that is closed on a later line: a quoted line
 break. Any other `"` at the start of a field is stray, and its line is rewritten so that the parser reads a character.
-A quote that is closed, but would enclose whole rows, could be either and is refused.
+A quote that is closed but would enclose whole rows could be either and is rejected.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Records:
         lines: (records,) int64, the line of the block, from 0, on which each starts; blank lines are not records. None: every
             line is a record.
         num_lines: lines of the block that are used.
-        rest: the bytes from the first line on that can't be decided without what follows.
+        rest: the remaining bytes, from the first line that can't be decided without the text after it.
         has_quotes: whether fields are enclosed in quotes.
     """
 
@@ -57,9 +57,9 @@ class Records:
 class RecordSplitter:
     """
     Args:
-        separator: between fields, one character.
-        num_fields: of a whole row.
-        time_field: number of the field that holds the time, from 0.
+        separator: character between fields.
+        num_fields: number of fields of a complete row.
+        time_field: number of the field of the time, from 0.
     """
 
     def __init__(self, separator: str, num_fields: int, time_field: int, quoting: Quoting) -> None:
@@ -106,7 +106,7 @@ class RecordSplitter:
     def _walk(
         self, lines: pa.Array, bounds: NDArray[np.int64], whole: NDArray[np.bool_], is_last: bool
     ) -> tuple[NDArray[np.bool_], list[int], int]:
-        """Which lines continue the record before them, which hold stray quotes, and the first line not yet decided."""
+        """Which lines continue the record before them, which have stray quotes, and the first undecided line."""
         opens, closes, reopens = (self._match(lines, p) for p in (self._opens, self._closes, self._reopens))
         not_inside = np.flatnonzero(~self._match(lines, self._inside))
         separators = np.asarray(pc.count_substring(lines, self._separator))
@@ -137,7 +137,7 @@ class RecordSplitter:
             if swallowed and self._quoting == "auto":
                 raise OpenQuote(
                     line,
-                    f"and closes {_lines(close - line)} later, past {_lines(swallowed)} that could be rows of their own",
+                    f"and closes {_lines(close - line)} later, past {_lines(swallowed)} that could be separate rows",
                 )
             joined[line + 1 : close + 1] = True
             next_free = close + 1
@@ -175,7 +175,7 @@ def _lines_as_records(block: bytes, has_quotes: bool) -> Records:
 
 
 def _line_bounds(block: bytes) -> NDArray[np.int64]:
-    """(lines + 1,) where each line begins, and where the last one ends."""
+    """(lines + 1,) the start of each line, and the end of the last one."""
     ends = np.flatnonzero(np.frombuffer(block, np.uint8) == ord("\n")) + 1
     if not ends.size or ends[-1] < len(block):
         ends = np.append(ends, len(block))
@@ -183,7 +183,7 @@ def _line_bounds(block: bytes) -> NDArray[np.int64]:
 
 
 def _is_not_blank(block: bytes, bounds: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """(lines,) whether a line holds more than its line break."""
+    """(lines,) whether a line has more than its line break."""
     lengths = np.diff(bounds)
     short = np.flatnonzero(lengths <= 2)
     not_blank = np.ones(lengths.size, bool)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 ROLES = ("user", "item", "timestamp")
 PARQUET_ROWS = 1 << 18
-# How much of a file is read to find out how its times and ids are written.
+# How much of a file is read to determine how its times and ids are written.
 SAMPLE_BYTES = 1 << 20
 SAMPLE_ROWS = 1 << 15
 
@@ -32,18 +32,18 @@ class SourceFile:
     """One file and how to read it.
 
     Attributes:
-        columns: role (user, item, timestamp; rating, click, … if a filter asks for them) → name of the column.
-        kind: how the bytes are encoded.
-        format: what the file was recognised as.
-        layout: of a text file.
+        columns: role (user, item, timestamp; rating, click, … if a filter needs them) → name of the column.
+        kind: encoding of the bytes.
+        format: recognised format of the file.
+        layout: layout of a text file.
         quoting: what `"` means in a text file.
         time_unit: the unit given by the format or the column's name; None: recognised by the size of the times.
-        time_form: how the times are written, once that is known.
+        time_form: how the times are written, as soon as it is known.
         text_ids: ids are text even if they look like numbers.
         times_may_be_missing: the published file has rows without a time, which are not malformed.
-        broken_rows: how many lines so far could not be split into fields.
+        broken_rows: number of lines so far that could not be split into fields.
         broken_lines: the first of them.
-        rows_read: rows of the batches before the present one.
+        rows_read: number of rows in the batches before the current one.
     """
 
     path: Path
@@ -77,7 +77,7 @@ class SourceFile:
             self.rows_read += batch.num_rows
 
     def place(self, row: int) -> str:
-        """The place of row number ``row`` (from 0) of the present batch, for a message."""
+        """The place of row number ``row`` (from 0) of the current batch, for a message."""
         if self._lines is None:
             return f"row {self.rows_read + row}"
         return f"line {self._lines[row]}"

@@ -27,10 +27,10 @@ class Reading:
     sound: int = 0
 
     def examine(self) -> None:
-        """Finds out from the first rows of each file how its times and ids are written.
+        """Determines from the first rows of each file how its times and ids are written.
 
         Raises:
-            UserError: a column can't hold ids or times, or its ids don't fit those of the files before.
+            UserError: a column can't be ids or times, or its ids don't fit those of earlier files.
         """
         for source in self.sources:
             sample = source.sample()
@@ -50,10 +50,10 @@ class Reading:
             self.cleaner.malformed.add(reason, source.broken_rows, places)
             self.rows += source.broken_rows
             if source.rows_read + source.broken_rows == 0:
-                raise UserError(f"{source.path}: no rows: expected one interaction a row")
+                raise UserError(f"{source.path}: no rows: expected one interaction per row")
 
     def state(self) -> dict[str, Any]:
-        """What was found while reading, for `restore`; called when all files are read."""
+        """The results of reading, for `restore`; called when all files have been read."""
         cleaner = self.cleaner
         return {
             "rows": self.rows,
@@ -89,7 +89,7 @@ class Reading:
             )
 
     def _advice(self) -> str:
-        """The options that may help, given the reasons found."""
+        """The options that may help with the reasons found."""
         reasons = " ".join(self.cleaner.malformed.counts)
         advice = ""
         if "not a whole number" in reasons:

@@ -1,11 +1,11 @@
-"""Puts a new folder in the place of an older one, whole or not at all, whenever the process is killed.
+"""Replaces a folder atomically, even if the process is killed.
 
-The new folder is filled beside the old one under another name, which is the same each time, so that the next run finds what
-a killed one has left. In the end one system call exchanges the two (renameat2 with RENAME_EXCHANGE; two renames where the
-file system has no exchange, and then the next run restores the older folder if the process died between them). A lock file,
-held by flock and released by the kernel when its holder dies, tells a run in progress from what a dead one left behind.
+The new folder is filled next to the old one under a fixed other name, so that the next run finds what a killed one has left. At
+the end one system call exchanges the two (renameat2 with RENAME_EXCHANGE). If the file system cannot exchange, two renames do it,
+and the next run restores the older folder if the process died between them. A lock file distinguishes a run in progress from what
+a dead one has left: the kernel releases its flock when the holder dies.
 
-Anybody may have put a link in place of the lock, the new folder or the older one: links are removed, never followed.
+Anybody could put a link in place of the lock, the new folder or the older one. Such links are removed, never followed.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ _NO_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 class FolderReplacement:
-    """``partial`` takes the place of ``output`` by `commit`; left without it, nothing has changed.
+    """`commit` replaces ``output`` by ``partial``. If the context ends without it, nothing has changed.
 
     Raises:
-        UserError: another process is writing ``output``, or the folder that holds it can't be written to.
+        UserError: another process is writing ``output``, or its parent folder can't be written to.
     """
 
     def __init__(self, output: Path, kept: Path | None = None) -> None:
-        """``kept``: a file in a folder of ``partial``; where it is there, that folder survives an interruption."""
-        # The folder that a link of the user's leads to: exchanged with the link itself, the older set would stay.
+        """``kept``: a file in a folder of ``partial``; if it exists, that folder survives an interruption."""
+        # If the user's path is a link, its target is replaced. An exchange with the link itself would leave the older set.
         self.output, self._kept = Path(os.path.realpath(output)), kept
         absolute = self.output
         self.partial = absolute.with_name(f".{absolute.name}.partial")
@@ -66,7 +66,7 @@ class FolderReplacement:
         release_lock(self._lock_file, self._lock)
 
     def commit(self) -> None:
-        """Makes what is in ``partial`` durable, then ``partial`` and ``output`` one in a single step."""
+        """Makes the content of ``partial`` durable and replaces ``output`` by it in a single step."""
         for path in [*self.partial.iterdir(), self.partial]:
             flush(path)
         if not self.output.exists():
@@ -77,7 +77,7 @@ class FolderReplacement:
         flush(self.partial.parent)
 
     def _remove_leftovers(self, kept: Path | None) -> bool:
-        """Removes the older folder and ``partial``; True: ``partial`` stays, with the folder of ``kept`` alone."""
+        """Removes the older folder and ``partial``; returns True if ``partial`` stays, with only the folder of ``kept``."""
         remove(self._older)
         if kept is None or not is_regular(self.partial / kept, self.partial.parent):
             remove(self.partial)
@@ -89,7 +89,7 @@ class FolderReplacement:
 
 
 def _exchange(first: Path, second: Path) -> bool:
-    """Exchanges two paths in one step; False: the system has no such call."""
+    """Exchanges two paths in one step; returns False if the system cannot."""
     rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if rename is None:
         return False

@@ -1,4 +1,4 @@
-"""What dataset.json says about the lengths of the histories and the popularity of the items."""
+"""The statistics in dataset.json: lengths of histories and popularity of items."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from mme.data.parts import IntArray
 
 
 class LengthHistogram:
-    """How many users have each number of events. Memory grows with the longest history, not with the number of users."""
+    """Counts the users with each number of events. Memory grows with the longest history, not with the number of users."""
 
     def __init__(self) -> None:
         self._users = np.zeros(1, np.int64)
 
     def add(self, lengths: IntArray) -> None:
-        """``lengths`` (users,): events of each user."""
+        """Adds users; ``lengths`` (users,) are their numbers of events."""
         users = np.bincount(lengths, minlength=self._users.size)
         users[: self._users.size] += self._users
         self._users = users
 
     def summary(self) -> dict[str, float]:
-        """min, median, mean, p90, p99 and max of the lengths."""
+        """The min, median, mean, p90, p99 and max of the lengths."""
         return _summary(np.arange(self._users.size), self._users)
 
 

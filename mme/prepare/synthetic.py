@@ -1,15 +1,15 @@
-"""The embedded data set: a seeded process of items with facets, drifting interests, sessions and gaps in time.
+"""Generates the embedded data set by a seeded process of items with facets, drifting interests, sessions and gaps in time.
 
 An item has one value of each of several independent facets and a popularity that falls as a power of its rank. An
 interest is a conjunction, "value a of one facet and value b of another", and matches a few dozen items. A user has a
 few interests; how strongly each draws follows a random walk in time that is pulled back to its start (Ornstein and
 Uhlenbeck), so that interests fade and return. Events come in sessions: seconds to minutes apart inside one, hours to
-days between. A session has one interest: with probability `STAY` that of the last session, otherwise one drawn by its present
-strength. An event takes, with probability 1 - `NOISE`, an item that matches the session's interest, otherwise any item. It is
-drawn by popularity, and never an item that the user had before.
+days between. A session has one interest: with probability `STAY` that of the last session, otherwise one sampled by its current
+strength. An event takes an item that matches the session's interest with probability 1 - `NOISE`, otherwise any item. Items are
+sampled by popularity, and a user never gets an item twice.
 
-The oracle knows the process, the user's state and the time of the event to be predicted, but not the draws of that event. It
-ranks by the exact probability of each item. No model can do better on average.
+The oracle knows the process, the user's state and the time of the event to be predicted, but not the random outcome of that
+event. It ranks by the exact probability of each item. No model can do better on average.
 
 Legend: U users, I items, K interests of a user.
 """
@@ -34,7 +34,7 @@ Array = NDArray[Any]
 GENERATOR_VERSION = 1
 FACET_SIZES = (8, 10, 12, 14)  # at 2,000 items; grows with the square root of the number of items
 ITEMS_OF_SIZES = 2000
-MIN_MATCHING = 12  # items that an interest matches at least, where the catalogue allows it
+MIN_MATCHING = 12  # least number of items that an interest matches, if the catalogue allows it
 POPULARITY_EXPONENT = 0.6
 INTERESTS_PER_USER = 4
 STRENGTH_SPREAD = 1.2  # standard deviation of an interest's log strength
@@ -51,7 +51,7 @@ USERS_AT_ONCE = 1024
 def prepare_synthetic(
     name: str, output: str | Path, users: int = 3000, items: int = 2000, seed: int = 0
 ) -> dict[str, Any]:
-    """Generates a data set and writes it as a training set; returns what dataset.json holds.
+    """Generates a data set, writes it as a training set and returns the content of dataset.json.
 
     ``name`` is `quickstart`, the only process so far. dataset.json has, besides the counts, `oracle`: for `valid` and
     `test` of the protocol leave_two_out the hr@10 and ndcg@10 of the oracle. The same arguments give the same files.
@@ -114,7 +114,7 @@ def _simulate(
     """Items, times and offsets of some users' events, and the oracle's rank of the last two events of each user."""
     most = min(MAX_EVENTS, catalogue.popularity.size // 2)  # no user takes an item twice
     length = np.clip(rng.gamma(2.5, MEAN_EVENTS / 2.5, num_users).round(), MIN_EVENTS, most).astype(np.int64)
-    # The longest histories first: those that still have events to come are then always the first few rows.
+    # The longest histories come first, so that the users with remaining events are always the first rows.
     length = -np.sort(-length)
     steps = int(length[0])
     interests = rng.integers(len(catalogue.matches), size=(num_users, INTERESTS_PER_USER))
@@ -140,7 +140,7 @@ def _simulate(
             ranks[split][rows] = _oracle_ranks(catalogue, interests[rows], shares[rows], seen[rows], chosen[rows])
         seen[np.arange(active), chosen] = True
         items[:active, step], times[:active, step] = chosen, now[:active]
-    # Users in random order again, so that the row says nothing about the length.
+    # Users are put back in random order, so that the row does not depend on the length.
     order = rng.permutation(num_users)
     kept = np.arange(steps) < length[order, None]
     offsets = np.concatenate([[0], np.cumsum(length[order])])
@@ -148,7 +148,7 @@ def _simulate(
 
 
 def _gap(starts: Array, rng: np.random.Generator) -> Array:
-    """Seconds since the event before: about a minute inside a session, about a day before a new one."""
+    """Seconds since the previous event: about a minute inside a session, about a day before a new one."""
     inside = np.clip(rng.lognormal(math.log(60), 1.0, starts.size), 2, 1_800)
     between = np.clip(rng.lognormal(math.log(86_400), 1.0, starts.size), 7_200, 30 * 86_400)
     return np.where(starts, between, inside).round().astype(np.int64)
@@ -179,14 +179,14 @@ def _item_probabilities(catalogue: _Catalogue, interest: Array, seen: Array) -> 
 
 
 def _draw(probabilities: Array, rng: np.random.Generator) -> Array:
-    """Draws one column of each row by its probability."""
+    """Samples one column of each row by its probability."""
     cumulative = np.cumsum(probabilities, axis=1)
     threshold = rng.random(len(cumulative)) * cumulative[:, -1]
     return (cumulative <= threshold[:, None]).sum(1)
 
 
 def _oracle_ranks(catalogue: _Catalogue, interests: Array, shares: Array, seen: Array, chosen: Array) -> Array:
-    """(U,) rank, 1 for the first, of the item chosen in the order of the items' exact probability."""
+    """(U,) rank, from 1, of the chosen item in the order of the items' exact probability."""
     probabilities = np.zeros(seen.shape)
     for place in range(INTERESTS_PER_USER):
         probabilities += shares[:, place, None] * _item_probabilities(catalogue, interests[:, place], seen)

@@ -1,4 +1,4 @@
-"""CSV and similar text → batches of text columns, with the line of each row; every line is accounted for."""
+"""Reads CSV and similar text as batches of text columns, with the line of each row; every line is accounted for."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TextBlock:
     """Some rows of a file.
 
     Attributes:
-        columns: text columns, null where a value is missing; U+FFFD stands for bytes that are not UTF-8.
+        columns: text columns, null if a value is missing; U+FFFD stands for bytes that are not UTF-8.
         lines: (rows,) int64, the line of the file, from 1, on which each row starts.
         broken_lines: the lines of records with a wrong number of fields, which don't become rows.
     """
@@ -45,10 +45,10 @@ class TextBlock:
 class Layout:
     """
     Attributes:
-        separator: between fields, one character.
-        names: of all columns in order.
-        header_lines: lines before the first row.
-        blanks_before_quotes: a field may be quoted after blanks, as in `1, "a, b"`.
+        separator: character between fields.
+        names: names of all columns, in order.
+        header_lines: number of lines before the first row.
+        blanks_before_quotes: whether a field may be quoted after blanks, as in `1, "a, b"`.
     """
 
     separator: str
@@ -110,8 +110,8 @@ def read_blocks(
 
 
 def _tidy(block: bytes, layout: Layout) -> bytes:
-    """The block as UTF-8 whose lines end with LF or CRLF."""
-    if block.count(b"\r") != block.count(b"\r\n"):  # the CSV parser takes a CR alone for the end of a line
+    """The block as UTF-8 with lines that end with LF or CRLF."""
+    if block.count(b"\r") != block.count(b"\r\n"):  # the CSV parser takes a single CR for the end of a line
         block = re.sub(rb"\r(?!\n)", b" ", block)
     if not block.isascii():
         try:

@@ -1,11 +1,11 @@
-"""Times as people write them → whole seconds since 1970 (UTC) and the nanoseconds beyond them.
+"""Converts times in common notations to whole seconds since 1970 (UTC) and the nanoseconds beyond them.
 
 A file's times are numbers (s, ms, us or ns since 1970, with or without a fraction), ISO 8601 text, or the timestamps and
-dates of Parquet. `recognise` finds out which from the first rows. `convert` then turns each batch into seconds, rounded
+dates of Parquet. `recognise` determines which from the first rows. `convert` then turns each batch into seconds, rounded
 down, and nanoseconds from 0 to 999,999,999, so that no resolution is lost before events are sorted.
 
-How the unit of a number is recognised: a modern time (after 1973) has 9 or 10 digits in seconds and 3 more in each smaller
-unit. A number that two units could explain, such as 30,000,000,000 (the year 2920 in seconds, 1970 in milliseconds), is refused.
+The unit of a number is recognised by its size: a time after 1973 has 9 or 10 digits in seconds and 3 more in each smaller unit. A
+number that two units could explain, such as 30,000,000,000 (the year 2920 in seconds, 1970 in milliseconds), is rejected.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ PER_SECOND = {"s": 1, "ms": 10**3, "us": 10**6, "ns": 10**9}
 TIME_UNITS = ["auto", *PER_SECOND, "iso"]
 BILLION = 10**9
 LARGEST = str(2**63 - 1)
-# Seconds reach 10^11 in the year 5138, milliseconds did in 1973: the size of a time shows its unit.
+# Seconds reach 10^11 in the year 5138, and milliseconds reached it in 1973, so the size of a time shows its unit.
 TOO_LATE_S = 10**11
 TOO_EARLY_S = -11_644_473_600  # 1601-01-01, the zero of Windows' clock; 0001-01-01, the zero of .NET's, is below
 MODERN_S = (10**8, 4_102_444_800)  # 1973 to 2100
@@ -57,10 +57,10 @@ class TimeForm:
 
     Attributes:
         kind: numbers, ISO 8601 text, or a timestamp or date type of Parquet.
-        unit: of the numbers.
-        by_size: the unit was recognised by size, so a number with the size of another unit is malformed.
+        unit: unit of the numbers.
+        by_size: whether the unit was recognised by size, so that a number with the size of another unit is malformed.
         zoned: whether the text of the first rows names a time zone; text without one is UTC.
-        note: what the user should know, for the description of the file.
+        note: a remark for the description of the file.
     """
 
     kind: Literal["number", "text", "typed"]
@@ -82,8 +82,8 @@ class TimeForm:
 class Times:
     """
     Attributes:
-        seconds: int64, rounded down.
-        nanoseconds: (rows,) int32, the rest of each.
+        seconds: (rows,) int64, rounded down.
+        nanoseconds: (rows,) int32, the rest of each time.
         faults: reason → the rows without a usable time.
     """
 
@@ -93,7 +93,7 @@ class Times:
 
 
 def recognise(source: SourceFile, column: pa.Array, said: str) -> TimeForm | None:
-    """Finds out how ``column``, the times of the first rows, is written; None if it has no value.
+    """Determines how ``column``, the times of the first rows, is written; None if it has no value.
 
     ``said`` is the unit given by the user, or `auto`.
 
@@ -250,7 +250,7 @@ def _in_seconds(whole: IntArray, billionths: IntArray | None, per_second: int) -
 
 
 def _parse_numbers(column: pa.Array) -> tuple[IntArray, IntArray | None, BoolArray]:
-    """Whole units, rounded down; billionths of a unit (None: all 0); whether the value is a number in range."""
+    """Whole units, rounded down; billionths of a unit, or None if all are 0; and whether the value is a number in range."""
     if pa.types.is_integer(column.type):
         valid = pc.is_valid(column)
         if column.type == pa.uint64():
@@ -263,7 +263,7 @@ def _parse_numbers(column: pa.Array) -> tuple[IntArray, IntArray | None, BoolArr
         numbers = np.where(fits, numbers, 0.0)
         if (np.floor(numbers) == numbers).all():
             return numbers.astype(np.int64), None, fits
-        # Through the shortest text that gives the number, so that .1 is one tenth, as in CSV.
+        # Floats are converted through their shortest text, so that .1 is one tenth, as in CSV.
         whole, billionths, valid = _parse_numbers(pa.array(numbers).cast(pa.string()))
         return whole, billionths, valid & fits
     text = trimmed(column)
@@ -290,7 +290,7 @@ def _parse_numbers(column: pa.Array) -> tuple[IntArray, IntArray | None, BoolArr
 
 
 def _negated(whole: IntArray, part: IntArray, negative: BoolArray) -> tuple[IntArray, IntArray]:
-    """-(whole + part · 10⁻⁹) where ``negative``, with the part again between 0 and 10⁹ - 1."""
+    """-(whole + part · 10⁻⁹) if ``negative``, with the part again between 0 and 10⁹ - 1."""
     has_part = part > 0
     flipped = -whole - has_part
     return np.where(negative, flipped, whole), np.where(negative & has_part, BILLION - part, part)
@@ -307,9 +307,9 @@ def _integers(fields: pa.StructArray, name: str, digits: int | None = None) -> I
 def _parse_text(
     text: pa.Array, allow_digits: bool, zoned: bool | None = None
 ) -> tuple[IntArray, IntArray, BoolArray, BoolArray]:
-    """ISO 8601 → seconds, nanoseconds, whether the text is a valid time, whether it names a zone.
+    """Parses ISO 8601 to seconds and nanoseconds, and tells whether the text is a valid time and whether it names a zone.
 
-    ``allow_digits``: YYYYMMDD is accepted too. ``zoned`` is what the first rows had: a batch that agrees throughout is faster.
+    ``allow_digits``: YYYYMMDD is accepted too. ``zoned`` is what the first rows had; a batch that agrees throughout is faster.
     """
     if zoned is not None:
         try:

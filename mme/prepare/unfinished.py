@@ -1,8 +1,8 @@
-"""What an interrupted `mme prepare` leaves to the one that follows: the events that it had read and cleaned.
+"""Lets `mme prepare` resume with the events that an interrupted run has read and cleaned.
 
-They are in the event store of the work folder. When all files are read, `read.json` is written beside it, with the counts
+They are in the event store of the work folder. After all files have been read, `read.json` is written next to it, with the counts
 and the identity of what was read: sizes and modification times of the inputs, the settings, the prior set. The next run
-with the same identity resumes from there; any other clears the folder.
+with the same identity resumes from there; any other run clears the folder.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ STORE_FILES = ("events.duckdb", "events.duckdb.wal")
 
 
 class WorkFolder:
-    """Where files are while a set is made.
+    """The folder of temporary files while a set is made.
 
     Attributes:
-        found: what `keep` was given by an interrupted run with the same identity; None: there was none.
+        found: what an interrupted run with the same identity passed to `keep`; None if there was none.
     """
 
     def __init__(self, partial: Path, inputs: Iterable[Path], settings: Settings, prior: Path | None) -> None:
-        """``partial``: the folder that the work folder is in. ``prior``: folder of the set that is added to."""
+        """``partial`` is the folder that contains the work folder, ``prior`` the folder of the set to which events are added."""
         self.path = partial / WORK_FOLDER
         self._identity = _identity(inputs, settings, prior)
         self.found = self._read()
@@ -44,12 +44,12 @@ class WorkFolder:
                     remove(path)
 
     def keep(self, found: dict[str, Any]) -> None:
-        """All files are read: if this run is interrupted from here on, the next one resumes with ``found``."""
+        """Records that all files have been read: if this run is interrupted later, the next one resumes with ``found``."""
         text = json.dumps({"identity": self._identity, "found": found})
         write_text(self.path / READ_FILE, text, self.path)
 
     def remove(self) -> None:
-        """Removes the folder, and first the file that says that it can be used."""
+        """Removes the folder, beginning with the file that marks it as usable."""
         (self.path / READ_FILE).unlink(missing_ok=True)
         remove(self.path)
 

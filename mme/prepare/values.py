@@ -1,4 +1,4 @@
-"""Arrow columns as files hold them → plain ones: text, whole numbers, floats, times; the same in every file format."""
+"""Converts Arrow columns to plain ones (text, whole numbers, floats, times), which are the same for every file format."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def is_number(kind: pa.DataType) -> bool:
 
 
 def is_missing(column: pa.Array) -> pa.BooleanArray:
-    """The rows of a `plain` column that hold null, NaN or an empty text."""
+    """The rows of a `plain` column that are null, NaN or an empty text."""
     if is_text(column.type):
         return pc.or_(pc.is_null(column), pc.fill_null(pc.equal(column, ""), False))
     return pc.is_null(column, nan_is_null=True)
@@ -57,7 +57,7 @@ def trimmed(text: pa.Array) -> pa.Array:
 
 
 def as_integers(text: pa.Array) -> pa.Array | None:
-    """int64 values of a text column of plain digits, which nearly all are: much faster than a pattern.
+    """int64 values of a text column of plain digits, the most common case, which is much faster than a pattern.
 
     None if some value has a leading zero, a sign, more than 19 digits, or is not a number below 2^63.
     """

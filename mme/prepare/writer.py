@@ -1,4 +1,4 @@
-"""Writes a training set's folder (layout: `mme.data.parts`), whole or not at all."""
+"""Writes the folder of a training set (layout: `mme.data.parts`) atomically."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ EVENTS_PER_ROW_GROUP = 500_000
 
 
 class DatasetWriter:
-    """Collects users in a folder beside ``output``, which takes its place when `finish` is called.
+    """Collects users in a folder next to ``output``, which replaces it when `finish` is called.
 
-    Left without `finish`, or by an exception, it removes what it wrote; killed, the next one does. ``kept``: see
+    If the context ends without `finish`, it removes what it wrote; if the process is killed, the next writer does. ``kept``: see
     `FolderReplacement`.
 
     Raises:
-        UserError: ``output`` holds something else than a training set, is being written by another process, or can't
+        UserError: ``output`` has something other than a training set, is being written by another process, or can't
             be written to (no space left, …).
     """
 
@@ -50,7 +50,7 @@ class DatasetWriter:
 
     @property
     def partial(self) -> Path:
-        """The folder that takes the place of ``output`` in the end."""
+        """The folder that replaces ``output`` at the end."""
         return self.replacement.partial
 
     def __enter__(self) -> DatasetWriter:
@@ -60,7 +60,7 @@ class DatasetWriter:
             if others or (names and INFO_FILE not in names):
                 found = (others or names)[0]
                 raise UserError(
-                    f"{self.output}: holds other files ({found}): expected a new folder, or an older training set alone"
+                    f"{self.output}: holds other files ({found}): expected a new folder, or one with only an older training set"
                 )
         elif self.output.exists():
             raise UserError(f"{self.output}: is a file: expected a folder to write to")
@@ -83,8 +83,8 @@ class DatasetWriter:
         times: NDArray[np.int64],
         columns: Mapping[str, NDArray[np.int32]] | None = None,
     ) -> None:
-        """Users with their events: those of user u stand at offsets[u] to offsets[u + 1] of ``items``, ``times`` and each of
-        the further ``columns``, which have the same names in every call."""
+        """Adds users. The events of user u are offsets[u] to offsets[u + 1] of ``items``, ``times`` and each of the further
+        ``columns``, which have the same names in every call."""
         bounds = pa.array(offsets, pa.int32())
         table = pa.table(
             {
@@ -104,7 +104,7 @@ class DatasetWriter:
             self._write_row_group()
 
     def link(self, path: Path, part: dict[str, Any]) -> None:
-        """A part of another set, unchanged, as the next one; no byte is copied where the file system can link."""
+        """Adds a part of another set, unchanged, as the next part; it is linked instead of copied if the file system can."""
         self._end_part()
         file = self._next_file()
         with open_to_read(path, path.parent) as source:  # a regular file, and no link
@@ -119,7 +119,7 @@ class DatasetWriter:
         self.parts.append({**part, **sums, "file": file})
 
     def finish(self, info: dict[str, Any], raw_items: pa.Array, counts: NDArray[np.int64]) -> dict[str, Any]:
-        """Writes the item map and dataset.json, puts the folder in its place; returns what dataset.json holds."""
+        """Writes the item map and dataset.json, puts the folder in its place and returns the content of dataset.json."""
         self._end_part()
         items = pa.table(
             {"item_index": np.arange(len(raw_items)), "item_id": raw_items, "count": pa.array(counts, pa.int64())}
@@ -155,7 +155,7 @@ class DatasetWriter:
         if self._part is None:
             file = self._next_file()
             self.parts.append({"file": file, "users": 0, "events": 0})
-            # Times are nearly all different: a dictionary of them would be built and thrown away.
+            # Nearly all times are different, so a dictionary of them would be built and discarded.
             few_values = [
                 f"{name}.list.element"
                 for name in table.column_names

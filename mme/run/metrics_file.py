@@ -1,4 +1,4 @@
-"""metrics.jsonl: one JSON object a line, in the order of the steps. What the objects hold: `mme.run.records`."""
+"""Reads and writes metrics.jsonl, one JSON object per line in the order of the steps. `mme.run.records` describes the objects."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file: expected the metrics of a run (made by `mme train`)") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not text (byte {error.start}): expected one JSON object a line") from error
+        raise UserError(f"{path}: not text (byte {error.start}): expected one JSON object per line") from error
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}: expected the metrics of a run") from error
     lines = text.split("\n")

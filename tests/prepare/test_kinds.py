@@ -188,7 +188,7 @@ REFUSED = {
     ),
     "an array of JSON": (
         lines("a.json", json.dumps([{"user_id": 1, "item_id": 2, "timestamp": START}])),
-        "a.json: line 1: starts with '[', as a JSON array does: expected one JSON object a line, or CSV",
+        "a.json: line 1: starts with '[', as a JSON array does: expected one JSON object per line, or CSV",
     ),
 }
 

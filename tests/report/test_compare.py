@@ -182,7 +182,7 @@ def damaged(run: Path, column: str, values: Any) -> None:
         ("rank", pa.array(["1"] * USERS), "expected a column 'rank' of int64"),
         ("user_row", pa.array([None] * USERS, pa.int64()), "column 'user_row': expected a value in every row"),
         ("top_items", pa.array([[100]] * USERS), "column 'top_items': expected item indices from 0 to 99"),
-        ("top_items", pa.array([[0] * 11] * USERS), "column 'top_items': expected at most 10 items a row"),
+        ("top_items", pa.array([[0] * 11] * USERS), "column 'top_items': expected at most 10 items per row"),
     ],
 )
 def test_damaged_ranks_are_named(runs: list[Path], column: str, values: Any, message: str) -> None:
