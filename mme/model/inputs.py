@@ -22,7 +22,7 @@ from kernels.dropout import dropout
 
 @dataclass(frozen=True)
 class UserTokens:
-    """B sequences, each with a token of its user in front: T + B tokens in all.
+    """B sequences, each with a token of its user in front, T + B tokens in total.
 
     Worked example, lengths [2, 0, 3]: seq_offsets [0, 3, 4, 8], item_places [1, 2, 5, 6, 7].
 

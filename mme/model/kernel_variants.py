@@ -22,10 +22,10 @@ ALL_TOKENS = 1 << 20  # of a batch that shares its negatives as a whole
 
 
 def compile_training_kernels(config: Config, device: torch.device, processes: int) -> str:
-    """Compiles the kernels of a job of ``processes``, many at once, into the cache of this node; returns a line about it.
+    """Compiles the kernels of a job of ``processes``, many at a time, into the cache of this node; returns a line about it.
 
-    Of the processes on a node, each of which calls this, the first one compiles; the others load the kernels when they launch
-    them. Without a GPU, or with the torch backend, nothing is done and said.
+    All processes of a node call this, but only the first one compiles; the others load the kernels when they launch them. Without
+    a GPU, or with the torch backend, it compiles nothing and returns an empty text.
     """
     if device.type != "cuda" or resolve_backend(config.kernels.backend, device) != "triton":
         return ""
@@ -39,10 +39,10 @@ def compile_training_kernels(config: Config, device: torch.device, processes: in
 
 
 def training_variants(config: Config, arch: int, processes: int) -> list[Variant]:
-    """What forward and backward of a step launch on a GPU of compute capability ``arch``, in a job of ``processes``.
+    """The variants that forward and backward of a step launch on a GPU of compute capability ``arch``, in a job of ``processes``.
 
-    Not among them: the kernels of histories that span 68 years, and those of a batch with fewer tokens than one group of
-    shared negatives.
+    They do not include the kernels of histories that span 68 years, and of batches with fewer tokens than one group of shared
+    negatives.
     """
     precision = config.train.precision_on("cuda")
     dtype, itemsize = NAMES[precision]

@@ -19,7 +19,7 @@ from mme.files import read_text, remove, write_text
 from mme.records import parse_record
 
 Count = Annotated[int, Field(ge=0)]
-ATTEMPTS_FILE = "attempts.json"  # in the run's folder
+ATTEMPTS_FILE = "attempts.json"  # name in the run's folder
 FAILURES_BEFORE_GOING_BACK = 2
 
 
@@ -65,7 +65,7 @@ def go_back(run: Path, job: str) -> str | FinalError | None:
     contents under a name from which nothing resumes, ``step_N.set_aside``.
 
     If no older checkpoint is left, returns an error for all ranks to raise. The count then starts again, so that the user
-    may insist.
+    can try once more.
     """
     attempt, steps = _read(run), checkpoint.steps(run)
     if attempt is None or attempt.job != job or attempt.failures < FAILURES_BEFORE_GOING_BACK or not steps:
@@ -88,5 +88,5 @@ def go_back(run: Path, job: str) -> str | FinalError | None:
 def _read(run: Path) -> Attempt | None:
     try:
         return parse_record(read_text(run / ATTEMPTS_FILE, run), Attempt)
-    except (OSError, ValueError):  # none has failed yet, or the file is damaged: the count starts again
+    except (OSError, ValueError):  # no attempt has failed yet, or the file is damaged, so the count starts again
         return None

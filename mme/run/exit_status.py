@@ -1,4 +1,4 @@
-"""How a command ends: one line on standard error and an exit status.
+"""Ends commands with one line on standard error and an exit status.
 
 0: done. 1: the job failed, and the traceback is in log.txt. 2: the input or the configuration is wrong. 130: interrupted.
 143: asked to stop by SIGTERM, usually with everything saved. `mme.errors.one_line` escapes control characters in every line.
@@ -25,7 +25,7 @@ INTERRUPTED, PREEMPTED = 130, 143  # 128 + SIGINT, 128 + SIGTERM, as in a shell
 
 
 class ErrorContext:
-    """Where the traceback goes: ``folder`` is that of the log.txt, if there is one."""
+    """Tells where the traceback goes: ``folder`` is the folder of log.txt, if there is one."""
 
     folder: Path | None = None
 
@@ -37,8 +37,8 @@ def job_status() -> Iterator[ErrorContext]:
     try:
         yield job
     except UserError as error:
-        # Every rank, or every rank of a node, meets the same mistake. One line per node is enough for the reader; each
-        # log keeps its own.
+        # Every rank, or every rank of a node, finds the same mistake. One line per node is enough on the terminal; each
+        # rank's log has its own.
         if rank() == 0 or os.environ.get("LOCAL_RANK") == "0":
             print_error(str(error))
         append_to_log(job.folder, one_line(f"error: {error}"))
@@ -69,7 +69,7 @@ def job_status() -> Iterator[ErrorContext]:
 
 
 def warn_of(error: Exception, folder: Path, what: str) -> None:
-    """Says in one line that ``what`` failed, where the job is done all the same; the log takes the traceback."""
+    """Says in one line that ``what`` failed although the job is done; the traceback goes to the log."""
     log = append_to_log(folder, indented_lines(traceback.format_exc()))
     where = "" if log is None else f" (traceback in {log})"
     sys.stderr.write(f"warning: {one_line(f'{what}: {_summary(error)}{where}')}\n")

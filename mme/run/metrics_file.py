@@ -20,8 +20,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """The records of a metrics.jsonl. A truncated last line is left out, because a job may still be writing it.
 
     Raises:
-        UserError: the file is missing, a line is not a JSON object with a kind, or a field does not hold what its kind
-            expects.
+        UserError: the file is missing, a line is not a JSON object with a kind, or a field does not fit its kind.
     """
     try:
         text = read_text(path, path.parent, MAX_BYTES)

@@ -1,6 +1,6 @@
-"""What a run shows and records: the progress line, metrics.jsonl, TensorBoard and log.txt.
+"""Shows and records a run: the progress line, metrics.jsonl, TensorBoard and log.txt.
 
-Each rank has one Monitor. Rank 0 shows and writes everything; the others only keep their own log file
+Each rank has one Monitor. Rank 0 shows and writes everything; the other ranks only write their own log file
 (``log.rank1.txt``, …). Every line is flushed as it is written, so that a run that dies loses none.
 """
 
@@ -162,10 +162,10 @@ class Monitor:
         """Counts one optimizer step; writes a line of metrics every ``log_every`` of them.
 
         Args:
-            step: optimizer steps done, this one included.
-            epoch: passes over the data begun before this step, from 0.
-            loss: of this step, all ranks together; a tensor is read only when a line is written or shown.
-            tokens: target tokens of this step, all ranks together.
+            step: number of optimizer steps done, including this one.
+            epoch: number of the current pass over the data, from 0.
+            loss: loss of this step over all ranks; a tensor is read only when a line is written or shown.
+            tokens: target tokens of this step on all ranks.
             step_s: seconds that the step took.
             extra: other figures of this step, such as grad_norm.
         """
@@ -344,12 +344,12 @@ _NO_SCALAR = {"kind", "step"}
 
 
 def starved_experts(load: list[list[list[float]]]) -> list[tuple[int, int, float]]:
-    """(index into ``load``, expert, share) of the experts that get less than STARVED_SHARE of an even share, views together."""
+    """(index into ``load``, expert, share) of experts to which all views together send less than STARVED_SHARE of an even share."""
     return [found for found in _mean_shares(load) if found[2] < STARVED_SHARE / len(load[0][0])]
 
 
 def greedy_experts(load: list[list[list[float]]], top_k: int) -> list[tuple[int, int, float]]:
-    """As `starved_experts`, the experts that get more than GREEDY_SHARE of their maximum, unless every expert must."""
+    """Like `starved_experts`, for experts that get more than GREEDY_SHARE of their maximum, unless every expert must."""
     return [found for found in _mean_shares(load) if found[2] > GREEDY_SHARE / top_k and len(load[0][0]) > top_k]
 
 

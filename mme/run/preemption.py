@@ -1,9 +1,9 @@
-"""Preemption: SIGTERM asks the job to stop, which it does after a step, with everything saved.
+"""Handles preemption: SIGTERM asks the job to stop, and the job saves everything and stops after a step.
 
 A scheduler sends SIGTERM before it takes a node away or a time limit is reached. It is enough that one rank receives it: the
-ranks share it in the sum of the next step, write a checkpoint and exit with status 143, after which the job can be queued
-again (see docs/multi-node.md). A rank whose step does not end, because it or another rank is stuck, exits with the same
-status after `EXITS_WITHIN_S`, without a checkpoint.
+ranks share it in the sum of the next step, write a checkpoint and exit with status 143. Then the job can be queued again (see
+docs/multi-node.md). A rank whose step does not end, because it or another rank is stuck, exits with the same status after
+`EXITS_WITHIN_S`, without a checkpoint.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the lines of metrics.jsonl hold, by kind, checked when they are read.
+"""The kinds of lines in metrics.jsonl, which are checked when they are read.
 
 {"kind": "run",     "step": 0, "world_size": 2, "device": …, "parameters": {part: count}, "versions": {…}, …}
 {"kind": "train",   "step": 10, "epoch": 0, "loss": 6.91…, "tokens_per_s": …, "lr": …, "step_ms": …, …}
@@ -129,7 +129,7 @@ class Segment(JsonObject):
 
 
 class Example(JsonObject):
-    """A user as raw ids: the newest events, oldest first; the head of the model's list; the target and its rank."""
+    """A user by raw ids: the newest events, oldest first; the first items of the model's list; the target and its rank."""
 
     user: str
     history: list[str]
@@ -170,12 +170,14 @@ KINDS: dict[str, type[Record]] = {
 
 
 def flaw(record: dict[str, Any]) -> str | None:
-    """The first field of a record that is not what its kind expects, and what it holds; None for a sound record."""
+    """The first field of a record that does not fit its kind, and its value; None if the record is valid."""
     try:
         KINDS.get(record["kind"], Record).model_validate(record)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        if first["type"] == "value_error":  # of a check above, which names the field below its own
+        if (
+            first["type"] == "value_error"
+        ):  # raised by a check above, whose message begins with the field below this location
             return ".".join([*map(str, first["loc"]), str(first["ctx"]["error"])])
         field = ".".join(map(str, first["loc"]))
         if first["type"] == "missing":

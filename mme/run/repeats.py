@@ -1,4 +1,4 @@
-"""Keeps repeated lines from filling a log: the first of a kind is written, then the 10th, the 100th and so on."""
+"""Keeps repeated lines from filling a log: the first line of a kind is written, then the 10th, the 100th and so on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _NUMBER = re.compile(r"\d+")
 
 
 class RepeatLimit:
-    """Counts lines by kind. Lines that differ only in their numbers are of one kind."""
+    """Counts lines by kind. Lines that differ only in their numbers have the same kind."""
 
     def __init__(self) -> None:
         self._counts: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""One job at a time in a run's folder: two would write each other's checkpoints and metrics."""
+"""Admits one job at a time to a run's folder, because two would overwrite each other's checkpoints and metrics."""
 
 from __future__ import annotations
 
