@@ -92,7 +92,7 @@ def test_evaluation_and_recommendations_use_features(data: Path, run: Path, tmp_
     pq.write_table(pa.table({**histories, "action": [[a, a] for a in actions]}), tmp_path / "long.parquet")
     for name, message in {
         "without": "no column 'action', which the model reads (model.event_features)",
-        "flat": "column 'action' holds string, expected a list with a value for each event",
+        "flat": "column 'action' contains string, expected a list with a value for each event",
         "long": "row 0: column 'action' has 2 values, expected 1, as many as item_ids",
     }.items():
         done = mme(*words, tmp_path / f"{name}.parquet")

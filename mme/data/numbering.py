@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 
 from mme.config import USER_ID
 from mme.data.features import Vocabulary, read_vocabularies
+from mme.data.id_lookup import IdLookup
 from mme.data.layout import ITEMS_FILE
 from mme.data.parquet import Kind, read_table
 from mme.data.parts import read_user_ids
@@ -51,6 +53,17 @@ class Numbering:
         if USER_ID in names:
             users = pa.concat_arrays([ids for part in info["parts"] for ids in read_user_ids(folder, part)])
         return cls(read_item_ids(folder), read_vocabularies(folder, [n for n in names if n != USER_ID]), users)
+
+    @cached_property
+    def items(self) -> IdLookup:
+        """Finds item indices."""
+        return IdLookup(self.item_ids)
+
+    @cached_property
+    def users(self) -> IdLookup:
+        """Finds user rows; only if the model reads `user_id`."""
+        assert self.user_ids is not None
+        return IdLookup(self.user_ids)
 
     def feature_sizes(self) -> dict[str, int]:
         """The number of table rows of each column: its values, and one row for missing and unknown values."""

@@ -120,7 +120,7 @@ def recommend(run: Path, users: Path, output: Path, options: Options) -> Summary
         numbering = Numbering.read(data, info, model.feature_columns)
         table = read_table(users)
         given = check_requests(
-            table, str(users), numbering.item_ids, time_range(data, info), options.request_time, options.unknown
+            table, str(users), numbering.items, time_range(data, info), options.request_time, options.unknown
         )
         given = with_features(given, table, str(users), model, numbering)
         known = given.of_known_items()

@@ -18,9 +18,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 
 from mme.config import USER_ID, ModelConfig
+from mme.data.id_lookup import IdLookup
 from mme.data.numbering import Numbering
 from mme.data.parts import IntArray
 from mme.errors import UserError, first_line
@@ -96,7 +96,7 @@ def read_table(path: Path) -> pa.Table:
 def check_requests(
     table: pa.Table,
     source: str,
-    catalogue: pa.Array,
+    catalogue: IdLookup,
     times_trained_on: tuple[int, int],
     request_time: RequestTime | None = None,
     unknown: Unknown = "skip",
@@ -121,7 +121,7 @@ def check_requests(
             raise UserError(f"{source}: no column {column!r} (found: {', '.join(table.column_names)})")
     raw, times = _list_column(table, source, "item_ids"), _list_column(table, source, "timestamps")
     if not pa.types.is_integer(times.type.value_type):
-        raise UserError(f"{source}: column 'timestamps' holds {times.type.value_type}, expected integer seconds")
+        raise UserError(f"{source}: column 'timestamps' contains {times.type.value_type}, expected integer seconds")
     lengths, stamps = (np.asarray(pc.list_value_length(column), np.int64) for column in (raw, times))
     wrong = np.flatnonzero((lengths == 0) | (lengths != stamps))
     if wrong.size:
@@ -134,13 +134,13 @@ def check_requests(
     seconds = _as_int64(times.flatten(), source, "timestamps")
     _require_no_fall(source, offsets, seconds)
     _require_same_unit(source, "timestamps", np.repeat(np.arange(lengths.size), lengths), seconds, times_trained_on)
-    items = np.asarray(_places(raw.flatten(), catalogue, source, "item_ids").fill_null(-1), np.int64)
+    items = _find(raw.flatten(), catalogue, source, "item_ids")
     missing = np.flatnonzero(items < 0)
     if missing.size and unknown == "refuse":
         row = int(np.searchsorted(offsets, missing[0], side="right")) - 1
         raise UserError(
             f"{source}: row {row}: item {raw.flatten()[int(missing[0])].as_py()!r} is unknown: expected one of the "
-            f"{len(catalogue)} items of the training data (items.parquet), or --unknown skip"
+            f"{catalogue.size} items of the training data (items.parquet), or --unknown skip"
         )
     requested = _request_times(table, source, seconds[offsets[1:] - 1], request_time, times_trained_on)
     return Requests(table["user_id"].combine_chunks(), offsets, items, seconds, requested, {}, {})
@@ -163,7 +163,7 @@ def with_features(
         is_list = pa.types.is_list(column.type) or pa.types.is_large_list(column.type)
         if key == "event_features" and not is_list:
             raise UserError(
-                f"{source}: column {name!r} holds {column.type}, expected a list with a value for each event"
+                f"{source}: column {name!r} contains {column.type}, expected a list with a value for each event"
             )
         if is_list:
             found = np.asarray(pc.list_value_length(column).fill_null(-1), np.int64)
@@ -175,11 +175,13 @@ def with_features(
                 )
         values = column.flatten() if is_list else column
         try:
-            is_user = name == USER_ID
-            numbers = _user_numbers(values, source, numbering) if is_user else numbering.vocabularies[name].find(values)
+            if name == USER_ID:  # the row of the user; 0 for an unknown one
+                numbers = _find(values, numbering.users, source, USER_ID) + 1
+            else:
+                numbers = numbering.vocabularies[name].find(values).astype(np.int64)
         except TypeError as error:
             raise UserError(f"{source}: column {name!r} {error}") from error
-        (of_events if is_list else of_users)[name] = numbers.astype(np.int64)
+        (of_events if is_list else of_users)[name] = numbers
     return replace(requests, of_events=of_events, of_users=of_users)
 
 
@@ -239,26 +241,20 @@ def _require_same_unit(source: str, what: str, rows: IntArray, times: IntArray, 
     )
 
 
-def _user_numbers(column: pa.Array, source: str, numbering: Numbering) -> NDArray[Any]:
-    """1 + the row of each user in the training data; 0 for unknown users."""
-    assert numbering.user_ids is not None
-    return np.asarray(pc.add(_places(column, numbering.user_ids, source, USER_ID).fill_null(-1), 1))
-
-
-def _places(ids: pa.Array, known: pa.Array, source: str, column: str) -> pa.Array:
-    """The index of each raw id in the training data; null for unknown ids."""
+def _find(ids: pa.Array, known: IdLookup, source: str, column: str) -> IntArray:
+    """The index of each raw id in the training data; −1 for unknown ids."""
     try:
-        return pc.index_in(ids.cast(known.type), known)
+        return known.find(ids)
     except pa.ArrowException as error:
         raise UserError(
-            f"{source}: column {column!r} holds {ids.type}, expected the raw ids of the training data ({known.type})"
+            f"{source}: column {column!r} contains {ids.type}, expected the raw ids of the training data ({known.type})"
         ) from error
 
 
 def _list_column(table: pa.Table, source: str, name: str) -> Any:
     column = table[name].combine_chunks()
     if not (pa.types.is_list(column.type) or pa.types.is_large_list(column.type)):
-        raise UserError(f"{source}: column {name!r} holds {column.type}, expected a list in each row")
+        raise UserError(f"{source}: column {name!r} contains {column.type}, expected a list in each row")
     if column.null_count or column.flatten().null_count:
         raise UserError(
             f"{source}: row {_first_null(column)}: {name} has a null, expected a value in every row and event"

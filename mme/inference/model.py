@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -231,7 +230,7 @@ class TrainedModel:
         given = self._requests(request.histories, request.unknown)
         candidates = None
         if request.candidates is not None:
-            candidates = tuple(sorted(set(self._known_indices(request.candidates, "candidates"))))
+            candidates = tuple(np.unique(self._known_indices(request.candidates, "candidates")).tolist())
         return _Checked(number, request, given, self._known_indices(request.blocked, "blocked"), candidates)
 
     def _requests(self, table: pa.Table, unknown: str) -> Requests:
@@ -239,7 +238,7 @@ class TrainedModel:
         if "user_id" not in table.column_names:
             table = table.append_column("user_id", pa.nulls(table.num_rows))
         numbering = self.knowledge.numbering
-        given = check_requests(table, SOURCE, numbering.item_ids, self.knowledge.times, None, _unknown(unknown))
+        given = check_requests(table, SOURCE, numbering.items, self.knowledge.times, None, _unknown(unknown))
         return with_features(given, table, SOURCE, self.config.model, numbering)
 
     def _states(self, histories: Any) -> Tensor:
@@ -325,26 +324,27 @@ class TrainedModel:
         values = [row[: here.sum()].tolist() for row, here in zip(scores, found, strict=True)]
         return Answer(lists, values, fallback.tolist(), lost, self.name)
 
-    def _indices(self, ids: Sequence[Any], what: str) -> list[int]:
+    def _indices(self, ids: Sequence[Any], what: str) -> NDArray[np.int64]:
         """Item indices of raw ids; raises UserError for one that is unknown."""
-        try:
-            found = pc.index_in(pa.array(list(ids), self.item_ids.type), self.item_ids)
-        except (pa.ArrowException, OverflowError) as error:
-            raise UserError(f"{what}: expected raw item ids ({self.item_ids.type}): {first_line(error)}") from error
-        if found.null_count:
-            unknown = list(ids)[pc.index(pc.is_null(found), True).as_py()]
+        found = self._find(ids, what)
+        if (found < 0).any():
+            unknown = list(ids)[int(np.argmax(found < 0))]
             raise UserError(
                 f"{what}: item {unknown!r} is unknown: expected one of the {self.num_items:,} items of the training data"
             )
-        return list(found.to_pylist())
+        return found
 
-    def _known_indices(self, ids: Sequence[Any], what: str) -> list[int]:
+    def _known_indices(self, ids: Sequence[Any], what: str) -> NDArray[np.int64]:
         """Item indices of the raw ids that the model knows."""
+        found = self._find(ids, what)
+        return found[found >= 0]
+
+    def _find(self, ids: Sequence[Any], what: str) -> NDArray[np.int64]:
+        """Item indices of raw ids; −1 for one that is unknown."""
         try:
-            found = pc.index_in(pa.array(list(ids), self.item_ids.type), self.item_ids)
+            return self.knowledge.numbering.items.find(pa.array(list(ids), self.item_ids.type))
         except (pa.ArrowException, OverflowError) as error:
             raise UserError(f"{what}: expected raw item ids ({self.item_ids.type}): {first_line(error)}") from error
-        return list(found.drop_null().to_pylist())
 
 
 @dataclass(frozen=True)
@@ -354,12 +354,12 @@ class _Checked:
     number: int
     request: RecommendationRequest
     given: Requests
-    blocked: list[int]
+    blocked: NDArray[np.int64]
     candidates: tuple[int, ...] | None
 
     def excluded(self, seen: Tensor) -> Tensor:
         """The items to exclude from the list of a history whose items are ``seen``."""
-        blocked = torch.tensor(self.blocked, dtype=torch.int64)
+        blocked = torch.from_numpy(self.blocked)
         return torch.cat([seen, blocked]) if self.request.exclude_seen else blocked
 
 

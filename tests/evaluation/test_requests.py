@@ -14,13 +14,14 @@ import pytest
 
 from mme.config import load_config
 from mme.data.description import read_info
+from mme.data.id_lookup import IdLookup
 from mme.data.numbering import Numbering
 from mme.data.times import time_range
 from mme.errors import UserError
 from mme.evaluation.requests import Requests, check_requests, read_table, with_features
 from mme.prepare.synthetic import prepare_synthetic
 
-CATALOGUE = pa.array([10, 20, 30])
+CATALOGUE = IdLookup(pa.array([10, 20, 30]))
 TRAINED_ON = (1_000_000_000, 1_100_000_000)
 T0 = 1_050_000_000
 
