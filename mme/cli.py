@@ -202,8 +202,8 @@ def recommend(
     request_time: Annotated[
         Optional[Literal["now", "last", "column"]],
         typer.Option(
-            help="Time of the recommendation: now, the history's last event, or the column request_timestamp. Default: "
-            "the column if the file has it, otherwise the last event."
+            help="Time of the recommendation: now, the history's last event, or the column request_timestamp, in which null "
+            "means the last event. Default: the column if the file has it, otherwise the last event."
         ),
     ] = None,
 ) -> None:

@@ -104,14 +104,14 @@ def check_requests(
     """Checks the histories of a table and returns them without features.
 
     Args:
-        table: has `user_id`, `item_ids` (list of raw item ids, oldest first), `timestamps` (list of integer seconds that never
-            decrease) and optionally `request_timestamp` (integer seconds).
-        source: what messages name, such as the file.
-        catalogue: raw item ids by item index.
+        table: with `user_id`, `item_ids` (list of raw item ids, oldest first), `timestamps` (list of integer seconds, not
+            decreasing) and optionally `request_timestamp` (integer seconds; null: the time of the last event).
+        source: name of the input in messages, such as its file.
+        catalogue: the items that the model knows.
         times_trained_on: first and last time of the training data.
         request_time: "last": the time of the last event; "now"; "column": that of `request_timestamp`; None: the column
             if there is one, otherwise the last event.
-        unknown: whether an item that is not in the training data is an error or gets the index −1.
+        unknown: whether an item that is not in the training data is an error, or gets the index −1.
 
     Raises:
         UserError: a file, column, row or item is missing, unknown or wrong; the line names the row, from 0.
@@ -198,9 +198,7 @@ def _request_times(
         what = REQUEST_COLUMN
         if not has_column:
             raise UserError(f"{source}: no column {what!r}, which --request-time column needs")
-        if not pa.types.is_integer(table.schema.field(what).type) or table[what].null_count:
-            raise UserError(f"{source}: column {what!r}: expected an integer, the second of the request, in every row")
-        requested = _as_int64(table[what].combine_chunks(), source, what)
+        requested = _given_times(table[what].combine_chunks(), source, last)
     _require_same_unit(source, what, np.arange(last.size), requested, times_trained_on)
     early = np.flatnonzero(requested < last)
     if early.size:
@@ -210,6 +208,18 @@ def _request_times(
             "that time or a later one"
         )
     return requested
+
+
+def _given_times(column: Any, source: str, last: IntArray) -> IntArray:
+    """(B,) times of the column `request_timestamp`; where it is null, the time of the last event."""
+    kind = column.type
+    # A pandas column of integers with gaps is a column of floats.
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
+        raise UserError(
+            f"{source}: column {REQUEST_COLUMN!r} contains {kind}, expected the integer second of the request, or null for "
+            "the time of the last event"
+        )
+    return _as_int64(column, source, REQUEST_COLUMN, last)
 
 
 def _require_no_fall(source: str, offsets: IntArray, times: IntArray) -> None:
@@ -267,9 +277,11 @@ def _first_null(column: Any) -> int:
     return next(number for number, row in enumerate(column) if has_null(row))
 
 
-def _as_int64(column: Any, source: str, name: str) -> IntArray:
+def _as_int64(column: Any, source: str, name: str, default: IntArray | None = None) -> IntArray:
+    """The values of a column, with those of ``default`` where it is null."""
     try:
-        return np.asarray(column.cast(pa.int64()))
+        values = column.cast(pa.int64())
+        return np.asarray(values if default is None else pc.coalesce(values, pa.array(default)))
     except pa.ArrowInvalid as error:
         raise UserError(f"{source}: column {name!r}: {first_line(error)}") from error
 

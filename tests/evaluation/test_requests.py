@@ -76,6 +76,14 @@ def test_the_request_time_is_chosen(tmp_path: Path) -> None:
         read(write(tmp_path), request_time="column")
 
 
+def test_a_request_without_a_time_is_at_its_last_event(tmp_path: Path) -> None:
+    for times in ([None, T0 + 9], [float("nan"), float(T0 + 9)]):  # pandas writes an integer column with gaps as floats
+        path = write(tmp_path, request_timestamp=pa.array(times, from_pandas=True))
+        for request_time in (None, "column"):
+            assert read(path, request_time=request_time).request_times.tolist() == [T0, T0 + 9]
+    assert read(write(tmp_path, request_timestamp=[None, None])).request_times.tolist() == [T0, T0 + 5]
+
+
 MILLISECONDS = [[T0 * 1000], [T0 * 1000] * 3]
 
 
@@ -93,13 +101,21 @@ MILLISECONDS = [[T0 * 1000], [T0 * 1000] * 3]
         ({"timestamps": [[T0], [12_000, 12_001, 12_002]]}, "row 1: timestamps: 12000 is far"),  # days since 1970
         ({"timestamps": [[T0], [T0, T0]]}, "row 1: 3 item_ids and 2 timestamps"),
         ({"timestamps": [[T0], [T0, None, T0]]}, "row 1: timestamps has a null"),
-        ({"timestamps": [[1.5], [1.5] * 3]}, "column 'timestamps' holds double, expected integer seconds"),
+        ({"timestamps": [[1.5], [1.5] * 3]}, "column 'timestamps' contains double, expected integer seconds"),
         ({"item_ids": [[], [10, 30, 10]], "timestamps": [[], [T0] * 3]}, "row 0: no item_ids and no timestamps"),
-        ({"item_ids": [["x"], ["y"] * 3]}, "column 'item_ids' holds string, expected the raw ids"),
-        ({"item_ids": [10, 20]}, "column 'item_ids' holds int64, expected a list"),
+        ({"item_ids": [["x"], ["y"] * 3]}, "column 'item_ids' contains string, expected the raw ids"),
+        ({"item_ids": [10, 20]}, "column 'item_ids' contains int64, expected a list"),
         ({"request_timestamp": [T0 - 1, T0 + 9]}, f"row 0: request_timestamp ({T0 - 1}) is before the history's last"),
         ({"request_timestamp": [T0, T0 * 1000]}, "row 1: request_timestamp: 1050000000000 is far"),
-        ({"request_timestamp": [T0, None]}, "column 'request_timestamp': expected an integer"),
+        (
+            {"request_timestamp": [T0 + 0.5, None]},
+            "column 'request_timestamp': Float value 1050000000.500000 was truncated",
+        ),
+        (
+            {"request_timestamp": ["now", None]},
+            "column 'request_timestamp' contains string, expected the integer second",
+        ),
+        ({"request_timestamp": [None, T0 + 4]}, f"row 1: request_timestamp ({T0 + 4}) is before the history's last"),
         ({"user_id": None}, "no column 'user_id' (found: item_ids, timestamps)"),
     ],
 )

@@ -114,6 +114,17 @@ def test_all_formats_of_histories_give_the_same_lists(model: TrainedModel) -> No
     assert "user_id" not in model.recommend([history(model, 3)]).column_names
 
 
+def test_a_history_without_request_time_is_asked_for_at_its_last_event(model: TrainedModel) -> None:
+    import pandas
+
+    first, second = history(model, 3, 5, 7), history(model, 1, 2)
+    later = {**second, "request_timestamp": second["timestamps"][-1] + 40 * 86_400}
+    expected = np.concatenate([model.user_embeddings([first]), model.user_embeddings([later])])
+    assert np.abs(expected[1] - model.user_embeddings([second])[0]).max() > 1e-3  # the time matters
+    for given in ([first, later], pandas.DataFrame([first, later])):
+        np.testing.assert_allclose(model.user_embeddings(given), expected, atol=1e-6)
+
+
 def test_seen_blocked_and_candidates(model: TrainedModel) -> None:
     ids = model.item_ids.to_pylist()
     rows = [history(model, 3, 5, 7), history(model, 1, 2)]

@@ -72,6 +72,16 @@ def test_lists_over_http_equal_those_of_the_model(client: TestClient, trained: T
 HISTORY = {"item_ids": [1000], "timestamps": [1_600_000_000]}
 
 
+def test_the_request_time_is_optional_per_history(client: TestClient, trained: Trained) -> None:
+    first, second = ({**row, "request_timestamp": row["timestamps"][-1]} for row in rows_of(trained, 2))
+    expected = client.post("/recommend", json={"histories": [first, second]}).json()["results"]
+    del first["request_timestamp"]
+    answer = client.post("/recommend", json={"histories": [first, second]})
+    assert answer.status_code == 200 and answer.json()["results"] == expected
+    answer = client.post("/recommend", json={"histories": [{**first, "request_timestamp": None}, second]})
+    assert answer.json()["results"] == expected
+
+
 @pytest.mark.parametrize(
     ("body", "place"),
     [
