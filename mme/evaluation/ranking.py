@@ -10,6 +10,7 @@ Legend: B histories of one rank's batch, U histories of all ranks, D total width
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -24,6 +25,7 @@ from mme.evaluation.metrics import UNRANKED
 from mme.model.encoder import LOOKUP_ROWS, Encoder
 
 SCORES_AT_ONCE = 32_000_000  # elements of a score matrix
+LEAST_BLOCK = 16  # columns; smaller blocks save nothing
 
 
 @dataclass(frozen=True)
@@ -171,10 +173,28 @@ class Ranker:
 
 
 def _first_of_the_best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest scores of each row and their columns, (u, k), with the first of equal ones.
+    """The k largest scores of each row, (u, width), and their columns, both (u, k), with the first of equal ones.
 
-    `topk` may return any of several equal scores.
+    A wide row is searched in two steps. The k blocks of columns with the largest maxima, the first of equal ones, contain the
+    result, because an item of any other block comes after at least one item of each of them. For a million columns that
+    takes a third of the time of `topk`.
     """
+    width = scores.shape[1]
+    block = math.isqrt(width // k)  # makes both steps equally wide
+    if block < LEAST_BLOCK:
+        return _first_of_the_best_in_one_step(scores, k)
+    whole = width - width % block
+    maxima = scores[:, :whole].unflatten(1, (-1, block)).amax(2)
+    starts = _first_of_the_best_in_one_step(maxima, k)[1].sort(1).values * block
+    columns = (starts[:, :, None] + torch.arange(block, device=scores.device)).flatten(1)
+    rest = torch.arange(whole, width, device=scores.device).expand(scores.shape[0], -1)
+    columns = torch.cat([columns, rest], dim=1)
+    best, place = _first_of_the_best_in_one_step(scores.gather(1, columns), k)
+    return best, columns.gather(1, place)
+
+
+def _first_of_the_best_in_one_step(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """See `_first_of_the_best`. `topk` alone may return any of several equal scores."""
     width = scores.shape[1]
     best, column = scores.topk(k)
     last = best[:, -1:]

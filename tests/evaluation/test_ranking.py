@@ -73,6 +73,23 @@ def test_the_best_scores_are_those_of_the_first_equal_items(k: int) -> None:
         assert sorted(columns[row, : len(ranked)].tolist()) == sorted(ranked)
 
 
+@pytest.mark.parametrize(("width", "k"), [(300, 5), (5_000, 3), (5_003, 1), (20_011, 40)])
+def test_the_first_of_equal_scores_are_found_in_wide_rows(width: int, k: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    distinct = torch.randn(1, width, generator=generator)
+    tied = torch.randint(max(2, width // (2 * k)), (1, width), generator=generator).float()
+    few = torch.full((1, width), -torch.inf)
+    few[0, -(k // 2 + 1) :] = 0.5  # fewer than k items are ranked, in the partial block at the end
+    scores = torch.cat([distinct, tied, torch.zeros(1, width), few])
+    expected = torch.sort(scores, dim=1, descending=True, stable=True)
+    best, columns = _first_of_the_best(scores, k)
+    assert torch.equal(best, expected.values[:, :k])
+    is_ranked = best > -torch.inf
+    for row in range(4):
+        found = columns[row, is_ranked[row]].tolist()
+        assert sorted(found) == sorted(expected.indices[row, : len(found)].tolist())
+
+
 def rank_with_spoiled_weights(world: World, where: str, value: float) -> tuple[str, str]:
     """What the ranker says at the first call, and what kind of error it is, on this rank."""
     recommender = Recommender(configuration(), NUM_ITEMS, world)
