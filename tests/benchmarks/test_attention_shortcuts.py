@@ -1,4 +1,4 @@
-"""The measured shortcuts agree with the definition, also for buckets that no whole second falls into."""
+"""The measured shortcuts agree with the definition, also for buckets without a whole second."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The suite for one GPU: every stage runs, what is known is on the disk at once, and nothing but a figure is lost with it."""
+"""The suite for one GPU runs every stage, writes each figure to disk at once, and loses only a figure that fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Figures as JSON with one row per line and without loss, and summaries of raw figures."""
+"""Figures are written as JSON with one row per line and without loss, and raw figures are summarised."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def one_step(
 ) -> tuple[float, Parts, Parts]:
     """The loss, this rank's parts of the decoder's gradients before the update, and of all weights after it.
 
-    ``favoured``: so many experts, the first ones, receive every token.
+    ``favoured``: the number of experts, the first ones, that receive every token.
     """
     config = configuration(*overrides)
     recommender = Recommender(config, NUM_ITEMS, world, FEATURE_SIZES)

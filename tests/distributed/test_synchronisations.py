@@ -1,7 +1,7 @@
-"""The places where a training step makes the host wait for the GPU: each is known, and a new one fails here.
+"""A training step makes the host wait for the GPU only in known places; a new one fails here.
 
-Counted on a CPU by the calls that would wait on a GPU (`tests.synchronisations`), of this project and, in its name, of the libraries
-that it calls.
+The calls that would wait on a GPU are counted on a CPU (`tests.synchronisations`), for this project and for the libraries that it
+calls.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from tests.synchronisations import Synchronisations
 
 Waits = dict[tuple[str, str, str], int]
 
-# What every step waits for on a GPU: the number of distinct items of the batch, which sizes what follows, and the one read of
-# loss, votes and whether all is finite.
+# What every step waits for on a GPU: the number of distinct items of the batch, on which later sizes depend, and one read of loss,
+# votes and whether everything is finite.
 NEEDED: Waits = {
     ("mme/model/batch_items.py", "distinct_ids", "nonzero"): 1,
     ("mme/step.py", "backward", "tolist"): 1,
@@ -33,7 +33,7 @@ LIBRARIES: Waits = {
     ("mme/step.py", "update", "bool"): 1,
 }
 # Only on a CPU: the PyTorch form's plan, checks of row numbers, Adam of the looked-up rows. The plan of the Triton form reads
-# five numbers once a batch, at the same place as the PyTorch form's.
+# five numbers once per batch, in the same place as that of the PyTorch form.
 ON_CPU: Waits = {
     ("kernels/relative_attention/api.py", "_check_values", "tolist"): 1,
     ("kernels/relative_attention/plan.py", "make_tile_plan", "repeat_interleave"): 1,
@@ -45,7 +45,7 @@ ON_CPU: Waits = {
 
 
 def waits_of_a_step(world: World, overrides: list[str]) -> Waits:
-    """Of the second step; the first one sets libraries up."""
+    """The waits of the second step; libraries set themselves up in the first one."""
     sizes = ["data.max_seq_len=12", "model.num_tables=2", "model.embedding_dim=16", "model.num_blocks=1"]
     config = load_config(
         None, ["data.path=unused", *sizes, "model.moe.num_experts=4", "loss.num_negatives=8", *overrides]
@@ -74,7 +74,7 @@ def waits_of_a_step(world: World, overrides: list[str]) -> Waits:
         ),
         pytest.param(
             ["model.moe.capacity_factor=1.0"],
-            # How many choices stay sizes what the experts work on.
+            # The number of kept choices is a size of the experts' input.
             {
                 ("mme/model/moe.py", "_within_capacity", "int"): 1,
                 ("mme/step.py", "update", "item"): 2,

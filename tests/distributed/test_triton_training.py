@@ -49,5 +49,5 @@ def test_triton_trains_like_pytorch(negatives: str) -> None:
     assert found_losses == pytest.approx(losses, rel=1e-5)
     assert losses[-1] < losses[0]
     for name, weight in weights.items():
-        # Adam divides by the root of the second moment: where that is near zero, rounding becomes a step of lr.
+        # Adam divides by the root of the second moment. If that is near zero, rounding becomes a step of lr.
         torch.testing.assert_close(found_weights[name], weight, rtol=1e-3, atol=2e-4, msg=lambda m, n=name: f"{n}: {m}")

@@ -1,4 +1,4 @@
-"""What the test keeps of each user, the same on any number of processes."""
+"""The results that the test collects for each user are the same on any number of processes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ POPULARITY = Popularity.of(COUNTS)
 
 
 def unseen_items(batch: SequenceBatch) -> torch.Tensor:
-    """For each history the first item that it does not hold."""
+    """For each history, the first item that is not in it."""
     histories = batch.item_ids.split(batch.seq_offsets.diff().tolist())
     return torch.tensor([min(set(range(NUM_ITEMS)) - set(history.tolist())) for history in histories])
 

@@ -1,4 +1,4 @@
-"""What a model is said to have learned equals what the whole tables and every routing decision say, on any split."""
+"""The reported insight into a model equals that computed from whole tables and all routing decisions, on any split."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def targets(batch: SequenceBatch) -> Tensor:
 
 
 def alone(states: Tensor, rows: Tensor, wanted: Tensor, view: int) -> Tensor:
-    """(B,) ranks of the items wanted among all by the part of the score that one view adds."""
+    """(B,) ranks of the wanted items among all items by the part of the score that one view adds."""
     lengths = rows.flatten(1).norm(dim=1)  # of the whole vectors: `score_norm: concat`
     scores = states[:, view] @ rows[:, view].T / lengths
     return 1 + (scores > scores.gather(1, wanted[:, None])).sum(1)

@@ -1,4 +1,4 @@
-"""Metrics by hand, and the popularity baseline against a sort."""
+"""Metrics equal values computed by hand, and the popularity baseline equals a sort."""
 
 from __future__ import annotations
 

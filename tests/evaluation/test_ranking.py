@@ -21,7 +21,7 @@ SPLITS = {1: [[0, 1, 2, 3, 4]], 2: [[0, 1, 2], [3, 4]], 3: [[0, 1, 2, 3, 4], [],
 
 
 def rank(world: World, constant_tables: bool) -> tuple[Any, Any, Any]:
-    """Ranks and top-6 by the sharded ranker; and, on one process, all scores."""
+    """Ranks and top-6 of the sharded ranker and, on one process, all scores."""
     recommender = Recommender(configuration(), NUM_ITEMS, world)
     if constant_tables:
         for shard in recommender.tables.weights():
@@ -91,7 +91,7 @@ def test_the_first_of_equal_scores_are_found_in_wide_rows(width: int, k: int) ->
 
 
 def rank_with_spoiled_weights(world: World, where: str, value: float) -> tuple[str, str]:
-    """What the ranker says at the first call, and what kind of error it is, on this rank."""
+    """The message and the type of the ranker's error at the first call, on this rank."""
     recommender = Recommender(configuration(), NUM_ITEMS, world)
     if where == "vectors":
         for shard in recommender.tables.weights():

@@ -1,4 +1,4 @@
-"""Recommendations from a checkpoint: lists equal a brute-force ranking, whatever the history."""
+"""Recommendations from a checkpoint equal a brute-force ranking for every kind of history."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FIRST_ITEM = 1001  # the raw id of item 0
 
 
 def save_untrained(world: World, run: str, spoiled: bool) -> Any:
-    """A checkpoint of a model that was not trained; (items, D) its item vectors."""
+    """Writes a checkpoint of an untrained model and returns its item vectors, (items, D)."""
     config = load_config(None, [f"data.path={run}/data", *SMALL])
     save_config(config, Path(run) / "config.yaml")
     dataset = PreparedDataset.open(Path(run) / "data")
@@ -58,7 +58,7 @@ def histories(folder: Path, *item_ids: list[int]) -> Path:
 
 
 def lists_of(world: World, run: str, users: str, output: str, options: Options) -> Any:
-    """The function makes a process group of its own: here it gets this one."""
+    """Gives the function this process group, where it would make another one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "process_group", lambda: _Given(world))
         return recommend(Path(run), Path(users), Path(output), options)
@@ -107,7 +107,7 @@ def test_seen_items_and_histories_of_unknown_items(run: Path, tmp_path: Path) ->
 
 
 def test_an_unknown_item_changes_nothing_else(run: Path, tmp_path: Path) -> None:
-    """Its event is left out of the history, its time too."""
+    """An unknown item's event is left out of the history, with its time."""
     tops = []
     for name, items in (("with", [1001, 77, 1002]), ("without", [1001, 1002])):
         users = tmp_path / f"{name}.parquet"

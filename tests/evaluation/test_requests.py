@@ -1,4 +1,4 @@
-"""Histories that recommendations are asked for: what is read, and what is refused with its row."""
+"""Histories of requests are read with the right values, or rejected with their row."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from mme.evaluation.segments import group_means, history_groups, popularity_grou
 
 
 def names_of(groups: dict[str, np.ndarray]) -> list[str]:
-    """The group of each user; fails where a user is in none or in several."""
+    """The group of each user; fails if a user is in none or in several."""
     assert (sum(inside.astype(int) for inside in groups.values()) == 1).all()
     return [
         next(name for name, inside in groups.items() if inside[user]) for user in range(len(groups[next(iter(groups))]))

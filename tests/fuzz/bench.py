@@ -1,7 +1,7 @@
-"""Runs cases: each in a folder of its own, beside files of the user's that must stay as they are.
+"""Runs cases, each in a separate folder, next to files of the user that must not change.
 
-Seeds and the number of cases of each come from the environment: MME_FUZZ_SEEDS ("0", or several such as "0 1 2") and
-MME_FUZZ_CASES (100 of each kind). A failure names its seed and case; the changed files stay in pytest's temporary folder.
+Seeds and the number of cases come from the environment: MME_FUZZ_SEEDS ("0", or several such as "0 1 2") and MME_FUZZ_CASES (100
+of each kind by default). A failure names its seed and case; the changed files stay in pytest's temporary folder.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ class Bench:
     """The cases of one kind.
 
     Attributes:
-        mine: a file of the user's; no case may change it or add another beside it.
-        succeeded, refused: how many cases there were of each.
+        mine: a file of the user; no case may change it or add another next to it.
+        succeeded, refused: the number of cases that succeeded and that were rejected.
     """
 
     def __init__(self, folder: Path, capfd: pytest.CaptureFixture[str], kind: str) -> None:
@@ -53,11 +53,11 @@ class Bench:
             assert self.mine.read_text() == "mine", case
             shutil.rmtree(case)
         print(f"{self.kind}: {self.succeeded} succeeded, {self.refused} refused")
-        # Otherwise the cases would show nothing. Only a changed export is never read, since it carries a sum.
+        # Otherwise the cases would show nothing. Only a changed export is never read, because it has a checksum.
         assert len(CASES) < 50 or (self.refused and (self.succeeded or self.kind == "test_export"))
 
     def run(self, main: Callable[[list[str]], int], *arguments: str | Path) -> bool:
-        """Whether a command succeeded; where it did not, it said why in one line and left no traceback."""
+        """Whether a command succeeded; if not, it must say why in one line and print no traceback."""
         self.capfd.readouterr()
         with in_time():
             status = main([str(argument) for argument in arguments])
@@ -70,7 +70,7 @@ class Bench:
         return self._count(status == 0)
 
     def call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        """What a function returns, or None where it refuses its arguments in one line."""
+        """The result of a function, or None if it rejects its arguments in one line."""
         try:
             with in_time():
                 found = function(*arguments)
@@ -89,7 +89,7 @@ class Bench:
 
 @contextmanager
 def in_time() -> Iterator[None]:
-    """Ends what hangs."""
+    """Ends a case that hangs."""
     signal.signal(signal.SIGALRM, _too_long)
     signal.alarm(LONGEST_S)
     try:

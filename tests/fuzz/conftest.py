@@ -1,4 +1,4 @@
-"""What the changed files are made of: interactions, a data set, and a run with two checkpoints."""
+"""The files that cases change: interactions, a data set, and a run with two checkpoints."""
 
 from __future__ import annotations
 

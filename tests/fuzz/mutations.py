@@ -1,4 +1,4 @@
-"""Random changes of files: of their bytes, of the values in JSON and YAML, and of what kind of file they are."""
+"""Random changes of files: of their bytes, of values in JSON and YAML, and of the kind of file."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def change_bytes(rng: random.Random, data: bytes) -> bytes:
 
 
 def change_value(rng: random.Random, value: Any) -> Any:
-    """A copy of a JSON value in which one value anywhere is another, is gone or stands twice."""
+    """A copy of a JSON value in which one value, anywhere in it, is replaced, removed or duplicated."""
     value = json.loads(json.dumps(value))
     places = list(_places(value))
     if not places:
@@ -105,7 +105,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def change_kind(rng: random.Random, path: Path, mine: Path) -> None:
-    """A link to a file of the user's, or to its folder, a pipe, a folder or nothing takes the place of the file."""
+    """Replaces the file by a link to a file of the user or to its folder, by a pipe, a folder or nothing."""
     path.unlink()
     make: Callable[[], Any] = rng.choice(
         [
@@ -121,7 +121,7 @@ def change_kind(rng: random.Random, path: Path, mine: Path) -> None:
 
 
 def change_file(rng: random.Random, path: Path, mine: Path) -> None:
-    """Any of these changes of one file; one with JSON keeps its form most of the time."""
+    """Applies any of these changes to one file; most changes of a JSON file keep it valid JSON."""
     kind = rng.randrange(10)
     if kind == 0:
         change_kind(rng, path, mine)

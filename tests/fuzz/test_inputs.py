@@ -1,4 +1,4 @@
-"""Interactions, configurations and data sets changed at random: a right result, or one line."""
+"""Interactions, configurations and data sets that are changed at random give a right result or one line."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 
 def check_prepared(folder: Path) -> None:
-    """What a command that succeeded has written can be read, as a whole."""
+    """The output of a successful command can be read completely."""
     dataset = PreparedDataset.open(folder)
     assert dataset.num_events > 0
     assert int(dataset.user_offsets[-1]) == dataset.num_events

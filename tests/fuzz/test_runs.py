@@ -1,4 +1,4 @@
-"""Runs, checkpoints and exports changed at random: the model or its report as it was, or one line."""
+"""Runs, checkpoints and exports that are changed at random give the original model or report, or one line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 
 
 def load_changed(world: World, trained: Path, cases: Path, mine: Path) -> tuple[int, int]:
-    """How many changed checkpoints were loaded and refused. What is loaded must be one of the two, bit for bit."""
+    """The numbers of changed checkpoints that were loaded and rejected. A loaded one must equal one of the two bit for bit."""
     config = load_run_config(trained / "run")
     dataset = PreparedDataset.open(config.data.path)
     recommender = Recommender(config, dataset.num_items, world)
@@ -80,7 +80,7 @@ def recommended(path: Path) -> tuple[str, pa.Table]:
 
 
 def test_model_of_a_run(bench: Bench, trained: Path) -> None:
-    """As `mme serve`, `mme export` and `mme.load` read a run and its data set."""
+    """Reads a run and its data set as `mme serve`, `mme export` and `mme.load` do."""
     sound = {
         step: mme.load(trained / "run", "cpu", int(step[5:])).recommend(HISTORY, k=7) for step in ("step_2", "step_4")
     }

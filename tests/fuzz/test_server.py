@@ -1,4 +1,4 @@
-"""Requests to `mme serve` changed at random: the lists that the model gives, or a status that says what is wrong."""
+"""Requests to `mme serve` that are changed at random get the model's lists or a status that says what is wrong."""
 
 from __future__ import annotations
 

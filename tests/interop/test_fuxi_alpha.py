@@ -1,6 +1,6 @@
-"""One block against the public FuXi-α code: outputs and every gradient.
+"""One block agrees with the public FuXi-α code in its output and every gradient.
 
-`golden/*.npz` hold one float32 forward and backward pass of the public implementation (arXiv 2502.03036): `x`, `seq_offsets`,
+`golden/*.npz` contain one float32 forward and backward pass of the public implementation (arXiv 2502.03036): `x`, `seq_offsets`,
 padded `timestamps`, every weight (`param.*`), `y`, `grad_y` and every gradient (`grad_x`, `grad.*`).
 """
 

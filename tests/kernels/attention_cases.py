@@ -1,8 +1,8 @@
-"""Jagged batches for the tests of relative attention, and the comparison of a form of it with its definition.
+"""Jagged batches for the tests of relative attention, and the comparison of its forms with the definition.
 
-Tolerance, relative to the norm of the reference in float64: about 30 rounding steps of float32; for bfloat16 and float16
-twice what the definition itself errs in that dtype (see `test_relative_attention_triton.py`). Where terms cancel to less
-than a tenth of the sum of their sizes, as in gradients of few elements they may, relative to that tenth.
+Tolerances are relative to the norm of the reference in float64: about 30 rounding errors of float32; for bfloat16 and float16
+twice the error of the definition in that dtype (see `test_relative_attention_triton.py`). In gradients of few elements, terms may
+cancel to less than a tenth of the sum of their sizes; then tolerances are relative to that tenth.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def make_case(
     longest_step: float = 15.0,
     seed: int = 0,
 ) -> Case:
-    """A float64 case of random values; times, unless given, rise by random steps of up to e^longest_step seconds."""
+    """A float64 case of random values. Unless given, times rise by random steps of up to e^longest_step seconds."""
     random = torch.Generator().manual_seed(seed)
     sizes = torch.tensor(lengths, dtype=torch.int64)
     seq_offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
@@ -82,12 +82,12 @@ def make_case(
 
 
 def times_of_every_bucket() -> Tensor:
-    """Rising int64 times whose differences from the first reach every time bucket but 1, which no whole second is in."""
+    """Rising int64 times whose differences from the first reach every time bucket except 1, which has no whole second."""
     return torch.cat([torch.zeros(1), torch.exp(0.301 * (torch.arange(129.0, dtype=torch.float64) + 0.9))]).long()
 
 
 def results(attention: Callable[..., Tensor], case: Case) -> list[Tensor]:
-    """Output and the five gradients, in the order of NAMES."""
+    """The output and the five gradients, in the order of NAMES."""
     leaves = [getattr(case, name).detach().clone().requires_grad_() for name in OPERANDS]
     q, k, v, ts_weights, pos_weights = leaves
     y = attention(q, k, v, case.seq_offsets, case.max_seq_len, case.timestamps, ts_weights, pos_weights)
@@ -96,7 +96,7 @@ def results(attention: Callable[..., Tensor], case: Case) -> list[Tensor]:
 
 
 def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
-    """‖found − expected‖ / ‖expected‖ of each, in float64; where the reference is zero, ‖found‖."""
+    """‖found − expected‖ / ‖expected‖ of each result in float64, or ‖found‖ if the reference is zero."""
     errors = []
     for x, reference in zip(found, expected, strict=True):
         assert x.shape == reference.shape
@@ -106,7 +106,7 @@ def relative_errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
 
 
 def assert_agrees(attention: Callable[..., Tensor], case: Case, dtype: torch.dtype, tolerance: float) -> None:
-    """Output and every gradient of ``case`` in ``dtype`` against the definition in float64."""
+    """Compares the output and every gradient of ``case`` in ``dtype`` with the definition in float64."""
     low = case.to(dtype)
     exact = low.to(torch.float64)
     expected = results(relative_attention_reference, exact)

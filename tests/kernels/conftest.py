@@ -1,4 +1,4 @@
-"""What the tests of several kernels share."""
+"""Fixtures that the tests of several kernels share."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kernels.backend import interpreting
 
 @pytest.fixture(autouse=True)
 def unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a kernel reads without having written it, or returns unwritten, shows."""
+    """Fills new memory with NaN, so that values which a kernel reads or returns without having written them show."""
 
     def filled(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
         def made(*arguments: Any, **options: Any) -> Tensor:
@@ -29,7 +29,7 @@ def unwritten_memory_is_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def interpreted_products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter of Triton 3.6 and 3.7 multiplies the bit patterns of bfloat16: it is given the numbers."""
+    """Makes Triton's interpreter multiply bfloat16 as numbers; that of 3.6 and 3.7 would multiply the bit patterns."""
     if not interpreting():
         return
     from triton.language import bfloat16, float32
@@ -50,9 +50,9 @@ def interpreted_products_of_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(params=["highest", "high"], ids=["exact products", "TF32 products"])
 def products(request: pytest.FixtureRequest) -> Iterator[float]:
-    """float32 products as torch is told to make them, each with tiles of its own; yields the error that they may bring.
+    """Runs a test with each of torch's precisions of float32 products, which have different tiles; yields the allowed error.
 
-    Triton's interpreter multiplies exactly either way.
+    Triton's interpreter multiplies exactly with both.
     """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(request.param)

@@ -1,9 +1,9 @@
-"""Which compilations launches ask for, found without a GPU; run as a program, what one operation's launches ask for.
+"""Finds the compilations that launches request, without a GPU. As a program, it prints those of one operation.
 
     python -m tests.kernels.launches experts
 
 `recorded` replaces the `run` of Triton's kernels by one that derives, as Triton does, what it would compile for an H100, and
-launches nothing. Not under TRITON_INTERPRET=1, which makes kernels of another kind.
+launches nothing. It does not work under TRITON_INTERPRET=1, which makes kernels of another kind.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ TARGET = GPUTarget("cuda", ARCH, 32)
 
 
 def key(compiled: ASTSource, options: dict[str, Any]) -> str:
-    """What tells one compilation from others, readable, and the keys of Triton's cache."""
+    """The readable properties that identify a compilation, and its keys in Triton's cache."""
     parsed = make_backend(TARGET).parse_options(options)
     shown = [compiled.fn.__name__, compiled.signature, [str(value) for value in compiled.constants.values()]]
     return json.dumps([*shown, str(compiled.attrs), options, compiled.hash(), parsed.hash()])
 
 
 def described(variant: Variant) -> str:
-    """What `kernels.aot` and `kernels.compilation` compile."""
+    """The compilations of `kernels.aot` and `kernels.compilation`."""
     return key(source(variant), {"num_stages": variant.num_stages, "num_warps": variant.num_warps})
 
 
 @contextmanager
 def recorded() -> Iterator[set[str]]:
-    """The compilations that launches in the context ask for. Operators run on CPU tensors; results are zeros."""
+    """Collects the compilations that launches in the context request. Operators run on CPU tensors; results are zeros."""
     backend, asked = make_backend(TARGET), set()
 
     def run(self: Any, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:

@@ -1,4 +1,4 @@
-"""Compilation without a GPU."""
+"""Kernels compile without a GPU, and the report has their resources."""
 
 from __future__ import annotations
 

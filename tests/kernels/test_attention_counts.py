@@ -1,5 +1,8 @@
-"""The instructions of the attention's product loops, counted in the machine code of sm_90: exact, so that no change brings
-repeated work back. A few are left above each count for another version of the compiler."""
+"""Counts the instructions of the attention's product loops in the machine code of sm_90.
+
+The counts are exact, so that no change brings repeated work back. Each limit leaves a few instructions for another version of the
+compiler.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,7 @@ BACKWARD = (
 
 @functools.cache
 def rows(groups: int, width: int) -> dict[str, dict[str, Any]]:
-    """By kernel, the report of `kernels.aot` on the variant in bfloat16."""
+    """The report of `kernels.aot` on the bfloat16 variant of each kernel."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     name = f"({'|'.join(FORWARD + BACKWARD)}) bf16 G={groups} dqk={width} dv={width}$"
     command = [sys.executable, "-m", "kernels.aot", "--arch", "90", "--only", name]
@@ -38,11 +41,11 @@ def rows(groups: int, width: int) -> dict[str, dict[str, Any]]:
 
 
 def total(groups: int, width: int, kernels: tuple[str, ...], shortest: bool = False) -> float:
-    """Instructions for a (query, key) pair of all groups; the semantic kernels run once a group."""
+    """Instructions per (query, key) pair of all groups; the semantic kernels run once per group."""
     found = 0.0
     for kernel in kernels:
         row = rows(groups, width)[kernel]
-        # The shortest path of d w_ts is that of a tile of one bucket, which is not among its tiles.
+        # The shortest path of d w_ts is that of a tile of one bucket, which it does not process.
         count = row["shortest_path"] if shortest and kernel.startswith("bias") else row
         found += count["instructions_per_pair"] * (groups if kernel.startswith("semantic") else 1)
     return found

@@ -1,5 +1,4 @@
-"""torch.compile and torch.export pass through every public function, whole, on either backend; operators launch on the
-device of their tensors."""
+"""torch.compile and torch.export work with every public function on both backends; operators launch on their tensors' device."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Call(torch.nn.Module):
-    """One public function; ``results``, whatever their number, as a tuple."""
+    """One public function, whose results are a tuple, whatever their number."""
 
     def __init__(self, function: Callable[..., Any], options: dict[str, Any]) -> None:
         super().__init__()
@@ -84,7 +83,7 @@ CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[int], list[
 
 
 def with_gradients(call: Callable[..., Sequence[Tensor]], arguments: list[Any]) -> list[Tensor]:
-    """Results of ``call`` and the gradients of its floating arguments, from a fixed seed."""
+    """The results of ``call`` and the gradients of its floating arguments, with a fixed seed."""
     torch.manual_seed(2)
     leaves = [x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
     results = list(call(*leaves))
@@ -117,7 +116,7 @@ def test_every_public_function_is_among_them() -> None:
 
 @pytest.mark.parametrize("name", CALLS)
 def test_launches_on_the_device_of_its_tensors(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton launches on the current device: forward and backward make it that of their first tensor."""
+    """Triton launches on the current device, so forward and backward make the device of their first tensor current."""
     entered: list[Tensor] = []
 
     @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Dropout by a key for each row: the share of zeros, independence, and the definition of its bits."""
+"""Dropout by a key per row has the right share of zeros, independent elements, and the defined bits."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_keys_are_those_of_splitmix() -> None:
 
 @pytest.mark.parametrize("width", [1, 4, 50])
 def test_bits_are_those_of_the_definition(width: int) -> None:
-    """In Python's integers, so that every device has something to agree with."""
+    """Computes the bits with Python's integers, with which every device must agree."""
     keys, dropped, gamma = row_keys(3), 20_000, GOLDEN_GAMMA % 2**64
     mask, scale = dropout_mask(keys, width, dropped)
     assert scale == 65_536 / 45_536
@@ -59,7 +59,7 @@ def test_share_of_zeros(probability: float) -> None:
 
 
 def test_neither_rows_nor_columns_share_their_bits() -> None:
-    """Means and all pairwise correlations, of columns over the rows and of rows over the columns, are those of noise."""
+    """The means and all pairwise correlations, of columns over rows and of rows over columns, are those of noise."""
     centred = 2 * dropout_mask(row_keys(ROWS), WIDTH, 32_768)[0].double() - 1
     assert centred.mean(0).abs().max() < 5 / ROWS**0.5
     assert centred.mean(1).abs().max() < 5 / WIDTH**0.5
@@ -70,7 +70,7 @@ def test_neither_rows_nor_columns_share_their_bits() -> None:
     rows = (centred[:1000] @ centred[:1000].T / WIDTH**0.5)[~torch.eye(1000, dtype=torch.bool)]
     assert rows.abs().max() < 6
     assert rows.square().mean().item() == pytest.approx(1, abs=0.01)
-    # Three neighbouring columns, which words may share or not.
+    # Three neighbouring columns, which may or may not share a word.
     triples = (centred[:, :-2] * centred[:, 1:-1] * centred[:, 2:]).mean(0) * ROWS**0.5
     assert triples.abs().max() < 5
 

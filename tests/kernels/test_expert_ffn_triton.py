@@ -1,4 +1,4 @@
-"""The Triton form of the expert FFN, on the GPU where there is one, else in Triton's interpreter."""
+"""The Triton form of the expert FFN, on a GPU if there is one, otherwise in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def results(
 
 
 def upstream(y: Tensor, sizes: bool) -> Tensor:
-    """The gradient that comes from above, the same for every dtype; ``sizes``: without signs."""
+    """The upstream gradient, the same for every dtype; ``sizes``: its absolute values."""
     values = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y)
     return values.abs() if sizes else values
 
@@ -74,7 +74,7 @@ def assert_exact(counts: list[int], dim: int, hidden_dim: int, tolerance: float 
 
 
 def check_within(tolerance: float, errors: list[float], exact: list[Tensor], terms: list[Tensor]) -> None:
-    """Relative to the result, or to a tenth of its ``terms``' sizes added up, where they cancel to less."""
+    """Errors relative to the result or, if its ``terms`` cancel to less, to a tenth of the sum of their sizes."""
     for error, value, sizes in zip(errors, exact, terms, strict=True):
         share = (value.norm() / sizes.norm().clamp(min=1e-30)).item()
         assert error * min(1.0, 10 * share) < tolerance, errors
@@ -96,7 +96,7 @@ def test_random_shapes(counts: list[int], dim: int, hidden_dim: int) -> None:
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 @pytest.mark.parametrize("dim", [16, 300])
 def test_low_precision(dtype: torch.dtype, dim: int) -> None:
-    """Within the error of the definition computed in the same dtype, and one rounding of the output."""
+    """The error is within that of the definition computed in the same dtype plus one rounding of the output."""
     offsets, operands = make_inputs([40, 9], dim, 48)
     operands = [operand.to(dtype).double() for operand in operands]
     exact = results(offsets, operands, torch.float64, "torch")
@@ -113,7 +113,7 @@ def test_repeats_bit_for_bit(dim: int) -> None:
 
 
 def test_every_element_is_written_and_rows_of_other_experts_stay_apart() -> None:
-    """An expert whose weights are not finite touches its own rows and gradients alone."""
+    """An expert whose weights are not finite affects only its own rows and gradients."""
     offsets, operands = make_inputs([5, 6, 7], 8, 12)
     clean = results(offsets, operands, torch.float32, "triton")
     operands[1][1] = float("nan")

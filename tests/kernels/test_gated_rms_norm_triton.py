@@ -1,4 +1,4 @@
-"""The Triton form of the norms, on the GPU where there is one, else in Triton's interpreter."""
+"""The Triton form of the norms, on a GPU if there is one, otherwise in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def definition(u: Tensor | None, a: Tensor) -> Tensor:
 
 
 def operands(rows: int, width: int, gated: bool = True, seed: int = 0) -> tuple[Tensor | None, Tensor, Tensor]:
-    """u or None, a, upstream: float32 numbers that float16 and bfloat16 hold as well."""
+    """u or None, a, and the upstream gradient: float32 numbers that are exact in float16 and bfloat16."""
     random = torch.Generator().manual_seed(seed)
     values = [torch.randn(rows, width, generator=random).bfloat16().half().float().to(DEVICE) for _ in range(3)]
     return (values[0] if gated else None), values[1], values[2]
@@ -52,13 +52,13 @@ def leaves(u: Tensor | None, a: Tensor, dtype: torch.dtype) -> list[Tensor]:
 
 
 def assert_agrees(u: Tensor | None, a: Tensor, upstream: Tensor, dtype: torch.dtype, tolerance: float) -> None:
-    """Values and every gradient, without dropout, against float64."""
+    """Compares values and every gradient, without dropout, with float64."""
     results = []
     for form, kind in ((norm, dtype), (definition, torch.float64)):
         inputs = leaves(u, a, kind)
         gate = inputs[0] if u is not None else None
         results.append(with_gradients(form(gate, inputs[-1]), inputs, upstream))
-    # d a is r (g ⊙ u − …): where the difference cancels, the rounding of its terms stays.
+    # d a is r (g ⊙ u − …). If the difference cancels, the rounding of its terms remains.
     terms = (upstream if u is None else upstream * u).double().abs().amax(1, keepdim=True)
     terms = terms / torch.sqrt(a.double().square().mean(1, keepdim=True) + 1e-6)
     for found, wanted in zip(*results, strict=True):
@@ -124,7 +124,7 @@ def test_dropout_drops_the_same_elements_in_both_forms(width: int, probability: 
 
 
 def test_same_bits_whatever_rows_share_a_program() -> None:
-    """A row's result and gradient do not depend on the rows after it, nor on the run."""
+    """The result and gradient of a row depend neither on the rows after it nor on the run."""
     u, a, upstream = operands(70, 48)
     assert u is not None
     results = []

@@ -1,7 +1,7 @@
-"""Instructions a pair in the product loops of the expert FFN and of sampled softmax, as compiled for sm_90.
+"""Counts the instructions per pair in the product loops of the expert FFN and of sampled softmax, as compiled for sm_90.
 
-The counts are exact: they change with the code and with Triton, not with the machine. A warp that computes what another
-one computes too, or a longer form of a function, shows as a higher count.
+The counts are exact: they change with the code and with Triton, not with the machine. Two warps that compute the same, or a longer
+form of a function, give a higher count.
 """
 
 from __future__ import annotations

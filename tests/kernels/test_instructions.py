@@ -1,4 +1,4 @@
-"""The count of instructions, on machine code written for the test and on a compiled kernel of known products."""
+"""Instructions are counted correctly in machine code written for the test and in a compiled kernel with known products."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import pytest
 
 from kernels.instructions import bound, parse, product_loop
 
-# A loop from 0x20 to 0xb0 whose branch at 0x30 goes by 0x40..0x60 or by the block at 0x100, which stands out of line and
-# holds a loop of its own; before it a longer loop without tensor-core instructions.
+# A loop from 0x20 to 0xb0 whose branch at 0x30 leads through 0x40..0x60 or through the block at 0x100, which is out of line and
+# contains another loop; before it there is a longer loop without tensor-core instructions.
 CODE = """
         /*0000*/                   MOV R1, c[0x0][0x28] ;
         /*0010*/                   S2R R0, SR_TID.X ;
@@ -49,7 +49,7 @@ def test_paths_through_the_product_loop() -> None:
 
 
 def test_bound_of_a_pass() -> None:
-    """10 instructions of 2 warps for 32 pairs: 20 a pair. Two products of 16 × 8 × 16 of each warp: 512 FLOPs a pair."""
+    """10 instructions of 2 warps for 32 pairs are 20 per pair. Two products of 16 × 8 × 16 per warp are 512 FLOPs per pair."""
     paths = product_loop(parse(CODE))
     assert paths is not None
     report = bound(paths.shortest, pairs=32, flops_per_pair=256, num_warps=2, arch=90)
@@ -93,7 +93,7 @@ print(json.dumps(rows))
 
 
 def test_a_compiled_kernel_of_known_products(tmp_path: Path) -> None:
-    """64 × 64 × 64 multiply-adds a pass: 32 of 16 × 8 × 16 a warp on sm_80, 4 of 64 × 64 × 16 a warp group on sm_90."""
+    """64 × 64 × 64 multiply-adds per pass: 32 of 16 × 8 × 16 per warp on sm_80, 4 of 64 × 64 × 16 per warp group on sm_90."""
     pytest.importorskip("triton")
     script = tmp_path / "known.py"
     script.write_text(KERNEL)

@@ -1,4 +1,4 @@
-"""What `kernels.aot` compiles is what a launch compiles: types, constants, alignment and launch options."""
+"""`kernels.aot` compiles the same as a launch: types, constants, alignment and launch options."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytest.importorskip("triton")
     "operation, expected", [("attention", 12), ("experts", 14), ("softmax", 13), ("elementwise", 10)]
 )
 def test_a_launch_compiles_what_aot_compiles(operation: str, expected: int) -> None:
-    """For any number of tokens, a multiple of 16 or not: nothing is compiled in the middle of training."""
+    """Nothing is compiled in the middle of training, whether or not the number of tokens is a multiple of 16."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "tests.kernels.launches", operation]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True)

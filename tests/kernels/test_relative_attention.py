@@ -1,4 +1,4 @@
-"""The PyTorch form of relative attention and the checks in front of both forms."""
+"""The PyTorch form of relative attention, and the checks of arguments for both forms."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_buckets_are_the_public_formula_at_every_boundary() -> None:
     near = torch.cat([boundary + step for step in (-300, -2, -1, 0, 1, 2, 300)])
     times = torch.stack([torch.zeros_like(near), near], 1)
     plan = make_tile_plan(torch.arange(len(near) + 1), times.view(-1))
-    # One token a sequence, in slots 16 apart: its own bucket stands first in each 16 × 16 tile.
+    # Each sequence has one token, in slots 16 apart, so its own bucket comes first in each 16 × 16 tile.
     assert torch.equal(plan.buckets.view(-1, 256)[:, 0].long(), time_bucket(near))
     assert time_bucket(near).max() == 128 and (plan.buckets.view(-1, 16, 16)[:, 0, 1:] == MASKED_BUCKET).all()
 
@@ -178,7 +178,7 @@ def test_backends_are_never_swapped(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_longest_sequence() -> None:
-    """16,384 tokens beside a short one: some rows of each, against the definition row by row in float64."""
+    """Compares some rows of a sequence of 16,384 tokens and of a short one with the definition, row by row in float64."""
     longest, width = 16_384, 4
     random = torch.Generator().manual_seed(0)
     lengths = [longest, 3]

@@ -1,4 +1,4 @@
-"""The Triton form of relative attention, on the GPU where there is one, else in Triton's interpreter."""
+"""The Triton form of relative attention, on a GPU if there is one, otherwise in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ LOW_PRECISION = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.flo
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_low_precision(dtype: torch.dtype) -> None:
-    """Within twice the error of the definition computed in the same dtype, and one rounding of the output."""
+    """The error is within twice that of the definition computed in the same dtype plus one rounding of the output."""
     case = on_device(make_case([40, 9], groups=2, dqk=16, dv=16)).to(dtype)
     exact = results(relative_attention_reference, case.to(torch.float64))
     eager = relative_errors(results(relative_attention_reference, case), exact)
@@ -93,7 +93,7 @@ def jump(gap: int) -> torch.Tensor:
     return torch.tensor([0] * 32 + [gap] * 33)
 
 
-# Times of sequences, with the kinds of tiles below the diagonal that they bring, in blocks of 32.
+# Times of sequences, with the kinds of tiles below the diagonal that they have in blocks of 32.
 TILES = {
     "one bucket": ([jump(0), jump(1_000_000)], {"one"}),
     "two buckets": ([torch.tensor([0] * 32 + [1_000_000] * 17 + [1_200_000] * 16)], {"two"}),
@@ -122,7 +122,7 @@ def test_tiles_by_their_number_of_time_buckets(times: list[torch.Tensor], kinds:
 
 
 def test_codes_name_the_buckets_of_each_tile() -> None:
-    """The buckets of all pairs of a tile, in times with jumps, repeats and steps back."""
+    """Each code matches the buckets of all pairs of its tile, in times with jumps, repeats and steps back."""
     random = torch.Generator().manual_seed(0)
     lengths = [100, 0, 37, 64]
     offsets = torch.tensor([0, *lengths]).cumsum(0)
@@ -151,7 +151,7 @@ def test_codes_name_the_buckets_of_each_tile() -> None:
 
 
 def test_cells_put_every_difference_where_the_formula_does() -> None:
-    """Every threshold ± 300 s and a million differences of either sign."""
+    """Checks every threshold ± 300 s and a million differences of both signs."""
     boundary = torch.exp(0.301 * torch.arange(146, dtype=torch.float64)).clamp(max=2.0**62).long()
     random = torch.exp(43 * torch.rand(1_000_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     seconds = torch.cat([*(boundary + step for step in range(-300, 301)), random.long()])
@@ -170,7 +170,7 @@ def test_offsets_that_are_not_contiguous() -> None:
 
 @pytest.mark.parametrize("width", [8, 16, 24, 50, 64, 96, 128, 192, 256])
 def test_widths(width: int) -> None:
-    """Each kind of tiles of `LaunchConfig`, in bfloat16, and keys and values of different width."""
+    """Covers each kind of tiles of `LaunchConfig` in bfloat16, and keys and values of different widths."""
     case = make_case([19, 3], groups=2, dqk=width, dv=264 - width).to(torch.bfloat16).to(torch.float64)
     exact = results(relative_attention_reference, case)
     eager = relative_errors(results(relative_attention_reference, case.to(torch.bfloat16)), exact)

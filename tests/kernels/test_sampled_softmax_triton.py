@@ -1,4 +1,4 @@
-"""The Triton form of sampled softmax, on the GPU where there is one, else in Triton's interpreter."""
+"""The Triton form of sampled softmax, on a GPU if there is one, otherwise in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -143,7 +143,7 @@ def test_random_shapes(tokens: int, items: int, negatives: int, group: int, widt
 
 @pytest.mark.parametrize("group", [1, 16])
 def test_items_gradient_in_parts(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is done in several passes, of several pieces and several splits of the tokens gives the same."""
+    """Several passes, several pieces and several splits of the tokens give the same results."""
     monkeypatch.setattr(triton_form, "ENTRIES_AT_ONCE", 16 * 6)
     monkeypatch.setattr(triton_form, "PARTIAL_FLOATS_AT_ONCE", 1)
     monkeypatch.setattr(triton_form, "PIECE", 16)
@@ -166,7 +166,7 @@ LOW_PRECISION = [pytest.param(torch.bfloat16, id="bf16"), pytest.param(torch.flo
 @pytest.mark.parametrize("group", [1, 0])
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_low_precision(dtype: torch.dtype, group: int) -> None:
-    """Within twice the error of the definition computed in the same dtype, and one rounding of the output."""
+    """The error is within twice that of the definition computed in the same dtype plus one rounding of the output."""
     case = make_case(40, 30, 20, group, 24)
     case = case.to(dtype).to(torch.float64)
     exact = results(definition, case)

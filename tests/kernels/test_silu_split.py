@@ -1,4 +1,4 @@
-"""Both forms of the split SiLU; Triton on the GPU where there is one, else in Triton's interpreter."""
+"""Both forms of the split SiLU; Triton runs on a GPU if there is one, otherwise in Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def definition(projected: Tensor, views: int, heads: int, dv: int, dqk: int) -> list[Tensor]:
-    """Element by element of the shapes in words: (view, token, columns) → (view, head, token, width)."""
+    """The definition by shapes: (view, token, columns) → (view, head, token, width)."""
     active = (projected * torch.sigmoid(projected)).unflatten(0, (views, -1))
     results, start = [active[..., : 3 * heads * dv].flatten(0, 1)], 3 * heads * dv
     for width in (dv, dqk, dqk):
@@ -29,7 +29,7 @@ def definition(projected: Tensor, views: int, heads: int, dv: int, dqk: int) -> 
 
 
 def operands(views: int, tokens: int, heads: int, dv: int, dqk: int, seed: int = 0) -> tuple[Tensor, list[Tensor]]:
-    """The projection and the upstream gradients of u, v, q and k: numbers that float16 and bfloat16 hold as well."""
+    """The projection and the upstream gradients of u, v, q and k, in numbers that are exact in float16 and bfloat16."""
     random = torch.Generator().manual_seed(seed)
     rows, groups = views * tokens, views * heads
     shapes = [(rows, 3 * heads * dv), (groups, tokens, dv), (groups, tokens, dqk), (groups, tokens, dqk)]

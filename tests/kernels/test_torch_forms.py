@@ -1,4 +1,4 @@
-"""Expert FFN, gated RMS norm and sampled softmax against their definitions in float64, values and every gradient."""
+"""Values and gradients of expert FFN, gated RMS norm and sampled softmax equal those of their definitions in float64."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def leaf(*shape: int) -> Tensor:
 
 
 def assert_same(form: Callable[..., Tensor], definition: Callable[..., Tensor], inputs: list[Tensor]) -> None:
-    """Values and gradients of ``form`` are those of ``definition``, in float64 and, to rounding, in float32."""
+    """Values and gradients of ``form`` equal those of ``definition`` in float64 and, up to rounding, in float32."""
     expected = definition(*inputs)
     upstream = torch.randn_like(expected)
     gradients = torch.autograd.grad(expected, inputs, upstream, allow_unused=True)
