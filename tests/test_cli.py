@@ -170,7 +170,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_report_that_fails_leaves_a_finished_training_done(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Status 0, so that the launcher does not start the job again; the results are printed all the same."""
+    """Status 0, so that the launcher does not start the job again; the results are printed nevertheless."""
 
     def trained(config: Any) -> None:
         run = Path(config.output_dir)

@@ -1,4 +1,4 @@
-"""Files of a stranger's folder stay in it, and files appear whole."""
+"""Reading and writing in a stranger's folder stays in it, and files are published atomically."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_a_file_has_the_mode_that_the_umask_leaves_whoever_writes_it(tmp_path: P
     try:
         path = tmp_path / "file"
         with files.replacing(path) as partial:
-            partial.unlink()  # as safetensors does: a file of its own, 0600, takes the place
+            partial.unlink()  # safetensors replaces the file by another one with mode 0600
             os.close(os.open(partial, os.O_CREAT | os.O_WRONLY, 0o600))
         append(tmp_path / "log", tmp_path)
     finally:

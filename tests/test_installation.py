@@ -1,6 +1,6 @@
 """An installed package finds its files outside a checkout, and names missing packages.
 
-`scripts/check_wheel.sh` does the whole way with a wheel in a clean environment; `.ci/run` calls it.
+`scripts/check_wheel.sh`, which `.ci/run` calls, tests a wheel in a clean environment.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The set-up script: its callers, invalid settings, and when it does nothing; and the pins."""
+"""The set-up script and the pins: callers, invalid settings, and when the script does nothing."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_nothing_is_installed_until_a_pin_changes(tmp_path: Path) -> None:
     # Another build needs a new environment, which /bin/false cannot create.
     done = run_script(tmp_path, MME_STACK="cuda", PYTHON="/bin/false")
     assert done.stderr.startswith("setup: PYTHON=/bin/false")
-    # With other pins the environment stays and pip is called, which does not exist.
+    # With other pins the environment is kept and pip is called, which does not exist.
     (tmp_path / ".venv" / "installed").write_text("cpu 0\n")
     done = run_script(tmp_path, MME_STACK="cpu")
     assert done.returncode == 1

@@ -57,7 +57,7 @@ def loss(groups: Callable[[int], int]) -> Callable[[int], list[Any]]:
     return arguments
 
 
-# A public function, options of it, and its arguments for a number of tokens or rows.
+# A public function, its options, and its arguments for a number of tokens or rows.
 CALLS: dict[str, tuple[Callable[..., Any], dict[str, Any], Callable[[int], list[Any]]]] = {
     "relative_attention": (kernels.relative_attention, {}, attention),
     "expert_ffn": (kernels.expert_ffn, {}, experts),

@@ -1,4 +1,4 @@
-"""The sbatch script and the Kubernetes manifest: their text, their files and their submission."""
+"""The sbatch script and the Kubernetes manifest have the right text, are written to files and are submitted."""
 
 from __future__ import annotations
 

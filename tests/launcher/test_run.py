@@ -1,4 +1,4 @@
-"""`launcher run`: the command it starts, the input it rejects before that, and how it ends with its workers."""
+"""`launcher run` starts the right command, rejects wrong input before that, and ends with its workers."""
 
 from __future__ import annotations
 

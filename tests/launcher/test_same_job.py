@@ -20,7 +20,7 @@ CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
 
 @pytest.fixture
 def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A store, as torchrun has one where nodes meet."""
+    """A store, like the one that torchrun has at the rendezvous."""
     monkeypatch.setattr(same_job, "PATIENCE_S", 1.0)
     monkeypatch.setattr(same_job, "LOOK_EVERY_S", 0.05)
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=30))

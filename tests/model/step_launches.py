@@ -1,4 +1,4 @@
-"""A program: which kernels a training step launches, and which ones `mme.model.kernel_variants` compiles before it.
+"""Prints the kernels that a training step launches and those that `mme.model.kernel_variants` compiles before it.
 
 python -m tests.model.step_launches model.num_tables=1 model.moe.num_experts=0
 """

@@ -1,10 +1,10 @@
-"""Kills `prepare` and `add_events` with SIGKILL again and again, and looks at what is left: started by test_killed.py.
+"""Kills `prepare` and `add_events` repeatedly with SIGKILL and checks what is left. test_killed.py starts this program.
 
     python -m tests.prepare.killed FOLDER prepare|add|add-without-exchange STRIDE
 
-Kills at each STRIDE-th of the Python-level file operations (an audit hook counts them) and at some times in between,
-where DuckDB and Parquet are at work. Every attempt is a fork of this process, which has all modules imported and no
-thread running; what fails ends the process with a traceback.
+It kills at every STRIDE-th file operation of Python (an audit hook counts them) and at some times in between, while DuckDB and
+Parquet work. Every attempt is a fork of this process, which has imported all modules and runs no threads. A failure ends the
+process with a traceback.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def die_at(number: int, folder: Path) -> None:
 
 
 def in_child(work: Callable[[], object]) -> int:
-    """The signal that ended a fork doing ``work``, 0 where it came to its end."""
+    """Does ``work`` in a fork and returns the signal that ended it, or 0 if it finished."""
     child = os.fork()
     if child == 0:
         try:
@@ -94,7 +94,7 @@ def main(folder: Path, scenario: str, stride: int) -> None:
     assert old != new
 
     def attempt(prepare_to_die: Callable[[], object]) -> bool:
-        """Whether the attempt was killed."""
+        """Makes one attempt and returns whether it was killed."""
         shutil.rmtree(work)
         shutil.copytree(folder / "old", work)
 
@@ -108,7 +108,7 @@ def main(folder: Path, scenario: str, stride: int) -> None:
         if killed:
             in_child(change)
         assert os.listdir(work) == ["set"], os.listdir(work)
-        # Added to a set that has them already, the events are there once, though counted as read twice.
+        # Events that are added to a set that has them already occur once, although they are counted as read twice.
         found = dict(content(out))
         assert {name: data for name, data in found.items() if name != "dataset.json"} == {
             name: data for name, data in new if name != "dataset.json"

@@ -1,4 +1,4 @@
-"""`mme prepare` as typed: days added to a set, and options that do not go together."""
+"""The command line of `mme prepare`: days are added to a set, and options that contradict each other are rejected."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def test_options_that_do_not_go_together(
 
 @pytest.mark.parametrize("path", ["pipe", "/dev/zero", "/dev/stdin", "/dev/null"])
 def test_only_regular_files_are_read(tmp_path: Path, path: str) -> None:
-    """Refused by name, at once: a pipe without a writer and a device would be read for ever."""
+    """They are rejected immediately and by name; reading a pipe without a writer or a device would never end."""
     os.mkfifo(tmp_path / "pipe")
     command = [sys.executable, "-m", "mme", "prepare", path, "--output", "set"]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
@@ -101,7 +101,9 @@ def test_interrupted_while_duckdb_works(tmp_path: Path) -> None:
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     command = [sys.executable, "-m", "mme", "prepare", str(tmp_path / "a.parquet"), "--output", str(tmp_path / "set")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    read = tmp_path / ".set.partial" / "work" / "read.json"  # all is read: from here on DuckDB numbers and sorts
+    read = (
+        tmp_path / ".set.partial" / "work" / "read.json"
+    )  # everything has been read; from here on DuckDB numbers and sorts
     while not read.exists() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""Each published format on a small file in exactly that form, its folder as it is unpacked, and the feedback filters."""
+"""Each published format is read from a small file in exactly that form and from its unpacked folder; feedback is filtered."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def read(folder: Path) -> dict[Any, list[tuple[Any, int]]]:
 
 
 def write(path: Path, *lines: str) -> Path:
-    """A text file, compressed where its name says so."""
+    """Writes a text file, compressed if its name says so."""
     path.parent.mkdir(parents=True, exist_ok=True)
     content = "".join(f"{line}\n" for line in lines).encode()
     if path.suffix == ".gz":
@@ -88,7 +88,7 @@ REVIEW_2023 = {
 
 
 def reviews(review: dict[str, Any], item: str, time: str, step: int) -> list[str]:
-    """Three reviews of one user, the newest first, each of another item."""
+    """Three reviews of one user for different items, the newest first."""
     return [json.dumps({**review, item: f"{review[item]}{n}", time: review[time] - n * step}) for n in range(3)]
 
 
@@ -162,11 +162,11 @@ def test_as_published(tmp_path: Path, case: str, auto: bool) -> None:
 
 @pytest.mark.parametrize("size", ["pure", "1k", "27k"])
 def test_kuairand_folder(tmp_path: Path, size: str) -> None:
-    """All parts of the standard log in order, none of the random one, no table of features."""
+    """All parts of the standard log are read in order, but not the random log or the tables of features."""
     folder = tmp_path / f"KuaiRand-{size}" / "data"
     parts = ["_part1", "_part2"] if size == "27k" else [""]
     names = [f"log_standard_{days}_{size}{part}.csv" for days in ("4_08_to_4_21", "4_22_to_5_08") for part in parts]
-    for n, name in enumerate(names):  # all at one time: the order is that of the files
+    for n, name in enumerate(names):  # all at the same time, so the order is that of the files
         write(folder / name, KUAIRAND_HEADER, f"5,{90 - n},20220408,200,1649354454131,1" + ",0" * 13)
     write(folder / f"log_random_4_22_to_5_08_{size}.csv", KUAIRAND_HEADER, KUAIRAND_ROWS[0])
     write(folder / f"user_features_{size}.csv", "user_id,user_active_degree", "5,full_active")
@@ -198,7 +198,7 @@ def test_other_folders_and_patterns(tmp_path: Path) -> None:
 
 
 def test_any_names_in_json_lines(tmp_path: Path) -> None:
-    """A broken line, one without a time and one with an id of another type are counted, each with its line."""
+    """A broken line, a line without a time and a line with an id of another type are counted, each with its number."""
     rows = [{"who": f"u{n % 2}", "what": n, "when": n, "extra": [n]} for n in range(1, 8)]
     lines = [json.dumps(row) for row in rows]
     lines[2:2] = ['{"who": "u0", "what"', '{"who": "u0", "what": 3}', '{"who": "u0", "what": "x", "when": 1}']
@@ -215,7 +215,7 @@ def test_any_names_in_json_lines(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("ending", "codec"), [("gz", "gzip"), ("bz2", "bz2"), ("zst", "zstd"), ("lz4", "lz4")])
 def test_compressed(tmp_path: Path, ending: str, codec: str) -> None:
-    """In two files, told by their names."""
+    """The kinds are in two files, which their names distinguish."""
     for name, rows in (("a", ["1,5,30", "1,6,20"]), ("b", ["1,7,10"])):
         with pa.CompressedOutputStream(str(tmp_path / f"{name}.csv.{ending}"), codec) as stream:
             stream.write("".join(f"{line}\n" for line in ["user_id,item_id,ts", *rows]).encode())
@@ -308,7 +308,7 @@ def test_real_kuairand(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared/data, real interactions beside the checkout")
 def test_real_days_added_one_by_one(tmp_path: Path) -> None:
-    """A week of KuaiRand by its days, through the reader of training sets too, equals the week at once."""
+    """A week of KuaiRand that is added day by day equals the week in one run, also through the reader of training sets."""
     log = pq.read_table(SHARED / "kuairand_pure_std_0425_0508.parquet")
     day = pc.floor(pc.divide(log["time_ms"].cast(pa.float64()), 86_400_000.0))
     days = []

@@ -1,4 +1,4 @@
-"""One rule for ids in every format: 64-bit whole numbers, or text."""
+"""Ids follow the same rule in every format: 64-bit whole numbers, or text."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BIG = 2**64 - 1
 
 
 def write_ids(path: Path, items: list[Any], kind: pa.DataType | None = None) -> Path:
-    """One user's events, one a second; the format by the file's name."""
+    """Writes the events of one user, one per second, in the format of the file's name."""
     times = range(len(items))
     if path.suffix == ".csv":
         return write(path, "user,item,time", *(f"7,{item},{time}" for item, time in zip(items, times, strict=True)))
@@ -57,7 +57,7 @@ def test_whole_numbers_of_64_bits(tmp_path: Path, ending: str, items: list[int],
 
 @pytest.mark.parametrize("large_user", [False, True])
 def test_unsigned_ids_grow(tmp_path: Path, large_user: bool) -> None:
-    """Users and items above 2^63 - 1, filtered, left out and brought back by days added later, in the order of the ids."""
+    """Users and items above 2^63 - 1 are filtered, left out, brought back by later additions, and kept in the order of the ids."""
     shift = 2**63 if large_user else 0
     rows = [
         (user + shift * (user % 2), 2**63 * (item % 2) + item, 10 * item)
@@ -146,7 +146,7 @@ def test_text_as_numbers(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl"])
 def test_numbers_turn_into_text_later(tmp_path: Path, ending: str) -> None:
-    """After the sample is read: malformed, with the option that helps; all is text with that option."""
+    """Such an id after the sample is malformed, and the message has the option that helps; with it all ids are text."""
     items: list[Any] = [*range(100_000), *(f"a{n}" for n in range(3000))]
     file = write_ids(tmp_path / f"a.{ending}", items)
     with pytest.raises(UserError, match=r"not a whole number in item: 3000 .*--id-type text"):

@@ -1,4 +1,4 @@
-"""Killed anywhere, `mme prepare` leaves the old set or the new one; the next run clears up and gets there."""
+"""If `mme prepare` is killed anywhere, it leaves the old set or the new one; the next run cleans up and finishes."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_what_another_run_had_read_is_not_used(tmp_path: Path, monkeypatch: pyte
 
 
 def test_two_at_once(tmp_path: Path) -> None:
-    """The second is refused while the first writes, and not afterwards."""
+    """The second command is rejected while the first one writes, and not afterwards."""
     (tmp_path / "a.csv").write_text("user,item,time\n1,1,1\n1,2,2\n1,3,3\n")
     held, go_on = threading.Event(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""Files as the world has them: each kind is read with the right values, or refused in one line that says why."""
+"""Files of many kinds are read with the right values or rejected in one line that says why."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ EVENTS = [(user, 10 * user + n, START + 100 * user + n) for user in (1, 2, 3) fo
 def by_user(
     user: Callable[[int], Any] = lambda user: user, item: Callable[[int], Any] = lambda item: item
 ) -> dict[Any, list[tuple[Any, int]]]:
-    """What `read` returns for EVENTS whose ids are written as ``user`` and ``item`` say."""
+    """The result of `read` for EVENTS whose ids are formatted by ``user`` and ``item``."""
     found: dict[Any, list[tuple[Any, int]]] = {}
     for u, i, second in EVENTS:
         found.setdefault(user(u), []).append((item(i), second))
@@ -33,7 +33,7 @@ def by_user(
 
 
 def text(name: str, row: Callable[[int, int, int], str], header: str = HEADER) -> Callable[[Path], Path]:
-    """A file with a line for each of EVENTS."""
+    """Writes a file with one line for each of EVENTS."""
 
     def write(folder: Path) -> Path:
         path = folder / name
@@ -70,7 +70,7 @@ BIG = 2**63 + 5
 
 @dataclass(frozen=True)
 class Kind:
-    """``expected``: what `read` returns; ``said``: what the user is told of the file beforehand."""
+    """A kind of file. ``expected`` is the result of `read`; ``said`` is what the user is told about the file beforehand."""
 
     write: Callable[[Path], Path]
     expected: dict[Any, list[tuple[Any, int]]]

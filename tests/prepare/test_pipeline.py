@@ -1,4 +1,4 @@
-"""From files to a training set: order, filters, counts, formats, bad input, and nothing half-written."""
+"""Files become a training set with the right order, filters and counts; bad input leaves nothing half-written."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def write_parquet(path: Path, **columns: Any) -> Path:
 
 
 def test_matches_a_plain_program_on_random_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(event_store, "EVENTS_AT_ONCE", 100)  # users stand across several batches
+    monkeypatch.setattr(event_store, "EVENTS_AT_ONCE", 100)  # users extend over several batches
     monkeypatch.setattr(writer_module.DatasetWriter.__init__, "__defaults__", (500,))
     rng = np.random.default_rng(0)
     users, items, times = rng.integers(60, size=3000), rng.integers(200, size=3000), rng.integers(40, size=3000)
@@ -226,7 +226,7 @@ def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
     file = write_csv(tmp_path / "a.csv", ["1,2,3", "1,4,5", "1,6,7"])
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("x")
-    for name in ("some.json", "dataset.json"):  # a training set, too, that holds something else
+    for name in ("some.json", "dataset.json"):  # also a training set with other files in it
         (tmp_path / "out" / name).write_text("{}")
         with pytest.raises(UserError, match=r"out: holds other files \((some.json|thesis.txt)\)"):
             prepare([file], "csv", tmp_path / "out")

@@ -1,4 +1,4 @@
-"""The whole of `mme prepare` against a program in plain Python, on random small inputs."""
+"""Compares the whole of `mme prepare` with a program in plain Python on small random inputs."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def write(folder: Path, name: str, events: list[Event], text: bool = False) -> P
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Users across batches, histories across row groups and parts."""
+    """Users extend over batches, and histories over row groups and parts."""
     monkeypatch.setattr(event_store, "EVENTS_AT_ONCE", 4)
     monkeypatch.setattr(writer_module.DatasetWriter.__init__, "__defaults__", (8,))
 
@@ -119,7 +119,7 @@ def test_equals_plain_python(
 
 
 def plain_gini(counts: list[int]) -> float:
-    """Half the mean difference of all pairs over the mean."""
+    """The Gini coefficient: half the mean difference of all pairs over the mean."""
     return sum(abs(a - b) for a in counts for b in counts) / (2 * len(counts) * sum(counts))
 
 
@@ -131,7 +131,7 @@ DAYS = st.lists(EVENTS, min_size=2, max_size=4)
 def test_adding_days_equals_preparing_all_at_once(
     days: list[list[Event]], least_of_user: int, least_of_item: int, iterate: bool, text: bool
 ) -> None:
-    """Days overlap in time, have events of each other and bring back what the filters had dropped."""
+    """Days overlap in time, share events and bring back what the filters had dropped."""
     options: dict[str, Any] = {
         "min_user_events": least_of_user,
         "min_item_events": least_of_item,
@@ -168,7 +168,7 @@ def read_items(folder: Path) -> dict[Any, int]:
 
 
 def left_out(folder: Path) -> dict[Any, list[tuple[Any, int, int]]]:
-    """Raw user → item, time and place of the events left out, in order."""
+    """Raw user → item, time and place of the left-out events, in order."""
     found: dict[Any, list[tuple[Any, int, int]]] = {}
     if (folder / "left_out.parquet").exists():
         for row in pq.read_table(folder / "left_out.parquet").to_pylist():
@@ -215,7 +215,7 @@ def test_sets_that_can_not_be_added_to(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_memory_stays_below_its_limit(tmp_path: Path) -> None:
-    """Without need to spill, as many events take 740 MiB."""
+    """Without the limit, the same number of events takes 740 MiB."""
     result = measure(10_000_000, tmp_path, "600MiB", min_item_events=1)
     assert result["peak_rss_gib"] * 1024 < 600
     assert result["num_events"] == result["events"] - result["duplicate_rows"]

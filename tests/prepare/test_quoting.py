@@ -1,4 +1,4 @@
-"""Quotes in CSV: line breaks inside of them at any file size, stray ones that swallow nothing, and every line counted."""
+"""Quotes in CSV may enclose line breaks at any file size, stray quotes hide no rows, and every line is counted."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_standard_quoting_names_the_quote_that_stays_open(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("block_bytes", [64, 100, 1000])
 def test_blocks_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int) -> None:
-    """Fields of many lines across blocks; the line of what is malformed is right all the same."""
+    """Fields of many lines extend over blocks, and messages still name the right line of malformed rows."""
     titles = {n: '"one\n' + "more, \n" * n + 'last"' for n in range(0, ROWS, 7)} | {11: '"stray', 40: "a,b"}
     file = write_rows(tmp_path / "a.csv", titles)
     lines = file.read_text().split("\n")
@@ -85,7 +85,7 @@ def test_blocks_end_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bl
 
 
 def test_quoted_line_breaks_beyond_a_block(tmp_path: Path) -> None:
-    """More than 8 MiB, with the break where a block ends."""
+    """The file has more than 8 MiB, with the line break at the end of a block."""
     rows = 3000
     titles = dict.fromkeys(range(0, rows, 2), '"' + "words\n" * 1000 + '"')
     file = write_rows(tmp_path / "a.csv", titles, rows=rows)
@@ -102,7 +102,7 @@ def test_quoted_line_breaks_beyond_a_block(tmp_path: Path) -> None:
     st.integers(1, 60),
 )
 def test_records_are_those_of_the_csv_module(rows: list[list[str]], newline: str, cut: int) -> None:
-    """Whatever the standard writer writes, in whatever pieces it is read."""
+    """Everything that the standard writer writes is read back, whatever the size of blocks."""
     out = io.StringIO()
     csv.writer(out, lineterminator=newline, quoting=csv.QUOTE_MINIMAL).writerows(rows)
     data = out.getvalue().encode()

@@ -16,7 +16,7 @@ KEPT = Path(WORK_FOLDER, READ_FILE)
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Path:
-    """A folder outside, with what an interrupted run would leave."""
+    """A folder outside, with files like those of an interrupted run."""
     folder = tmp_path / "mine"
     (folder / WORK_FOLDER).mkdir(parents=True)
     (folder / KEPT).write_text("{}")

@@ -1,4 +1,4 @@
-"""The embedded data set: what its description promises, and that knowing its process is worth what it states."""
+"""The embedded data set keeps the promises of its description, and its oracle is as good as stated."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def test_counts_sessions_and_no_repeats(made: tuple[Path, dict[str, Any]]) -> No
     assert np.unique(pairs).size == dataset.num_events
     same_user = np.diff(np.repeat(np.arange(1200), np.diff(dataset.user_offsets))) == 0
     gaps = np.diff(events["timestamp"])[same_user]
-    assert not ((gaps > HOUR_S / 2) & (gaps < 2 * HOUR_S)).any()  # inside a session or between two, nothing else
+    assert not ((gaps > HOUR_S / 2) & (gaps < 2 * HOUR_S)).any()  # either inside a session or between two
     assert 0.1 < (gaps > HOUR_S).mean() < 0.2
 
 
 def ranks_by_recent_neighbours(dataset: PreparedDataset, keep: str) -> torch.Tensor:
-    """Ranks of the test targets by how often items stand in one session with those that ``keep`` says.
+    """Ranks of the test targets by how often items share a session with the items that ``keep`` selects.
 
-    `session`: the user's last events before the target if they are in its session, else the whole history.
+    `session`: the user's last events before the target if they are in its session, otherwise the whole history.
     `history`: always the whole history.
     """
     ends = dataset.train_ends(LEAVE_TWO_OUT)

@@ -1,4 +1,4 @@
-"""Every form of time that people have: sorted and deduplicated at its resolution, written as seconds, or refused."""
+"""Times in every common form are sorted and deduplicated at their resolution and written as seconds, or rejected."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ UTC = datetime.timezone.utc
 
 
 def events(folder: Path, times: list[str], **options: Any) -> list[tuple[int, int]]:
-    """Item (the number of the row, from 0) and seconds of one user's events in order."""
+    """The item (the number of the row, from 0) and the seconds of one user's events, in order."""
     rows = [f'1,{item},"{time}"' for item, time in enumerate(times)]
     file = write(folder / "a.csv", "user,item,time", *rows)
     prepare([file], "auto", folder / "out", min_user_events=1, **options)
@@ -95,7 +95,7 @@ def test_events_that_differ_below_a_second_are_no_duplicates(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("order", list(permutations(range(3))))
 def test_added_days_keep_the_order_below_a_second(tmp_path: Path, order: tuple[int, ...]) -> None:
-    """One day in ms, one in s, one in µs; users that the filter leaves out for two days come back in order."""
+    """The days are in ms, s and µs; users that the filter leaves out for two days come back in order."""
     days = [
         write(tmp_path / "0.csv", "user,item,time", *(f"{u},{i},{START * 1000 + 100 * i}" for u in (1, 2) for i in (1, 9))),
         write(tmp_path / "1.csv", "user,item,time", *(f"{u},{i},{START + i - 2}" for u in (1, 2) for i in (2, 3)), f"3,1,{START}"),
@@ -122,7 +122,7 @@ def test_a_set_in_seconds_has_no_fractions(tmp_path: Path) -> None:
 
 
 def test_before_1970(tmp_path: Path) -> None:
-    """Times of the years before are times; -1 and its like are codes for a missing one."""
+    """Times before 1970 are valid, but -1 and similar numbers are codes for a missing time."""
     times = ["-86401", "-1000000000", "-1", "-86400", "0", "-9", "-999", "-99999999999"]
     rows = [f"1,{item},{time}" for item, time in enumerate(times)]
     file = write(tmp_path / "a.csv", "user,item,time", *rows)

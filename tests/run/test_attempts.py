@@ -66,7 +66,7 @@ def test_each_failure_after_the_first_goes_back_one_checkpoint(tmp_path: Path) -
     assert isinstance(stuck, FinalError)
     assert str(stuck).startswith("step 14 was not finite in 4 attempts, and no older checkpoint is left")
     assert checkpoint.steps(run) == [7]
-    assert go_back(run, JOB) is None  # the user may insist
+    assert go_back(run, JOB) is None  # the user can try once more
     assert remove_all(run) == 1
     assert list((run / "checkpoints").iterdir()) == []
 
@@ -107,7 +107,7 @@ def attempt(world: World, data: str, run: str, *overrides: str) -> str:
 
 
 def attempts_that_overflow(world: World, data: str, run: str) -> list[str]:
-    """Gradient descent at a rate of 1e30 leaves weights of 1e28: their squares, and the vectors' lengths, are infinite.
+    """Gradient descent at a rate of 1e30 leaves weights of 1e28, whose squares and lengths of vectors are infinite.
 
     Losses stay finite, so the last evaluation finds it, with checkpoints up to step 13 written on the way.
     """
@@ -170,5 +170,5 @@ def test_a_run_with_nothing_but_nan_is_evaluated_with_status_1(data: Path, tmp_p
     assert failed.stderr == f"error: {expected}\n"
     with pytest.raises(NonFiniteError, match=re.escape(expected)):
         read_checkpoint(run)
-    (refused,) = run_on(1, attempt, str(data), str(run), "train.steps=2")  # it does not begin again unasked
+    (refused,) = run_on(1, attempt, str(data), str(run), "train.steps=2")  # it does not start again without a request
     assert refused.startswith(f"UserError: {run}/checkpoints: no sound checkpoint among 1, the newest: {expected}")

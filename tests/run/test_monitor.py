@@ -1,4 +1,4 @@
-"""The live progress and what it leaves in the run's folder."""
+"""The progress line and the files that monitoring leaves in the run's folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.limits import files_of_at_most
 
 
 class Clock:
-    """Seconds that pass only when told to."""
+    """A clock whose seconds pass only on request."""
 
     now = 0.0
 
@@ -83,7 +83,7 @@ def test_resumed_run_reads_as_one_uninterrupted_run(tmp_path: Path) -> None:
     with (cut / "metrics.jsonl").open("a") as metrics:
         metrics.write('{"kind": "train", "step": 30, "lo')  # as a killed process leaves it
     with Monitor(cut, total_steps=40, log_every=5, console=plain_console()) as monitor:
-        monitor.resume_at(22, 40)  # the checkpoint stands between two lines
+        monitor.resume_at(22, 40)  # the checkpoint is between two lines
         train(monitor, 23, 40)
 
     def losses(run: Path) -> list[tuple[int, float]]:
@@ -166,7 +166,7 @@ def test_loss_that_is_not_finite_is_null_and_noted(tmp_path: Path) -> None:
 
 def test_starved_expert_is_noted_once(tmp_path: Path) -> None:
     console = plain_console()
-    # View 1 leaves expert 0 alone while view 0 uses it: that is not starving. Expert 2 gets 1% of an even third.
+    # Expert 0, which only view 0 uses, is not starved. Expert 2 gets 1% of an even third.
     load = [[[0.6, 0.39, 0.01], [0.0, 1.0, 0.0]]]
     assert starved_experts(load) == [(0, 2, 0.005)]
     with Monitor(tmp_path, total_steps=2, console=console) as monitor:
@@ -178,7 +178,7 @@ def test_starved_expert_is_noted_once(tmp_path: Path) -> None:
 
 def test_an_expert_that_takes_all_is_noted_once(tmp_path: Path) -> None:
     console = plain_console()
-    load = [[[0.48, 0.3, 0.22], [0.46, 0.3, 0.24]]]  # of two experts a token, one can get half of the choices
+    load = [[[0.48, 0.3, 0.22], [0.46, 0.3, 0.24]]]  # with two experts per token, one can get half of the choices
     assert greedy_experts(load, 2) == [(0, 0, 0.47)]
     assert greedy_experts(load, 1) == []
     assert greedy_experts([[[0.5, 0.5]]], 2) == []  # each token must take both

@@ -27,7 +27,7 @@ SPLIT = [[0, 3], [1, 2, 4]]
 
 
 def everything(step: TrainStep) -> dict[str, Tensor]:
-    """All weights and optimizer states of this rank, Adam's counts of steps among them."""
+    """All weights and optimizer states of this rank, including Adam's counts of steps."""
     recommender = step.recommender
     found = {p.name: p.read().clone() for p in [*weight_pieces(recommender), *optimizer_pieces(recommender)]}
     for name, optimizer in {"decoder": step.engine.optimizer.optimizer, "tables": recommender.tables.optimizer}.items():
@@ -38,7 +38,7 @@ def everything(step: TrainStep) -> dict[str, Tensor]:
 
 
 def spoil(recommender: Recommender, where: str) -> Any:
-    """Makes the loss, or a gradient of the decoder or of the tables, infinite on this rank; returns what undoes it."""
+    """Makes the loss, or a gradient of decoder or tables, infinite on this rank; returns a function that undoes it."""
     decoder = recommender.decoder
     if where == "loss":
         return decoder.register_forward_hook(lambda _, __, output: replace(output, hidden=output.hidden * torch.inf))
@@ -52,7 +52,7 @@ def spoil(recommender: Recommender, where: str) -> Any:
 
 
 def skip_in_the_middle(world: World, where: str, overrides: list[str]) -> Any:
-    """Steps 0 and 2, with a spoiled step 1 on the last rank between them; and the same without step 1."""
+    """Runs steps 0 and 2 with an infinite step 1 of the last rank between them, and the same steps without step 1."""
     config = configuration("train.table_lr=0.001", *overrides)
     batch = sequences(SPLIT[world.rank])
     losses = []
@@ -100,7 +100,7 @@ def test_the_batch_is_kept_sequence_by_sequence(tmp_path: Path) -> None:
 
 
 def test_the_job_stops_with_one_line_or_skips_as_configured(data: Path, tmp_path: Path) -> None:
-    """Scores divided by next to nothing are not finite."""
+    """Scores that are divided by a tiny temperature are not finite."""
     stopped = train(data, tmp_path / "stopped", "loss.temperature=1e-40", "train.steps=3")
     assert stopped.returncode == 1
     (line,) = stopped.stderr.splitlines()

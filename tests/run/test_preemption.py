@@ -1,4 +1,4 @@
-"""SIGTERM ends a process whatever it is stuck in, and is otherwise only noted."""
+"""SIGTERM ends a process that is stuck, and is otherwise only noted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No line fills a log, however often it comes."""
+"""No line fills a log, however often it is repeated."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A second job does not write into a run's folder, whoever is first."""
+"""A second job does not write into the folder of a run in progress."""
 
 from __future__ import annotations
 

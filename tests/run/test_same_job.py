@@ -1,4 +1,4 @@
-"""Ranks that were started with different jobs end with a line that names what differs, the same on all."""
+"""Ranks that were started with different jobs all end with the same line, which names the difference."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def configuration(*overrides: str) -> Config:
 
 
 def refusal_of_another_job(world: World, overrides: list[str], dataset: str) -> str:
-    """What all ranks say where the last one has ``overrides`` and ``dataset``."""
+    """The messages of all ranks if the last one has ``overrides`` and ``dataset``."""
     is_other = world.rank == world.size - 1
     with pytest.raises(UserError) as refused:
         require_same_job(configuration(*(overrides if is_other else [])), dataset if is_other else "first", world)

@@ -1,4 +1,4 @@
-"""The rank that hangs is named, whatever the others wait in; every rank's stack is kept."""
+"""The hanging rank is named, wherever the others wait, and the stacks of all ranks are kept."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.ports import free_port
 
 
 def work(rank: int, port: int, run: Path, hanging: str) -> None:
-    """Three steps together; before the third, rank 1 hangs."""
+    """Two ranks do three steps; before the third, rank 1 hangs."""
     os.environ.update(
         RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=str(port)
     )

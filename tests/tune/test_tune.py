@@ -144,7 +144,7 @@ def test_links_in_a_searchs_folder_are_not_followed(
 def test_a_journal_names_no_folder_outside_the_search(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The folder of a trial is trained into, and its checkpoints are removed."""
+    """A trial writes to its folder and removes checkpoints there, so a journal must not choose the folder freely."""
     (tmp_path / "mine" / "checkpoints").mkdir(parents=True)
     command = arguments(tmp_path, data, 1)
     (tmp_path / "space.yaml").write_text("model.num_tables: [3]\n")  # no valid configuration: nothing is trained
