@@ -88,7 +88,7 @@ def peak_memory(run: Callable[[], Any], device: torch.device) -> float:
         return (torch.cuda.max_memory_allocated() - before) / 2**30
     # What earlier calls gave back may be with the allocator still: it would serve `run` unseen.
     ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")  # the mark of the highest resident set falls to what is resident now
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak resident set to the current one
     before = _resident_kib("VmRSS")
     run()
     return max(0, _resident_kib("VmHWM") - before) / 2**20

@@ -64,7 +64,7 @@ Items = Annotated[
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print exactly what would be run or written, then exit.")]
 Submit = Annotated[bool, typer.Option("--submit", help="Submit the job after writing the file.")]
 Output = Annotated[
-    Optional[Path], typer.Option(metavar="FILE", help="File to write. Default: a file beside the run's folder.")
+    Optional[Path], typer.Option(metavar="FILE", help="File to write. Default: a file next to the run's folder.")
 ]
 
 

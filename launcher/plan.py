@@ -99,7 +99,7 @@ def layouts(shape: Shape, device: Device) -> list[ParallelLayout]:
     found = [
         predict(_laid_out(shape, sharding, size), device)
         for sharding in SHARDINGS
-        if (sharding, shape.config.train.table_optimizer) != ("column_wise", "rowwise_adagrad")  # refused in training
+        if (sharding, shape.config.train.table_optimizer) != ("column_wise", "rowwise_adagrad")  # training rejects it
         for size in range(1, most + 1)
         if most % size == 0
     ]

@@ -74,8 +74,8 @@ def local_address(endpoint: str) -> str | None:
 def hosts_unrecognised(endpoint: str) -> bool:
     """Whether the endpoint is on this node but torchrun, which only resolves the node's own name, would not notice.
 
-    If torchrun recognises its own endpoint, it also handles a second node of the job on this machine, and must not be
-    told.
+    If torchrun recognises its own endpoint, it also handles a second node of the job on this machine. Then the launcher must not
+    set ``is_host``.
     """
     address = local_address(endpoint)
     if address is None or ipaddress.ip_address(address).is_loopback:

@@ -149,8 +149,8 @@ def evaluate(
         Optional[Path],
         typer.Option(
             metavar="DIR",
-            help="Keeps the flat file of the data set's events, where its own folder can't be written to; the run's "
-            "data.cache_dir is not used.",
+            help="Folder for the flat file of the data set's events, if the data set's own folder can't be written to. The "
+            "run's data.cache_dir is not used.",
         ),
     ] = None,
 ) -> None:

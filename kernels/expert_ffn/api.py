@@ -159,4 +159,4 @@ def _check_values(expert_offsets: Tensor, num_rows: int) -> None:
     if first != 0 or last != num_rows:
         raise ValueError(f"expert_offsets runs from {first} to {last}; expected from 0 to the {num_rows} rows")
     if step < 0:
-        raise ValueError("expert_offsets must not fall")
+        raise ValueError("expert_offsets must not decrease")

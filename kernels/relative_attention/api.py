@@ -126,7 +126,7 @@ def _check_values(seq_offsets: Tensor, max_seq_len: int, timestamps: Tensor, *ot
     if first != 0:
         raise ValueError(f"seq_offsets must start at 0, not {first}")
     if least < 0:
-        raise ValueError("seq_offsets must not fall")
+        raise ValueError("seq_offsets must not decrease")
     if most > max_seq_len:
         raise ValueError(f"seq_offsets has a sequence of {most} tokens; max_seq_len is {max_seq_len}")
     if timestamps.numel() != tokens + lengths.numel():

@@ -45,7 +45,7 @@ def time_cells(device: torch.device) -> Tensor:
     first, last = (x.nan_to_num(nan=torch.inf) for x in (first, last))
     bucket = torch.bucketize(first, thresholds, right=True)
     inside = torch.bucketize(last, thresholds, right=True) - bucket
-    assert inside.max() == 1, "a cell holds two thresholds"
+    assert inside.max() == 1, "a cell has two thresholds"
     threshold = torch.where(inside == 1, thresholds[bucket.clamp(max=NUM_TIME_BUCKETS - 2)], torch.nan)
     held = threshold.view(torch.int32).to(torch.int64) & 0xFFFFFFFF | bucket << 32
     return torch.cat([held, held]).to(device)

@@ -51,7 +51,7 @@ class PreparedDataset:
 
         Raises:
             UserError: the folder, dataset.json or a part is missing, damaged or not what dataset.json says, an item is
-                out of range, a timestamp falls or a value is null; the message names the file and row (from 0).
+                out of range, a timestamp decreases or a value is null; the message names the file and row (from 0).
         """
         folder = Path(path)
         info = read_info(folder)

@@ -4,7 +4,7 @@
           → whole users, duplicates dropped, in a file (`histories`) → rounds of the count filters
           → with what a prior set has (`merging`) → Parquet (`writer`)
 
-Only batches, about twenty bytes per item, and the longest history are in memory. Everything else is on disk beside the output,
+Only batches, about twenty bytes per item, and the longest history are in memory. Everything else is on disk next to the output,
 where an interrupted run leaves the events that it has read for the next run (`unfinished`).
 """
 

@@ -149,7 +149,7 @@ class RecordSplitter:
         literal.append(line)
 
     def _as_characters(self, line: bytes) -> bytes:
-        """The line with its quotes doubled inside quoted fields, so that they are read as they stand."""
+        """The line with its quotes doubled inside quoted fields, so that they are read as characters."""
         text = line.rstrip(b"\r\n")
         fields = [
             b'"' + field.replace(b'"', b'""') + b'"' if b'"' in field else field

@@ -92,7 +92,7 @@ def read_blocks(
         while skip and block:
             line, _, block = block.partition(b"\n")
             first_line += 1
-            if line.strip() or skip < layout.header_lines:  # blank lines may stand before the header
+            if line.strip() or skip < layout.header_lines:  # there may be blank lines before the header
                 skip -= 1
         rest, data = after, following
         if not block:
@@ -101,8 +101,8 @@ def read_blocks(
             records = splitter.split(_tidy(block, layout), is_last=not following)
         except OpenQuote as error:
             raise UnreadableText(
-                f"line {first_line + error.line}: a quote opens here {error.reason}; give --quoting literal where quotes "
-                "are characters like others, --quoting standard where they enclose fields"
+                f"line {first_line + error.line}: a quote opens here {error.reason}; give --quoting literal if quotes "
+                "are characters like others, --quoting standard if they enclose fields"
             ) from None
         rest = records.rest + after
         yield _parse(records, layout, wanted, first_line)

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 BLANKS = " \t\r\n\f\v"
-REPLACEMENT = "\ufffd"  # stands in a text for bytes that are not UTF-8
+REPLACEMENT = "\ufffd"  # replaces bytes that are not UTF-8
 
 
 def plain(column: pa.Array) -> pa.Array:

@@ -1,7 +1,7 @@
 """Counts the attempts that ended in NaN or infinity: after two at the same step the job goes back one checkpoint.
 
 A checkpoint whose weights are finite, but so large that a later step or evaluation overflows, would otherwise be resumed
-from for ever. The count is kept in the run's folder because each attempt is a new process.
+from forever. The count is kept in the run's folder because each attempt is a new process.
 """
 
 from __future__ import annotations

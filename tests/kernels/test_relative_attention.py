@@ -129,7 +129,7 @@ def arguments() -> dict[str, object]:
         ("v", lambda x: x[:, :9], r"v has shape \(2, 9, 5\)"),
         ("v", lambda x: x.half(), r"v has dtype torch\.float16; q has torch\.float"),
         ("seq_offsets", lambda x: x.int(), r"seq_offsets must be int64"),
-        ("seq_offsets", lambda x: torch.tensor([0, 11, 10]), r"seq_offsets must not fall"),
+        ("seq_offsets", lambda x: torch.tensor([0, 11, 10]), r"seq_offsets must not decrease"),
         ("seq_offsets", lambda x: torch.tensor([1, 4, 10]), r"seq_offsets must start at 0, not 1"),
         ("max_seq_len", lambda x: 5, r"pos_weights has shape \(15,\); expected \(9,\)"),
         ("timestamps", lambda x: x[:-1], r"timestamps has 11 entries; T \+ B is 12"),
