@@ -16,22 +16,18 @@ from torch import Tensor, nn
 from kernels.relative_attention.reference import time_bucket
 from mme.config import Config
 from mme.data.batch import SequenceBatch
-from mme.model.fuxi_block import NUM_TIME_BUCKETS
+from mme.model.biased_block import BiasedBlock
 from mme.model.inputs import positions_in_sequence
 
 MASKED_LOGIT = -5e4
 
 
-class PaddedBlock(nn.Module):
+class PaddedBlock(BiasedBlock):
     """One FuXi block with the weights of `mme.model.fuxi_block.FuxiBlock` with a dense FFN."""
 
     def __init__(self, dim: int, max_seq_len: int, num_heads: int, hidden_dim: int, dropout: float) -> None:
-        super().__init__()
-        self.max_seq_len, self.num_heads, self.dropout = max_seq_len, num_heads, dropout
-        self.uvqk = nn.Parameter(torch.empty(dim, 6 * dim).normal_(std=0.02))
-        self.ts_weights = nn.Parameter(torch.empty(NUM_TIME_BUCKETS).normal_(std=0.02))
-        self.pos_weights = nn.Parameter(torch.empty(2 * max_seq_len - 1).normal_(std=0.02))
-        self.output = nn.Linear(3 * dim, dim)
+        head_dim = dim // num_heads
+        super().__init__(dim, max_seq_len, num_heads, head_dim, head_dim, channels=3, dropout=dropout)
         self.w1, self.w3 = nn.Linear(dim, hidden_dim, bias=False), nn.Linear(dim, hidden_dim, bias=False)
         self.w2 = nn.Linear(hidden_dim, dim, bias=False)
 

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kernels.dropout import dropout
-from kernels.relative_attention.reference import NUM_TIME_BUCKETS, time_bucket
+from kernels.relative_attention.reference import time_bucket
 from kernels.splitmix import derive
+from mme.model.biased_block import BiasedBlock
 from mme.model.moe import Routing
 from mme.profiling.regions import region
 
@@ -84,7 +85,7 @@ class SASRecBlock(nn.Module):
         return dropout(x, self.dropout, None if keys is None else derive(keys, site))
 
 
-class HSTUBlock(nn.Module):
+class HSTUBlock(BiasedBlock):
     """[u, v, q, k] = SiLU(norm(x) W_uvqk);  A = SiLU(q·k + bias) / N;  x' = dropout(u ⊙ norm(A v)) W_o + b_o + x.
 
     HSTU (arXiv 2402.17152, equations 1 to 3). The bias of (i, j) is w_pos[j − i + N − 1] + w_ts[bucket(τ_{i+1} − τ_j)],
@@ -92,14 +93,7 @@ class HSTUBlock(nn.Module):
     """
 
     def __init__(self, dim: int, max_seq_len: int, num_heads: int, dqk: int, dv: int, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.max_seq_len, self.num_heads, self.dqk, self.dv = max_seq_len, num_heads, dqk, dv
-        self.dropout = dropout
-        self.uvqk = nn.Parameter(torch.empty(dim, num_heads * 2 * (dv + dqk)).normal_(std=0.02))
-        self.ts_weights = nn.Parameter(torch.empty(NUM_TIME_BUCKETS).normal_(std=0.02))
-        self.pos_weights = nn.Parameter(torch.empty(2 * max_seq_len - 1).normal_(std=0.02))
-        self.output = nn.Linear(num_heads * dv, dim)
-        nn.init.xavier_uniform_(self.output.weight)
+        super().__init__(dim, max_seq_len, num_heads, dqk, dv, channels=1, dropout=dropout)
 
     @region("attention")
     def forward(

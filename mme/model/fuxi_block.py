@@ -12,18 +12,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels import gated_rms_norm, relative_attention, rms_norm, silu_split
-from kernels.relative_attention.reference import NUM_TIME_BUCKETS
 from kernels.splitmix import derive
+from mme.model.biased_block import BiasedBlock
 from mme.model.moe import DenseFFN, MixtureOfExperts, Routing
 from mme.profiling.regions import region
 
 
-class FuxiBlock(nn.Module):
+class FuxiBlock(BiasedBlock):
     """The block as the public FuXi-α code initialises it; ``ffn`` is a DenseFFN or a MixtureOfExperts of width d."""
 
     def __init__(
@@ -37,17 +36,8 @@ class FuxiBlock(nn.Module):
         dropout: float = 0.0,
         backend: str = "auto",
     ) -> None:
-        super().__init__()
-        self.max_seq_len = max_seq_len
-        self.num_heads = num_heads
-        self.dropout = dropout
+        super().__init__(dim, max_seq_len, num_heads, dqk, dv, channels=3, dropout=dropout)
         self.backend = backend
-        self.dqk, self.dv = dqk, dv
-        self.uvqk = nn.Parameter(torch.empty(dim, num_heads * (4 * dv + 2 * dqk)).normal_(std=0.02))
-        self.ts_weights = nn.Parameter(torch.empty(NUM_TIME_BUCKETS).normal_(std=0.02))
-        self.pos_weights = nn.Parameter(torch.empty(2 * max_seq_len - 1).normal_(std=0.02))
-        self.output = nn.Linear(3 * num_heads * dv, dim)
-        nn.init.xavier_uniform_(self.output.weight)
         self.ffn = ffn
 
     def forward(
