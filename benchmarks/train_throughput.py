@@ -237,7 +237,7 @@ class _Measured:
 
     def checkpoint(self) -> dict[str, float]:
         """How long one checkpoint interrupts training, and after what time it is complete."""
-        from mme.distributed.checkpoint import Progress
+        from mme.distributed.checkpoint_index import Progress
         from mme.distributed.checkpoint_writer import CheckpointWriter
 
         started = time.perf_counter()

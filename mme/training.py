@@ -29,7 +29,7 @@ from mme.data.features import Features
 from mme.data.loaders import TrainLoader
 from mme.data.split import HeldOut, Split
 from mme.distributed import checkpoint
-from mme.distributed.checkpoint import Progress
+from mme.distributed.checkpoint_index import Progress
 from mme.distributed.checkpoint_writer import CheckpointWriter
 from mme.distributed.engine import initialize_engine
 from mme.distributed.pace import Pace
@@ -38,6 +38,7 @@ from mme.distributed.world import PATIENCE_S, World, process_group
 from mme.errors import FinalError, NonFiniteError, Preempted, UserError
 from mme.evaluation.evaluate import evaluate
 from mme.evaluation.record import SELECTED_BY, repeats_warning
+from mme.growth.known import require_numbering
 from mme.model.kernel_variants import compile_training_kernels
 from mme.profiling.profile import PROFILE_FOLDER, StepProfile
 from mme.profiling.regions import each_in_region, region
@@ -169,7 +170,7 @@ class Training:
         progress = None
         if self.config.train.resume:
             self._go_back(monitor)
-            progress = checkpoint.load_training(self.run_folder, self.recommender, self.engine, monitor.note)
+            progress = self._restored(monitor)
         else:
             self._start_over(monitor)
         if progress is None:
@@ -191,6 +192,15 @@ class Training:
         for warning in warnings(self.config):
             monitor.note(f"warning: {warning}")
         return progress
+
+    def _restored(self, monitor: Monitor) -> Progress | None:
+        """The progress of the newest sound checkpoint, after it has been loaded; None if there is no checkpoint."""
+        advice = "train.resume=false removes them and starts from step 0"
+        index = checkpoint.newest_sound(self.run_folder, self.world, monitor.note, advice)
+        if index is None:
+            return None
+        checkpoint.load_training(self.run_folder, index, self.recommender, self.engine)
+        return index.progress
 
     def _go_back(self, monitor: Monitor) -> None:
         """Sets checkpoints aside that lead to the same failure again (`mme.run.attempts`)."""
@@ -324,6 +334,7 @@ class Training:
             rank_batch=rank_batch(self.config),
             dataset=self.dataset.sha256,
             numbering=self.numbering,
+            rows={name: len(block) for name, block in self.recommender.rows.blocks.items()},
         )
 
     @region("checkpoint")
@@ -353,8 +364,11 @@ class Training:
 
     def _test(self, monitor: Monitor) -> list[dict[str, Any]]:
         """The test metrics of the checkpoint with the best validation metrics (without validation, of the last one)."""
-        step = checkpoint.load_weights(self.run_folder, None, self.recommender, self.numbering, monitor.note)
-        records = self._evaluate("test", step, keep_ranks_in=self.run_folder)
+        index = checkpoint.best_sound(self.run_folder, None, self.world, monitor.note)
+        at = checkpoint.folder(self.run_folder, index.progress.step)
+        require_numbering(index.progress, at, self.numbering, self.config.data.path)
+        checkpoint.load_weights(self.run_folder, index, self.recommender)
+        records = self._evaluate("test", index.progress.step, keep_ranks_in=self.run_folder)
         self._show(monitor, records)
         return records
 

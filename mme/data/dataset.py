@@ -17,7 +17,7 @@ from torch import Tensor
 from mme.data.description import content_sha256, read_info
 from mme.data.event_file import EventFile, Records, open_event_file
 from mme.data.features import feature_sizes
-from mme.data.numbering import numbering_sha256, read_item_ids
+from mme.data.numbering import Extent, numbering_sha256, read_item_ids
 from mme.data.parts import IntArray, check_files, read_user_ids
 from mme.data.split import HeldOut, Split
 
@@ -40,6 +40,7 @@ class PreparedDataset:
         # Each evaluation needs these results of passes over all events, which do not change.
         self._num_older = lru_cache(maxsize=1)(self._compute_num_older)
         self._training_counts = lru_cache(maxsize=1)(self._compute_training_counts)
+        self._known_targets = lru_cache(maxsize=2)(self._compute_known_targets)
         self._targets_sha256 = lru_cache(maxsize=4)(self._compute_targets_sha256)
 
     @classmethod
@@ -79,6 +80,10 @@ class PreparedDataset:
         """See `mme.data.features`; raises UserError if the set has no such column."""
         return feature_sizes(self.folder, self.info, names)
 
+    def extent(self, features: Sequence[str]) -> Extent:
+        """The whole numbering of items and of the named columns."""
+        return Extent(self.num_items, self.feature_sizes(features))
+
     def numbering_sha256(self, features: Sequence[str]) -> str:
         """See `mme.data.numbering`."""
         return numbering_sha256(self.folder, self.info, features)
@@ -95,20 +100,29 @@ class PreparedDataset:
         """(num_users,) the exclusive end of each user's training events in the flat events."""
         return split.train_ends(self.user_offsets, self._num_older)
 
-    def targets(self, split: Split, part: HeldOut) -> tuple[IntArray, IntArray]:
-        """User rows that have a target in ``part``, and the target's position in the flat events."""
-        return split.targets(part, self.user_offsets, self._num_older)
+    def targets(self, split: Split, part: HeldOut, num_items: int | None = None) -> tuple[IntArray, IntArray]:
+        """User rows that have a target in ``part``, and the target's position in the flat events.
+
+        Args:
+            num_items: the number of items that a model knows of a set that has grown since, which are the first ones. Users
+                whose target, or whose whole history, consists of other items are left out.
+        """
+        if num_items is None or num_items >= self.num_items:
+            return split.targets(part, self.user_offsets, self._num_older)
+        return self._known_targets(split, part, num_items)
 
     def training_counts(self, split: Split) -> Tensor:
         """(num_items,) int64, how often each item occurs in the training events."""
         return self._training_counts(split)
 
-    def targets_sha256(self, split: Split, part: HeldOut) -> str:
-        """SHA-256 of the lines "user_id<TAB>item_id<LF>" in raw ids, UTF-8, in the order of the users' rows.
+    def targets_sha256(self, split: Split, part: HeldOut, num_items: int | None = None) -> str:
+        """SHA-256 of the lines "user_id<TAB>item_id<LF>" of `targets`: raw ids, UTF-8, in the order of the users' rows.
 
         Raw ids make the hash independent of how items are numbered, so that results of different programs can be compared.
         """
-        return self._targets_sha256(split, part)
+        if num_items is not None and num_items >= self.num_items:
+            num_items = None  # so that a hash computed earlier is found
+        return self._targets_sha256(split, part, num_items)
 
     def _compute_training_counts(self, split: Split) -> Tensor:
         counts = np.zeros(self.num_items, np.int64)
@@ -119,8 +133,19 @@ class PreparedDataset:
             np.add.at(counts, events["item"][np.arange(events.size) < ends], 1)
         return torch.from_numpy(counts)
 
-    def _compute_targets_sha256(self, split: Split, part: HeldOut) -> str:
+    def _compute_known_targets(self, split: Split, part: HeldOut, num_items: int) -> tuple[IntArray, IntArray]:
         rows, positions = self.targets(split, part)
+        chosen = np.zeros(rows.size, bool)
+        for first, last, events in self.events.scan():
+            here = slice(*np.searchsorted(rows, [first, last]))
+            begin = self.user_offsets[first]
+            known = np.concatenate([[0], np.cumsum(events["item"] < num_items)])
+            starts, targets = self.user_offsets[rows[here]] - begin, positions[here] - begin
+            chosen[here] = (known[targets] > known[starts]) & (known[targets + 1] > known[targets])
+        return rows[chosen], positions[chosen]
+
+    def _compute_targets_sha256(self, split: Split, part: HeldOut, num_items: int | None) -> str:
+        rows, positions = self.targets(split, part, num_items)
         raw_items = read_item_ids(self.folder)
         digest = hashlib.sha256()
         first = 0

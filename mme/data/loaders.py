@@ -155,6 +155,9 @@ class EvaluationLoader:
     """Batches of one rank for one held-out part. Each user with a target occurs once, in the order of the users' rows.
 
     Every rank has the same number of batches; in the last one a rank may have no history.
+
+    Args:
+        num_items: as in `PreparedDataset.targets`; events of other items are left out. None: all items.
     """
 
     def __init__(
@@ -164,10 +167,12 @@ class EvaluationLoader:
         part: HeldOut,
         worker: Worker,
         features: Features = NO_FEATURES,
+        num_items: int | None = None,
     ) -> None:
         self.dataset, self.data, self.worker, self.features = dataset, data, worker, features
         self.history_len = data.history_len(bool(features.users))
-        self.user_rows, self.positions = dataset.targets(Split.of(data), part)
+        self.num_items = dataset.num_items if num_items is None else num_items
+        self.user_rows, self.positions = dataset.targets(Split.of(data), part, num_items)
 
     def num_batches(self) -> int:
         return -(-self.user_rows.size // (self.data.eval_batch_size * self.worker.size))
@@ -184,6 +189,10 @@ class EvaluationLoader:
         begins = self.dataset.user_offsets[rows]
         histories = positions - begins
         events = self.dataset.read(begins, histories + 1)
+        if self.num_items < self.dataset.num_items:
+            known = events["item"] < self.num_items
+            histories = np.diff(_offsets(known.astype(np.int64))[_offsets(histories + 1)]) - 1
+            events = events[known]
         lengths = np.minimum(histories, self.history_len)
         seen_offsets = _offsets(histories)
         ends = seen_offsets[1:] + np.arange(rows.size)  # positions of the targets

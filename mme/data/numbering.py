@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,23 @@ from mme.errors import UserError
 from mme.files import HASH_THREADS
 
 TEXTS_AT_ONCE = 65_536
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The part of a data set's numbering that a model knows: the first items, and the first values of each feature.
+
+    Attributes:
+        num_items: number of items.
+        feature_sizes: for each feature column, its number of values plus one, see `mme.data.features.feature_sizes`.
+    """
+
+    num_items: int
+    feature_sizes: Mapping[str, int]
+
+    def num_values(self, name: str | None) -> int:
+        """Values of a feature column; None: items."""
+        return self.num_items if name is None else self.feature_sizes[name] - 1
 
 
 @dataclass(frozen=True)
@@ -53,6 +71,17 @@ class Numbering:
         if USER_ID in names:
             users = pa.concat_arrays([ids for part in info["parts"] for ids in read_user_ids(folder, part)])
         return cls(read_item_ids(folder), read_vocabularies(folder, [n for n in names if n != USER_ID]), users)
+
+    def first(self, extent: Extent) -> Numbering:
+        """The part of the numbering that a model knows of a set that has grown since."""
+        return Numbering(
+            self.item_ids.slice(0, extent.num_items),
+            {
+                name: type(vocabulary)(itertools.islice(vocabulary.numbers, extent.num_values(name)))
+                for name, vocabulary in self.vocabularies.items()
+            },
+            None if self.user_ids is None else self.user_ids.slice(0, extent.num_values(USER_ID)),
+        )
 
     @cached_property
     def items(self) -> IdLookup:
@@ -96,18 +125,26 @@ def _read_items(folder: Path, column: str, kind: Kind) -> pa.Array:
     return table[column].combine_chunks()
 
 
-def numbering_sha256(folder: Path, info: dict[str, Any], features: Iterable[str]) -> str:
+def numbering_sha256(folder: Path, info: dict[str, Any], features: Iterable[str], extent: Extent | None = None) -> str:
     """SHA-256 of the raw item ids and of the values of each of ``features`` (for `user_id`, the user ids), in order.
 
     A model fits a data set if this hash is that of its training data; events may have been added since.
+
+    Args:
+        extent: the first items and values, which are hashed; None: all. If the set has fewer, the result is "".
     """
     digest = hashlib.sha256()
     for name, arrays in _numbered(folder, info, list(features)):
         if name not in (None, USER_ID):
             digest.update(f"{name}\n".encode())
+        left = sum(map(len, arrays)) if extent is None else extent.num_values(name)
         for array in arrays:
+            array = array.slice(0, left)
+            left -= len(array)
             for lines in _in_order(array):
                 digest.update(lines)
+        if left:
+            return ""
     return digest.hexdigest()
 
 

@@ -8,7 +8,7 @@ code. A damaged checkpoint is skipped with a message before anything of it is lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from mme.distributed.checkpoint_index import (
     CHECKPOINTS,
     Index,
     PieceEntry,
-    Progress,
     damage,
     folder,
     from_the_best,
@@ -37,66 +36,70 @@ SET_ASIDE = ".set_aside"  # in the name of a checkpoint that led to values that 
 ELSEWHERE = "choose another output_dir, or train.resume=false, which removes this run's checkpoints"
 
 
-def load_training(run: Path, recommender: Recommender, engine: Any, note: Any) -> Progress | None:
-    """Restores weights and optimizer states from the newest sound checkpoint; returns None if there is no checkpoint.
+def newest_sound(run: Path, world: World, note: Callable[[str], Any], advice: str) -> Index | None:
+    """The index of the newest sound checkpoint; None if there is no checkpoint at all.
 
     ``note`` is called with one line for each damaged checkpoint that is skipped.
 
     Raises:
-        UserError: all checkpoints are damaged, or the checkpoint belongs to another configuration.
+        UserError: all checkpoints are damaged; the line ends with ``advice``.
     """
-    candidates = recommender.world.of_first(steps(run)[::-1])
+    candidates = world.of_first(steps(run)[::-1])
     flaws = []
     for step in candidates:
-        index = _sound_index(run, step, recommender.world)
-        if not isinstance(index, Index):
-            note(f"checkpoint skipped: {index}")
-            flaws.append(index)
-            continue
-        _restore(run, step, index, [*weight_pieces(recommender), *optimizer_pieces(recommender)], f" ({ELSEWHERE})")
-        progress = index.progress
-        applied = progress.step - progress.skipped
-        recommender.tables.set_optimizer_step(applied)
-        set_optimizer_step(engine, applied)
-        return progress
+        index = _sound_index(run, step, world)
+        if isinstance(index, Index):
+            return index
+        note(f"checkpoint skipped: {index}")
+        flaws.append(index)
     if flaws:
         raise UserError(
-            f"{run / CHECKPOINTS}: no sound checkpoint among {len(flaws)}, the newest: {flaws[0]}; "
-            "train.resume=false removes them and starts from step 0"
+            f"{run / CHECKPOINTS}: no sound checkpoint among {len(flaws)}, the newest: {flaws[0]}; {advice}"
         )
     return None
 
 
-def load_weights(run: Path, step: int | None, recommender: Recommender, numbering: str, note: Any = None) -> int:
-    """Restores the weights of a checkpoint and returns its step.
+def best_sound(run: Path, step: int | None, world: World, note: Callable[[str], Any] | None = None) -> Index:
+    """The index of checkpoint ``step``; None: of the best sound one, see `from_the_best`.
 
-    Args:
-        step: the checkpoint's step. None selects the best by validation score, otherwise the newest, and skips damaged
-            ones.
-        numbering: hash of the numbering of the data set that the model will read, see `mme.data.numbering`.
-        note: called with one line for each skipped checkpoint; None prints to standard error.
+    ``note`` is called with one line for each damaged checkpoint that is skipped; None: a line on standard error.
 
     Raises:
-        UserError: there is no such checkpoint, it (or every one) is damaged, or it belongs to another configuration or
-            numbering.
+        UserError: there is no such checkpoint, or it (or every one) is damaged.
         NonFiniteError: the same, if the damage is a weight or optimizer state that is NaN or infinite.
     """
-    candidates = recommender.world.of_first(from_the_best(run)) if step is None else [step]
+    candidates = world.of_first(from_the_best(run)) if step is None else [step]
     for candidate in candidates:
-        index = _sound_index(run, candidate, recommender.world)
+        index = _sound_index(run, candidate, world)
         if isinstance(index, Index):
-            if index.progress.numbering not in ("", numbering):
-                raise UserError(
-                    f"{folder(run, candidate)}: was trained on a data set whose indices of items or feature values differ "
-                    f"from those of {recommender.config.data.path}"
-                )
-            _restore(run, candidate, index, list(weight_pieces(recommender)))
-            return candidate
+            return index
         if candidate == candidates[-1]:
             raise index
-        if note or recommender.world.rank == 0:
+        if note or world.rank == 0:
             (note or print_line)(f"checkpoint skipped: {index}")
     raise AssertionError("there is at least one candidate")
+
+
+def load_training(run: Path, index: Index, recommender: Recommender, engine: Any) -> None:
+    """Restores weights, optimizer states and the number of optimizer steps that produced them.
+
+    Raises:
+        UserError: the checkpoint belongs to another configuration.
+    """
+    pieces = [*weight_pieces(recommender), *optimizer_pieces(recommender)]
+    _restore(run, index, pieces, f" ({ELSEWHERE})")
+    applied = index.progress.step - index.progress.skipped
+    recommender.tables.set_optimizer_step(applied)
+    set_optimizer_step(engine, applied)
+
+
+def load_weights(run: Path, index: Index, recommender: Recommender) -> None:
+    """Restores the weights; the caller has checked that the model's items are those of the checkpoint.
+
+    Raises:
+        UserError: the checkpoint belongs to another configuration.
+    """
+    _restore(run, index, list(weight_pieces(recommender)))
 
 
 def remove_all(run: Path) -> int:
@@ -138,17 +141,18 @@ def _sound_index(run: Path, step: int, world: World) -> Index | UserError | NonF
     return next((report for report in reports if report is not None), index)
 
 
-def _restore(run: Path, step: int, index: Index, pieces: list[Piece], advice: str = "") -> None:
+def _restore(run: Path, index: Index, pieces: list[Piece], advice: str = "") -> None:
+    checkpoint = folder(run, index.progress.step)
     saved: dict[str, list[tuple[Path, PieceEntry]]] = {}
     for entry in index.files:
         for part in entry.pieces:
-            saved.setdefault(part.name, []).append((folder(run, step) / entry.file, part))
+            saved.setdefault(part.name, []).append((checkpoint / entry.file, part))
     for piece in pieces:
-        parts = saved.get(piece.name)
+        parts = saved.get(piece.name, [])
         if not parts or parts[0][1].shape != piece.shape:
             found = f"has shape {list(parts[0][1].shape)}" if parts else "is missing"
             raise UserError(
-                f"{folder(run, step)}: tensor {piece.name} {found}, expected {list(piece.shape)}: the checkpoint belongs "
+                f"{checkpoint}: tensor {piece.name} {found}, expected {list(piece.shape)}: the checkpoint belongs "
                 f"to another model configuration or data set{advice}"
             )
         piece.write(_assemble(piece, parts))

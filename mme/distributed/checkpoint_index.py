@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath
 from typing import Annotated
 
@@ -44,6 +44,7 @@ class Progress:
         score: the validation NDCG@10 at this step, if it was measured.
         shares, rank_batch: a global batch is ``shares`` times ``rank_batch``, such as "64 sequences".
         dataset, numbering: SHA-256 of the training set and of its numbering; "" in checkpoints of older versions.
+        rows: number of table rows of the items and of each feature, as in `FeatureRows.blocks`; {} in format 2.
     """
 
     step: Count
@@ -57,6 +58,7 @@ class Progress:
     rank_batch: str = ""
     dataset: str = ""
     numbering: str = ""
+    rows: dict[str, Count] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from mme.data.dataset import PreparedDataset
 from mme.data.features import Features
 from mme.data.loaders import EvaluationLoader
 from mme.data.split import HeldOut, Split
-from mme.distributed.checkpoint import load_weights
+from mme.distributed.checkpoint import best_sound, load_weights
+from mme.distributed.checkpoint_index import folder
 from mme.distributed.recommender import Recommender
 from mme.distributed.world import World, process_group
-from mme.errors import print_line
+from mme.errors import UserError, print_line
 from mme.evaluation.collected import CollectedUsers, segments
 from mme.evaluation.insight import insight
 from mme.evaluation.metrics import rank_metrics, standard_errors
@@ -26,6 +27,7 @@ from mme.evaluation.popularity import Popularity, popularity_ranks
 from mme.evaluation.ranking import Ranker
 from mme.evaluation.record import repeats_warning
 from mme.evaluation.seen import Seen, excluded_items, is_repeated
+from mme.growth.known import known_extent
 
 
 def evaluate(
@@ -55,7 +57,7 @@ def evaluate(
     popularity = _popularity(recommender, dataset, config)
     collected = None if keep_ranks_in is None else CollectedUsers(popularity)
     ranks = target_ranks(recommender, dataset, config, part, popularity, before_batch, collected)
-    records = _records(ranks, dataset, config, part, step)
+    records = _records(ranks, recommender.num_items, dataset, config, part, step)
     if collected is not None and keep_ranks_in is not None:
         _keep(collected, recommender, dataset, records, keep_ranks_in)
     if with_insight and part == "test":
@@ -65,7 +67,7 @@ def evaluate(
 
 
 def _records(
-    ranks: TargetRanks, dataset: PreparedDataset, config: Config, part: HeldOut, step: int
+    ranks: TargetRanks, num_items: int, dataset: PreparedDataset, config: Config, part: HeldOut, step: int
 ) -> list[dict[str, Any]]:
     common = {
         "step": step,
@@ -74,7 +76,7 @@ def _records(
         "seen": config.eval.seen,
         "repeated_targets": ranks.repeated.double().mean().item(),
         "sort_rule": dataset.info["sort_rule"],
-        "targets_sha256": dataset.targets_sha256(Split.of(config.data), part),
+        "targets_sha256": dataset.targets_sha256(Split.of(config.data), part, num_items),
         "users": ranks.repeated.numel(),
     }
     return [
@@ -84,7 +86,9 @@ def _records(
 
 
 def _popularity(recommender: Recommender, dataset: PreparedDataset, config: Config) -> Popularity:
-    return Popularity.of(dataset.training_counts(Split.of(config.data)).to(recommender.world.device))
+    """Of the items that the model knows."""
+    counts = dataset.training_counts(Split.of(config.data))
+    return Popularity.of(counts[: recommender.num_items].to(recommender.world.device))
 
 
 def _keep(
@@ -161,7 +165,8 @@ def target_ranks(
 
 
 def _loader(recommender: Recommender, dataset: PreparedDataset, config: Config, part: HeldOut) -> EvaluationLoader:
-    return EvaluationLoader(dataset, config.data, part, recommender.world, Features.of(config.model))
+    features = Features.of(config.model)
+    return EvaluationLoader(dataset, config.data, part, recommender.world, features, recommender.num_items)
 
 
 def load_trained(
@@ -170,14 +175,21 @@ def load_trained(
     """The data set of a run, its model at a checkpoint (None: the best one), and the step of the checkpoint.
 
     Raises:
-        UserError: the data or the checkpoint is missing or damaged, or the data is not what the model was trained on.
+        UserError: the data or the checkpoint is missing or damaged, the data is not what the model was trained on, or no user
+            has a test target that the model knows.
     """
     dataset = PreparedDataset.open(config.data.path, config.data.cache_dir)
-    features = config.model.feature_columns
-    recommender = Recommender(
-        config, dataset.num_items, world, dataset.feature_sizes(features), initialise_tables=False
-    )
-    return dataset, recommender, load_weights(run, checkpoint, recommender, dataset.numbering_sha256(features))
+    index = best_sound(run, checkpoint, world)
+    step, at = index.progress.step, folder(run, index.progress.step)
+    known = known_extent(index.progress, at, dataset.folder, dataset.info, config.model)
+    if not dataset.targets(Split.of(config.data), "test", known.num_items)[0].size:
+        raise UserError(
+            f"{config.data.path}: no user has a test target and an earlier event among the {known.num_items:,} items that "
+            f"{at} knows"
+        )
+    recommender = Recommender(config, known.num_items, world, known.feature_sizes, initialise_tables=False)
+    load_weights(run, index, recommender)
+    return dataset, recommender, step
 
 
 def evaluate_run(
@@ -204,9 +216,9 @@ def evaluate_run(
     config.data.cache_dir = None if cache_dir is None else str(cache_dir)
     with process_group() as world:
         dataset, recommender, step = load_trained(run, checkpoint, config, world)
-        folder = run if save_ranks else None
+        keep_in = run if save_ranks else None
         model, popularity = evaluate(
-            recommender, dataset, config, "test", step, keep_ranks_in=folder, with_insight=False
+            recommender, dataset, config, "test", step, keep_ranks_in=keep_in, with_insight=False
         )
     if world.rank == 0 and (warning := repeats_warning(model)):
         print_line(f"warning: {warning}")

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 
 from mme.config import Config, load_run_config
 from mme.data.description import read_info
-from mme.data.features import feature_sizes
-from mme.data.numbering import Numbering, numbering_sha256, read_item_counts
+from mme.data.numbering import Numbering, read_item_counts
 from mme.data.parts import IntArray, check_files
 from mme.data.times import time_range
-from mme.distributed.checkpoint import load_weights
+from mme.distributed.checkpoint import best_sound, load_weights
+from mme.distributed.checkpoint_index import folder
 from mme.distributed.recommender import Recommender
 from mme.distributed.world import World, process_group
 from mme.errors import UserError, first_line
@@ -32,6 +32,7 @@ from mme.evaluation.request_batch import sequence_batch
 from mme.evaluation.requests import Requests, RequestTime, Unknown, check_requests, read_table, with_features
 from mme.evaluation.seen import Seen
 from mme.files import replacing
+from mme.growth.known import known_extent
 
 
 @dataclass(frozen=True)
@@ -116,19 +117,20 @@ def recommend(run: Path, users: Path, output: Path, options: Options) -> Summary
         data, model = Path(config.data.path), config.model
         info = read_info(data)
         check_files(data, info)
-        sizes = feature_sizes(data, info, model.feature_columns)
-        numbering = Numbering.read(data, info, model.feature_columns)
+        index = best_sound(run, None, world)
+        extent = known_extent(index.progress, folder(run, index.progress.step), data, info, model)
+        numbering = Numbering.read(data, info, model.feature_columns).first(extent)
         table = read_table(users)
         given = check_requests(
             table, str(users), numbering.items, time_range(data, info), options.request_time, options.unknown
         )
         given = with_features(given, table, str(users), model, numbering)
         known = given.of_known_items()
-        recommender = Recommender(config, info["num_items"], world, sizes, initialise_tables=False)
-        load_weights(run, None, recommender, numbering_sha256(data, info, model.feature_columns))
+        recommender = Recommender(config, extent.num_items, world, extent.feature_sizes, initialise_tables=False)
+        load_weights(run, index, recommender)
         lists = _rank(recommender, config, known, options.top_k, options.seen or config.eval.seen)
         is_fallback = known.lengths == 0
-        _fill_with_popular(lists, is_fallback, read_item_counts(data))
+        _fill_with_popular(lists, is_fallback, read_item_counts(data)[: extent.num_items])
         if world.rank == 0:
             _write(_result(given, lists, is_fallback, numbering.item_ids), output)
     unknown = given.lengths - known.lengths

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save_file
 
 from mme import __version__
-from mme.config import USER_ID, ModelConfig, dump_config
+from mme.config import USER_ID, dump_config
 from mme.data.description import read_info
 from mme.data.features import parts_column
 from mme.data.parts import PartSlice, limits, read_part, read_user_ids
@@ -111,23 +111,31 @@ def _items(model: TrainedModel, output: Path) -> dict[str, Any]:
 
 
 def _users(model: TrainedModel, output: Path) -> dict[str, Any]:
-    """Writes the vectors of all users of the data set, after all their events."""
+    """Writes the vectors of all users of the data set, after all their events of items that the model knows.
+
+    Users without such events are left out.
+    """
     folder = Path(model.config.data.path)
     info = read_info(folder)
     ids = pa.concat_arrays([ids for part in info["parts"] for ids in read_user_ids(folder, part)])
     vectors = [np.empty((0, model.config.model.embedding_dim), np.float32)]
+    kept: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
     row = 0
     for part in info["parts"]:
         for users in read_part(folder, part, limits(info)):
             for first in range(0, users.lengths.size, USERS_AT_ONCE):
-                histories = _histories(users, first, row, model.config.model)
-                vectors.append(model.encode(histories).cpu().numpy())
+                histories = _histories(users, first, row, model).of_known_items()
+                known = np.flatnonzero(histories.lengths)
+                if known.size:
+                    vectors.append(model.encode(histories, known).cpu().numpy())
+                    kept.append(row + known)
                 row += histories.lengths.size
-    return _write_vectors(output, "user_id", ids, np.concatenate(vectors))
+    return _write_vectors(output, "user_id", ids.take(pa.array(np.concatenate(kept))), np.concatenate(vectors))
 
 
-def _histories(users: PartSlice, first: int, row: int, model: ModelConfig) -> Requests:
+def _histories(users: PartSlice, first: int, row: int, trained: TrainedModel) -> Requests:
     """Requests for `USERS_AT_ONCE` users from ``first`` on, at the time of their last event; ``row``: of the first in the set."""
+    model = trained.config.model
     lengths = users.lengths[first : first + USERS_AT_ONCE]
     begin = int(users.lengths[:first].sum())
     events = slice(begin, begin + int(lengths.sum()))
@@ -135,9 +143,8 @@ def _histories(users: PartSlice, first: int, row: int, model: ModelConfig) -> Re
     times = users.timestamps[events]
     of_events = {name: users.features[parts_column(name)][events] for name in model.feature_columns if name != USER_ID}
     of_users = {USER_ID: np.arange(row, row + lengths.size) + 1} if USER_ID in model.user_features else {}
-    return Requests(
-        pa.nulls(lengths.size), offsets, users.items[events], times, times[offsets[1:] - 1], of_events, of_users
-    )
+    items = np.where(users.items[events] < trained.num_items, users.items[events], -1)  # -1: added to the set since
+    return Requests(pa.nulls(lengths.size), offsets, items, times, times[offsets[1:] - 1], of_events, of_users)
 
 
 def _write_vectors(output: Path, name: str, ids: pa.Array, vectors: NDArray[np.float32]) -> dict[str, Any]:

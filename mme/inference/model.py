@@ -245,18 +245,18 @@ class TrainedModel:
         """(B, D) states of histories, each with at least one known item."""
         return self.encode(self._requests(as_table(histories), "skip").of_known_items())
 
-    def encode(self, known: Requests) -> Tensor:
-        """(B, D) the state of each history, of known items only.
+    def encode(self, known: Requests, rows: NDArray[np.int64] | None = None) -> Tensor:
+        """(B, D) the state of each history in ``rows`` (None: all), of known items only.
 
         Raises:
             UserError: a history is empty.
         """
-        empty = np.flatnonzero(known.lengths == 0)
+        rows = np.arange(known.lengths.size) if rows is None else rows
+        empty = rows[known.lengths[rows] == 0]
         if empty.size:
             raise UserError(f"{SOURCE}: row {empty[0]}: has no known item, expected at least one")
-        size = known.lengths.size
-        parts = np.split(np.arange(size), range(HISTORIES_AT_ONCE, size, HISTORIES_AT_ONCE))
-        batches = (sequence_batch(known, rows, self.config)[0].to(self.device) for rows in parts)
+        parts = np.split(rows, range(HISTORIES_AT_ONCE, rows.size, HISTORIES_AT_ONCE))
+        batches = (sequence_batch(known, part, self.config)[0].to(self.device) for part in parts)
         return torch.cat([self._ranker.states(batch) for batch in batches])
 
     def _rank(self, group: list[_Checked], candidates: tuple[int, ...] | None) -> dict[int, Answer]:

@@ -12,11 +12,11 @@ import torch
 
 from mme.config import Config, load_config, load_run_config, validate_world_size
 from mme.data.description import read_info
-from mme.data.numbering import Numbering, numbering_sha256, read_item_counts
+from mme.data.numbering import Numbering, read_item_counts
 from mme.data.parts import check_files
 from mme.data.times import time_range
-from mme.distributed.checkpoint_index import best_step
-from mme.errors import UserError
+from mme.distributed.checkpoint_index import best_step, folder
+from mme.growth.known import known_extent
 from mme.inference.model import Knowledge, TrainedModel
 from mme.inference.weights import read_checkpoint
 from mme.installation import prepare_training
@@ -69,15 +69,12 @@ def load_run(run: Path, step: int | None = None, device: str | torch.device | No
     data = Path(config.data.path)
     info = read_info(data)
     check_files(data, info)
-    numbering = Numbering.read(data, info, config.model.feature_columns)
     checkpoint = read_checkpoint(run, step)
-    if checkpoint.numbering not in ("", numbering_sha256(data, info, config.model.feature_columns)):
-        raise UserError(
-            f"{run}: step {checkpoint.step} was trained on a data set whose indices of items or feature values differ from "
-            f"those of {data}"
-        )
-    knowledge = Knowledge(numbering, read_item_counts(data), time_range(data, info))
-    return TrainedModel(config, knowledge, checkpoint.weights, f"{run}@step_{checkpoint.step}", device)
+    trained = checkpoint.progress.step
+    extent = known_extent(checkpoint.progress, folder(run, trained), data, info, config.model)
+    numbering = Numbering.read(data, info, config.model.feature_columns).first(extent)
+    knowledge = Knowledge(numbering, read_item_counts(data)[: extent.num_items], time_range(data, info))
+    return TrainedModel(config, knowledge, checkpoint.weights, f"{run}@step_{trained}", device)
 
 
 def version_of(path: Path) -> tuple[int, ...]:

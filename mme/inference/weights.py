@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mme.distributed.checkpoint_index import Index, damage, folder, from_the_best, read_index
+from mme.distributed.checkpoint_index import Index, Progress, damage, folder, from_the_best, read_index
 from mme.errors import NonFiniteError, UserError, print_line
 
 WEIGHTS = ("tables/", "decoder/")
@@ -20,13 +20,11 @@ class Checkpoint:
     """The weights of a checkpoint.
 
     Attributes:
-        step: training step.
-        numbering: SHA-256 of the training data's numbering, see `mme.data.numbering`; "" in old checkpoints.
+        progress: how far training had come.
         weights: whole float32 tensors by name, such as `tables/item_0` and `decoder/blocks.0.uvqk`; no optimizer states.
     """
 
-    step: int
-    numbering: str
+    progress: Progress
     weights: dict[str, Tensor]
 
 
@@ -46,7 +44,7 @@ def read_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
         else:
             flaw = damage(run, candidate, index.files)
             if flaw is None:
-                return Checkpoint(candidate, index.progress.numbering, _whole_tensors(run, candidate, index))
+                return Checkpoint(index.progress, _whole_tensors(run, candidate, index))
         if candidate != candidates[-1]:
             print_line(f"checkpoint skipped: {flaw}")
     assert flaw is not None  # there is at least one candidate

@@ -10,6 +10,7 @@ Legend: B sequences, T tokens, F event features, G user features.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -17,6 +18,8 @@ from torch import Tensor
 
 from mme.config import ModelConfig
 from mme.data.batch import SequenceBatch
+
+ITEMS = "items"  # the key of the items' block
 
 
 class InputRows(NamedTuple):
@@ -35,24 +38,47 @@ class FeatureRows:
 
     Attributes:
         num_rows: number of rows of each table, for items and features.
+        blocks: the rows of the items, under `ITEMS`, and of each column, under its key such as ``event_features.rating``.
     """
 
     def __init__(self, model: ModelConfig, num_items: int, sizes: Mapping[str, int]) -> None:
         self.num_items = num_items
-        self.firsts = [num_items]
-        for name in (*model.event_features, *model.user_features):
-            self.firsts.append(self.firsts[-1] + sizes[name])
-        self.num_rows = self.firsts.pop()
+        self.blocks = blocks_of({ITEMS: num_items, **{key: sizes[name] for key, name in feature_keys(model).items()}})
+        _, *columns = self.blocks.values()
+        self.firsts = [block.start for block in columns]
+        self.num_rows = max(block.stop for block in self.blocks.values())
         self.num_event_features = len(model.event_features)
 
     def inputs_of(self, batch: SequenceBatch) -> InputRows:
-        """The table rows of the items and features of a batch."""
-        # Filled on the device: a copy of host memory would wait for it.
-        firsts = [batch.item_ids.new_full((), first) for first in self.firsts]
-        of_events, of_users = firsts[: self.num_event_features], firsts[self.num_event_features :]
+        """The table rows of the items and features of a batch; a number that has no row counts as unknown."""
+        _, *blocks = self.blocks.values()
+        of_events, of_users = blocks[: self.num_event_features], blocks[self.num_event_features :]
         events, users = batch.event_features, batch.user_features
         return InputRows(
             batch.item_ids,
-            batch.item_ids.new_zeros(batch.num_tokens, 0) if events is None else events + torch.stack(of_events),
-            batch.item_ids.new_zeros(batch.num_sequences, 0) if users is None else users + torch.stack(of_users),
+            batch.item_ids.new_zeros(batch.num_tokens, 0) if events is None else _rows(events, of_events),
+            batch.item_ids.new_zeros(batch.num_sequences, 0) if users is None else _rows(users, of_users),
         )
+
+
+def feature_keys(model: ModelConfig) -> dict[str, str]:
+    """The key and the column of each block of feature rows, in order: ``event_features.rating`` and ``rating``."""
+    return {f"event_features.{name}": name for name in model.event_features} | {
+        f"user_features.{name}": name for name in model.user_features
+    }
+
+
+def blocks_of(lengths: Mapping[str, int]) -> dict[str, range]:
+    """Consecutive blocks of these lengths: ``{"items": 5, "event_features.rating": 3}`` → items 0 to 4, ratings 5 to 7."""
+    ends = list(accumulate(lengths.values()))
+    return {name: range(end - length, end) for (name, length), end in zip(lengths.items(), ends, strict=True)}
+
+
+def _rows(values: Tensor, blocks: list[range]) -> Tensor:
+    """(n, columns) numbers of values in each column → their rows."""
+    # Bounds as scalars: a tensor of them would be copied from host memory, and the step would wait for it.
+    rows = [
+        numbers.masked_fill(numbers >= len(block), 0) + block.start
+        for numbers, block in zip(values.unbind(1), blocks, strict=True)
+    ]
+    return torch.stack(rows, dim=1)

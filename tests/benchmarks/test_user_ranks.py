@@ -9,7 +9,7 @@ from pathlib import Path
 from benchmarks import user_ranks
 from mme.config import load_config, save_config
 from mme.data.dataset import PreparedDataset
-from mme.distributed.checkpoint import Progress
+from mme.distributed.checkpoint_index import Progress
 from mme.distributed.checkpoint_writer import CheckpointWriter
 from mme.distributed.engine import initialize_engine
 from mme.distributed.recommender import Recommender

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mme.distributed import checkpoint, checkpoint_index
-from mme.distributed.checkpoint import Progress
+from mme.distributed.checkpoint_index import Progress
 from mme.distributed.checkpoint_writer import CheckpointWriter
 from mme.distributed.engine import initialize_engine
 from mme.distributed.recommender import Recommender
@@ -49,12 +49,22 @@ def train_and_save(world: World, run: str, overrides: list[str]) -> Any:
     return saved, losses
 
 
+ADVICE = "train.resume=false removes them"
+
+
+def load_newest(run: Path, recommender: Recommender, engine: Any, notes: list[str]) -> Progress:
+    index = checkpoint.newest_sound(run, recommender.world, notes.append, ADVICE)
+    assert index is not None
+    checkpoint.load_training(run, index, recommender, engine)
+    return index.progress
+
+
 def load_and_train(world: World, run: str, overrides: list[str]) -> Any:
     config = configuration("train.table_lr=0.001", *overrides)
     recommender = Recommender(config, NUM_ITEMS, world)
     engine = initialize_engine(recommender.decoder, config)
     notes: list[str] = []
-    progress = checkpoint.load_training(Path(run), recommender, engine, notes.append)
+    progress = load_newest(Path(run), recommender, engine, notes)
     loaded = everything(recommender)
     step = TrainStep(config, recommender, engine, total_steps=9)
     losses = [step(number, sequences(SPLITS[world.size][world.rank])).loss for number in (3, 4)]
@@ -111,17 +121,18 @@ def load_damaged(world: World, run: str) -> Any:
     recommender = Recommender(configuration("train.table_lr=0.001"), NUM_ITEMS, world)
     engine = initialize_engine(recommender.decoder, recommender.config)
     notes: list[str] = []
-    progress = checkpoint.load_training(Path(run), recommender, engine, notes.append)
+    progress = load_newest(Path(run), recommender, engine, notes)
     with pytest.raises(UserError) as damaged:
-        checkpoint.load_weights(Path(run), 3, recommender, "")
+        checkpoint.best_sound(Path(run), 3, world)
     passed_over: list[str] = []
-    assert checkpoint.load_weights(Path(run), None, recommender, "", passed_over.append) == 1
+    best = checkpoint.best_sound(Path(run), None, world, passed_over.append)
+    assert best.progress.step == 1
     assert passed_over == notes
     with pytest.raises(UserError) as missing:
-        checkpoint.load_weights(Path(run), 7, recommender, "")
+        checkpoint.best_sound(Path(run), 7, world)
     other = Recommender(configuration("model.embedding_dim=32"), NUM_ITEMS, world)
     with pytest.raises(UserError) as mismatch:
-        checkpoint.load_weights(Path(run), 1, other, "")
+        checkpoint.load_weights(Path(run), best, other)
     return progress, notes, str(damaged.value), str(missing.value), str(mismatch.value)
 
 
@@ -140,10 +151,8 @@ def test_a_truncated_checkpoint_is_skipped(tmp_path: Path) -> None:
 
 
 def resume_from_damaged(world: World, run: str) -> str:
-    recommender = Recommender(configuration("train.table_lr=0.001"), NUM_ITEMS, world)
-    engine = initialize_engine(recommender.decoder, recommender.config)
     with pytest.raises(UserError) as refused:
-        checkpoint.load_training(Path(run), recommender, engine, lambda _: None)
+        checkpoint.newest_sound(Path(run), world, lambda _: None, ADVICE)
     return str(refused.value)
 
 
@@ -154,7 +163,7 @@ def test_training_does_not_start_over_if_all_checkpoints_are_damaged(tmp_path: P
     (message,) = run_on(1, resume_from_damaged, str(tmp_path))
     newest = tmp_path / "checkpoints" / "step_3" / "rank_00000.safetensors"
     assert message.startswith(f"{tmp_path}/checkpoints: no sound checkpoint among 2, the newest: {newest}: damaged: ")
-    assert message.endswith("train.resume=false removes them and starts from step 0")
+    assert message.endswith(f"; {ADVICE}")
 
 
 class Bomb:
@@ -279,7 +288,7 @@ def load_tampered(world: World, run: Path) -> dict[str, tuple[Any, list[str]]]:
         shutil.copytree(sound, run / "checkpoints" / "step_3")
         tamper(run / "checkpoints" / "step_3")
         notes: list[str] = []
-        found[name] = checkpoint.load_training(run, recommender, engine, notes.append), notes
+        found[name] = load_newest(run, recommender, engine, notes), notes
     return found
 
 
@@ -314,9 +323,8 @@ def check_format_2(run: Path) -> None:
 
 
 def load_without_a_rank(world: World, run: Path) -> Any:
-    recommender = Recommender(configuration("train.table_lr=0.001"), NUM_ITEMS, world)
     with pytest.raises(UserError) as refused:
-        checkpoint.load_weights(run, 3, recommender, "")
+        checkpoint.best_sound(run, 3, world)
     return str(refused.value)
 
 

@@ -19,7 +19,7 @@ import torch
 import torch.multiprocessing as mp
 
 from mme.distributed import checkpoint, checkpoint_index, checkpoint_writer
-from mme.distributed.checkpoint import Progress
+from mme.distributed.checkpoint_index import Progress
 from mme.distributed.checkpoint_writer import CheckpointError, CheckpointWriter
 from mme.distributed.engine import initialize_engine
 from mme.distributed.recommender import Recommender
@@ -27,6 +27,7 @@ from mme.distributed.world import World, process_group
 from mme.errors import NonFiniteError
 from mme.files import sha256_of_blocks
 from tests.distributed.processes import run_on
+from tests.distributed.test_checkpoint import load_newest
 from tests.distributed.test_step import NUM_ITEMS, configuration
 
 
@@ -72,8 +73,7 @@ def test_a_state_that_is_not_finite_is_not_written(tmp_path: Path, world_size: i
 def load_and_save(world: World, run: str) -> Any:
     recommender, engine = recommender_of(world)
     notes: list[str] = []
-    progress = checkpoint.load_training(Path(run), recommender, engine, notes.append)
-    assert progress is not None
+    progress = load_newest(Path(run), recommender, engine, notes)
     with CheckpointWriter(Path(run), recommender, keep=1) as writer:
         writer.resumed_at(progress.step)
         writer.save(Progress(3, 0, 3))

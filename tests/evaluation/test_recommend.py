@@ -12,7 +12,7 @@ import torch
 
 from mme.config import load_config, save_config
 from mme.data.dataset import PreparedDataset
-from mme.distributed.checkpoint import Progress
+from mme.distributed.checkpoint_index import Progress
 from mme.distributed.checkpoint_writer import CheckpointWriter
 from mme.distributed.engine import initialize_engine
 from mme.distributed.recommender import Recommender

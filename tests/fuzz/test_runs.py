@@ -16,11 +16,12 @@ import mme
 import mme.cli
 from mme.config import load_run_config
 from mme.data.dataset import PreparedDataset
-from mme.distributed.checkpoint import load_weights
+from mme.distributed.checkpoint import best_sound, load_weights
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import weight_pieces
 from mme.distributed.world import World
 from mme.errors import NonFiniteError, UserError, one_line
+from mme.growth.known import known_extent
 from mme.run.attempts import forget, go_back, record_failure
 from tests.distributed.processes import run_on
 from tests.fuzz.bench import CASES, SKIPPED, Bench, in_time
@@ -37,11 +38,12 @@ def load_changed(world: World, trained: Path, cases: Path, mine: Path) -> tuple[
     config = load_run_config(trained / "run")
     dataset = PreparedDataset.open(config.data.path)
     recommender = Recommender(config, dataset.num_items, world)
-    numbering = dataset.numbering_sha256([])
 
     def load(run: Path, step: int | None) -> tuple[int, dict[str, torch.Tensor]]:
-        step = load_weights(run, step, recommender, numbering, notes.append)
-        return step, {piece.name: piece.read().clone() for piece in weight_pieces(recommender)}
+        index = best_sound(run, step, world, notes.append)
+        assert known_extent(index.progress, run, dataset.folder, dataset.info, config.model) == dataset.extent([])
+        load_weights(run, index, recommender)
+        return index.progress.step, {piece.name: piece.read().clone() for piece in weight_pieces(recommender)}
 
     notes: list[str] = []
     sound = dict(load(trained / "run", step) for step in (2, 4))

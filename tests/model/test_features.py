@@ -151,3 +151,22 @@ def test_a_users_token_counts_in_max_seq_len() -> None:
 def test_invalid_names_are_rejected(options: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load_config(None, ["data.path=unused", *options])
+
+
+def test_a_value_without_a_row_counts_as_unknown() -> None:
+    """A data set that has grown since has values that the model does not know."""
+    features = ["model.event_features=[action,rating]", "model.user_features=[user_id]"]
+    model = load_config(None, ["data.path=unused", *features]).model
+    rows = FeatureRows(model, NUM_ITEMS, {"action": 3, "rating": 5, "user_id": 4})
+    batch = SequenceBatch(
+        item_ids=torch.tensor([0, 1]),
+        seq_offsets=torch.tensor([0, 1, 2]),
+        timestamps=torch.arange(4),
+        target_ids=torch.tensor([1, 2]),
+        user_rows=torch.tensor([2, 3]),
+        event_features=torch.tensor([[2, 5], [3, 4]]),
+        user_features=torch.tensor([[3], [4]]),
+    )
+    found = rows.inputs_of(batch)
+    assert (found.events - NUM_ITEMS).tolist() == [[2, 3], [0, 7]]
+    assert (found.users - NUM_ITEMS).tolist() == [[11], [8]]

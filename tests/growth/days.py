@@ -1,0 +1,87 @@
+"""Data sets that grow day by day, and runs on them."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mme.config import load_config
+from mme.data.dataset import PreparedDataset
+from mme.distributed.state import optimizer_pieces, weight_pieces
+from mme.distributed.world import World
+from mme.prepare.pipeline import prepare
+from mme.run.preemption import Preemption
+from mme.training import Training
+from tests.trained import REPOSITORY
+
+USERS = 60
+JOB = [
+    "data.max_seq_len=16",
+    "data.batch_size=8",
+    "data.protocol=leave_two_out",
+    "model.num_tables=2",
+    "model.embedding_dim=16",
+    "model.moe.num_experts=4",
+    "model.event_features=[action]",
+    "train.table_optimizer=adam",
+    "train.log_every=1",
+    "train.epochs=1",
+]
+
+
+def events_of(day: int, text_ids: bool = False, first_item: int = 1) -> list[tuple[Any, ...]]:
+    """A day's events of the same users: five items more than the day before, and an action that is new."""
+    random = np.random.default_rng(day)
+    rows = []
+    for user in range(USERS):
+        for number in range(4):
+            item = int(random.integers(20 + 5 * day))
+            action = "view" if number else f"action {day}"
+            rows.append(
+                (user, f"item {item}" if text_ids else 7 * (item + first_item), day * 86_400 + 60 * number, action)
+            )
+    return rows
+
+
+def write(path: Path, rows: list[tuple[Any, ...]]) -> Path:
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([("user_id", "item_id", "timestamp", "action"), *rows])
+    return path
+
+
+def first_day(folder: Path, day: int = 0, **options: Any) -> Path:
+    name = folder / f"set_{day}_{len(options)}"
+    rows = events_of(day, **options)
+    prepare([write(folder / f"{name.name}.csv", rows)], "csv", name, feature_columns=["action"], min_user_events=1)
+    return name
+
+
+def train(world: World, data: str, run: str, *overrides: str) -> dict[str, Any]:
+    """Trains; what the state was when training began and at the end, in this rank's parts, and the notes."""
+    config = load_config(
+        REPOSITORY / "configs" / "quickstart.yaml", [*JOB, f"data.path={data}", f"output_dir={run}", *overrides]
+    )
+    seen: dict[str, Any] = {"steps": []}
+    with Preemption() as preemption:
+        training = Training(config, PreparedDataset.open(Path(data)), world, preemption)
+
+        def parts() -> list[Any]:
+            pieces = [*weight_pieces(training.recommender), *optimizer_pieces(training.recommender)]
+            return [(piece.name, piece.shape, piece.offsets, piece.read().clone()) for piece in pieces]
+
+        backward = training.step.backward
+
+        def watched(step: int, *rest: Any) -> Any:
+            if not seen["steps"]:
+                seen["begin"] = parts()
+            seen["steps"].append(step)
+            return backward(step, *rest)
+
+        training.step.backward = watched  # type: ignore[method-assign]
+        training.run()
+        seen["end"] = parts() if not seen["steps"] else None
+    seen["log"] = Path(run, "log.txt").read_text()
+    return seen

@@ -1,0 +1,133 @@
+"""Models are evaluated and used on a set that has grown since, over the items that they know."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+import mme
+from mme.config import load_run_config
+from mme.data.dataset import PreparedDataset
+from mme.data.layout import ITEMS_FILE
+from mme.data.numbering import Extent, Numbering, numbering_sha256
+from mme.data.split import Split
+from mme.distributed.world import World
+from mme.evaluation.evaluate import TargetRanks, load_trained, target_ranks
+from mme.evaluation.metrics import UNRANKED
+from mme.inference.export import export
+from mme.prepare.pipeline import add_events
+from tests.distributed.processes import run_on
+from tests.growth.days import USERS, events_of, first_day, train, write
+from tests.trained import mme as command
+
+LATER = {"item_ids": 7 * 29, "timestamps": 200, "action": "action 2"}  # an event that only day 2 has
+
+
+def test_a_grown_set_begins_with_its_earlier_numbering(tmp_path: Path) -> None:
+    data, features = first_day(tmp_path), ["user_id", "action"]
+    before = PreparedDataset.open(data)
+    lines = [*(7 * (item + 1) for item in range(20)), "action", "action 0", "view", *range(USERS)]
+    digest = hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+    assert before.numbering_sha256(features) == digest
+    add_events([write(tmp_path / "day1.csv", events_of(1))], data)
+    now = PreparedDataset.open(data)
+    assert now.numbering_sha256(features) != digest
+    assert numbering_sha256(data, now.info, features, before.extent(features)) == digest
+    assert numbering_sha256(data, now.info, features, Extent(100, before.extent(features).feature_sizes)) == ""
+    first = Numbering.read(data, now.info, features).first(before.extent(features))
+    assert first.item_ids.to_pylist() == lines[:20]
+    assert list(first.vocabularies["action"].numbers) == ["action 0", "view"]
+
+
+def test_a_hash_of_targets_is_not_computed_again(tmp_path: Path) -> None:
+    """Training hashes the targets when it starts; in the evaluation, the files may be those of a larger set."""
+    data = first_day(tmp_path)
+    dataset = PreparedDataset.open(data)
+    split = Split("leave_two_out")
+    digest = dataset.targets_sha256(split, "test")
+    (data / ITEMS_FILE).unlink()
+    assert dataset.targets_sha256(split, "test", dataset.num_items) == digest
+
+
+def known_ranks(world: World, run: str) -> tuple[TargetRanks, str, int]:
+    """Ranks of the test targets by the run's model, over what it knows of the set now."""
+    config = load_run_config(Path(run))
+    dataset, recommender, _ = load_trained(Path(run), None, config, world)
+    digest = dataset.targets_sha256(Split.of(config.data), "test", recommender.num_items)
+    return target_ranks(recommender, dataset, config, "test"), digest, recommender.num_items
+
+
+def known_targets(dataset: PreparedDataset, num_items: int) -> list[tuple[int, int]]:
+    """User row and last item of those whose last item is known, and some item before it."""
+    found = []
+    for row, (start, end) in enumerate(itertools.pairwise(dataset.user_offsets)):
+        events = dataset.read(np.array([start]), np.array([end - start]))["item"]
+        if events[-1] < num_items and (events[:-1] < num_items).any():
+            found.append((row, int(events[-1])))
+    return found
+
+
+def test_a_set_that_has_grown_is_evaluated_over_the_items_that_the_run_knows(tmp_path: Path) -> None:
+    data, run = first_day(tmp_path), tmp_path / "run"
+    run_on(1, train, str(data), str(run))
+    model = mme.load(run, device="cpu")
+    histories = pa.Table.from_pylist(
+        [
+            {
+                "user_id": user,
+                "item_ids": [7 * (user % 20 + 1), 7 * ((user + 5) % 20 + 1)],
+                "timestamps": [100, 200],
+                "action": ["view", "action 0"],
+            }
+            for user in range(9)
+        ]
+    )
+    expected = model.recommend(histories, k=7)
+    add_events([write(tmp_path / "day2.csv", events_of(2))], data)
+    dataset = PreparedDataset.open(data)
+    targets = known_targets(dataset, model.num_items)
+    assert 0 < len(targets) < dataset.num_users and model.num_items < dataset.num_items
+    for found, digest, num_items in run_on(2, known_ranks, str(run)):
+        assert num_items == model.num_items
+        lines = [f"{row}\t{7 * (item + 1)}\n" for row, item in targets]
+        assert digest == hashlib.sha256("".join(lines).encode()).hexdigest()
+        for ranks in found.by_model.values():
+            assert ranks.numel() == len(targets)
+            ranked = ranks[ranks != UNRANKED]
+            assert ranked.numel() and ranked.min() >= 1 and ranked.max() <= num_items
+
+    again = mme.load(run, device="cpu")
+    assert again.item_ids.equals(model.item_ids)
+    assert again.recommend(histories, k=7).equals(expected)
+    # An event of an item that came later is left out.
+    later = pa.Table.from_pylist(
+        [{**history, **{key: [*history[key], new] for key, new in LATER.items()}} for history in histories.to_pylist()]
+    )
+    assert again.recommend(later, k=7).equals(expected)
+    export(again, "users", tmp_path / "users.parquet")
+    assert len(pq.read_table(tmp_path / "users.parquet")) == dataset.num_users
+
+    pq.write_table(histories, tmp_path / "histories.parquet")
+    output = tmp_path / "lists.parquet"
+    command("recommend", "--run", run, "--users", tmp_path / "histories.parquet", "--top-k", "7", "--output", output)
+    assert pq.read_table(output)["item_ids"].to_pylist() == expected["item_ids"].to_pylist()
+
+    # Other commands say so in one line if nothing is left to do, or if the set was made anew.
+    add_events([write(tmp_path / "day3.csv", [(user, 7_000, 3 * 86_400, "view") for user in range(USERS)])], data)
+    refused = command("evaluate", "--run", run, check=False)
+    assert refused.returncode == 2
+    message = f"{data}: no user has a test target and an earlier event among the {model.num_items} items that "
+    assert message in refused.stderr and refused.stderr.count("\n") == 1
+    shutil.rmtree(data)
+    shutil.copytree(first_day(tmp_path, day=0, first_item=2), data)
+    renumbered = f"{data}\n"
+    for arguments in (["evaluate"], ["recommend", "--users", tmp_path / "histories.parquet", "--output", output]):
+        refused = command(*arguments, "--run", run, check=False)
+        assert refused.returncode == 2 and refused.stderr.count("\n") == 1
+        assert refused.stderr.endswith(f"indices of items or feature values differ from those of {renumbered}")
