@@ -23,6 +23,7 @@ from mme.distributed.clipping import clip_gradients
 from mme.distributed.engine import reduced_gradients, set_lr, spoil_gradients, was_skipped
 from mme.distributed.recommender import Recommender
 from mme.distributed.tables import mix_seed
+from mme.distributed.world import World
 from mme.model.batch_items import BatchItems, BatchItemSampler
 from mme.model.loss import NextItemLoss
 from mme.model.moe import Routing, load_balance_loss, router_z_loss
@@ -52,6 +53,26 @@ class StepResult:
     lr: float
     counts: Tensor
     routing: list[Routing]
+
+    def router_entropy(self, world: World) -> Tensor:
+        """(blocks, M) entropy in nats of the routers' probabilities, averaged over the tokens of all ranks; a collective."""
+        num_views, top_k = self.counts.shape[1], self.routing[0].experts.shape[1]
+        sums = [
+            torch.special.entr(routing.probabilities.detach()).sum(-1).view(num_views, -1).sum(-1)
+            for routing in self.routing
+        ]
+        rows = self.counts.sum(-1) / top_k
+        return world.sum(torch.stack(sums)) / rows.clamp(min=1)
+
+    def dropped_shares(self, world: World) -> list[list[float]] | None:
+        """[block][view] share of all ranks' choices that were dropped because their expert was full; a collective.
+
+        None: no capacity is set.
+        """
+        dropped = [routing.dropped.sum(-1) for routing in self.routing if routing.dropped is not None]
+        if not dropped:
+            return None
+        return (world.sum(torch.stack(dropped)) / self.counts.sum(-1).clamp(min=1)).tolist()
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
 
 from mme.config import (
     CONFIG_FILE,
@@ -84,7 +83,14 @@ class Training:
         self.engine = initialize_engine(self.recommender.decoder, config)
         features = config.model.feature_columns
         self.numbering: str = world.of_first(dataset.numbering_sha256(features) if world.rank == 0 else "")
-        self.loader = train_loader(dataset, config, world)
+        self.loader = TrainLoader(
+            dataset,
+            config.data,
+            world,
+            Features.of(config.model),
+            seed=config.train.seed,
+            attention_equals_rest_at=attention_equals_rest_at(config.model),
+        )
         self.total_steps = self._total_steps(Progress(0, 0, 0))
         needed = config.train.profile_start + config.train.profile
         if config.train.profile and needed > self.total_steps:
@@ -287,15 +293,9 @@ class Training:
         if result.routing and not result.skipped and is_line_due:
             shares = result.counts / result.counts.sum(-1, keepdim=True).clamp(min=1)
             moe = self.config.model.moe
-            blocks, entropy = sorted(set(moe.placement)) or None, self._router_entropy(result).tolist()
-            monitor.experts(step, shares.tolist(), entropy, blocks, self._dropped(result), top_k=moe.top_k)
-
-    def _dropped(self, result: StepResult) -> list[list[float]] | None:
-        """[block][view] share of all ranks' choices that were dropped because their expert was full; None: no capacity is set."""
-        dropped = [routing.dropped.sum(-1) for routing in result.routing if routing.dropped is not None]
-        if not dropped:
-            return None
-        return (self.world.sum(torch.stack(dropped)) / result.counts.sum(-1).clamp(min=1)).tolist()
+            blocks, entropy = sorted(set(moe.placement)) or None, result.router_entropy(self.world).tolist()
+            dropped = result.dropped_shares(self.world)
+            monitor.experts(step, shares.tolist(), entropy, blocks, dropped, top_k=moe.top_k)
 
     def _on_non_finite(self, monitor: Monitor, step: int, batch: SequenceBatch, result: StepResult) -> None:
         """Saves the batch of a skipped step; stops the job unless `train.on_non_finite` is skip."""
@@ -310,16 +310,6 @@ class Training:
         if self.skipped_in_a_row == MOST_IN_A_ROW:
             raise NonFiniteError(f"{found}; {MOST_IN_A_ROW} steps in a row were skipped")
         monitor.warn(f"{found}; the step is skipped")
-
-    def _router_entropy(self, result: StepResult) -> Tensor:
-        """(blocks, M) entropy in nats of the routers' probabilities, averaged over the tokens of all ranks."""
-        num_views = self.config.model.num_tables
-        sums = [
-            torch.special.entr(routing.probabilities.detach()).sum(-1).view(num_views, -1).sum(-1)
-            for routing in result.routing
-        ]
-        rows = result.counts.sum(-1) / self.config.model.moe.top_k
-        return self.world.sum(torch.stack(sums)) / rows.clamp(min=1)
 
     def _following(self, after: Progress) -> Progress:
         """``after``, completed with what the next steps and a checkpoint need, such as whether an evaluation is due."""
@@ -405,14 +395,3 @@ def rank_batch(config: Config) -> str:
     """The batch size of each process, ``64 sequences`` or ``4096 tokens``."""
     tokens = config.data.tokens_per_batch
     return f"{config.data.batch_size} sequences" if tokens is None else f"{tokens} tokens"
-
-
-def train_loader(dataset: PreparedDataset, config: Config, world: World) -> TrainLoader:
-    return TrainLoader(
-        dataset,
-        config.data,
-        world,
-        Features.of(config.model),
-        seed=config.train.seed,
-        attention_equals_rest_at=attention_equals_rest_at(config.model),
-    )
