@@ -38,6 +38,7 @@ from mme.errors import FinalError, NonFiniteError, Preempted, UserError
 from mme.evaluation.evaluate import evaluate
 from mme.evaluation.record import SELECTED_BY, repeats_warning
 from mme.growth.known import require_numbering
+from mme.growth.start import resume
 from mme.model.kernel_variants import compile_training_kernels
 from mme.profiling.profile import PROFILE_FOLDER, StepProfile
 from mme.profiling.regions import each_in_region, region
@@ -77,11 +78,11 @@ class Training:
         self.config, self.dataset, self.world, self.preemption = config, dataset, world, preemption
         self.run_folder, self.split = Path(config.output_dir), Split.of(config.data)
         self.watchdog = Watchdog(self.run_folder, world, config.train.hang_timeout_s)
-        self.recommender = Recommender(
-            config, dataset.num_items, world, dataset.feature_sizes(config.model.feature_columns)
-        )
-        self.engine = initialize_engine(self.recommender.decoder, config)
         features = config.model.feature_columns
+        sizes = dataset.feature_sizes(features)
+        # The tables are initialised in `_start`, unless a checkpoint fills them.
+        self.recommender = Recommender(config, dataset.num_items, world, sizes, initialise_tables=False)
+        self.engine = initialize_engine(self.recommender.decoder, config)
         self.numbering: str = world.of_first(dataset.numbering_sha256(features) if world.rank == 0 else "")
         self.loader = TrainLoader(
             dataset,
@@ -173,16 +174,18 @@ class Training:
         self.world.barrier()  # the other ranks of a node load what its first one has compiled
 
     def _start(self, monitor: Monitor) -> Progress:
-        progress = None
+        found = None
         if self.config.train.resume:
             self._go_back(monitor)
-            progress = self._restored(monitor)
+            found = resume(self.run_folder, self.dataset, self.recommender, self.engine, monitor.note)
         else:
             self._start_over(monitor)
-        if progress is None:
+        if found is None:
+            self.recommender.tables.initialise()
             progress = Progress(0, 0, 0)
         else:
-            self._resume(progress, monitor)
+            progress, has_grown = found
+            self._resume(progress, has_grown, monitor)
         self.skipped, self.skipped_in_a_row = progress.skipped, progress.skipped_in_a_row
         self.resumed_from = self.reached = progress.step
         if self.world.rank == 0:
@@ -198,15 +201,6 @@ class Training:
         for warning in warnings(self.config):
             monitor.note(f"warning: {warning}")
         return progress
-
-    def _restored(self, monitor: Monitor) -> Progress | None:
-        """The progress of the newest sound checkpoint, after it has been loaded; None if there is no checkpoint."""
-        advice = "train.resume=false removes them and starts from step 0"
-        index = checkpoint.newest_sound(self.run_folder, self.world, monitor.note, advice)
-        if index is None:
-            return None
-        checkpoint.load_training(self.run_folder, index, self.recommender, self.engine)
-        return index.progress
 
     def _go_back(self, monitor: Monitor) -> None:
         """Sets checkpoints aside that lead to the same failure again (`mme.run.attempts`)."""
@@ -224,18 +218,21 @@ class Training:
             monitor.note(f"train.resume=false: {removed} checkpoints of the previous run are removed")
         self.world.barrier()
 
-    def _resume(self, progress: Progress, monitor: Monitor) -> None:
-        if progress.dataset not in ("", self.dataset.sha256):
-            raise UserError(
-                f"{checkpoint.folder(self.run_folder, progress.step)}: was trained on a data set other than the one in "
-                f"data.path={self.config.data.path} ({checkpoint.ELSEWHERE})"
-            )
-        self.writer.resumed_at(progress.step)
+    def _resume(self, progress: Progress, has_grown: bool, monitor: Monitor) -> None:
+        if not has_grown:
+            self.writer.resumed_at(progress.step)
         self._keep_global_batches(progress, monitor)
         if self.world.rank == 0 and (changed := self._changed_settings()):
             monitor.note(f"resumes with {', '.join(changed)}")
-        if progress.step >= self.total_steps and not progress.evaluate:
-            monitor.note(f"training is complete: the checkpoint of step {progress.step} is tested again")
+        if progress.step < self.total_steps or progress.evaluate:
+            return
+        if has_grown:
+            train = self.config.train
+            raise UserError(
+                f"{self.config.data.path} has grown since step {progress.step} of {self.run_folder}, and no step is left to train "
+                f"on it: expected more than train.epochs={train.epochs} and train.steps={train.steps}"
+            )
+        monitor.note(f"training is complete: the checkpoint of step {progress.step} is tested again")
 
     def _changed_settings(self) -> list[str]:
         """Settings that differ from the run's previous configuration, such as ``train.lr 0.01 (was 0.004)``."""
@@ -325,6 +322,8 @@ class Training:
             dataset=self.dataset.sha256,
             numbering=self.numbering,
             rows={name: len(block) for name, block in self.recommender.rows.blocks.items()},
+            num_runs=self.dataset.num_runs,
+            runs=self.dataset.runs_sha256(self.dataset.num_runs),
         )
 
     @region("checkpoint")

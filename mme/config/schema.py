@@ -141,6 +141,11 @@ class ModelConfig:
         "Columns as in `event_features`, or `user_id` for the user; their embeddings sum to a token before the history, "
         "which counts towards `data.max_seq_len`.",
     )
+    new_items: Literal["mean", "random"] = key(
+        "mean",
+        "Initial weights of the table rows of new items and feature values after the data set has grown: the mean of the rows "
+        "of their kind that continue, or random as in a new model.",
+    )
     moe: MoEConfig = field(default_factory=MoEConfig)
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -87,6 +88,15 @@ class PreparedDataset:
     def numbering_sha256(self, features: Sequence[str]) -> str:
         """See `mme.data.numbering`."""
         return numbering_sha256(self.folder, self.info, features)
+
+    @property
+    def num_runs(self) -> int:
+        """The number of runs of `mme prepare` that made the set, including those with --add-to."""
+        return len(self.info.get("runs", []))
+
+    def runs_sha256(self, count: int) -> str:
+        """SHA-256 of the records of the first ``count`` of these runs in dataset.json; --add-to keeps them."""
+        return hashlib.sha256(json.dumps(self.info.get("runs", [])[:count], sort_keys=True).encode()).hexdigest()
 
     def read(self, starts: IntArray, lengths: IntArray) -> Records:
         """The events (``item``, ``timestamp``, features) ``starts[i]`` … ``starts[i] + lengths[i] - 1`` of each range i.

@@ -51,6 +51,7 @@ class Description(TypedDict):
     parts: list[Part]
     features: NotRequired[dict[str, Index]]
     files: NotRequired[dict[str, FileSum]]
+    runs: NotRequired[list[dict[str, Any]]]  # of `mme prepare`, including those with --add-to
 
 
 def read_info(folder: Path) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from mme.distributed.checkpoint_index import (
 )
 from mme.distributed.engine import set_optimizer_step
 from mme.distributed.recommender import Recommender
+from mme.distributed.row_source import TABLES, RowSource, continue_rows
 from mme.distributed.state import Piece, optimizer_pieces, weight_pieces
 from mme.distributed.world import World
 from mme.errors import NonFiniteError, UserError, print_line
@@ -80,14 +81,18 @@ def best_sound(run: Path, step: int | None, world: World, note: Callable[[str], 
     raise AssertionError("there is at least one candidate")
 
 
-def load_training(run: Path, index: Index, recommender: Recommender, engine: Any) -> None:
+def load_training(
+    run: Path, index: Index, recommender: Recommender, engine: Any, source: RowSource | None = None
+) -> None:
     """Restores weights, optimizer states and the number of optimizer steps that produced them.
+
+    ``source``: which rows of the checkpoint's tables the tables continue; None: they have the same rows.
 
     Raises:
         UserError: the checkpoint belongs to another configuration.
     """
     pieces = [*weight_pieces(recommender), *optimizer_pieces(recommender)]
-    _restore(run, index, pieces, f" ({ELSEWHERE})")
+    _restore(run, index, pieces, f" ({ELSEWHERE})", source)
     applied = index.progress.step - index.progress.skipped
     recommender.tables.set_optimizer_step(applied)
     set_optimizer_step(engine, applied)
@@ -141,7 +146,7 @@ def _sound_index(run: Path, step: int, world: World) -> Index | UserError | NonF
     return next((report for report in reports if report is not None), index)
 
 
-def _restore(run: Path, index: Index, pieces: list[Piece], advice: str = "") -> None:
+def _restore(run: Path, index: Index, pieces: list[Piece], advice: str = "", source: RowSource | None = None) -> None:
     checkpoint = folder(run, index.progress.step)
     saved: dict[str, list[tuple[Path, PieceEntry]]] = {}
     for entry in index.files:
@@ -149,13 +154,18 @@ def _restore(run: Path, index: Index, pieces: list[Piece], advice: str = "") -> 
             saved.setdefault(part.name, []).append((checkpoint / entry.file, part))
     for piece in pieces:
         parts = saved.get(piece.name, [])
-        if not parts or parts[0][1].shape != piece.shape:
+        rows = source if piece.name.startswith(TABLES) else None
+        expected = piece.shape if rows is None else (rows.num_saved, *piece.shape[1:])
+        if not parts or parts[0][1].shape != expected:
             found = f"has shape {list(parts[0][1].shape)}" if parts else "is missing"
             raise UserError(
-                f"{checkpoint}: tensor {piece.name} {found}, expected {list(piece.shape)}: the checkpoint belongs "
+                f"{checkpoint}: tensor {piece.name} {found}, expected {list(expected)}: the checkpoint belongs "
                 f"to another model configuration or data set{advice}"
             )
-        piece.write(_assemble(piece, parts))
+        if rows is None:
+            piece.write(_assemble(piece, parts))
+        else:
+            continue_rows(piece, rows, parts)
 
 
 def _assemble(piece: Piece, parts: list[tuple[Path, PieceEntry]]) -> torch.Tensor:

@@ -45,6 +45,7 @@ class Progress:
         shares, rank_batch: a global batch is ``shares`` times ``rank_batch``, such as "64 sequences".
         dataset, numbering: SHA-256 of the training set and of its numbering; "" in checkpoints of older versions.
         rows: number of table rows of the items and of each feature, as in `FeatureRows.blocks`; {} in format 2.
+        num_runs, runs: number of runs of `mme prepare` that had made the data set, and the SHA-256 of their records.
     """
 
     step: Count
@@ -59,6 +60,8 @@ class Progress:
     dataset: str = ""
     numbering: str = ""
     rows: dict[str, Count] = field(default_factory=dict)
+    num_runs: Count = 0
+    runs: str = ""
 
 
 @dataclass(frozen=True)
@@ -128,7 +131,7 @@ def steps(run: Path) -> list[int]:
 
 
 def best_step(run: Path) -> int:
-    """The step of the complete checkpoint with the highest validation score, or of the newest without scores.
+    """The first step of `from_the_best`.
 
     Raises:
         UserError: there is no complete checkpoint.
@@ -139,19 +142,24 @@ def best_step(run: Path) -> int:
 def from_the_best(run: Path) -> list[int]:
     """The steps of the complete checkpoints by descending validation score; ties go to the newest.
 
+    Scores from before the data set has grown do not compare, so the checkpoints of the set's newest state come first.
+
     Raises:
         UserError: there is no complete checkpoint.
     """
     found = steps(run)
     if not found:
         raise UserError(f"{run / CHECKPOINTS}: no complete checkpoint (expected folders step_N with {INDEX})")
-    return sorted(found, key=lambda step: (_score(run, step), step), reverse=True)
+    progress = {step: index.progress for step in found if not isinstance(index := read_index(run, step), str)}
+    newest = progress[max(progress)].dataset if progress else ""
 
+    def quality(step: int) -> tuple[bool, float, int]:
+        if step not in progress:
+            return False, -1.0, step
+        score = progress[step].score
+        return progress[step].dataset == newest, -1.0 if score is None else score, step
 
-def _score(run: Path, step: int) -> float:
-    index = read_index(run, step)
-    score = None if isinstance(index, str) else index.progress.score
-    return -1.0 if score is None else score
+    return sorted(found, key=quality, reverse=True)
 
 
 def read_index(run: Path, step: int) -> Index | str:

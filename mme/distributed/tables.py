@@ -13,7 +13,7 @@ Legend: M tables, d view width, U distinct items of a batch.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -211,13 +211,13 @@ class ItemTables:
             )
 
     @torch.no_grad()
-    def initialise(self, rows: Tensor | None = None) -> None:
+    def initialise(self, chosen: Callable[[range], Tensor] | None = None) -> None:
         """Draws initial weights from a normal distribution truncated at two standard deviations.
 
         A weight depends only on the seed, its table, row and column, and not on the number of ranks, sharding or device.
 
         Args:
-            rows: (num_rows,) bool, the rows to initialise; None: all.
+            chosen: says which of consecutive rows to initialise, (rows,) bool; None: all.
         """
         low = torch.special.ndtr(torch.tensor(-2.0)).item()
         for shard in self.weights():
@@ -226,15 +226,18 @@ class ItemTables:
             words = torch.arange(left // 2, -(-(left + columns) // 2), device=self.device)
             for start in range(0, count, INIT_ROWS):
                 part = slice(start, min(start + INIT_ROWS, count))
+                wanted = None if chosen is None else chosen(range(first + part.start, first + part.stop))
+                if wanted is not None and not wanted.any():
+                    continue
                 keys = derive(table_key, torch.arange(first + part.start, first + part.stop, device=self.device))
                 bits = derive(keys[:, None], words).view(torch.int32)[:, left % 2 : left % 2 + columns]  # 2 per word
                 uniform = ((bits >> 8) + (2**23 + 0.5)) * 2.0**-24
                 values = torch.erfinv(2 * (low + (1 - 2 * low) * uniform) - 1) * (INIT_STD * 2**0.5)
                 values.clamp_(-2 * INIT_STD, 2 * INIT_STD)  # removes rounding errors at the ends
-                if rows is None:
+                if wanted is None:
                     shard.tensor[part] = values
                 else:
-                    wanted = rows[first + part.start : first + part.stop].to(self.device)
+                    wanted = wanted.to(self.device)
                     shard.tensor[part][wanted] = values[wanted]
 
     def _unfused_optimizer(

@@ -50,7 +50,7 @@ def some_rows(world: World) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     all_rows = shard.tensor.clone()
     shard.tensor.fill_(7)
     chosen = torch.arange(ROWS) % 3 == 0
-    tables.initialise(chosen)
+    tables.initialise(lambda rows: chosen[rows.start : rows.stop])
     return all_rows, shard.tensor.clone(), chosen
 
 

@@ -7,14 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
+from safetensors.torch import load_file
+from torch import Tensor
 
 from mme.config import load_config
 from mme.data.dataset import PreparedDataset
+from mme.distributed import checkpoint
 from mme.distributed.state import optimizer_pieces, weight_pieces
 from mme.distributed.world import World
+from mme.errors import UserError
 from mme.prepare.pipeline import prepare
 from mme.run.preemption import Preemption
 from mme.training import Training
+from tests.distributed.test_step import whole
 from tests.trained import REPOSITORY
 
 USERS = 60
@@ -85,3 +91,26 @@ def train(world: World, data: str, run: str, *overrides: str) -> dict[str, Any]:
         seen["end"] = parts() if not seen["steps"] else None
     seen["log"] = Path(run, "log.txt").read_text()
     return seen
+
+
+def saved(run: Path, step: int) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, whole."""
+    parts = []
+    index = checkpoint.read_index(run, step)
+    assert not isinstance(index, str)
+    for entry in index.files:
+        tensors = load_file(checkpoint.folder(run, step) / entry.file)
+        parts.append([(p.name, p.shape, p.offsets, tensors[p.key]) for p in entry.pieces])
+    return whole(parts)
+
+
+def refused(world: World, data: str, run: str, *overrides: str) -> str:
+    """The message with which training refuses to start."""
+    with pytest.raises(UserError) as error:
+        train(world, data, run, *overrides)
+    return str(error.value)
+
+
+def files_of(run: Path) -> dict[Path, bytes]:
+    """The files of a run's checkpoints."""
+    return {path: path.read_bytes() for path in (run / "checkpoints").rglob("*") if path.is_file()}
