@@ -126,15 +126,19 @@ class TrainStep:
         self.sample_items = BatchItemSampler(config.loss, recommender.rows, training_counts)
         self.loss = NextItemLoss(config, recommender.num_items)
 
-    def __call__(self, step: int, batch: SequenceBatch, skipped: int = 0, votes: Sequence[bool] = ()) -> StepResult:
+    def __call__(
+        self, step: int, batch: SequenceBatch, applied: int | None = None, votes: Sequence[bool] = ()
+    ) -> StepResult:
         """Runs step number ``step`` (from 0) on this rank's part of the batch, which may be empty.
 
-        ``skipped``: number of steps skipped before. ``votes``: this rank's votes; the result says for each whether any rank
-        voted yes.
+        Args:
+            applied: number of optimizer steps that produced the weights, on which Adam's bias correction depends; None:
+                ``step``.
+            votes: this rank's votes; the result says for each whether any rank voted yes.
         """
         lr = self._set_lr(step)
         # FBGEMM's Adam counts every lookup as a step, even in an evaluation or without an update.
-        self.recommender.tables.set_optimizer_step(step - skipped)
+        self.recommender.tables.set_optimizer_step(step if applied is None else applied)
         gradients = self.backward(step, batch, votes)
         return StepResult(
             loss=gradients.loss,

@@ -14,8 +14,8 @@ import torch
 from mme.config import (
     CONFIG_FILE,
     Config,
+    changed_settings,
     flat,
-    load_saved_config,
     save_config,
     settings_sha256,
     validate_world_size,
@@ -37,8 +37,9 @@ from mme.distributed.world import PATIENCE_S, World, process_group
 from mme.errors import FinalError, NonFiniteError, Preempted, UserError
 from mme.evaluation.evaluate import evaluate
 from mme.evaluation.record import SELECTED_BY, repeats_warning
+from mme.growth.join import EarlierRun
 from mme.growth.known import require_numbering
-from mme.growth.start import resume
+from mme.growth.start import resume, start_from
 from mme.model.kernel_variants import compile_training_kernels
 from mme.profiling.profile import PROFILE_FOLDER, StepProfile
 from mme.profiling.regions import each_in_region, region
@@ -104,7 +105,7 @@ class Training:
             counts = dataset.training_counts(self.split)
         self.step = TrainStep(config, self.recommender, self.engine, self.total_steps, counts)
         self.pace = Pace(world)
-        self.skipped = self.skipped_in_a_row = 0
+        self.skipped = self.skipped_in_a_row = self.steps_before = 0
         self.job = settings_sha256(flat(config))
         self.resumed_from = self.reached = 0  # steps
         self._look_up_targets()
@@ -139,7 +140,8 @@ class Training:
             for at, batch, after in self._profiled(self._batches(progress), progress, monitor):
                 self.reached = at.step + 1
                 self.watchdog.beat(f"training step {self.reached}")
-                result = self.step(at.step, batch, self.skipped, [self.preemption.requested, *writer.votes()])
+                applied = self.steps_before + at.step - self.skipped
+                result = self.step(at.step, batch, applied, [self.preemption.requested, *writer.votes()])
                 if result.skipped:
                     self._on_non_finite(monitor, at.step + 1, batch, result)
                 else:
@@ -178,15 +180,15 @@ class Training:
         if self.config.train.resume:
             self._go_back(monitor)
             found = resume(self.run_folder, self.dataset, self.recommender, self.engine, monitor.note)
-        else:
-            self._start_over(monitor)
         if found is None:
-            self.recommender.tables.initialise()
-            progress = Progress(0, 0, 0)
+            progress = self._first_progress(monitor)
+            if not self.config.train.resume:
+                self._start_over(monitor)
         else:
             progress, has_grown = found
             self._resume(progress, has_grown, monitor)
         self.skipped, self.skipped_in_a_row = progress.skipped, progress.skipped_in_a_row
+        self.steps_before = progress.steps_before
         self.resumed_from = self.reached = progress.step
         if self.world.rank == 0:
             save_config(self.config, self.run_folder / CONFIG_FILE)
@@ -201,6 +203,15 @@ class Training:
         for warning in warnings(self.config):
             monitor.note(f"warning: {warning}")
         return progress
+
+    def _first_progress(self, monitor: Monitor) -> Progress:
+        """Initialises the tables, or all weights and states from another run."""
+        init_from = self.config.train.init_from
+        if init_from is None:
+            self.recommender.tables.initialise()
+            return Progress(0, 0, 0)
+        earlier = EarlierRun.open(Path(init_from), self.config)
+        return start_from(earlier, self.dataset, self.recommender, self.engine, monitor.note)
 
     def _go_back(self, monitor: Monitor) -> None:
         """Sets checkpoints aside that lead to the same failure again (`mme.run.attempts`)."""
@@ -222,7 +233,7 @@ class Training:
         if not has_grown:
             self.writer.resumed_at(progress.step)
         self._keep_global_batches(progress, monitor)
-        if self.world.rank == 0 and (changed := self._changed_settings()):
+        if self.world.rank == 0 and (changed := changed_settings(self.run_folder, self.config)):
             monitor.note(f"resumes with {', '.join(changed)}")
         if progress.step < self.total_steps or progress.evaluate:
             return
@@ -234,17 +245,9 @@ class Training:
             )
         monitor.note(f"training is complete: the checkpoint of step {progress.step} is tested again")
 
-    def _changed_settings(self) -> list[str]:
-        """Settings that differ from the run's previous configuration, such as ``train.lr 0.01 (was 0.004)``."""
-        try:
-            before = flat(load_saved_config(self.run_folder))
-        except UserError:  # there is none, or it was written by a version with other keys
-            return []
-        return [f"{key} {new} (was {before[key]})" for key, new in flat(self.config).items() if new != before[key]]
-
     def _keep_global_batches(self, progress: Progress, monitor: Monitor) -> None:
         """Keeps the size of global batches unless the configuration asks for another one now."""
-        if progress.rank_batch == rank_batch(self.config):
+        if progress.rank_batch == self.config.data.rank_batch:
             self.loader.set_shares(progress.shares)
         if self.loader.shares != self.world.size:
             monitor.note(
@@ -318,12 +321,13 @@ class Training:
             skipped_in_a_row=self.skipped_in_a_row,
             evaluate=due or after.step == self.total_steps,
             shares=self.loader.shares,
-            rank_batch=rank_batch(self.config),
+            rank_batch=self.config.data.rank_batch,
             dataset=self.dataset.sha256,
             numbering=self.numbering,
             rows={name: len(block) for name, block in self.recommender.rows.blocks.items()},
             num_runs=self.dataset.num_runs,
             runs=self.dataset.runs_sha256(self.dataset.num_runs),
+            steps_before=self.steps_before,
         )
 
     @region("checkpoint")
@@ -388,9 +392,3 @@ class Training:
         for epoch in range(progress.epoch, train.epochs):
             in_epochs += self.loader.num_batches(epoch, progress.sequences if epoch == progress.epoch else 0)
         return in_epochs if train.steps is None else min(train.steps, in_epochs)
-
-
-def rank_batch(config: Config) -> str:
-    """The batch size of each process, ``64 sequences`` or ``4096 tokens``."""
-    tokens = config.data.tokens_per_batch
-    return f"{config.data.batch_size} sequences" if tokens is None else f"{tokens} tokens"

@@ -2,6 +2,7 @@
 
 from mme.config.files import (
     CONFIG_FILE,
+    changed_settings,
     differing_keys,
     dump_config,
     flat,
@@ -38,6 +39,7 @@ __all__ = [
     "ModelConfig",
     "ParallelConfig",
     "TrainConfig",
+    "changed_settings",
     "differing_keys",
     "dump_config",
     "flat",

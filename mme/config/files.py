@@ -77,6 +77,15 @@ def _saved(values: DictConfig, path: str) -> Config:
     return _validated(path, values, [])
 
 
+def changed_settings(run: Path, config: Config) -> list[str]:
+    """Settings that differ from the run's saved configuration, such as ``train.lr 0.01 (was 0.004)``."""
+    try:
+        before = flat(load_saved_config(run))
+    except UserError:  # there is none, or it was written by a version with other keys
+        return []
+    return [f"{key} {new} (was {before[key]})" for key, new in flat(config).items() if new != before[key]]
+
+
 def load_run_config(run: Path) -> Config:
     """The configuration of a trained run, for commands that read the run on any number of processes.
 

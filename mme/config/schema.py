@@ -64,6 +64,11 @@ class DataConfig:
         "the training set is read-only, or to keep the file on a local disk.",
     )
 
+    @property
+    def rank_batch(self) -> str:
+        """The batch size of each process, ``64 sequences`` or ``4096 tokens``."""
+        return f"{self.batch_size} sequences" if self.tokens_per_batch is None else f"{self.tokens_per_batch} tokens"
+
     def history_len(self, has_user_token: bool) -> int:
         """The maximum number of events of a history: N, or N - 1 if a user's token precedes them."""
         return self.max_seq_len - has_user_token
@@ -143,8 +148,8 @@ class ModelConfig:
     )
     new_items: Literal["mean", "random"] = key(
         "mean",
-        "Initial weights of the table rows of new items and feature values after the data set has grown: the mean of the rows "
-        "of their kind that continue, or random as in a new model.",
+        "Initial weights of table rows that are new after the data set has grown or with `train.init_from`: the mean of the "
+        "rows of their kind that continue, or random as in a new model.",
     )
     moe: MoEConfig = field(default_factory=MoEConfig)
 

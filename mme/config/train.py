@@ -94,6 +94,11 @@ class TrainConfig:
         "Resume from the newest complete checkpoint in `output_dir`, if there is one; false: remove all checkpoints there "
         "and start from step 0.",
     )
+    init_from: Optional[str] = key(
+        None,
+        "Folder of another run: a run without checkpoints starts with the weights and optimizer states of that run's newest "
+        "one. Rows are joined by raw id, and what does not fit is named ([every-day.md](every-day.md)).",
+    )
 
     def precision_on(self, device_type: str) -> str:
         """The precision on ``cuda`` or ``cpu``: ``float32`` or ``bfloat16``."""

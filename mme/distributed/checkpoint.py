@@ -82,20 +82,27 @@ def best_sound(run: Path, step: int | None, world: World, note: Callable[[str], 
 
 
 def load_training(
-    run: Path, index: Index, recommender: Recommender, engine: Any, source: RowSource | None = None
+    run: Path,
+    index: Index,
+    recommender: Recommender,
+    engine: Any,
+    source: RowSource | None = None,
+    left_out: list[str] | None = None,
 ) -> None:
     """Restores weights, optimizer states and the number of optimizer steps that produced them.
 
-    ``source``: which rows of the checkpoint's tables the tables continue; None: they have the same rows.
+    Args:
+        source: which rows of the checkpoint's tables the tables continue; None: they have the same rows.
+        left_out: receives the names of this rank's tensors that the checkpoint does not have, or has with another shape; they
+            keep their values. None: such a tensor is an error.
 
     Raises:
         UserError: the checkpoint belongs to another configuration.
     """
     pieces = [*weight_pieces(recommender), *optimizer_pieces(recommender)]
-    _restore(run, index, pieces, f" ({ELSEWHERE})", source)
-    applied = index.progress.step - index.progress.skipped
-    recommender.tables.set_optimizer_step(applied)
-    set_optimizer_step(engine, applied)
+    _restore(run, index, pieces, f" ({ELSEWHERE})", source, left_out)
+    recommender.tables.set_optimizer_step(index.progress.applied)
+    set_optimizer_step(engine, index.progress.applied)
 
 
 def load_weights(run: Path, index: Index, recommender: Recommender) -> None:
@@ -146,7 +153,14 @@ def _sound_index(run: Path, step: int, world: World) -> Index | UserError | NonF
     return next((report for report in reports if report is not None), index)
 
 
-def _restore(run: Path, index: Index, pieces: list[Piece], advice: str = "", source: RowSource | None = None) -> None:
+def _restore(
+    run: Path,
+    index: Index,
+    pieces: list[Piece],
+    advice: str = "",
+    source: RowSource | None = None,
+    left_out: list[str] | None = None,
+) -> None:
     checkpoint = folder(run, index.progress.step)
     saved: dict[str, list[tuple[Path, PieceEntry]]] = {}
     for entry in index.files:
@@ -157,6 +171,9 @@ def _restore(run: Path, index: Index, pieces: list[Piece], advice: str = "", sou
         rows = source if piece.name.startswith(TABLES) else None
         expected = piece.shape if rows is None else (rows.num_saved, *piece.shape[1:])
         if not parts or parts[0][1].shape != expected:
+            if left_out is not None:
+                left_out.append(piece.name)
+                continue
             found = f"has shape {list(parts[0][1].shape)}" if parts else "is missing"
             raise UserError(
                 f"{checkpoint}: tensor {piece.name} {found}, expected {list(expected)}: the checkpoint belongs "

@@ -37,6 +37,7 @@ class Progress:
     """The progress of training after ``step`` steps.
 
     Attributes:
+        step: number of steps of this run.
         sequences: number of sequences of ``epoch``, in its order, that all processes have trained on.
         skipped: number of steps that were skipped.
         skipped_in_a_row: how many of them directly precede this state.
@@ -45,6 +46,7 @@ class Progress:
         shares, rank_batch: a global batch is ``shares`` times ``rank_batch``, such as "64 sequences".
         dataset, numbering: SHA-256 of the training set and of its numbering; "" in checkpoints of older versions.
         rows: number of table rows of the items and of each feature, as in `FeatureRows.blocks`; {} in format 2.
+        steps_before: optimizer steps that had produced the weights before step 0 (`train.init_from`).
         num_runs, runs: number of runs of `mme prepare` that had made the data set, and the SHA-256 of their records.
     """
 
@@ -62,6 +64,12 @@ class Progress:
     rows: dict[str, Count] = field(default_factory=dict)
     num_runs: Count = 0
     runs: str = ""
+    steps_before: Count = 0
+
+    @property
+    def applied(self) -> int:
+        """The number of optimizer steps that produced the weights."""
+        return self.steps_before + self.step - self.skipped
 
 
 @dataclass(frozen=True)

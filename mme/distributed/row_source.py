@@ -9,7 +9,7 @@ Legend: R rows of a table, R' rows of the checkpoint's table, M tables, d view w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,10 +126,12 @@ def _common_columns(piece: Piece, part: PieceEntry) -> tuple[list[Any], list[Any
 
 
 @torch.no_grad()
-def start_at_the_mean(recommender: Recommender, source: RowSource) -> None:
+def start_at_the_mean(recommender: Recommender, source: RowSource, left_out: Collection[str] = ()) -> None:
     """Sets each new row to the mean of the continued rows of its kind, if there are any; a collective.
 
     The sums are float64, so that their rounding, which depends on the number of ranks, does not reach the weights.
+
+    ``left_out``: names of pieces; tables among them, which continue none of the checkpoint's, stay as they are.
     """
     tables, world = recommender.tables, recommender.world
     num_new = source.num_new()
@@ -139,17 +141,21 @@ def start_at_the_mean(recommender: Recommender, source: RowSource) -> None:
             continue
         sums = torch.zeros(len(tables.names), tables.dim, dtype=torch.float64, device=world.device)
         if tables.is_sharded or world.rank == 0:
-            for table, rows, columns, is_new in _chunks(recommender, source, block):
+            for table, rows, columns, is_new in _chunks(recommender, source, block, left_out):
                 sums[table, columns] += rows[~is_new].double().sum(0)
         mean = world.sum(sums) / num_continued
-        for table, rows, columns, is_new in _chunks(recommender, source, block):
+        for table, rows, columns, is_new in _chunks(recommender, source, block, left_out):
             rows[is_new] = mean[table, columns].to(rows.dtype)
 
 
-def _chunks(recommender: Recommender, source: RowSource, block: range) -> Iterator[tuple[int, Tensor, slice, Tensor]]:
+def _chunks(
+    recommender: Recommender, source: RowSource, block: range, left_out: Collection[str]
+) -> Iterator[tuple[int, Tensor, slice, Tensor]]:
     """This rank's rows of a block in chunks: the table, the rows as a view, their columns, and (rows,) bool, which are new."""
     tables = recommender.tables
     for shard in tables.weights():
+        if f"{TABLES}{shard.name}" in left_out:
+            continue
         table, (first, left) = tables.names.index(shard.name), shard.offsets
         columns = slice(left, left + shard.tensor.shape[1])
         last = min(first + shard.tensor.shape[0], block.stop)

@@ -104,11 +104,14 @@ def saved(run: Path, step: int) -> dict[str, Tensor]:
     return whole(parts)
 
 
-def refused(world: World, data: str, run: str, *overrides: str) -> str:
-    """The message with which training refuses to start."""
-    with pytest.raises(UserError) as error:
-        train(world, data, run, *overrides)
-    return str(error.value)
+def refused(world: World, cases: list[tuple[str, str, list[str]]]) -> list[str]:
+    """The messages with which training refuses to start, for each data set, run and overrides."""
+    messages = []
+    for data, run, overrides in cases:
+        with pytest.raises(UserError) as error:
+            train(world, data, run, *overrides)
+        messages.append(str(error.value))
+    return messages
 
 
 def files_of(run: Path) -> dict[Path, bytes]:

@@ -71,12 +71,13 @@ def test_a_set_that_does_not_continue_the_run_is_refused_in_one_line(tmp_path: P
     renumbered = first_day(tmp_path, first_item=2)
     for day in days:
         add_events([day], renumbered)
-    for path, message in [
-        (shrunken, f"was trained on a data set other than the one in data.path={shrunken}, which"),
-        (renumbered, f"was trained on a data set other than the one in data.path={renumbered}, which"),
-        (grown, "no step is left to train on it: expected more than train.epochs=1"),
-    ]:
-        (line,) = run_on(1, refused, str(path), str(run))
+    expected = {
+        str(shrunken): f"was trained on a data set other than the one in data.path={shrunken}, which",
+        str(renumbered): f"was trained on a data set other than the one in data.path={renumbered}, which",
+        str(grown): "no step is left to train on it: expected more than train.epochs=1",
+    }
+    (lines,) = run_on(1, refused, [(path, str(run), []) for path in expected])
+    for line, message in zip(lines, expected.values(), strict=True):
         assert message in line and "\n" not in line
     assert before == files_of(run)
 

@@ -70,7 +70,7 @@ def skip_in_the_middle(world: World, where: str, overrides: list[str]) -> Any:
                 assert torch.equal(value, after[name]), name
             if undo is not None:
                 undo.remove()
-        losses.append([step(number, batch, skipped=1).loss for number in (2, 3)])
+        losses.append([step(number, batch, applied=number - 1).loss for number in (2, 3)])
     assert losses[0] == losses[1]
     return losses[0]
 
