@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds the wheel, installs it into a clean environment as a user would, and goes a new user's way outside the checkout:
+# Builds the wheel, installs it into a clean environment as a user would, and follows the steps of a new user outside the checkout:
 # prepare, train, evaluate, the notebook of docs/, export, serve, recommend over HTTP. The extras are constrained to the pins of requirements/common.txt.
 #
 #   scripts/check_wheel.sh [FOLDER]   default: a temporary folder, removed afterwards
@@ -71,6 +71,6 @@ print(result)
 assert len(result["item_ids"]) == 3, result
 PYTHON
 kill "$server"
-wait "$server" || true # it ends by the signal
+wait "$server" || true # the signal ends it
 server=
 echo "wheel: installed, trained, exported and served outside the checkout"
