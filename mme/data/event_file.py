@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from mme.data.layout import CACHE_FOLDER, INFO_FILE
 from mme.data.parts import IntArray, feature_limits, limits, read_part
+from mme.data.ranges import concatenated
 from mme.errors import UserError, print_line
 from mme.files import PARTIAL, locked, make_folder, open_to_read, read_text, replacing
 
@@ -93,7 +94,7 @@ class EventFile:
             indices = records[name]
             if indices.size and not (indices.min() >= 0 and indices.max() < limit):
                 raise self._error(f"contains an {name} index outside 0 to {limit - 1}")
-        if (records[CHECK] != checks(records, _concatenated(starts, lengths))).any():
+        if (records[CHECK] != checks(records, concatenated(starts, lengths))).any():
             raise self._error("the check of an event differs")
         return records
 
@@ -140,12 +141,6 @@ def checks(records: Records, places: IntArray) -> NDArray[np.uint32]:
         if name != CHECK:
             mixed = (mixed ^ records[name].astype(np.uint64)) * PRIME
     return (mixed >> np.uint64(32)).astype(np.uint32) ^ mixed.astype(np.uint32)
-
-
-def _concatenated(starts: IntArray, lengths: IntArray) -> IntArray:
-    """The numbers ``starts[i]`` … ``starts[i] + lengths[i] - 1`` of each range i, concatenated."""
-    begins = np.cumsum(lengths) - lengths
-    return np.repeat(starts - begins, lengths) + np.arange(int(lengths.sum()))
 
 
 def open_event_file(folder: Path, info: dict[str, Any], cache_dir: Path | None = None) -> EventFile:

@@ -24,6 +24,7 @@ from mme.data.event_file import Records
 from mme.data.features import NO_FEATURES, Features, parts_column
 from mme.data.parts import IntArray
 from mme.data.prefetch import prefetch
+from mme.data.ranges import concatenated
 from mme.data.split import HeldOut, Split
 from mme.data.windows import Windows
 from mme.errors import UserError
@@ -198,7 +199,7 @@ class EvaluationLoader:
         ends = seen_offsets[1:] + np.arange(rows.size)  # positions of the targets
         is_target = np.zeros(events.size, bool)
         is_target[ends] = True
-        windows = events[_ranges(ends - lengths, lengths + 1)]
+        windows = events[concatenated(ends - lengths, lengths + 1)]
         return EvaluationBatch(
             sequences=_assemble(windows, rows, lengths, np.zeros_like(lengths), self.features),
             targets=_int64(events["item"][is_target]),
@@ -244,12 +245,6 @@ def _columns(columns: list[NDArray[Any]]) -> Tensor | None:
 
 def _offsets(lengths: IntArray) -> IntArray:
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
-
-
-def _ranges(starts: IntArray, lengths: IntArray) -> IntArray:
-    """The numbers start … start + length - 1 of each range, concatenated."""
-    offsets = _offsets(lengths)
-    return np.repeat(starts - offsets[:-1], lengths) + np.arange(offsets[-1])
 
 
 def _int64(values: NDArray[Any]) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from mme.config import Config, ModelConfig
 from mme.data.batch import SequenceBatch
 from mme.data.parts import IntArray
+from mme.data.ranges import concatenated
 from mme.evaluation.requests import Requests
 
 
@@ -20,7 +21,7 @@ def sequence_batch(requests: Requests, rows: IntArray, config: Config) -> tuple[
     model: ModelConfig = config.model
     starts, ends = requests.offsets[rows], requests.offsets[rows + 1]
     firsts = np.maximum(starts, ends - config.history_len)
-    window = _ranges(firsts, ends)
+    window = concatenated(firsts, ends - firsts)
     seq_offsets = np.concatenate([[0], np.cumsum(ends - firsts)])
     times = np.insert(requests.times[window], seq_offsets[1:], requests.request_times[rows])
     of_users = [
@@ -37,15 +38,8 @@ def sequence_batch(requests: Requests, rows: IntArray, config: Config) -> tuple[
         event_features=_side_by_side([requests.of_events[name][window] for name in model.event_features]),
         user_features=_side_by_side(of_users),
     )
-    seen = torch.from_numpy(requests.items[_ranges(starts, ends)])
+    seen = torch.from_numpy(requests.items[concatenated(starts, ends - starts)])
     return batch, seen, torch.from_numpy(np.concatenate([[0], np.cumsum(ends - starts)]))
-
-
-def _ranges(starts: IntArray, ends: IntArray) -> IntArray:
-    """The numbers start … end - 1 of each range, range after range."""
-    lengths = ends - starts
-    offsets = np.cumsum(lengths) - lengths
-    return np.repeat(starts - offsets, lengths) + np.arange(lengths.sum())
 
 
 def _side_by_side(columns: list[IntArray]) -> Tensor | None:
