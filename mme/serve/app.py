@@ -99,7 +99,7 @@ class ServeSettings:
 
     Attributes:
         max_batch: number of histories that are encoded together.
-        max_wait_ms: time that the first request of a batch waits for others.
+        max_wait_ms: time that the first request of a batch waits for others if the last batch had several.
         max_waiting: number of histories that may wait; further requests get 503.
         reload_every_s: interval between checks for a newer model; 0: never.
         max_body_bytes: maximum size of a request's body.

@@ -1,7 +1,9 @@
 """Collects the requests of many clients into batches for one model.
 
-A request waits in a bounded queue. A task takes up to ``max_batch`` histories from it after at most ``max_wait_s`` and ranks
-them in a worker thread, so that the event loop keeps accepting requests. While one batch runs, the next one is collected.
+A request waits in a bounded queue. A task takes up to ``max_batch`` histories from it and ranks them in a worker thread, so that
+the event loop keeps accepting requests. While one batch runs, the next one is collected. If the last batch had several requests,
+the clients that it answered will soon ask again, so the next one waits for them, at most ``max_wait_s``; a lone client's request
+does not wait.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ class Batcher:
     Args:
         rank: ranks several requests at once; called in a thread, one call at a time.
         max_batch: maximum number of histories per call; a single request may have more.
-        max_wait_s: time that the first request of a batch waits for others.
+        max_wait_s: time that the first request of a batch waits for others if the last batch had several.
         max_waiting: maximum number of waiting histories.
         observe: called with the number of histories of each batch.
     """
@@ -47,6 +49,7 @@ class Batcher:
     def __post_init__(self) -> None:
         self._pending: deque[_Waiting] = deque()
         self._arrived = asyncio.Event()
+        self._is_shared = False  # whether the last batch had several requests
 
     async def submit(self, request: RecommendationRequest) -> Any:
         """The answer to one request.
@@ -94,7 +97,8 @@ class Batcher:
                 following = self._pending[0].request.num_histories
                 if batch and size + following > self.max_batch:
                     break
-                deadline = deadline if batch else loop.time() + self.max_wait_s
+                if not batch:
+                    deadline = loop.time() + (self.max_wait_s if self._is_shared else 0.0)
                 batch.append(self._pending.popleft())
                 size += following
                 continue
@@ -104,4 +108,5 @@ class Batcher:
                 await asyncio.wait_for(self._arrived.wait(), patience)
             except asyncio.TimeoutError:
                 break
+        self._is_shared = len(batch) > 1
         return batch
