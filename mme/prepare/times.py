@@ -283,6 +283,8 @@ def _parse_numbers(column: pa.Array) -> tuple[IntArray, IntArray | None, BoolArr
             number = Decimal(text[row].as_py())
         except InvalidOperation:
             continue
+        if number.adjusted() > 18:  # 10¹⁹ and more; a quotient of more than 28 digits raises InvalidOperation
+            continue
         floor = int(number // 1) - (number < 0 and number % 1 != 0)
         if abs(floor) < 2**63:
             whole[row], billionths[row], valid[row] = floor, int((number - floor) * BILLION), True

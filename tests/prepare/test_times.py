@@ -49,6 +49,12 @@ def test_text(tmp_path: Path, times: list[str], expected: list[tuple[int, int]])
     assert events(tmp_path, times) == [(item, START + second) for item, second in expected]
 
 
+@pytest.mark.parametrize("time", ["1600753e66", "-1.6e40", "1e19"])
+def test_a_number_beyond_64_bits_is_malformed(tmp_path: Path, time: str) -> None:
+    found = events(tmp_path, ["1600000000", time, "1.6e9"], max_malformed_share=0.4)
+    assert found == [(0, START), (2, START)]
+
+
 def test_years_that_nanoseconds_can_not_count(tmp_path: Path) -> None:
     times = ["1601-01-02T00:00:00Z", "2400-02-29T23:59:60Z", "1969-12-31T23:59:58.25Z"]
     first = int(datetime.datetime(1601, 1, 2, tzinfo=UTC).timestamp())
