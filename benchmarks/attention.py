@@ -28,6 +28,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from benchmarks.agreement import check_same
 from benchmarks.roofline import (
     JsonPath,
     Seconds,
@@ -162,7 +163,8 @@ def measure(
     ours = next(iter(forms.values()))
     for name, form, given in public_forms(q, k, v, offsets, longest):
         with torch.no_grad():
-            check_same(name, form(), ours().unflatten(2, (3, width))[:, :, 2].transpose(0, 1), tolerance)
+            wanted = ours().unflatten(2, (3, width))[:, :, 2].transpose(0, 1)
+            check_same(f"the {name} form", form(), wanted, tolerance)
         by_form[name] = form, given, {"forward": 2 * width, "backward": 5 * width}
     for name, (form, given, products) in by_form.items():
         with torch.no_grad():
@@ -212,13 +214,7 @@ def check_agreement(
     upstream = torch.randn_like(expected())
     results = ([y.detach(), *torch.autograd.grad(y, inputs, upstream)] for y in (form(), expected()))
     for found, reference in zip(*results, strict=True):
-        check_same(name, found, reference, tolerance)
-
-
-def check_same(name: str, found: Tensor, reference: Tensor, tolerance: float) -> None:
-    error = ((found.double() - reference.double()).norm() / reference.double().norm()).item()
-    if not error <= tolerance:
-        raise RuntimeError(f"the {name} form differs by {error:.2e}, more than {tolerance:.0e}")
+        check_same(f"the {name} form", found, reference, tolerance)
 
 
 def padded_attention(

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from benchmarks.agreement import check_same
 from benchmarks.roofline import JsonPath, Seconds, backends, device_and_dtype, memory_rate, publish, run_header, timed
 from kernels import gated_rms_norm, rms_norm, silu_split
 from kernels.splitmix import derive
@@ -140,9 +141,7 @@ def check_agreement(name: str, forms: dict[str, Form], inputs: list[Tensor], dty
         found[label] = [*results, *torch.autograd.grad(results, inputs, [torch.ones_like(x) for x in results])]
     for label, values in found.items():
         for value, wanted in zip(values, found["eager"], strict=True):
-            error = ((value.double() - wanted.double()).norm() / wanted.double().norm()).item()
-            if not error <= tolerance:
-                raise RuntimeError(f"{name} of the {label} form differs from the eager one's by {error:.2e}")
+            check_same(f"{name} of the {label} form", value, wanted, tolerance)
 
 
 def report(

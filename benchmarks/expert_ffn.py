@@ -23,6 +23,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from benchmarks.agreement import check_same
 from benchmarks.roofline import (
     JsonPath,
     Seconds,
@@ -146,10 +147,8 @@ def check_agreement(
     upstream = torch.randn_like(reference())
     found, expected = ([y.detach(), *torch.autograd.grad(y, inputs, upstream)] for y in (form(), reference()))
     for i, (value, wanted) in enumerate(zip(found, expected, strict=True)):
-        error = ((value.double() - wanted.double()).norm() / wanted.double().norm()).item()
-        if not error <= tolerance:
-            what = f"gradient {i}" if i else "result"
-            raise RuntimeError(f"the {what} of the {name} form differs from its reference by {error:.2e}")
+        what = f"gradient {i}" if i else "result"
+        check_same(f"the {what} of the {name} form", value, wanted, tolerance)
 
 
 def report(

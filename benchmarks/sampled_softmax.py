@@ -22,6 +22,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor
 
+from benchmarks.agreement import check_same
 from benchmarks.roofline import (
     JsonPath,
     Seconds,
@@ -134,9 +135,7 @@ def check_agreement(
     """Raises if a form computes something else, so that only right forms are measured."""
     found, expected = ([y, *torch.autograd.grad(y.mean(), inputs)] for y in (form(), eager()))
     for what, value, wanted in zip(("loss", "d hidden", "d items"), found, expected, strict=True):
-        error = ((value.double() - wanted.double()).norm() / wanted.double().norm()).item()
-        if not error <= tolerance:
-            raise RuntimeError(f"{what} of the {name} form differs from the eager one's by {error:.2e}")
+        check_same(f"{what} of the {name} form", value, wanted, tolerance)
 
 
 def eager_loss(hidden: Tensor, items: Tensor, targets: Tensor, negatives: Tensor, size: int) -> Tensor:

@@ -102,7 +102,7 @@ def test_public_kernels_are_measured_if_they_compute_the_same(alpha: float, monk
 def test_a_wrong_gradient_is_refused() -> None:
     x = torch.randn(5, requires_grad=True)
     attention.check_agreement("same", lambda: 2 * x, lambda: x + x, [x], 1e-6)
-    with pytest.raises(RuntimeError, match="the wrong form differs by 5"):
+    with pytest.raises(RuntimeError, match="the wrong form differs from its reference by 5"):
         attention.check_agreement("wrong", lambda: 2 * x - 0.5 * (x - x.detach()) * 2, lambda: 2 * x, [x], 1e-6)
 
 
