@@ -169,7 +169,7 @@ class Training:
             attempts.forget(self.run_folder)
 
     def _compile_kernels(self, monitor: Monitor) -> None:
-        """Before the first step, which would compile the kernels one after another."""
+        """Compiles all kernels at once, because the first step would compile them one after another."""
         self.watchdog.beat("compiling kernels")
         if note := compile_training_kernels(self.config, self.world.device, self.world.size):
             monitor.note(note)
@@ -268,7 +268,7 @@ class Training:
                 progress = after
 
     def _profiled(self, batches: Iterator[Batch], progress: Progress, monitor: Monitor) -> Iterator[Batch]:
-        """``batches``; the steps that `train.profile` asks for on this rank are profiled."""
+        """Yields ``batches`` and profiles the steps that `train.profile` selects for this rank."""
         train, ranks = self.config.train, self.config.train.profile_ranks
         if not train.profile or (ranks and self.world.rank not in ranks):
             return batches

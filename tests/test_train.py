@@ -244,5 +244,5 @@ def test_a_finished_run_reports_changed_settings_and_trains_nothing(data: Path, 
     prepare_synthetic("quickstart", tmp_path / "other", users=100, items=120, seed=4)
     refused = train(tmp_path / "other", run, "train.epochs=2")
     assert refused.returncode == 2
-    assert "step_7: was trained on a data set other than the one in data.path=" in refused.stderr
+    assert "step_7: was trained on a data set that is neither data.path=" in refused.stderr
     assert refused.stderr.count("\n") == 1

@@ -151,7 +151,7 @@ def start_at_the_mean(recommender: Recommender, source: RowSource, left_out: Col
 def _chunks(
     recommender: Recommender, source: RowSource, block: range, left_out: Collection[str]
 ) -> Iterator[tuple[int, Tensor, slice, Tensor]]:
-    """This rank's rows of a block in chunks: the table, the rows as a view, their columns, and (rows,) bool, which are new."""
+    """This rank's rows of a block in chunks: the table, the rows as a view, their columns, and (rows,) bool, whether each is new."""
     tables = recommender.tables
     for shard in tables.weights():
         if f"{TABLES}{shard.name}" in left_out:

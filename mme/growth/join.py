@@ -46,8 +46,8 @@ def grown_since(progress: Progress, run: Path, dataset: PreparedDataset, recomme
     )
     if not has_grown:
         raise UserError(
-            f"{folder(run, progress.step)}: was trained on a data set other than the one in data.path={config.data.path}, which "
-            f"`mme prepare --add-to` has not made of it ({ELSEWHERE})"
+            f"{folder(run, progress.step)}: was trained on a data set that is neither data.path={config.data.path} nor an earlier "
+            f"state of it ({ELSEWHERE})"
         )
     return RowSource(recommender.rows.blocks, blocks_of(progress.rows))
 
@@ -124,7 +124,7 @@ class EarlierRun:
 
 
 class _Values(NamedTuple):
-    """What the rows of a block stand for: all rows of the items, and of a feature those after the row of missing values.
+    """The raw ids or values of a block's rows, for a feature without its first row, which stands for missing values.
 
     ``kind``: their type, for messages and comparison.
     """
@@ -150,7 +150,7 @@ def _values(numbering: Numbering, model: ModelConfig) -> dict[str, _Values]:
 
 
 def describe_new_rows(source: RowSource) -> str:
-    """Such as ``12 of 5,000 items and 1 of 6 rows of event_features.rating are new``."""
+    """The numbers of new rows, such as ``12 of 5,000 items and 1 of 6 rows of event_features.rating are new``."""
     kinds = [
         f"{count:,} of {len(source.blocks[name]):,} {name if name == ITEMS else f'rows of {name}'}"
         for name, count in source.num_new().items()

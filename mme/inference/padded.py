@@ -2,8 +2,8 @@
 
     items (B, L), lengths (B,), timestamps (B, L + 1), events (B, L, F), users (B, G)  →  states (B, D) float32
 
-It computes what `mme.model.decoder.Decoder` computes without dropout, from the same weights, with B and L ≥ 2 free. Padding stands
-at the end of each row, where causal attention keeps it from every token before it.
+It computes what `mme.model.decoder.Decoder` computes without dropout, from the same weights, for any B and any L ≥ 2. Padding is
+at the end of each row, so causal attention hides it from all tokens.
 
 Legend: B histories, L longest of them, N max_seq_len, M views, d view width, D = M·d, H heads, R rows (M·B·L), E experts, k top_k,
 f hidden width, F event and G user features.
@@ -37,7 +37,7 @@ class PaddedEncoder(nn.Module):
     Args:
         decoder: trained, in evaluation mode.
         tables: (rows, M, d) float32, see `mme.model.feature_rows`.
-        rows: where items and feature values stand in the tables.
+        rows: maps items and feature values to rows of the tables.
     """
 
     tables: Tensor

@@ -29,9 +29,9 @@ class Run:
     """A finished training job.
 
     Attributes:
-        folder: with configuration, checkpoints, metrics.jsonl and report.html.
-        metrics: of the chosen checkpoint on the test split, such as ``ndcg@10``, with protocol, step and targets.
-        popularity: the same of the ranking by popularity.
+        folder: contains configuration, checkpoints, metrics.jsonl and report.html.
+        metrics: test metrics of the chosen checkpoint, such as ``ndcg@10``, with protocol, step and targets.
+        popularity: the same metrics of the ranking by popularity.
     """
 
     folder: Path

@@ -39,7 +39,7 @@ JOB = [
 
 
 def events_of(day: int, text_ids: bool = False, first_item: int = 1) -> list[tuple[Any, ...]]:
-    """A day's events of the same users: five items more than the day before, and an action that is new."""
+    """A day's events of the same users, with five more items than the day before and a new action."""
     random = np.random.default_rng(day)
     rows = []
     for user in range(USERS):
@@ -66,7 +66,7 @@ def first_day(folder: Path, day: int = 0, **options: Any) -> Path:
 
 
 def train(world: World, data: str, run: str, *overrides: str) -> dict[str, Any]:
-    """Trains; what the state was when training began and at the end, in this rank's parts, and the notes."""
+    """Trains; returns this rank's parts of the state when training began and at the end, and the notes."""
     config = load_config(
         REPOSITORY / "configs" / "quickstart.yaml", [*JOB, f"data.path={data}", f"output_dir={run}", *overrides]
     )

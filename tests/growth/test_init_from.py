@@ -14,7 +14,7 @@ from tests.growth.days import files_of, first_day, refused, saved, train
 
 
 def test_a_run_starts_from_another_by_raw_id(tmp_path: Path) -> None:
-    """Items of another set in another order: their rows and states come along, the decoder's too unless of another shape."""
+    """The other set orders its items differently. Their rows and states are joined; the decoder's are, if their shape is equal."""
     earlier, run = first_day(tmp_path), tmp_path / "earlier"
     steps = len(run_on(1, train, str(earlier), str(run))[0]["steps"])
     data = first_day(tmp_path, day=3, first_item=10)

@@ -118,7 +118,7 @@ def test_a_set_that_has_grown_is_evaluated_over_the_items_that_the_run_knows(tmp
     command("recommend", "--run", run, "--users", tmp_path / "histories.parquet", "--top-k", "7", "--output", output)
     assert pq.read_table(output)["item_ids"].to_pylist() == expected["item_ids"].to_pylist()
 
-    # Other commands say so in one line if nothing is left to do, or if the set was made anew.
+    # Other commands say so in one line if nothing is left to do, or if the set was prepared again.
     add_events([write(tmp_path / "day3.csv", [(user, 7_000, 3 * 86_400, "view") for user in range(USERS)])], data)
     refused = command("evaluate", "--run", run, check=False)
     assert refused.returncode == 2

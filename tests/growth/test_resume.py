@@ -72,8 +72,8 @@ def test_a_set_that_does_not_continue_the_run_is_refused_in_one_line(tmp_path: P
     for day in days:
         add_events([day], renumbered)
     expected = {
-        str(shrunken): f"was trained on a data set other than the one in data.path={shrunken}, which",
-        str(renumbered): f"was trained on a data set other than the one in data.path={renumbered}, which",
+        str(shrunken): f"was trained on a data set that is neither data.path={shrunken} nor an earlier state of it",
+        str(renumbered): f"was trained on a data set that is neither data.path={renumbered} nor an earlier state of it",
         str(grown): "no step is left to train on it: expected more than train.epochs=1",
     }
     (lines,) = run_on(1, refused, [(path, str(run), []) for path in expected])
@@ -84,7 +84,7 @@ def test_a_set_that_does_not_continue_the_run_is_refused_in_one_line(tmp_path: P
 
 @pytest.mark.slow
 def test_seven_days_one_after_another(tmp_path: Path) -> None:
-    """A step of training a day on a set that grows, against a run that had all items from the start: as good at the end."""
+    """One epoch per day on a growing set ends with nearly the loss of a run that had the whole set from the start."""
     data, run = first_day(tmp_path), tmp_path / "run"
     for day in range(DAYS):
         if day:

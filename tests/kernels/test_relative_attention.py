@@ -84,7 +84,7 @@ def test_repeats_bit_for_bit() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_buckets_made_anew_for_each_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_buckets_computed_again_for_each_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plan_module, "MAX_KEPT_PAIRS", 0)
     case = make_case([20, 150, 64], groups=2)
     assert make_tile_plan(case.seq_offsets, case.timestamps).buckets.numel() == 0

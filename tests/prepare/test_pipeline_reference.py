@@ -176,7 +176,7 @@ def left_out(folder: Path) -> dict[Any, list[tuple[Any, int, int]]]:
     return found
 
 
-def test_only_the_parts_of_touched_users_are_written_anew(tmp_path: Path) -> None:
+def test_only_the_parts_of_touched_users_are_written_again(tmp_path: Path) -> None:
     history = [(user, item, user) for user in range(6) for item in range(4)]
     info = prepare([write(tmp_path, "a.parquet", history)], "parquet", tmp_path / "out")
     before = [(tmp_path / "out" / part["file"]).stat().st_ino for part in info["parts"]]

@@ -93,7 +93,7 @@ def test_resumed_run_reads_as_one_uninterrupted_run(tmp_path: Path) -> None:
     assert not list(cut.glob("*.partial"))
 
 
-def test_new_run_in_an_old_folder_starts_metrics_anew(tmp_path: Path) -> None:
+def test_new_run_in_an_old_folder_starts_metrics_from_the_beginning(tmp_path: Path) -> None:
     for _ in range(2):
         with Monitor(tmp_path, total_steps=10, log_every=5, console=plain_console()) as monitor:
             monitor.run_info({"device": "cpu"})
