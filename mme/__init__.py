@@ -25,16 +25,22 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 
-def load(path: str | Path, device: str | torch.device | None = None, checkpoint: int | None = None) -> TrainedModel:
+def load(
+    path: str | Path,
+    device: str | torch.device | None = None,
+    checkpoint: int | None = None,
+    index: str | Path | None = None,
+) -> TrainedModel:
     """Loads a trained model that recommends, scores and embeds. It needs no process group.
 
     Args:
         path: a run's folder, or a file written by `mme export --what weights`.
         device: where to compute; None selects CUDA if available, otherwise the CPU.
         checkpoint: the step of a run's checkpoint; None selects the best one on the validation split.
+        index: a file written by `mme export --what index` from this model, which `recommend` searches; None: exact search.
 
     Raises:
-        mme.errors.UserError: the path does not exist, is damaged, or does not match its data set.
+        mme.errors.UserError: a path does not exist or is damaged, or a run does not match its data set or its index.
     """
     from pathlib import Path
 
@@ -44,12 +50,16 @@ def load(path: str | Path, device: str | torch.device | None = None, checkpoint:
 
     found = Path(path)
     if found.is_dir():
-        return load_run(found, checkpoint, device)
-    if checkpoint is not None:
+        model = load_run(found, checkpoint, device)
+    elif checkpoint is not None:
         raise UserError(f"{found}: is not a run's folder, so it has no checkpoint {checkpoint}")
-    if found.exists():
-        return read_export(found, device)
-    raise UserError(f"{found}: no such run or export")
+    elif found.exists():
+        model = read_export(found, device)
+    else:
+        raise UserError(f"{found}: no such run or export")
+    if index is not None:
+        model.use_index(Path(index))
+    return model
 
 
 def train(config: Config | Mapping[str, Any] | str | Path, overrides: Sequence[str] = ()) -> Run:

@@ -101,7 +101,7 @@ def process_group(patience_s: float = PATIENCE_S, store: dist.Store | None = Non
         torch.set_float32_matmul_precision("high")
     else:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        _keep_freed_memory()
+        keep_freed_memory()
     # TorchRec also exchanges host tensors, so the group needs gloo in addition to NCCL.
     backend = "cpu:gloo,cuda:nccl" if on_gpu else "gloo"
     patience = timedelta(seconds=patience_s)
@@ -164,11 +164,11 @@ def _own_store(size: int) -> dist.Store:
     return dist.PrefixStore(name[0], store)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """Makes glibc keep memory that tensors free instead of returning it to the kernel immediately.
 
-    Each step frees and reallocates hundreds of megabytes; page faults for them take up to half of a step on a CPU. Other
-    C libraries are left as they are.
+    Each training step frees and reallocates hundreds of megabytes, and so does each batch of a server with a large
+    catalogue; page faults for them take up to half of the time on a CPU. Other C libraries are left as they are.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):

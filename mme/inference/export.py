@@ -37,11 +37,12 @@ from mme.evaluation.requests import Requests
 from mme.files import replacing, write_text
 from mme.inference import exported
 from mme.inference.exported import ids_to_tensor, read_export
+from mme.inference.item_index import import_faiss, items_file
 from mme.inference.model import TrainedModel
 
 What = Literal["weights", "items", "users", "index", "model", "compiled"]
 EXACT_UP_TO = 50_000  # items; by default a larger catalogue gets an HNSW index
-RECALL_QUERIES = 1_000
+RECALL_QUERIES, QUERIES_AT_ONCE = 1_000, 16  # scores of 16 queries and a million items take 64 MB
 RECALL_AT = 10
 USERS_AT_ONCE = 1_024
 HNSW_LINKS, HNSW_BUILD, HNSW_SEARCH = 32, 200, 128
@@ -161,10 +162,7 @@ def _write_vectors(output: Path, name: str, ids: pa.Array, vectors: NDArray[np.f
 
 
 def _index(model: TrainedModel, output: Path, exact: bool | None) -> dict[str, Any]:
-    try:
-        import faiss
-    except ImportError as error:
-        raise UserError("an index needs faiss, which is not installed: `pip install 'mme[serve]'`") from error
+    faiss = import_faiss()
     vectors = model.item_embeddings()
     exact = len(vectors) <= EXACT_UP_TO if exact is None else exact
     if exact:
@@ -179,9 +177,8 @@ def _index(model: TrainedModel, output: Path, exact: bool | None) -> dict[str, A
         kept = found.reconstruct_n(0, found.ntotal)
         difference = _require_same(_largest(kept - vectors), output)
         recall = _recall(found, vectors)
-    items = output.with_name(f"{output.name}.items.parquet")
-    with replacing(items) as partial:
-        pq.write_table(pa.table({"row": pa.array(range(len(vectors)), pa.int64()), "item_id": model.item_ids}), partial)
+    with replacing(items_file(output)) as partial:
+        pq.write_table(pa.table({"row": pa.array(np.arange(len(vectors))), "item_id": model.item_ids}), partial)
     k = min(RECALL_AT, len(vectors))
     return {"kind": "exact" if exact else "hnsw", f"recall@{k}": recall, "largest_difference": difference}
 
@@ -195,7 +192,7 @@ def _program(model: TrainedModel, output: Path, is_compiled: bool) -> dict[str, 
         written = Path(folder) / output.name  # the compiler chooses its format by the name
         about = write_program(model, written, is_compiled)
         shutil.copyfile(written, partial)
-    _write_vectors(output.with_name(f"{output.name}.items.parquet"), "item_id", model.item_ids, model.item_embeddings())
+    _write_vectors(items_file(output), "item_id", model.item_ids, model.item_embeddings())
     return about
 
 
@@ -205,11 +202,15 @@ def _recall(index: Any, vectors: NDArray[np.float32]) -> float:
     chosen = generator.choice(len(vectors), min(RECALL_QUERIES, len(vectors)), replace=False)
     queries = vectors[chosen] + 0.1 * generator.standard_normal((len(chosen), vectors.shape[1])).astype(np.float32)
     k = min(RECALL_AT, len(vectors))
-    _, found = index.search(queries, k)
-    scores = queries @ vectors.T
-    worst = -np.sort(-scores, axis=1)[:, k - 1 : k]  # any item with an equal score counts as found
-    hits = np.take_along_axis(scores, np.maximum(found, 0), axis=1) >= worst - 1e-6
-    return float((hits & (found >= 0)).mean())
+    hits = 0
+    for start in range(0, len(queries), QUERIES_AT_ONCE):
+        part = queries[start : start + QUERIES_AT_ONCE]
+        _, found = index.search(part, k)
+        scores = part @ vectors.T
+        worst = np.partition(scores, -k, axis=1)[:, [-k]]  # any item with an equal score counts as found
+        score_of_found = np.take_along_axis(scores, np.maximum(found, 0), axis=1)
+        hits += int(((score_of_found >= worst - 1e-6) & (found >= 0)).sum())
+    return hits / (len(queries) * k)
 
 
 def _largest(values: NDArray[np.float32]) -> float:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from mme.errors import UserError, first_line
 from mme.evaluation.ranking import Ranker
 from mme.evaluation.request_batch import sequence_batch
 from mme.evaluation.requests import Requests, Unknown, check_requests, concatenate, with_features
+from mme.inference.item_index import ItemIndex
 from mme.inference.padded import PaddedEncoder
 from mme.inference.requests import SOURCE, Answer, RecommendationRequest, as_table
 from mme.model.decoder import Decoder
@@ -121,6 +123,17 @@ class TrainedModel:
         self._encoder = LocalEncoder(config, knowledge.numbering, weights, self.device)
         self._ranker = Ranker(self._encoder)
         self._popular = np.argsort(-knowledge.counts, kind="stable")
+        self._index: ItemIndex | None = None
+
+    def use_index(self, path: Path) -> None:
+        """Lets `recommend` search an index of the item vectors instead of scoring every item.
+
+        Lists with candidates or with many excluded items remain exact.
+
+        Raises:
+            UserError: see `ItemIndex`.
+        """
+        self._index = ItemIndex(path, self.item_ids, self.item_embeddings())
 
     @property
     def num_items(self) -> int:
@@ -297,6 +310,9 @@ class TrainedModel:
         if candidates == ():
             return np.full((len(excluded), k), -1, np.int64), np.zeros((len(excluded), k), np.float32)
         ranker, chosen = self._ranker, None
+        if self._index is not None and candidates is None and self._index.can_exclude(max(map(len, excluded))):
+            states = ranker.states(batch).cpu().numpy()
+            return self._index.search(states, [items.numpy() for items in excluded], k)
         if candidates is not None:
             chosen = torch.tensor(candidates, dtype=torch.int64)
             ranker = ranker.restricted_to(chosen.to(self.device))
