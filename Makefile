@@ -14,7 +14,7 @@ override CONFIG := $(value CONFIG)
 override DATA := $(value DATA)
 export CONFIG DATA
 TESTS ?=
-# Left out: accuracy takes hours, table_exchange needs torchrun, user_ranks needs a run, roofline is part of the others.
+# Left out: accuracy takes hours, serve needs two quiet cores for a quarter of an hour, table_exchange needs torchrun, user_ranks needs a run, roofline is part of the others.
 BENCHMARKS ?= attention attention_shortcuts data_loading elementwise expert_ffn prepare sampled_softmax scaling \
 	step_memory train_throughput
 
