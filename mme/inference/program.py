@@ -64,8 +64,11 @@ def write_program(model: TrainedModel, partial: Path, is_compiled: bool) -> dict
     if not difference <= TOLERANCES.get(precision, TOLERANCES["bfloat16"]):
         raise JobError(f"the states of the exported program differ from the model's by up to {difference:g}")
     arguments = padded_inputs(sample_requests(model, np.array([1])), model.config)
+    free = {"items": 2, "lengths": 1, "timestamps": 2, "events": 2, "users": 1}  # leading dimensions of any size
+    shapes = {name: [-1] * free[name] + list(value.shape[free[name] :]) for name, value in arguments.items()}
     return {
         "inputs": list(arguments),
+        "shapes": {**shapes, "states": [-1, model.config.model.embedding_dim]},
         "device": model.device.type,
         "longest_history": model.config.history_len,
         "torch": torch.__version__,
