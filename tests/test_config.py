@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from mme.config import Config, DataConfig, LossConfig, ModelConfig, MoEConfig, flat, load_config, warnings
@@ -78,6 +80,12 @@ def test_softmaxes_of_a_token(views: str, softmax_views: list[int], softmaxes: i
 def test_negatives_of_a_batch(loss: LossConfig, groups: list[int], scored: int) -> None:
     assert [loss.num_groups(tokens) for tokens in (0, 1, 7)] == groups
     assert loss.num_scored(50) == scored
+
+
+def test_a_number_of_more_than_64_bits_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(f"model: {{dropout: 1{'0' * 400}}}")
+    with pytest.raises(UserError, match=r"config.yaml: model.dropout: expected a number of at most 64 bits$"):
+        load_config(tmp_path / "config.yaml", ["data.path=unused"])
 
 
 @pytest.mark.parametrize("key", ["data.path", "data.cache_dir", "output_dir"])

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import AnyNode, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import MarkedYAMLError
 
@@ -181,6 +181,8 @@ def _merge(base: Any, update: Any, source: str) -> Any:
         if isinstance(node, (DictConfig, ListConfig)) and (expected := _expected_instead(base, key, node)):
             found = "a mapping" if isinstance(node, DictConfig) else "a list"
             raise UserError(f"{source}: {key}: expected {expected}, found {found}")
+        if isinstance(node, AnyNode) and isinstance(node._value(), int) and abs(node._value()) >= 2**63:
+            raise UserError(f"{source}: {key}: expected a number of at most 64 bits")
     try:
         return OmegaConf.merge(base, update)
     except OmegaConfBaseException as error:
