@@ -110,7 +110,7 @@ def _parse(path: Path, key: str, value: Any) -> Choice | Interval:
         raise UserError(
             f"{path}: {key}: expected a list of values, or low and high (and step or log), found {json.dumps(value, default=str)}"
         )
-    bounds = [value[name] for name in ("low", "high", "step") if value.get(name) is not None]
+    bounds = [value["low"], value["high"], *([] if value.get("step") is None else [value["step"]])]
     if not all(isinstance(bound, (int, float)) and not isinstance(bound, bool) for bound in bounds):
         raise UserError(f"{path}: {key}: low, high and step must be numbers (YAML reads 1e-3 as text: write 1.0e-3)")
     found = Interval(key, value["low"], value["high"], value.get("step"), bool(value.get("log", False)))

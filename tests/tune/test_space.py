@@ -38,6 +38,7 @@ def test_bounds_and_lists(tmp_path: Path) -> None:
         ("model.dropout: {low: 0.1}", r"expected a list of values, or low and high"),
         ("model.dropout: {low: 0.5, high: 0.1}", r"low \(0\.5\) is above high \(0\.1\)"),
         ("train.lr: {low: 0.0, high: 0.1, log: true}", r"log needs low above 0"),
+        ("train.lr: {low: null, high: 0.1}", r"low, high and step must be numbers"),
         ("train.lr: {low: 1e-4, high: 1e-2}", r"must be numbers \(YAML reads 1e-3 as text"),
         ("model.num_blocks: {low: 1, high: 4, step: 0}", r"step \(0\) must be above 0"),
         ("output_dir: [a, b]", r"each trial has its own folder"),
