@@ -14,6 +14,8 @@ from mme.data.layout import INFO_FILE
 from mme.errors import UserError, first_line
 from mme.files import open_to_read
 
+# What reading a damaged file raises; UnicodeDecodeError, if a column's name is not UTF-8.
+READ_ERRORS = (pa.ArrowException, OSError, UnicodeDecodeError)
 Kind = Literal["integer", "text", "integer or text"]
 
 
@@ -31,7 +33,7 @@ def open_parquet(folder: Path, name: str) -> Iterator[pq.ParquetFile]:
             yield file
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file, though {INFO_FILE} names it") from error
-    except (pa.ArrowException, OSError) as error:
+    except READ_ERRORS as error:
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"{path}: not a readable Parquet file, perhaps truncated ({reason})") from error
 

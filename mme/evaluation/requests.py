@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from mme.config import USER_ID, ModelConfig
 from mme.data.id_lookup import IdLookup
 from mme.data.numbering import Numbering
+from mme.data.parquet import READ_ERRORS
 from mme.data.parts import IntArray
 from mme.errors import UserError, first_line
 from mme.files import open_to_read
@@ -86,7 +87,7 @@ def read_table(path: Path) -> pa.Table:
             table = parquet.read()
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
-    except (pa.ArrowInvalid, OSError) as error:
+    except READ_ERRORS as error:
         raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
     if table.num_rows == 0:
         raise UserError(f"{path}: no rows: expected one history per row")

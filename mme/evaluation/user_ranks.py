@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mme.data.parquet import READ_ERRORS
 from mme.errors import UserError, first_line
 from mme.evaluation.segments import Floats, Ints
 from mme.files import open_to_read, replacing
@@ -90,7 +91,7 @@ def read_user_ranks(run: Path) -> UserRanks:
         raise UserError(
             f"{path}: no such file: expected the ranks of a finished run (`mme evaluate --run {run} --save-ranks` writes them)"
         ) from error
-    except (OSError, pa.ArrowException) as error:
+    except READ_ERRORS as error:
         raise UserError(f"{path}: not a readable Parquet file ({first_line(error)})") from error
     about = _read_about(path, table)
     columns = {name: _ints(path, table, name) for name in _FACTS}

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mme.data.layout import FEATURE_PREFIX
+from mme.data.parquet import READ_ERRORS
 from mme.errors import UserError, first_line
 from mme.prepare.json_reader import json_fields
 from mme.prepare.quoting import Quoting
@@ -272,7 +273,7 @@ def _parquet_names(path: Path) -> list[str]:
     try:
         names: list[str] = pq.read_schema(path).names
         return names
-    except (pa.ArrowException, OSError) as error:
+    except READ_ERRORS as error:
         raise UserError(f"{path}: not a readable Parquet file, perhaps truncated ({first_line(error)})") from error
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from mme.data.parquet import READ_ERRORS
 from mme.errors import UserError, first_line
 from mme.prepare import json_reader, text_reader
 from mme.prepare.quoting import Quoting, RecordSplitter
@@ -92,7 +93,7 @@ class SourceFile:
                     yield from map(self._by_role, self._text(stream, names, num_bytes))
         except UnreadableText as error:
             raise UserError(f"{self.path}: {error}") from error
-        except (pa.ArrowException, OSError) as error:
+        except READ_ERRORS as error:
             raise UserError(f"{self.path}: can't be read to its end: {first_line(error)}") from error
 
     def _by_role(self, batch: pa.RecordBatch) -> pa.RecordBatch:

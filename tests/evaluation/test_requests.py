@@ -145,6 +145,14 @@ def test_a_pipe_and_a_table_with_a_column_twice_are_refused(tmp_path: Path) -> N
         read(tmp_path / "twice.parquet")
 
 
+def test_a_column_whose_name_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"user_id": [1], "item_ids": [[1]]}), tmp_path / "odd.parquet", store_schema=False)
+    content = (tmp_path / "odd.parquet").read_bytes()
+    (tmp_path / "odd.parquet").write_bytes(content.replace(b"user_id", b"user_\xff\xfe"))
+    with pytest.raises(UserError, match="not a readable Parquet file"):
+        read(tmp_path / "odd.parquet")
+
+
 def test_the_training_datas_times_are_known_without_reading_them(tmp_path: Path) -> None:
     prepare_synthetic("quickstart", tmp_path, users=20, items=30, seed=3)
     table = pq.read_table(tmp_path / "part-00000.parquet")

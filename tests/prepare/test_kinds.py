@@ -164,6 +164,14 @@ def test_read_with_the_right_values(tmp_path: Path, kind: Kind) -> None:
     assert kind.said in told[0]
 
 
+def not_utf_8(folder: Path) -> Path:
+    """A file with a column whose name is no text."""
+    path = parquet(("user_id", USERS), ("item_id", ITEMS), ("timestamp", SECONDS))(folder)
+    pq.write_table(pq.read_table(path), path, store_schema=False)
+    path.write_bytes(path.read_bytes().replace(b"user_id", b"user_\xff\xfe"))
+    return path
+
+
 REFUSED = {
     "header-less, columns not given": (
         text("a.csv", lambda u, i, s: f"{u},{i},{s},4", ""),
@@ -177,6 +185,10 @@ REFUSED = {
     "one name twice in Parquet": (
         parquet(("user_id", USERS), ("item_id", ITEMS), ("timestamp", SECONDS), ("user_id", USERS)),
         "events.parquet: 2 columns are named 'user_id': expected one",
+    ),
+    "a name that is not UTF-8 in Parquet": (
+        not_utf_8,
+        "events.parquet: not a readable Parquet file, perhaps truncated ('utf-8' codec can't decode byte 0xff in position 5",
     ),
     "day or month first": (
         lines("a.csv", HEADER, "7,1,03/04/2021"),
