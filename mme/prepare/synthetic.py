@@ -62,7 +62,7 @@ def prepare_synthetic(
     if name != "quickstart":
         raise UserError(f"--synthetic {name}: no such generator: expected quickstart")
     if items < MIN_EVENTS * 2:
-        raise UserError(f"--items {items}: expected at least {MIN_EVENTS * 2}, for no user takes an item twice")
+        raise UserError(f"--items {items}: expected at least {MIN_EVENTS * 2}, because no user takes an item twice")
     if users < 1:
         raise UserError(f"--users {users}: expected at least 1")
     catalogue = _catalogue(items, np.random.default_rng([seed, 0]))
