@@ -14,12 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.relative_attention.reference import time_bucket
+from kernels.sampled_softmax.torch_form import MASKED_LOGIT
 from mme.config import Config
 from mme.data.batch import SequenceBatch
 from mme.model.biased_block import BiasedBlock
 from mme.model.inputs import positions_in_sequence
-
-MASKED_LOGIT = -5e4
 
 
 class PaddedBlock(BiasedBlock):

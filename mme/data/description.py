@@ -18,7 +18,7 @@ from mme.records import parse_record
 AGAIN = "run `mme prepare` again"
 
 Count = Annotated[int, Field(ge=0, lt=2**62)]
-Index = Annotated[int, Field(ge=0, lt=2**31)]  # indices of items and feature values are int32 in the event file
+NumIndices = Annotated[int, Field(ge=0, lt=2**31)]  # indices of items and feature values are int32 in the event file
 
 
 class FileSum(TypedDict):
@@ -45,11 +45,11 @@ class Description(TypedDict):
 
     name: str
     num_users: Count
-    num_items: Index
+    num_items: NumIndices
     num_events: Count
     sort_rule: str
     parts: list[Part]
-    features: NotRequired[dict[str, Index]]
+    features: NotRequired[dict[str, NumIndices]]
     files: NotRequired[dict[str, FileSum]]
     runs: NotRequired[list[dict[str, Any]]]  # of `mme prepare`, including those with --add-to
 

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from mme.data.parts import IntArray
 from mme.errors import UserError, first_line
 from mme.files import open_to_read
 
 FloatArray = NDArray[np.float32]
-IntArray = NDArray[np.int64]
 MOST_EXCLUDED = 0.1  # of the catalogue; a graph search finds too few items if it has to pass over more
 VECTORS_AT_ONCE = 65_536
 TOLERANCE = 1e-5  # between the vectors that two devices compute from the same weights

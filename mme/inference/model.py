@@ -22,19 +22,19 @@ from kernels.backend import resolve_backend
 from mme.config import Config
 from mme.data.batch import SequenceBatch
 from mme.data.numbering import Numbering
+from mme.data.parts import IntArray
 from mme.distributed.world import World
 from mme.errors import UserError, first_line
 from mme.evaluation.ranking import Ranker
 from mme.evaluation.request_batch import sequence_batch
 from mme.evaluation.requests import Requests, Unknown, check_requests, concatenate, with_features
-from mme.inference.item_index import ItemIndex
+from mme.inference.item_index import FloatArray, ItemIndex
 from mme.inference.padded import PaddedEncoder
 from mme.inference.requests import SOURCE, Answer, RecommendationRequest, as_table
 from mme.model.decoder import Decoder
 from mme.model.encoder import Encoder
 from mme.model.feature_rows import FeatureRows
 
-FloatArray = NDArray[np.float32]
 HISTORIES_AT_ONCE = 256
 
 
@@ -49,7 +49,7 @@ class Knowledge:
     """
 
     numbering: Numbering
-    counts: NDArray[np.int64]
+    counts: IntArray
     times: tuple[int, int]
 
 
@@ -258,7 +258,7 @@ class TrainedModel:
         """(B, D) states of histories, each with at least one known item."""
         return self.encode(self._requests(as_table(histories), "skip").of_known_items())
 
-    def encode(self, known: Requests, rows: NDArray[np.int64] | None = None) -> Tensor:
+    def encode(self, known: Requests, rows: IntArray | None = None) -> Tensor:
         """(B, D) the state of each history in ``rows`` (None: all), of known items only.
 
         Raises:
@@ -305,7 +305,7 @@ class TrainedModel:
 
     def _top_k(
         self, batch: SequenceBatch, excluded: list[Tensor], k: int, candidates: tuple[int, ...] | None
-    ) -> tuple[NDArray[np.int64], FloatArray]:
+    ) -> tuple[IntArray, FloatArray]:
         """(B, k) item indices, −1 if no item is left, and scores."""
         if candidates == ():
             return np.full((len(excluded), k), -1, np.int64), np.zeros((len(excluded), k), np.float32)
@@ -324,7 +324,7 @@ class TrainedModel:
             found = torch.where(found >= 0, chosen[found.clamp(min=0)], found)
         return found.numpy(), values.cpu().numpy()
 
-    def _most_popular(self, checked: _Checked) -> NDArray[np.int64]:
+    def _most_popular(self, checked: _Checked) -> IntArray:
         """The items with the most events among those that the request ranks."""
         allowed = np.ones(self.num_items, bool)
         if checked.candidates is not None:
@@ -334,13 +334,13 @@ class TrainedModel:
         ranked = self._popular[allowed[self._popular]]
         return ranked[: checked.request.k]
 
-    def _answer(self, items: NDArray[np.int64], scores: FloatArray, fallback: NDArray[np.bool_], lost: int) -> Answer:
+    def _answer(self, items: IntArray, scores: FloatArray, fallback: NDArray[np.bool_], lost: int) -> Answer:
         found = items >= 0
         lists = [self.item_ids.take(pa.array(row[here])).to_pylist() for row, here in zip(items, found, strict=True)]
         values = [row[: here.sum()].tolist() for row, here in zip(scores, found, strict=True)]
         return Answer(lists, values, fallback.tolist(), lost, self.name)
 
-    def _indices(self, ids: Sequence[Any], what: str) -> NDArray[np.int64]:
+    def _indices(self, ids: Sequence[Any], what: str) -> IntArray:
         """Item indices of raw ids; raises UserError for one that is unknown."""
         found = self._find(ids, what)
         if (found < 0).any():
@@ -350,12 +350,12 @@ class TrainedModel:
             )
         return found
 
-    def _known_indices(self, ids: Sequence[Any], what: str) -> NDArray[np.int64]:
+    def _known_indices(self, ids: Sequence[Any], what: str) -> IntArray:
         """Item indices of the raw ids that the model knows."""
         found = self._find(ids, what)
         return found[found >= 0]
 
-    def _find(self, ids: Sequence[Any], what: str) -> NDArray[np.int64]:
+    def _find(self, ids: Sequence[Any], what: str) -> IntArray:
         """Item indices of raw ids; −1 for one that is unknown."""
         try:
             return self.knowledge.numbering.items.find(pa.array(list(ids), self.item_ids.type))
@@ -370,7 +370,7 @@ class _Checked:
     number: int
     request: RecommendationRequest
     given: Requests
-    blocked: NDArray[np.int64]
+    blocked: IntArray
     candidates: tuple[int, ...] | None
 
     def excluded(self, seen: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class OpenQuote(Exception):
 
 
 @dataclass(frozen=True)
-class Records:
+class TextRecords:
     """
     Attributes:
         data: bytes that a CSV parser reads as exactly these records.
@@ -76,7 +76,7 @@ class RecordSplitter:
         self._reopens = rf'^{inside}"(?:{s}{field})*{s}"{inside}$'
         self._like_row = rf'^(?:[^{s}\n]*{s}){{{time_field}}}\s*"?[-+:./\dTZ ]*\d[-+:./\dTZ ]*"?\s*(?:{s}|{end})'
 
-    def split(self, block: bytes, is_last: bool) -> Records:
+    def split(self, block: bytes, is_last: bool) -> TextRecords:
         """Splits whole lines into records; ``is_last``: the file has no more lines.
 
         Raises:
@@ -101,7 +101,7 @@ class RecordSplitter:
         else:
             data = block[: bounds[end]]
         starts = _is_not_blank(block, bounds)[:end] & ~joined[:end]
-        return Records(data, np.flatnonzero(starts), end, block[bounds[end] :], True)
+        return TextRecords(data, np.flatnonzero(starts), end, block[bounds[end] :], True)
 
     def _walk(
         self, lines: pa.Array, bounds: NDArray[np.int64], whole: NDArray[np.bool_], is_last: bool
@@ -166,12 +166,12 @@ def _lines(number: int) -> str:
     return f"{number} line" if number == 1 else f"{number} lines"
 
 
-def _lines_as_records(block: bytes, has_quotes: bool) -> Records:
+def _lines_as_records(block: bytes, has_quotes: bool) -> TextRecords:
     num_lines = block.count(b"\n") + (not block.endswith(b"\n"))
     lines = None
     if block.startswith((b"\n", b"\r\n")) or b"\n\n" in block or b"\n\r\n" in block:
         lines = np.flatnonzero(_is_not_blank(block, _line_bounds(block)))
-    return Records(block, lines, num_lines, b"", has_quotes)
+    return TextRecords(block, lines, num_lines, b"", has_quotes)
 
 
 def _line_bounds(block: bytes) -> NDArray[np.int64]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.csv
 from numpy.typing import NDArray
 
-from mme.prepare.quoting import OpenQuote, Records, RecordSplitter
+from mme.prepare.quoting import OpenQuote, RecordSplitter, TextRecords
 
 NULL_TEXTS = ["", "NULL", "null", "NaN", "nan", "None", "none", "NA", "N/A", "\\N"]
 BLOCK_BYTES = 8 << 20
@@ -123,7 +123,7 @@ def _tidy(block: bytes, layout: Layout) -> bytes:
     return block
 
 
-def _parse(records: Records, layout: Layout, wanted: Sequence[str], first_line: int) -> TextBlock:
+def _parse(records: TextRecords, layout: Layout, wanted: Sequence[str], first_line: int) -> TextBlock:
     broken: list[int] = []
 
     def skip(row: pyarrow.csv.InvalidRow) -> str:

@@ -37,7 +37,7 @@ TOO_EARLY_S = -11_644_473_600  # 1601-01-01, the zero of Windows' clock; 0001-01
 MODERN_S = (10**8, 4_102_444_800)  # 1973 to 2100
 DAY_S = 86_400
 
-NUMBER = r"^(?P<sign>[+-]?)(?P<whole>\d{1,19})(?:\.(?P<part>\d*))?$"
+PLAIN_NUMBER = r"^(?P<sign>[+-]?)(?P<whole>\d{1,19})(?:\.(?P<part>\d*))?$"
 EXPONENT = r"^[+-]?\d+\.?\d*[eE][+-]?\d{1,2}$"
 _ZONE = r"\s?(?P<zone>[Zz]|UTC|GMT|[+-]\d{2}(?::?\d{2})?)?"
 _CLOCK = r"(?P<hour>\d{2}):(?P<minute>\d{2})(?::(?P<second>\d{2})(?:[.,](?P<part>\d+))?)?"
@@ -119,7 +119,7 @@ def recognise(source: SourceFile, column: pa.Array, said: str) -> TimeForm | Non
         zoned = text is not None and _share(pc.match_substring_regex(text, ENDS_WITH_ZONE)) > 0.5
         return TimeForm("text", zoned=zoned)
     if text is not None:
-        is_numeric = pc.or_(pc.match_substring_regex(text, NUMBER), pc.match_substring_regex(text, EXPONENT))
+        is_numeric = pc.or_(pc.match_substring_regex(text, PLAIN_NUMBER), pc.match_substring_regex(text, EXPONENT))
         if 2 * (pc.sum(is_numeric).as_py() or 0) <= len(text):
             return _recognise_text(source, column, text)
         present = text.filter(is_numeric)
@@ -270,7 +270,7 @@ def _parse_numbers(column: pa.Array) -> tuple[IntArray, IntArray | None, BoolArr
     integers = as_integers(text)
     if integers is not None:
         return integers.fill_null(0).to_numpy(), None, np.ones(len(text), bool)
-    fields = pc.extract_regex(text, NUMBER)
+    fields = pc.extract_regex(text, PLAIN_NUMBER)
     digits = pc.struct_field(fields, "whole")
     too_large = pc.and_(pc.equal(pc.binary_length(digits), len(LARGEST)), pc.greater(digits, LARGEST))
     fields = pc.if_else(pc.fill_null(too_large, False), pa.scalar(None, fields.type), fields)
