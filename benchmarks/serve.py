@@ -2,8 +2,8 @@
 
     OMP_NUM_THREADS=1 python -m benchmarks.serve --json benchmarks/results/serve_cpu.json
 
-For each catalogue and search (exact, by index) the real `mme serve` and `benchmarks.serving.plain` run at the same time, each in a
-process of its own, on exports of one model with random weights. 1, 8 and 64 closed-loop clients ask them over HTTP on the
+For each catalogue and search (exact, by index) the real `mme serve` and `benchmarks.serving.plain` run at the same time, in separate
+processes, on exports of one model with random weights. 1, 8 and 64 closed-loop clients ask them over HTTP on the
 loopback address, in turns, so that a busy machine slows both by the same factor. A request has one history and k = 10.
 Before that, both answer the same requests; the shares of equal items are in the results.
 
@@ -47,8 +47,10 @@ def main(
     items: Annotated[str, typer.Option(help="Sizes of the catalogue.")] = "10000,1000000",
     clients: Annotated[str, typer.Option(help="Numbers of closed-loop clients.")] = "1,8,64",
     searches: Annotated[str, typer.Option(help="exact, index")] = "exact,index",
-    seconds: Annotated[float, typer.Option(min=0.1, help="Of a repetition, after as long a warm-up.")] = 4.0,
-    repetitions: Annotated[int, typer.Option(min=2, help="Of each server and number of clients.")] = 5,
+    seconds: Annotated[
+        float, typer.Option(min=0.1, help="Seconds of a repetition, after an equally long warm-up.")
+    ] = 4.0,
+    repetitions: Annotated[int, typer.Option(min=2, help="Repetitions per server and number of clients.")] = 5,
     models: Annotated[Path, typer.Option(help="Folder of the exports.")] = ROOT / "benchmarks/raw/serve",
     json_path: Annotated[Optional[Path], typer.Option("--json", help="File for the figures.")] = None,
     overrides: Annotated[Optional[list[str]], typer.Argument(help="Values that replace those of --config.")] = None,
@@ -114,8 +116,8 @@ def compare(
 
 
 def figures(times: list[list[float]], seconds: float) -> dict[str, Any]:
-    """Of repetitions of ``seconds``, each with the milliseconds of its requests: median and spread (half the distance of the
-    quartiles) of requests per second, and percentiles of all requests together."""
+    """The figures of repetitions of ``seconds``; ``times``: the milliseconds of each one's requests. Median and spread (half the
+    interquartile range) of requests per second, and percentiles of all requests together."""
     low, median, high = statistics.quantiles([len(each) / seconds for each in times], n=4)
     together = np.concatenate(times) if any(times) else np.array([np.nan])
     return {

@@ -81,7 +81,7 @@ class Gradients:
 
     Attributes:
         finite: whether the loss and every gradient are finite on all ranks.
-        ids: (U,) the items and features of those rows.
+        ids: (U,) the distinct items and features of the batch.
         looked_up: (U, M, d) the rows that this rank fetched from the tables, attached to the autograd graph.
         item_rows: (U, M, d) the gradient of ``looked_up``.
     """

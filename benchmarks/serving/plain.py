@@ -1,4 +1,4 @@
-"""What a server without this project's would be: FastAPI and PyTorch, one request at a time.
+"""A server as one would write it without this project: FastAPI and PyTorch, one request at a time.
 
     python -m benchmarks.serving.plain --run model.safetensors [--index model.faiss]
 

@@ -24,7 +24,7 @@ def clip_gradients(
     Args:
         decoder: this rank's parts of the decoder's gradient, averaged over the ranks.
         ids: (U,) int64, ascending.
-        rows: (U, M, d) the gradient of those rows on this rank, not yet averaged over the ranks.
+        rows: (U, M, d) the gradient of their rows on this rank, not yet averaged over the ranks.
     """
     squares = sum((part.double().square().sum() for part in decoder), rows.new_zeros((), dtype=torch.float64))
     squares = squares + sum_over_ranks(world, ids, rows, num_items).double().div_(world.size).square_().sum()

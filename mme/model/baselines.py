@@ -33,7 +33,7 @@ class SASRecBlock(nn.Module):
     """x + dropout(Attention(LN(x))), then x + dropout(FFN(LN(x))) (SASRec, arXiv 1808.09781, equations 2 to 6).
 
     Causal softmax attention over q·k / √dqk with dropout on its weights; FFN(z) = dropout(ReLU(z W_1 + b_1)) W_2 + b_2.
-    Unlike in the paper, heads may be several and are then joined by an output matrix.
+    Unlike in the paper, there may be several heads; an output matrix joins them.
     """
 
     def __init__(self, dim: int, num_heads: int, dqk: int, dv: int, hidden_dim: int, dropout: float = 0.0) -> None:
