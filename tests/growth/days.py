@@ -39,12 +39,13 @@ JOB = [
 
 
 def events_of(day: int, text_ids: bool = False, first_item: int = 1) -> list[tuple[Any, ...]]:
-    """A day's events of the same users, with five more items than the day before and a new action."""
+    """A day's events of the same users, each four items in turn, with five more items than the day before and a new action."""
     random = np.random.default_rng(day)
     rows = []
     for user in range(USERS):
+        first = int(random.integers(20 + 5 * day))
         for number in range(4):
-            item = int(random.integers(20 + 5 * day))
+            item = (first + number) % (20 + 5 * day)
             action = "view" if number else f"action {day}"
             rows.append(
                 (user, f"item {item}" if text_ids else 7 * (item + first_item), day * 86_400 + 60 * number, action)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 import mme
 from mme.config import load_run_config
@@ -73,6 +74,7 @@ def known_targets(dataset: PreparedDataset, num_items: int) -> list[tuple[int, i
     return found
 
 
+@pytest.mark.slow
 def test_a_set_that_has_grown_is_evaluated_over_the_items_that_the_run_knows(tmp_path: Path) -> None:
     data, run = first_day(tmp_path), tmp_path / "run"
     run_on(1, train, str(data), str(run))
