@@ -29,7 +29,7 @@ CHECKPOINTS = "checkpoints"  # in a run's folder
 DTYPE = "F32"
 VALUES_AT_ONCE = 1 << 22  # values per check for NaN and infinity
 
-Count = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=0, lt=2**62)]
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,10 @@ TAMPERED: dict[str, tuple[Callable[[Path], None], str]] = {
         in_index(lambda index: index.update(format=1)),
         "index.json: format 1, expected 3: written by another",
     ),
+    "a number beyond 64 bits": (
+        in_index(lambda index: index["progress"].update(rows={"items": 2**70})),
+        "damaged index (progress.rows.items: ",
+    ),
     "another step": (in_index(lambda index: index["progress"].update(step=9)), "damaged index (belongs to step 9)"),
     "a file elsewhere": (
         in_index(lambda index: index["files"][0].update(file="../step_1/rank_00000.safetensors")),
