@@ -13,7 +13,7 @@ import itertools
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,7 @@ import torch
 import typer
 
 import mme
-from benchmarks.roofline import publish, run_header
+from benchmarks.roofline import JsonPath, publish, run_header
 from mme.data.dataset import PreparedDataset
 from mme.evaluation.evaluate import evaluate_run
 from mme.evaluation.user_ranks import UNRANKED, read_user_ranks
@@ -41,9 +41,9 @@ def main(
     input: Annotated[Path, typer.Option(help="Parquet with user_id, item_id and timestamp.")],
     base: Annotated[float, typer.Option(help="Share of the events in the base.")] = 0.8,
     day: Annotated[float, typer.Option(help="Share of the events in each of the two days.")] = 0.05,
-    epochs: Annotated[int, typer.Option(min=1, help="On the base.")] = 10,
-    seeds: Annotated[int, typer.Option(min=1)] = 2,
-    json_path: Annotated[Optional[Path], typer.Option("--json")] = None,  # noqa: UP045  (typer on Python 3.10)
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs of training on the base.")] = 10,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 2,
+    json_path: JsonPath = None,
 ) -> None:
     """Prints a table of NDCG@10 and HR@10 and, with --json, writes it."""
     rows: list[dict[str, Any]] = []
