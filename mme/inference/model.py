@@ -133,7 +133,7 @@ class TrainedModel:
         Raises:
             UserError: see `ItemIndex`.
         """
-        self._index = ItemIndex(path, self.item_ids, self.item_embeddings())
+        self._index = ItemIndex(path, self.item_ids, self._ranker.vectors.cpu().numpy())
 
     @property
     def num_items(self) -> int:
@@ -209,7 +209,8 @@ class TrainedModel:
             UserError: an id is unknown.
         """
         vectors = self._ranker.vectors
-        return (vectors if ids is None else vectors[self._indices(ids, "ids")]).cpu().numpy()
+        chosen = vectors if ids is None else vectors[self._indices(ids, "ids")]
+        return chosen.to("cpu", copy=True).numpy()  # the caller may change it
 
     def score(self, histories: Any, ids: Sequence[Any]) -> FloatArray:
         """(B, len(ids)) float32, the score of each item after each history, in the order of ``ids``.

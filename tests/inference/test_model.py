@@ -99,6 +99,9 @@ def test_embeddings_multiply_to_scores(model: TrainedModel) -> None:
     ids = model.item_ids.to_pylist()[10:20]
     np.testing.assert_allclose(model.score(histories, ids), users @ items[10:20].T, atol=1e-6)
     np.testing.assert_array_equal(model.item_embeddings(ids[::-1]), items[10:20][::-1])
+    expected = items.copy()
+    items[:] = 0  # the caller's own
+    np.testing.assert_array_equal(model.item_embeddings(), expected)
 
 
 def test_all_formats_of_histories_give_the_same_lists(model: TrainedModel) -> None:
