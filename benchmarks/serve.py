@@ -5,7 +5,8 @@
 For each catalogue and search (exact, by index) the real `mme serve` and `benchmarks.serving.plain` run at the same time, in separate
 processes, on exports of one model with random weights. 1, 8 and 64 closed-loop clients ask them over HTTP on the
 loopback address, in turns, so that a busy machine slows both by the same factor. A request has one history and k = 10.
-Before that, both answer the same requests; the shares of equal items are in the results.
+Before that, both answer the same requests; the shares of equal items are in the results. The CPU time of a server per request
+depends less on what else the machine does.
 
 The exports are kept in --models: the index of 1,000,000 items takes minutes.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 import socket
@@ -22,11 +24,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import numpy as np
+import psutil
 import torch
 import typer
 
@@ -60,7 +64,7 @@ def main(
     load_before = os.getloadavg()[0]
     rows = []
     for size in map(int, items.split(",")):
-        exports = exports_of(settings, size, models)
+        exports = exports_of(settings, size, models, with_index="index" in searches.split(","))
         histories = random_histories(HISTORIES, size, settings.history_len)
         for search in searches.split(","):
             rows += compare(exports, search, histories, [int(n) for n in clients.split(",")], seconds, repetitions)
@@ -78,7 +82,19 @@ def main(
         seconds=seconds,
         repetitions=repetitions,
     )
-    columns = ("items", "search", "clients", "server", "requests/s", "spread", "p50 ms", "p99 ms", "ratio")
+    columns = (
+        "items",
+        "search",
+        "clients",
+        "server",
+        "requests/s",
+        "spread",
+        "ratio",
+        "p50 ms",
+        "p99 ms",
+        "CPU ms",
+        "CPU ratio",
+    )
     publish("Serving", header, columns, map(_cells, rows), rows, json_path)
 
 
@@ -89,16 +105,17 @@ def compare(
     bodies = [json.dumps({"histories": [history], "k": 10}).encode() for history in histories]
     rows = []
     with contextlib.ExitStack() as stack:
-        ports = {name: stack.enter_context(server(name, exports, search)) for name in COMMANDS}
-        share = shared_items(*[ask(port, bodies[:COMPARED]) for port in ports.values()])
+        servers = {name: stack.enter_context(server(name, exports, search)) for name in COMMANDS}
+        share = shared_items(*[ask(each.port, bodies[:COMPARED]) for each in servers.values()])
         for number in clients:
-            times: dict[str, list[list[float]]] = {name: [] for name in ports}
+            found: dict[str, list[Repetition]] = {name: [] for name in servers}
             for repetition in range(-1, repetitions):  # the first one warms up
-                for name, port in ports.items():
-                    found = measure(port, bodies, number, seconds)
+                for name, each in servers.items():
+                    cpu_before = each.cpu_seconds()
+                    times = measure(each.port, bodies, number, seconds)
                     if repetition >= 0:
-                        times[name].append(found)
-            both = {name: figures(found, seconds) for name, found in times.items()}
+                        found[name].append(Repetition(times, each.cpu_seconds() - cpu_before))
+            both = {name: figures(of_server, seconds) for name, of_server in found.items()}
             for name, of_server in both.items():
                 rows.append(
                     {
@@ -108,6 +125,7 @@ def compare(
                         "server": name,
                         **of_server,
                         "ratio": of_server["requests_per_s"] / both["plain"]["requests_per_s"],
+                        "cpu_ratio": both["plain"]["cpu_ms"] / of_server["cpu_ms"],
                         "items_shared_with_plain": share,
                         **(_index_figures(exports) if search == "index" else {}),
                     }
@@ -115,17 +133,26 @@ def compare(
     return rows
 
 
-def figures(times: list[list[float]], seconds: float) -> dict[str, Any]:
-    """The figures of repetitions of ``seconds``; ``times``: the milliseconds of each one's requests. Median and spread (half the
-    interquartile range) of requests per second, and percentiles of all requests together."""
-    low, median, high = statistics.quantiles([len(each) / seconds for each in times], n=4)
-    together = np.concatenate(times) if any(times) else np.array([np.nan])
+@dataclass(frozen=True)
+class Repetition:
+    """The milliseconds of each request, and the seconds of CPU time that the server took for them."""
+
+    times_ms: list[float]
+    cpu_seconds: float
+
+
+def figures(repetitions: list[Repetition], seconds: float) -> dict[str, Any]:
+    """The figures of repetitions of ``seconds``: median and spread (half the interquartile range) of requests per second,
+    percentiles of all requests together, and CPU milliseconds per request."""
+    low, median, high = statistics.quantiles([len(each.times_ms) / seconds for each in repetitions], n=4)
+    times = [time_ms for each in repetitions for time_ms in each.times_ms] or [math.nan]
     return {
         "requests_per_s": median,
         "spread": (high - low) / 2,
-        "p50_ms": float(np.percentile(together, 50)),
-        "p99_ms": float(np.percentile(together, 99)),
-        "requests": sum(map(len, times)),
+        "p50_ms": float(np.percentile(times, 50)),
+        "p99_ms": float(np.percentile(times, 99)),
+        "cpu_ms": 1e3 * sum(each.cpu_seconds for each in repetitions) / len(times),
+        "requests": len(times),
     }
 
 
@@ -139,9 +166,21 @@ def shared_items(ours: list[Any], plain: list[Any]) -> float:
     return sum(len(a & b) for a, b in pairs) / sum(len(b) for _, b in pairs)
 
 
+@dataclass(frozen=True)
+class Server:
+    """A running server."""
+
+    port: int
+    process: psutil.Process
+
+    def cpu_seconds(self) -> float:
+        times = self.process.cpu_times()
+        return float(times.user + times.system)
+
+
 @contextlib.contextmanager
-def server(name: str, exports: Exports, search: str) -> Iterator[int]:
-    """Runs a server and yields its port when it answers."""
+def server(name: str, exports: Exports, search: str) -> Iterator[Server]:
+    """Runs a server and yields it when it answers."""
     command = [sys.executable, *COMMANDS[name], str(exports.weights), "--port", "0"]
     if search == "index":
         command += ["--index", str(exports.index)]
@@ -153,7 +192,7 @@ def server(name: str, exports: Exports, search: str) -> Iterator[int]:
         if found is None:
             raise RuntimeError(f"{' '.join(command)}: ended with status {process.wait()}")
         _wait_for(int(found[1]))
-        yield int(found[1])
+        yield Server(int(found[1]), psutil.Process(process.pid))
     finally:
         process.terminate()
         process.wait()
@@ -188,9 +227,11 @@ def _cells(row: dict[str, Any]) -> tuple[str, ...]:
         row["server"],
         f"{row['requests_per_s']:.1f}",
         f"{row['spread']:.1f}",
+        f"{row['ratio']:.2f}",
         f"{row['p50_ms']:.2f}",
         f"{row['p99_ms']:.2f}",
-        f"{row['ratio']:.2f}",
+        f"{row['cpu_ms']:.2f}",
+        f"{row['cpu_ratio']:.2f}",
     )
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+import mme
 from mme.config import Config, dump_config
 from mme.data.numbering import Numbering
 from mme.inference.export import export
@@ -37,15 +38,17 @@ class Exports:
     index: Path
 
 
-def exports_of(config: Config, items: int, folder: Path) -> Exports:
-    """Exports weights and index of a random model into ``folder``; those of the same configuration are made once."""
+def exports_of(config: Config, items: int, folder: Path, with_index: bool) -> Exports:
+    """Exports weights, and an index, of a random model into ``folder``; those of the same configuration are made once."""
     name = f"{items}-{hashlib.sha256(dump_config(config).encode()).hexdigest()[:8]}"
     made = Exports(items, folder / f"{name}.safetensors", folder / f"{name}.faiss")
-    if not manifest(made.index).exists():
-        faiss.omp_set_num_threads(os.cpu_count() or 1)  # of this process; the servers have the environment's
+    model = None
+    if not manifest(made.weights).exists():
         model = random_model(config, items)
         export(model, "weights", made.weights)
-        export(model, "index", made.index)
+    if with_index and not manifest(made.index).exists():
+        faiss.omp_set_num_threads(os.cpu_count() or 1)  # of this process; the servers have the environment's
+        export(model or mme.load(made.weights, device="cpu"), "index", made.index)
     return made
 
 

@@ -7,14 +7,15 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.serve import figures, main, shared_items
+from benchmarks.serve import Repetition, figures, main, shared_items
 from benchmarks.serving.models import random_histories
 
 
 def test_figures_are_those_of_the_requests() -> None:
-    found = figures([[1.0] * 20, [2.0] * 40, [3.0] * 30], seconds=2.0)
+    times = [[1.0] * 20, [2.0] * 40, [3.0] * 30]
+    found = figures([Repetition(each, cpu_seconds=0.06) for each in times], seconds=2.0)
     assert (found["requests_per_s"], found["spread"], found["requests"]) == (15.0, 5.0, 90)
-    assert (found["p50_ms"], found["p99_ms"]) == (2.0, 3.0)
+    assert (found["p50_ms"], found["p99_ms"], found["cpu_ms"]) == (2.0, 3.0, pytest.approx(2.0))
 
 
 def test_items_shared_by_the_lists() -> None:
@@ -57,7 +58,7 @@ def test_both_servers_answer_and_give_the_same_lists(tmp_path: Path) -> None:
     ]
     for row in result["rows"]:
         assert row["items_shared_with_plain"] == pytest.approx(1, abs=0.01)  # neighbours may have nearly equal scores
-        assert row["requests_per_s"] > 0 and row["p50_ms"] <= row["p99_ms"]
+        assert row["requests_per_s"] > 0 and row["cpu_ms"] > 0 and row["p50_ms"] <= row["p99_ms"]
         assert row.get("index") == ("exact" if row["search"] == "index" else None)
     mine, plain = result["rows"][:2]
     assert mine["ratio"] == pytest.approx(mine["requests_per_s"] / plain["requests_per_s"])
