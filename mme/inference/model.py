@@ -23,17 +23,14 @@ from mme.config import Config
 from mme.data.batch import SequenceBatch
 from mme.data.numbering import Numbering
 from mme.data.parts import IntArray
-from mme.distributed.world import World
 from mme.errors import UserError, first_line
 from mme.evaluation.ranking import Ranker
 from mme.evaluation.request_batch import sequence_batch
 from mme.evaluation.requests import Requests, Unknown, check_requests, concatenate, with_features
 from mme.inference.item_index import FloatArray, ItemIndex
+from mme.inference.local_encoder import LocalEncoder
 from mme.inference.padded import PaddedEncoder
 from mme.inference.requests import SOURCE, Answer, RecommendationRequest, as_table
-from mme.model.decoder import Decoder
-from mme.model.encoder import Encoder
-from mme.model.feature_rows import FeatureRows
 
 HISTORIES_AT_ONCE = 256
 
@@ -51,44 +48,6 @@ class Knowledge:
     numbering: Numbering
     counts: IntArray
     times: tuple[int, int]
-
-
-class LocalEncoder(Encoder):
-    """Tables and decoder with all their weights on one device."""
-
-    def __init__(
-        self, config: Config, numbering: Numbering, weights: Mapping[str, Tensor], device: torch.device
-    ) -> None:
-        model = config.model
-        self.config, self.num_items = config, len(numbering.item_ids)
-        self.world = World.alone(device)
-        self.rows = FeatureRows(model, self.num_items, numbering.feature_sizes())
-        decoder = Decoder(config)
-        expected = {f"decoder/{name}": parameter.shape for name, parameter in decoder.named_parameters()}
-        table = torch.Size([self.rows.num_rows, model.view_dim])
-        expected |= {f"tables/item_{m}": table for m in range(model.num_tables)}
-        for name, shape in expected.items():
-            found = tuple(weights[name].shape) if name in weights else None
-            if found != tuple(shape):
-                raise UserError(f"tensor {name}: expected shape {list(shape)}, found {found and list(found)}")
-        decoder.load_state_dict(
-            {name: weights[f"decoder/{name}"] for name, _ in decoder.named_parameters()}, strict=False
-        )
-        self.decoder = decoder.to(device).eval()
-        self._tables = torch.stack([weights[f"tables/item_{m}"] for m in range(model.num_tables)], 1).to(device)
-
-    def weights(self) -> dict[str, Tensor]:
-        """The weights by the names with which they were passed."""
-        tables = {f"tables/item_{m}": self._tables[:, m] for m in range(self._tables.shape[1])}
-        return tables | {f"decoder/{name}": value.detach() for name, value in self.decoder.named_parameters()}
-
-    def lookup(self, ids: Tensor) -> Tensor:
-        """(U,) int64 rows → (U, M, d)"""
-        return self._tables[ids]
-
-    def padded(self) -> PaddedEncoder:
-        """The same in operators that `torch.export` takes; shares the weights."""
-        return PaddedEncoder(self.config, self.decoder, self._tables, self.rows).eval()
 
 
 class TrainedModel:

@@ -74,6 +74,17 @@ class PaddedEncoder(nn.Module):
         Returns:
             (B, D) float32 normalised states; the score of an item is the dot product with its vector.
         """
+        return normalize_views(self.hidden(items, lengths, timestamps, events, users), self.model.score_norm)
+
+    def hidden(
+        self,
+        items: Tensor,
+        lengths: Tensor,
+        timestamps: Tensor,
+        events: Tensor | None = None,
+        users: Tensor | None = None,
+    ) -> Tensor:
+        """(B, M, d) float32, the states before normalisation; arguments as for `forward`."""
         views = self._embed(items, events)
         if users is not None:
             token = self._sum_of_rows(users + self.user_firsts)[:, :, None]
@@ -86,7 +97,7 @@ class PaddedEncoder(nn.Module):
         for block in self.decoder.blocks:
             x = self._block(block, x, timestamps)
         last = x[:, torch.arange(lengths.shape[0], device=x.device), lengths - 1]
-        return normalize_views(last.transpose(0, 1), self.model.score_norm)
+        return last.transpose(0, 1)
 
     def _embed(self, items: Tensor, events: Tensor | None) -> Tensor:
         """(M, B, L, d)"""
