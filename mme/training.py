@@ -239,9 +239,11 @@ class Training:
             return
         if has_grown:
             train = self.config.train
+            given = {"train.epochs": train.epochs, "train.steps": train.steps}
+            limits = " and ".join(f"{key}={value}" for key, value in given.items() if value is not None)
             raise UserError(
                 f"{self.config.data.path} has grown since step {progress.step} of {self.run_folder}, and no step is left to train "
-                f"on it: expected more than train.epochs={train.epochs} and train.steps={train.steps}"
+                f"on it: expected more than {limits}"
             )
         monitor.note(f"training is complete: the checkpoint of step {progress.step} is tested again")
 
