@@ -16,8 +16,9 @@ from typing import Any
 Connection = tuple[asyncio.StreamReader, asyncio.StreamWriter]
 
 
-def measure(port: int, bodies: Sequence[bytes], clients: int, seconds: float) -> list[float]:
-    """The milliseconds of each request that ``clients`` complete within ``seconds``.
+def measure(port: int, bodies: Sequence[bytes], clients: int, seconds: float) -> tuple[list[float], int]:
+    """The milliseconds of each request that ``clients`` complete within ``seconds``, and the number of all requests, with
+    those that are answered later.
 
     Raises:
         RuntimeError: an answer has another status than 200.
@@ -37,24 +38,24 @@ def ask(port: int, bodies: Sequence[bytes]) -> list[Any]:
     return asyncio.run(run())
 
 
-async def _measure(port: int, bodies: Sequence[bytes], clients: int, seconds: float) -> list[float]:
+async def _measure(port: int, bodies: Sequence[bytes], clients: int, seconds: float) -> tuple[list[float], int]:
     requests = itertools.cycle([_request(body) for body in bodies])
     connections = [await asyncio.open_connection("127.0.0.1", port) for _ in range(clients)]
     end = time.perf_counter() + seconds
-    times = await asyncio.gather(*[_client(connection, requests, end) for connection in connections])
+    found = await asyncio.gather(*[_client(connection, requests, end) for connection in connections])
     for _, writer in connections:
         writer.close()
-    return [elapsed for each in times for elapsed in each]
+    return [elapsed for times, _ in found for elapsed in times], sum(number for _, number in found)
 
 
-async def _client(connection: Connection, requests: Iterator[bytes], end: float) -> list[float]:
-    times = []
+async def _client(connection: Connection, requests: Iterator[bytes], end: float) -> tuple[list[float], int]:
+    times, number = [], 0
     while (start := time.perf_counter()) < end:
         await _exchange(connection, next(requests))
-        finished = time.perf_counter()
+        finished, number = time.perf_counter(), number + 1
         if finished <= end:
             times.append(1e3 * (finished - start))
-    return times
+    return times, number
 
 
 async def _exchange(connection: Connection, request: bytes) -> bytes:

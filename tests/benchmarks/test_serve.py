@@ -13,7 +13,7 @@ from benchmarks.serving.models import random_histories
 
 def test_figures_are_those_of_the_requests() -> None:
     times = [[1.0] * 20, [2.0] * 40, [3.0] * 30]
-    found = figures([Repetition(each, cpu_seconds=0.06) for each in times], seconds=2.0)
+    found = figures([Repetition(each, requests=60, cpu_seconds=0.12) for each in times], seconds=2.0)
     assert (found["requests_per_s"], found["spread"], found["requests"]) == (15.0, 5.0, 90)
     assert (found["p50_ms"], found["p99_ms"], found["cpu_ms"]) == (2.0, 3.0, pytest.approx(2.0))
 
