@@ -49,25 +49,30 @@ def write_report(run: Path, output: Path | None = None) -> Path:
     """Writes the report of a run, by default as ``report.html`` in its folder, and returns its path.
 
     Raises:
-        UserError: see `mme.report.results.read_run`; or the folder of ``output`` does not exist.
+        UserError: see `mme.report.results.read_run`; or the folder of ``output`` does not exist, or the file cannot be written.
     """
     page = _run_page(read_run(run))
     if output is None:
-        write_text(run / REPORT_FILE, page, run)
-        return run / REPORT_FILE
-    write_text(_checked(output), page)
-    return output
+        return _write(run / REPORT_FILE, page, run)
+    return _write(_checked(output), page)
 
 
 def write_compared_report(folders: Sequence[Path], output: Path) -> Path:
     """Writes one page with several runs side by side and returns its path.
 
     Raises:
-        UserError: see `mme.report.results.read_run`; or the folder of ``output`` does not exist.
+        UserError: see `mme.report.results.read_run`; or the folder of ``output`` does not exist, or the file cannot be written.
     """
     page = _compared_page([read_run(folder) for folder in folders])
-    write_text(_checked(output), page)
-    return output
+    return _write(_checked(output), page)
+
+
+def _write(path: Path, page: str, root: Path | None = None) -> Path:
+    try:
+        write_text(path, page, root)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from error
+    return path
 
 
 def _checked(output: Path) -> Path:

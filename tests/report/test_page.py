@@ -195,6 +195,13 @@ def test_an_output_in_a_missing_folder_is_named(tmp_path: Path) -> None:
         write_report(run, tmp_path / "nowhere" / "report.html")
 
 
+def test_a_folder_in_place_of_the_report_is_named(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [RUN])
+    (run / "report.html").mkdir()
+    with pytest.raises(UserError, match=r"run/report.html: cannot be written: Is a directory$"):
+        write_report(run)
+
+
 def test_an_installed_package_has_templates_and_scripts(tmp_path: Path) -> None:
     command = [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
