@@ -85,8 +85,8 @@ def read_user_ranks(run: Path) -> UserRanks:
     """
     path = run / RANKS_FILE
     try:
-        with open_to_read(path, run) as file:
-            table = pq.read_table(file, page_checksum_verification=True)
+        with open_to_read(path, run) as source, pq.ParquetFile(source, page_checksum_verification=True) as file:
+            table = file.read()
     except FileNotFoundError as error:
         raise UserError(
             f"{path}: no such file: expected the ranks of a finished run (`mme evaluate --run {run} --save-ranks` writes them)"

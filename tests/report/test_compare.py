@@ -196,6 +196,11 @@ def test_missing_and_unreadable_ranks_are_named(runs: list[Path], capsys: pytest
     (runs[1] / RANKS_FILE).write_bytes(b"PAR1" + b"\x00" * 50 + b"PAR1")
     with pytest.raises(UserError, match=r"test_ranks\.parquet: not a readable Parquet file"):
         compare(runs)
+    pq.write_table(pa.table({"rank": [1]}), runs[1] / RANKS_FILE, store_schema=False)
+    odd = (runs[1] / RANKS_FILE).read_bytes().replace(b"rank", b"r\xad\xadk")
+    (runs[1] / RANKS_FILE).write_bytes(odd)
+    with pytest.raises(UserError, match=r"test_ranks\.parquet: not a readable Parquet file \('utf-8' codec"):
+        compare(runs)
     pq.write_table(pa.table({"rank": [1]}), runs[1] / RANKS_FILE)
     with pytest.raises(UserError, match=r"test_ranks\.parquet: expected metadata 'mme'"):
         compare(runs)
