@@ -23,8 +23,9 @@ def check_path(path: str, key: str = "") -> None:
     """
     where = f"{key}: " if key else ""
     if _SCHEME.match(path):
-        scheme = path.partition(":")[0]
-        raise UserError(f"{where}{path}: {scheme}:// is not supported: expected a path in a mounted file system")
+        scheme, _, rest = path.partition(":")
+        url = f"{scheme}://{rest.lstrip('/')}"
+        raise UserError(f"{where}{url}: {scheme}:// is not supported: expected a path in a mounted file system")
     if _CONTROL_CHARACTER.search(path):
         raise UserError(f"{where}{path!r}: expected a path without control characters")
     data = os.fsencode(path)

@@ -89,11 +89,18 @@ def test_a_number_of_more_than_64_bits_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["data.path", "data.cache_dir", "output_dir"])
-@pytest.mark.parametrize("path", ["s3://bucket/folder", "gs:/bucket/folder", "file:///folder"])
-def test_a_url_is_not_a_path(key: str, path: str) -> None:
+@pytest.mark.parametrize(
+    ("path", "url"),
+    [
+        ("s3://bucket/folder", "s3://bucket/folder"),
+        ("gs:/bucket/folder", "gs://bucket/folder"),
+        ("file:///folder", "file://folder"),
+    ],
+)
+def test_a_url_is_not_a_path(key: str, path: str, url: str) -> None:
     values = {"data.path": "set", key: path}
     with pytest.raises(
-        UserError, match=f"^{key}: {path}: {path.partition(':')[0]}:// is not supported: expected a path"
+        UserError, match=f"^{key}: {url}: {path.partition(':')[0]}:// is not supported: expected a path"
     ):
         load_config(None, [f"{name}={value}" for name, value in values.items()])
 

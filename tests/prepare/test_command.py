@@ -48,13 +48,13 @@ def test_prepare_then_add_days(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ("arguments", "message"),
     [
         (["--output", "a"], "mme prepare needs --input or --synthetic"),
-        (["x.csv", "--output", "s3://bucket/set"], "--output: s3:/bucket/set: s3:// is not supported"),
+        (["x.csv", "--output", "s3://bucket/set"], "--output: s3://bucket/set: s3:// is not supported"),
         (
             ["--synthetic", "quickstart", "--output", "gs://bucket/set"],
-            "--output: gs:/bucket/set: gs:// is not supported",
+            "--output: gs://bucket/set: gs:// is not supported",
         ),
-        (["x.csv", "--add-to", "hdfs://host/set"], "--add-to: hdfs:/host/set: hdfs:// is not supported"),
-        (["s3://bucket/x.csv", "--output", "a"], "error: s3:/bucket/x.csv: s3:// is not supported"),
+        (["x.csv", "--add-to", "hdfs://host/set"], "--add-to: hdfs://host/set: hdfs:// is not supported"),
+        (["s3://bucket/x.csv", "--output", "a"], "error: s3://bucket/x.csv: s3:// is not supported"),
         (["x.csv", "--id-type", "number", "--output", "a"], "--id-type number: expected one of auto, integer, text"),
         (["x.csv", "--quoting", "none", "--output", "a"], "--quoting none: expected one of auto, standard, literal"),
         (["--synthetic", "quickstart", "--output", "b", "--no-header"], "--header does not go with --synthetic"),
