@@ -100,10 +100,15 @@ def test_interrupted_while_duckdb_works(tmp_path: Path) -> None:
     columns = {name: rng.integers(0, 2_000_000, 2_000_000) for name in ("user", "item", "time")}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
     command = [sys.executable, "-m", "mme", "prepare", str(tmp_path / "a.parquet"), "--output", str(tmp_path / "set")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    read = (
-        tmp_path / ".set.partial" / "work" / "read.json"
-    )  # everything has been read; from here on DuckDB numbers and sorts
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
+    # Everything has been read; from here on DuckDB numbers and sorts.
+    read = tmp_path / ".set.partial" / "work" / "read.json"
     while not read.exists() and process.poll() is None:
         time.sleep(0.005)
     process.send_signal(signal.SIGINT)
