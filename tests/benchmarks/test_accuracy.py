@@ -106,4 +106,4 @@ def test_every_model_trains_and_a_stopped_table_resumes(tmp_path: Path) -> None:
     assert (tmp_path / "quickstart.md").read_text() == page
     other = run_table(tmp_path, "--seed", "1", "--set", "train.lr=0.5", "--model", "hstu")
     assert other.returncode == 2
-    assert "has another configuration" in other.stderr
+    assert "has a run with another configuration" in other.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import subprocess
@@ -19,6 +18,7 @@ from mme.distributed import checkpoint_index as checkpoint
 from mme.distributed.checkpoint import remove_all
 from mme.distributed.world import World
 from mme.errors import FinalError, JobError, NonFiniteError, UserError
+from mme.files import sha256_of_blocks
 from mme.inference.weights import read_checkpoint
 from mme.run.attempts import ATTEMPTS_FILE, forget, go_back, record_failure
 from mme.run.preemption import Preemption
@@ -160,7 +160,7 @@ def test_a_run_with_nothing_but_nan_is_evaluated_with_status_1(data: Path, tmp_p
     save_file(tensors, file)
     index = file.with_name(checkpoint.INDEX)
     content = json.loads(index.read_text())
-    content["files"][0]["sha256"] = hashlib.sha256(file.read_bytes()).hexdigest()
+    content["files"][0]["sha256"] = sha256_of_blocks(file)
     index.write_text(json.dumps(content))
     failed = subprocess.run(
         [sys.executable, "-m", "mme", "evaluate", "--run", str(run)], capture_output=True, text=True, check=False
