@@ -70,7 +70,7 @@ def write_compared_report(folders: Sequence[Path], output: Path) -> Path:
 def _write(path: Path, page: str, root: Path | None = None) -> Path:
     try:
         write_text(path, page, root)
-    except OSError as error:
+    except (IsADirectoryError, PermissionError) as error:
         raise UserError(f"{path}: cannot be written: {error.strerror}") from error
     return path
 
