@@ -35,7 +35,6 @@ from rich.table import Table
 
 from benchmarks.json_file import write_json
 from benchmarks.prepare import processor
-from launcher.devices import DEVICES
 from launcher.shape import Shape
 from launcher.step_time import time_parts, total_s
 from mme.config import DataConfig, load_config
@@ -44,6 +43,7 @@ from mme.data.dataset import PreparedDataset
 from mme.data.loaders import TrainLoader, Worker
 from mme.data.parts import IntArray
 from mme.data.split import Split
+from mme.devices import DEVICES
 from mme.prepare.writer import DatasetWriter
 
 USERS_AT_ONCE = 20_000

@@ -28,11 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.json_file import write_json
-from launcher.devices import DEVICES, Device
 from launcher.job import items_of
 from launcher.plan import ParallelLayout, assumptions, choice, layouts
 from launcher.shape import Shape
 from mme.config import Config, load_config
+from mme.devices import DEVICES, Device
 from mme.run.exit_status import job_status
 
 PROCESSES = (1, 2, 4)

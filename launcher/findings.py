@@ -25,12 +25,3 @@ class Finding:
 def read_lines(output: str) -> list[Finding]:
     """The findings in the output of a process, which may print other lines too."""
     return [Finding(**json.loads(line.removeprefix(MARK))) for line in output.splitlines() if line.startswith(MARK)]
-
-
-def in_words(num_bytes: float) -> str:
-    """A size in a readable unit: 1536 · 2**20 → "1.5 GiB"."""
-    for unit in ("B", "KiB", "MiB"):
-        if num_bytes < 1024:
-            return f"{num_bytes:.0f} {unit}"
-        num_bytes /= 1024
-    return f"{num_bytes:.1f} GiB"

@@ -12,9 +12,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
-from launcher.devices import Device
 from launcher.shape import Shape
 from mme.config import Config
+from mme.devices import Device
 
 FLOAT = 4  # bytes; weights, gradients and optimizer states are float32
 INT64 = 8

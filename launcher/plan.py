@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
-from launcher.devices import Device, device_of
-from launcher.findings import in_words
 from launcher.job import Job, items_of
 from launcher.memory import Memory, memory_of
 from launcher.shape import Shape
 from launcher.step_time import PartTime, time_parts, total_s
+from mme.devices import Device, device_of, in_words
 from mme.errors import UserError
 
 SHARDINGS = ("row_wise", "column_wise", "table_wise", "data_parallel")

@@ -21,12 +21,12 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher import torchrun
-from launcher.devices import device_of
-from launcher.findings import Finding, in_words, read_lines
+from launcher.findings import Finding, read_lines
 from launcher.job import Job, gpus, items_of
 from launcher.memory import checkpoint_bytes, memory_of, whole_checkpoint_bytes
 from launcher.package_check import check_packages
 from launcher.shape import Shape
+from mme.devices import device_of, in_words
 from mme.errors import one_line
 from mme.files import open_to_read, remove, replacing
 

@@ -1,6 +1,6 @@
 """A cost model of a training step's time, part by part; docs/multi-node.md describes it.
 
-A part takes as long as the slowest of its arithmetic, memory traffic and network at the rates of `launcher.devices`, and
+A part takes as long as the slowest of its arithmetic, memory traffic and network at the rates of `mme.devices`, and
 names that bound. Parts do not overlap.
 
 Legend: as in `launcher.shape`.
@@ -12,10 +12,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from launcher.devices import Device
 from launcher.memory import FLOAT, INT64, TABLE_STATES, has_dense_gradient
 from launcher.shape import Shape
 from mme import flops
+from mme.devices import Device
 
 Bound = Literal["arithmetic", "memory", "bandwidth", "latency", "host"]
 

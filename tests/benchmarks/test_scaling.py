@@ -11,10 +11,10 @@ import pytest
 import typer
 
 from benchmarks.scaling import _efficiency, _largest_from, main
-from launcher.devices import DEVICES
 from launcher.plan import choice, layouts
 from launcher.shape import Shape
 from mme.config import load_config
+from mme.devices import DEVICES
 from tests.launcher.command_line import REPOSITORY
 
 

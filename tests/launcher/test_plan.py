@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from launcher.devices import DEVICES, Device
 from launcher.job import items_of
 from launcher.memory import Memory, memory_of
 from launcher.plan import choice, layouts, predict
 from launcher.shape import Shape
 from launcher.step_time import time_parts
 from mme.config import load_config
+from mme.devices import DEVICES, Device
 from mme.errors import UserError
 from tests.launcher.command_line import CONFIG, REPOSITORY, launch, the_error
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from launcher.devices import DEVICES
 from launcher.memory import memory_of
 from launcher.shape import Shape
 from mme.config import Config, load_config
 from mme.data.batch import SequenceBatch
+from mme.devices import DEVICES
 from mme.distributed.engine import initialize_engine
 from mme.distributed.recommender import Recommender
 from mme.distributed.world import World
