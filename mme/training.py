@@ -41,7 +41,7 @@ from mme.growth.join import EarlierRun
 from mme.growth.known import require_numbering
 from mme.growth.start import resume, start_from
 from mme.model.kernel_variants import compile_training_kernels
-from mme.profiling.profile import PROFILE_FOLDER, StepProfile
+from mme.profiling.profile import profiled
 from mme.profiling.regions import each_in_region, region
 from mme.run import attempts
 from mme.run.monitor import Monitor
@@ -105,7 +105,8 @@ class Training:
             counts = dataset.training_counts(self.split)
         self.step = TrainStep(config, self.recommender, self.engine, self.total_steps, counts)
         self.pace = Pace(world)
-        self.skipped = self.skipped_in_a_row = self.steps_before = 0
+        self.skipped = self.skipped_in_a_row = self.steps_before = self.without_gain = 0
+        self.best_score: float | None = None
         self.job = settings_sha256(flat(config))
         self.resumed_from = self.reached = 0  # steps
         self._look_up_targets()
@@ -137,7 +138,10 @@ class Training:
             if progress.evaluate:
                 self._evaluate_and_save(monitor, progress)
             self.pace.begin_step()
-            for at, batch, after in self._profiled(self._batches(progress), progress, monitor):
+            batches, left = self._batches(progress), self.total_steps - progress.step
+            for at, batch, after in profiled(
+                batches, config.train, left, self.run_folder, world.rank, world.device, monitor.note
+            ):
                 self.reached = at.step + 1
                 self.watchdog.beat(f"training step {self.reached}")
                 applied = self.steps_before + at.step - self.skipped
@@ -150,6 +154,11 @@ class Training:
                 stop, *votes = result.votes
                 writer.after_step(*votes)  # votes on the previous checkpoint; the next one is not started yet
                 self._save_where_due(monitor, self._following(after), stop)
+                if self._is_out_of_patience():
+                    monitor.note(
+                        f"{self.without_gain} evaluations without a higher NDCG@10: stops at step {at.step + 1}"
+                    )
+                    break
                 self.watchdog.beat(f"waiting for the batch of step {at.step + 2}")
                 self.pace.begin_step()
             writer.wait()
@@ -180,15 +189,16 @@ class Training:
         if self.config.train.resume:
             self._go_back(monitor)
             found = resume(self.run_folder, self.dataset, self.recommender, self.engine, monitor.note)
-        if found is None:
-            progress = self._first_progress(monitor)
-            if not self.config.train.resume:
-                self._start_over(monitor)
-        else:
-            progress, has_grown = found
-            self._resume(progress, has_grown, monitor)
+        progress, has_grown = found or (self._first_progress(monitor), False)
+        if has_grown:  # scores before and after are of other targets
+            progress = replace(progress, best_score=None, without_gain=0)
         self.skipped, self.skipped_in_a_row = progress.skipped, progress.skipped_in_a_row
         self.steps_before = progress.steps_before
+        self.best_score, self.without_gain = progress.best_score, progress.without_gain
+        if found is not None:
+            self._resume(progress, has_grown, monitor)
+        elif not self.config.train.resume:
+            self._start_over(monitor)
         self.resumed_from = self.reached = progress.step
         if self.world.rank == 0:
             save_config(self.config, self.run_folder / CONFIG_FILE)
@@ -233,6 +243,8 @@ class Training:
         if not has_grown:
             self.writer.resumed_at(progress.step)
         self._keep_global_batches(progress, monitor)
+        if self._is_out_of_patience():
+            self.total_steps = progress.step
         if self.world.rank == 0 and (changed := changed_settings(self.run_folder, self.config)):
             monitor.note(f"resumes with {', '.join(changed)}")
         if progress.step < self.total_steps or progress.evaluate:
@@ -268,21 +280,6 @@ class Training:
                 after = Progress(step + 1, epoch, sequences)
                 yield progress, batch.sequences, after
                 progress = after
-
-    def _profiled(self, batches: Iterator[Batch], progress: Progress, monitor: Monitor) -> Iterator[Batch]:
-        """Yields ``batches`` and profiles the steps that `train.profile` selects for this rank."""
-        train, ranks = self.config.train, self.config.train.profile_ranks
-        if not train.profile or (ranks and self.world.rank not in ranks):
-            return batches
-        left = self.total_steps - progress.step
-        if train.profile_start + train.profile > left:
-            monitor.note(f"no profile: it needs {train.profile_start + train.profile:,} steps, and {left:,} are left")
-            return batches
-        folder = self.run_folder / PROFILE_FOLDER
-        profile = StepProfile(
-            train.profile, train.profile_start, folder, self.world.rank, self.world.device, monitor.note
-        )
-        return profile.each(batches)
 
     def _record(self, monitor: Monitor, step: int, epoch: int, result: StepResult) -> None:
         step_s, is_line_due = self.pace.end_step(), monitor.is_line_due(step)
@@ -330,7 +327,12 @@ class Training:
             num_runs=self.dataset.num_runs,
             runs=self.dataset.runs_sha256(self.dataset.num_runs),
             steps_before=self.steps_before,
+            best_score=self.best_score,
+            without_gain=self.without_gain,
         )
+
+    def _is_out_of_patience(self) -> bool:
+        return 0 < self.config.train.patience <= self.without_gain
 
     @region("checkpoint")
     def _save_where_due(self, monitor: Monitor, progress: Progress, stop: bool) -> None:
@@ -355,7 +357,9 @@ class Training:
             self._save_and_stop(progress)
         self._show(monitor, records)
         score = records[0][SELECTED_BY] if self.split.selection == "valid" else None
-        self.writer.save(replace(progress, evaluate=False, score=score))
+        progress = progress.evaluated(score)
+        self.best_score, self.without_gain = progress.best_score, progress.without_gain
+        self.writer.save(progress)
 
     def _test(self, monitor: Monitor) -> list[dict[str, Any]]:
         """The test metrics of the checkpoint with the best validation metrics (without validation, of the last one)."""

@@ -22,6 +22,11 @@ def validate(config: Config) -> None:
     _check_experts(config)
     _check_loss(config)
     _check_data(config)
+    if config.train.patience and config.data.protocol == "leave_one_out":
+        raise UserError(
+            f"train.patience ({config.train.patience}) needs a validation split, which data.protocol=leave_one_out does not "
+            "have: expected leave_two_out or global_time"
+        )
     if config.train.steps is None and config.train.epochs is None:
         raise UserError("train.steps and train.epochs are both null: expected at least one of them")
 

@@ -103,13 +103,23 @@ class MoEConfig:
 
 
 @dataclass
+class SASRecConfig:
+    """Choices in which public versions of SASRec differ."""
+
+    norm_first: bool = key(
+        True, "Layer norms before attention and FFN, as in the paper; false: after the residual sums, as in BERT."
+    )
+    attention_output_dropout: bool = key(True, "Dropout on the output of attention, not only on its weights.")
+
+
+@dataclass
 class ModelConfig:
     """Fuxi-MME. FuXi-α is the same model with one table and a dense FFN; the baselines have other blocks."""
 
-    block: Literal["fuxi", "hstu", "sasrec"] = key(
+    block: Literal["fuxi", "hstu", "sasrec", "ligr"] = key(
         "fuxi",
-        "Blocks of the decoder. `hstu` and `sasrec` are baselines with the same tables, data and loss; they require "
-        "`moe.num_experts=0`. HSTU has no FFN.",
+        "Blocks of the decoder. `hstu`, `sasrec` and `ligr` (the block of eSASRec) are baselines with the same tables, data "
+        "and loss; they require `moe.num_experts=0`. HSTU has no FFN.",
     )
     num_tables: int = key(
         4,
@@ -131,10 +141,16 @@ class ModelConfig:
     positions: Literal["per_view", "shared"] = key(
         "per_view", "One table of learned positions per view, or one for all views."
     )
-    score_norm: Literal["concat", "per_view"] = key(
+    positions_from: Literal["oldest", "newest"] = key(
+        "oldest",
+        "`oldest`: the oldest token of a sequence has position 0. `newest`: the newest has position N − 1, as in models that "
+        "pad on the left.",
+    )
+    final_norm: bool = key(False, "A layer norm with scale and bias after the last block, as in SASRec and eSASRec.")
+    score_norm: Literal["concat", "per_view", "none"] = key(
         "concat",
         "`concat`: the views of user and item are concatenated, then normalised. `per_view`: each view is normalised, and "
-        "the M cosines are averaged.",
+        "the M cosines are averaged. `none`: scores are dot products, as in SASRec (`loss.temperature=1`).",
     )
     event_features: list[str] = key(
         [],
@@ -152,6 +168,7 @@ class ModelConfig:
         "rows of their kind that continue, or random as in a new model.",
     )
     moe: MoEConfig = field(default_factory=MoEConfig)
+    sasrec: SASRecConfig = field(default_factory=SASRecConfig)
 
     @property
     def view_dim(self) -> int:
@@ -238,7 +255,7 @@ class LossConfig:
         "Subtract ln q from the logit of a negative, where q is the expected count of its item among the negatives of a "
         "token. See below.",
     )
-    temperature: float = key(0.05, "Cosine scores are divided by this.", above=0)
+    temperature: float = key(0.05, "Scores are divided by this; it is chosen for cosines.", above=0)
     views: Literal["together", "each", "both"] = key(
         "together",
         "`together`: one softmax over the summed scores of all views. `each`: one softmax per view over its cosines; the loss "

@@ -30,6 +30,11 @@ class TrainConfig:
         "each give the same result on every device.",
     )
     weight_decay: float = key(0.0, "Weight decay of the decoder's AdamW.", at_least=0)
+    weight_decay_on: Literal["all", "matrices"] = key(
+        "all",
+        "`all`: every weight of the decoder decays. `matrices`: only those of linear layers and experts, not biases, norms, "
+        "positions, or the weights by time and distance.",
+    )
     beta1: float = key(0.9, "Decay rate of the first moment.", at_least=0, below=1)
     beta2: float = key(0.98, "Decay rate of the second moment.", at_least=0, below=1)
     warmup_steps: int = key(0, "Steps over which the learning rates rise from 0.", at_least=0)
@@ -65,6 +70,11 @@ class TrainConfig:
         at_least=0,
     )
     eval_every: int = key(0, "Steps between evaluations on the validation split; 0: one after each epoch.", at_least=0)
+    patience: int = key(
+        0,
+        "Stop after this many evaluations in a row without a higher validation NDCG@10; 0: never. Needs a validation split.",
+        at_least=0,
+    )
     checkpoint_every: int = key(0, "Steps between checkpoints; 0: one with each evaluation.", at_least=0)
     keep_checkpoints: int = key(2, "Number of newest checkpoints to keep, in addition to the best.", above=0)
     log_every: int = key(10, "Steps between lines of metrics.", above=0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
 from typing import Annotated
 
@@ -43,6 +43,8 @@ class Progress:
         skipped_in_a_row: how many of them directly precede this state.
         evaluate: whether this step still has to be evaluated.
         score: the validation NDCG@10 at this step, if it was measured.
+        best_score: the highest validation NDCG@10 until this step.
+        without_gain: number of evaluations since that one.
         shares, rank_batch: a global batch is ``shares`` times ``rank_batch``, such as "64 sequences".
         dataset, numbering: SHA-256 of the training set and of its numbering; "" in checkpoints of older versions.
         rows: number of table rows of the items and of each feature, as in `FeatureRows.blocks`; {} in format 2.
@@ -65,11 +67,26 @@ class Progress:
     num_runs: Count = 0
     runs: str = ""
     steps_before: Count = 0
+    best_score: Annotated[float, Field(allow_inf_nan=False)] | None = None
+    without_gain: Count = 0
 
     @property
     def applied(self) -> int:
         """The number of optimizer steps that produced the weights."""
         return self.steps_before + self.step - self.skipped
+
+    def evaluated(self, score: float | None) -> Progress:
+        """This progress after the evaluation of its step, with the validation NDCG@10 if there is a validation split."""
+        if score is None:
+            return replace(self, evaluate=False)
+        is_best = self.best_score is None or score > self.best_score
+        return replace(
+            self,
+            evaluate=False,
+            score=score,
+            best_score=score if is_best else self.best_score,
+            without_gain=0 if is_best else self.without_gain + 1,
+        )
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,13 @@ def initialize_engine(decoder: nn.Module, config: Config) -> Any:
     """Wraps ``decoder`` in a DeepSpeed engine with AdamW."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     train = config.train
-    parameters = [parameter for parameter in decoder.parameters() if parameter.requires_grad]
-    groups = split_params_into_different_moe_groups_for_optimizer({"params": parameters, "name": "decoder"})
+    named = [(name, parameter) for name, parameter in decoder.named_parameters() if parameter.requires_grad]
+    parameters = [parameter for _, parameter in named]
+    decays = [decay_applies(train.weight_decay_on, name, parameter) for name, parameter in named]
+    decayed = {"params": [p for p, decay in zip(parameters, decays, strict=True) if decay], "name": "decoder"}
+    others = {"params": [p for p, decay in zip(parameters, decays, strict=True) if not decay], "name": "undecayed"}
+    by_decay = [decayed, {**others, "weight_decay": 0.0}] if others["params"] else [decayed]
+    groups = split_params_into_different_moe_groups_for_optimizer(by_decay)
     optimizer = torch.optim.AdamW(
         [group for group in groups if group["params"]],
         lr=train.lr,
@@ -45,6 +50,11 @@ def initialize_engine(decoder: nn.Module, config: Config) -> Any:
     )
     _make_optimizer_states(engine)
     return engine
+
+
+def decay_applies(weight_decay_on: str, name: str, parameter: Tensor) -> bool:
+    """Whether `train.weight_decay` applies to a parameter of the decoder."""
+    return weight_decay_on == "all" or (parameter.ndim > 1 and name != "inputs.positions")
 
 
 def _make_optimizer_states(engine: Any) -> None:

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from kernels.relative_attention.reference import NUM_TIME_BUCKETS
 from kernels.relative_attention.time_tables import time_thresholds
 from mme.config import Config
-from mme.model.baselines import HSTUBlock, SASRecBlock
+from mme.model.baselines import HSTUBlock, LiGRBlock, SASRecBlock, SoftmaxBlock
 from mme.model.decoder import Decoder
 from mme.model.feature_rows import FeatureRows
 from mme.model.fuxi_block import FuxiBlock
 from mme.model.inputs import InputViews
+from mme.model.layers import layer_norm, linear
 from mme.model.moe import DenseFFN, GatedExperts, MixtureOfExperts
 from mme.model.scoring import normalize_views
 
@@ -93,9 +94,16 @@ class PaddedEncoder(nn.Module):
             lengths = lengths + 1
         inputs: InputViews = self.decoder.inputs
         place = torch.arange(views.shape[2], device=views.device)  # a slice would fix whether L is N when it is traced
-        x = views * inputs.scale + inputs.positions.index_select(1, place)[:, None]
+        if inputs.from_newest:
+            of_token = (place + self.max_seq_len - lengths[:, None]).clamp(max=self.max_seq_len - 1)
+            positions = inputs.positions[:, of_token]
+        else:
+            positions = inputs.positions.index_select(1, place)[:, None]
+        x = views * inputs.scale + positions
         for block in self.decoder.blocks:
             x = self._block(block, x, timestamps)
+        if self.decoder.final_norm is not None:
+            x = layer_norm(x, self.decoder.final_norm)
         last = x[:, torch.arange(lengths.shape[0], device=x.device), lengths - 1]
         return last.transpose(0, 1)
 
@@ -118,6 +126,8 @@ class PaddedEncoder(nn.Module):
             return self._fuxi(block, x, timestamps)
         if isinstance(block, HSTUBlock):
             return self._hstu(block, x, timestamps)
+        if isinstance(block, LiGRBlock):
+            return _ligr(block, x)
         assert isinstance(block, SASRecBlock)
         return _sasrec(block, x)
 
@@ -157,19 +167,29 @@ class PaddedEncoder(nn.Module):
 
 
 def _sasrec(block: SASRecBlock, x: Tensor) -> Tensor:
+    first = block.norm_first
+    x = x + _softmax_attention(block, layer_norm(x, block.attention_norm) if first else x)
+    if not first:
+        x = layer_norm(x, block.attention_norm)
+    hidden = torch.relu(linear(layer_norm(x, block.ffn_norm) if first else x, block.ffn_in))
+    x = x + linear(hidden, block.ffn_out)
+    return x if first else layer_norm(x, block.ffn_norm)
+
+
+def _ligr(block: LiGRBlock, x: Tensor) -> Tensor:
+    attended = _softmax_attention(block, layer_norm(x, block.attention_norm))
+    x = x + torch.sigmoid(linear(x, block.attention_gate)) * attended
+    inner, gate = linear(layer_norm(x, block.ffn_norm), block.ffn_in).chunk(2, dim=-1)
+    return x + torch.sigmoid(linear(x, block.ffn_gate)) * linear(F.silu(inner) * gate, block.ffn_out)
+
+
+def _softmax_attention(block: SoftmaxBlock, z: Tensor) -> Tensor:
     heads, dv, dqk = block.num_heads, block.dv, block.dqk
-    norm = block.attention_norm
-    z = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    parts = F.linear(z, block.qkv.weight, block.qkv.bias).split([heads * dqk, heads * dqk, heads * dv], dim=-1)
+    parts = linear(z, block.qkv).split([heads * dqk, heads * dqk, heads * dv], dim=-1)
     q, k, v = (_by_head(part, heads) for part in parts)
     scores = q @ k.transpose(-1, -2) / dqk**0.5
     allowed = _causal(torch.ones_like(scores[0, 0, 0])) > 0
-    attended = _join(torch.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1) @ v)
-    x = x + F.linear(attended, block.output.weight, block.output.bias)
-    norm = block.ffn_norm
-    z = F.layer_norm(x, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-    hidden = torch.relu(F.linear(z, block.ffn_in.weight, block.ffn_in.bias))
-    return x + F.linear(hidden, block.ffn_out.weight, block.ffn_out.bias)
+    return linear(_join(torch.softmax(scores.masked_fill(~allowed, -torch.inf), dim=-1) @ v), block.output)
 
 
 def _rms_norm(x: Tensor) -> Tensor:

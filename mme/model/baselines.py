@@ -1,4 +1,4 @@
-"""The blocks of SASRec and HSTU, the models that results are compared with.
+"""The blocks of SASRec, eSASRec (LiGR) and HSTU, the models that results are compared with.
 
 `model.block` puts these blocks in place of the FuXi block, in the same decoder and over the same jagged tokens. Their
 attention has no kernel: sequences of similar length are padded to chunks, and backward recomputes a chunk's (n, n) scores
@@ -22,31 +22,74 @@ from kernels.dropout import dropout
 from kernels.relative_attention.reference import time_bucket
 from kernels.splitmix import derive
 from mme.model.biased_block import BiasedBlock
+from mme.model.layers import EPS, layer_norm, linear, make_linear
 from mme.model.moe import Routing
 from mme.profiling.regions import region
 
 ROWS_AT_ONCE = 32  # sequences in a chunk; more would add padding, fewer would add launches
-EPS = 1e-6
 
 
-class SASRecBlock(nn.Module):
-    """x + dropout(Attention(LN(x))), then x + dropout(FFN(LN(x))) (SASRec, arXiv 1808.09781, equations 2 to 6).
+class SoftmaxBlock(nn.Module):
+    """Causal softmax attention over q·k / √dqk with dropout on its weights, the part that SASRec and LiGR share.
 
-    Causal softmax attention over q·k / √dqk with dropout on its weights; FFN(z) = dropout(ReLU(z W_1 + b_1)) W_2 + b_2.
-    Unlike in the paper, there may be several heads; an output matrix joins them.
+    Attributes:
+        attention_norm, ffn_norm: layer norms of width d.
+        qkv, output: linear layers d → H (2 dqk + dv) and H·dv → d.
     """
 
-    def __init__(self, dim: int, num_heads: int, dqk: int, dv: int, hidden_dim: int, dropout: float = 0.0) -> None:
+    def __init__(self, dim: int, num_heads: int, dqk: int, dv: int, dropout: float) -> None:
         super().__init__()
         self.num_heads, self.dqk, self.dv = num_heads, dqk, dv
         self.dropout = dropout
         self.attention_norm, self.ffn_norm = nn.LayerNorm(dim, eps=EPS), nn.LayerNorm(dim, eps=EPS)
-        self.qkv = nn.Linear(dim, num_heads * (2 * dqk + dv))
-        self.output = nn.Linear(num_heads * dv, dim)
-        self.ffn_in, self.ffn_out = nn.Linear(dim, hidden_dim), nn.Linear(hidden_dim, dim)
-        for layer in (self.qkv, self.output, self.ffn_in, self.ffn_out):
-            nn.init.xavier_uniform_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        self.qkv = make_linear(dim, num_heads * (2 * dqk + dv))
+        self.output = make_linear(num_heads * dv, dim)
+
+    def attention(self, z: Tensor, seq_offsets: Tensor, dropout_keys: Tensor | None) -> Tensor:
+        """(M, T, d) → (M, T, d), the joined heads after the output layer."""
+        heads = self.num_heads
+        attention_keys = None
+        if dropout_keys is not None:
+            of_heads = torch.arange(heads, device=z.device)[:, None]
+            attention_keys = derive(derive(dropout_keys, 0)[:, None], of_heads).flatten(0, 1)
+        q, k, v = _heads(linear(z, self.qkv), heads, [self.dqk, self.dqk, self.dv])
+        return linear(_join(attend_by_length(q, k, v, seq_offsets, self._attend, attention_keys), heads), self.output)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, sequence: Tensor, keys: Tensor | None) -> Tensor:
+        scores = (q @ k.transpose(1, 2)).float() / self.dqk**0.5
+        shares = torch.softmax(scores.masked_fill(~_causal(scores), -torch.inf), dim=-1)
+        return dropout(shares, self.dropout if self.training else 0.0, keys).to(v.dtype) @ v
+
+    def _drop(self, x: Tensor, keys: Tensor | None, site: int) -> Tensor:
+        if not self.training or not self.dropout:
+            return x
+        return dropout(x, self.dropout, None if keys is None else derive(keys, site))
+
+
+class SASRecBlock(SoftmaxBlock):
+    """x + dropout(Attention(LN(x))), then x + dropout(FFN(LN(x))) (SASRec, arXiv 1808.09781, equations 2 to 6).
+
+    FFN(z) = dropout(ReLU(z W_1 + b_1)) W_2 + b_2. Unlike in the paper, there may be several heads; an output matrix joins them.
+
+    Args:
+        norm_first: otherwise LN(x + dropout(Attention(x))), then LN(x + dropout(FFN(x))), as in BERT and in RecBole's SASRec.
+        attention_output_dropout: otherwise no dropout on the attention's output; the first public code has none.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        dqk: int,
+        dv: int,
+        hidden_dim: int,
+        dropout: float = 0.0,
+        norm_first: bool = True,
+        attention_output_dropout: bool = True,
+    ) -> None:
+        super().__init__(dim, num_heads, dqk, dv, dropout)
+        self.norm_first, self.attention_output_dropout = norm_first, attention_output_dropout
+        self.ffn_in, self.ffn_out = make_linear(dim, hidden_dim), make_linear(hidden_dim, dim)
 
     def forward(
         self,
@@ -60,29 +103,53 @@ class SASRecBlock(nn.Module):
 
         ``dropout_keys`` (M, T) int64: a random key for each row; required in training with dropout.
         """
-        heads = self.num_heads
-        attention_keys = None
-        if dropout_keys is not None:
-            of_heads = torch.arange(heads, device=x.device)[:, None]
-            attention_keys = derive(derive(dropout_keys, 0)[:, None], of_heads).flatten(0, 1)
         with region("attention"):
-            z = _linear(_layer_norm(x, self.attention_norm), self.qkv)
-            q, k, v = _heads(z, heads, [self.dqk, self.dqk, self.dv])
-            attended = attend_by_length(q, k, v, seq_offsets, self._attend, attention_keys)
-            x = x + self._drop(_linear(_join(attended, heads), self.output), dropout_keys, 1)
+            z = layer_norm(x, self.attention_norm) if self.norm_first else x
+            attended = self.attention(z, seq_offsets, dropout_keys)
+            if self.attention_output_dropout:
+                attended = self._drop(attended, dropout_keys, 1)
+            x = x + attended
+            if not self.norm_first:
+                x = layer_norm(x, self.attention_norm)
         with region("experts"):
-            hidden = self._drop(torch.relu(_linear(_layer_norm(x, self.ffn_norm), self.ffn_in)), dropout_keys, 2)
-            return x + self._drop(_linear(hidden, self.ffn_out), dropout_keys, 3), None
+            z = layer_norm(x, self.ffn_norm) if self.norm_first else x
+            hidden = self._drop(torch.relu(linear(z, self.ffn_in)), dropout_keys, 2)
+            x = x + self._drop(linear(hidden, self.ffn_out), dropout_keys, 3)
+            return x if self.norm_first else layer_norm(x, self.ffn_norm), None
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, sequence: Tensor, keys: Tensor | None) -> Tensor:
-        scores = (q @ k.transpose(1, 2)).float() / self.dqk**0.5
-        shares = torch.softmax(scores.masked_fill(~_causal(scores), -torch.inf), dim=-1)
-        return dropout(shares, self.dropout if self.training else 0.0, keys).to(v.dtype) @ v
 
-    def _drop(self, x: Tensor, keys: Tensor | None, site: int) -> Tensor:
-        if not self.training or not self.dropout:
-            return x
-        return dropout(x, self.dropout, None if keys is None else derive(keys, site))
+class LiGRBlock(SoftmaxBlock):
+    """x + σ(x G_a) ⊙ dropout(Attention(LN(x))), then x + σ(x G_f) ⊙ dropout(FFN(LN(x))).
+
+    The block of eSASRec (arXiv 2508.06450), from LiGR (arXiv 2502.03417). FFN(z) = dropout(SiLU(z W_1) ⊙ (z W_3)) W_2; both
+    gates and the layers of the FFN have biases.
+
+    Attributes:
+        ffn_in: the layers W_1 and W_3, one after the other, d → 2 f.
+    """
+
+    def __init__(self, dim: int, num_heads: int, dqk: int, dv: int, hidden_dim: int, dropout: float = 0.0) -> None:
+        super().__init__(dim, num_heads, dqk, dv, dropout)
+        self.attention_gate, self.ffn_gate = make_linear(dim, dim), make_linear(dim, dim)
+        self.ffn_in, self.ffn_out = make_linear(dim, 2 * hidden_dim), make_linear(hidden_dim, dim)
+
+    def forward(
+        self,
+        x: Tensor,
+        seq_offsets: Tensor,
+        timestamps: Tensor,
+        plan: Any = None,
+        dropout_keys: Tensor | None = None,
+    ) -> tuple[Tensor, Routing | None]:
+        """As `SASRecBlock.forward`."""
+        with region("attention"):
+            attended = self.attention(layer_norm(x, self.attention_norm), seq_offsets, dropout_keys)
+            x = x + torch.sigmoid(linear(x, self.attention_gate)) * self._drop(attended, dropout_keys, 1)
+        with region("experts"):
+            inner, gate = linear(layer_norm(x, self.ffn_norm), self.ffn_in).chunk(2, dim=-1)
+            hidden = self._drop(F.silu(inner) * gate, dropout_keys, 2)
+            y = self._drop(linear(hidden, self.ffn_out), dropout_keys, 3)
+            return x + torch.sigmoid(linear(x, self.ffn_gate)) * y, None
 
 
 class HSTUBlock(BiasedBlock):
@@ -121,7 +188,7 @@ class HSTUBlock(BiasedBlock):
         attended = _join(attend_by_length(q, k, v, seq_offsets, attend), self.num_heads)
         gated = gate * F.layer_norm(attended, attended.shape[-1:], eps=EPS)
         gated = dropout(gated, self.dropout if self.training else 0.0, dropout_keys)
-        return _linear(gated, self.output) + x, None
+        return linear(gated, self.output) + x, None
 
     def _bias(self, sequence: Tensor, n: int, seq_offsets: Tensor, timestamps: Tensor) -> Tensor:
         """(S, n, n) for the sequences of a chunk, (S,) int64."""
@@ -191,11 +258,3 @@ def _heads(x: Tensor, num_heads: int, widths: list[int]) -> list[Tensor]:
 def _join(x: Tensor, num_heads: int) -> Tensor:
     """(M·H, T, dv) → (M, T, H·dv)"""
     return x.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2)
-
-
-def _linear(x: Tensor, layer: nn.Linear) -> Tensor:
-    return F.linear(x, layer.weight.to(x.dtype), layer.bias.to(x.dtype))
-
-
-def _layer_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
-    return F.layer_norm(x, norm.normalized_shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)

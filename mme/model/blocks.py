@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import nn
 
 from mme.config import Config
-from mme.model.baselines import HSTUBlock, SASRecBlock
+from mme.model.baselines import HSTUBlock, LiGRBlock, SASRecBlock
 from mme.model.fuxi_block import FuxiBlock
 from mme.model.moe import DenseFFN, MixtureOfExperts
 
@@ -43,11 +43,24 @@ def hstu(config: Config, index: int) -> HSTUBlock:
 
 
 def sasrec(config: Config, index: int) -> SASRecBlock:
+    model, choices = config.model, config.model.sasrec
+    return SASRecBlock(
+        model.view_dim,
+        model.num_heads,
+        *model.head_dims,
+        model.hidden_dim,
+        model.dropout,
+        choices.norm_first,
+        choices.attention_output_dropout,
+    )
+
+
+def ligr(config: Config, index: int) -> LiGRBlock:
     model = config.model
-    return SASRecBlock(model.view_dim, model.num_heads, *model.head_dims, model.hidden_dim, model.dropout)
+    return LiGRBlock(model.view_dim, model.num_heads, *model.head_dims, model.hidden_dim, model.dropout)
 
 
-BLOCKS: dict[str, Callable[[Config, int], nn.Module]] = {"fuxi": fuxi, "hstu": hstu, "sasrec": sasrec}
+BLOCKS: dict[str, Callable[[Config, int], nn.Module]] = {"fuxi": fuxi, "hstu": hstu, "sasrec": sasrec, "ligr": ligr}
 
 
 def make_block(config: Config, index: int) -> nn.Module:

@@ -17,6 +17,7 @@ from mme.config import Config
 from mme.model.blocks import make_block
 from mme.model.fuxi_block import FuxiBlock
 from mme.model.inputs import InputViews, UserTokens, positions_in_sequence
+from mme.model.layers import EPS, layer_norm
 from mme.model.moe import MixtureOfExperts, Routing
 from mme.profiling.regions import region
 
@@ -47,8 +48,11 @@ class Decoder(nn.Module):
         self.recompute = config.train.recompute == "blocks"
         self.max_seq_len = config.data.max_seq_len
         self.num_views, self.dropout = model.num_tables, model.dropout
-        self.inputs = InputViews(model.num_tables, model.view_dim, self.max_seq_len, model.dropout, model.positions)
+        self.inputs = InputViews(
+            model.num_tables, model.view_dim, self.max_seq_len, model.dropout, model.positions, model.positions_from
+        )
         self.blocks = nn.ModuleList(make_block(config, index) for index in range(model.num_blocks))
+        self.final_norm = nn.LayerNorm(model.view_dim, eps=EPS) if model.final_norm else None
         self.plans_attention = any(isinstance(block, FuxiBlock) for block in self.blocks)
 
     def forward(
@@ -102,7 +106,7 @@ class Decoder(nn.Module):
                 routing.append(block_routing)
         item_places = None if user_tokens is None else user_tokens.item_places
         with region("loss"):
-            hidden = x.transpose(0, 1)
+            hidden = (x if self.final_norm is None else layer_norm(x, self.final_norm)).transpose(0, 1)
             if item_places is not None:
                 hidden = hidden[item_places]
         return DecoderOutput(hidden, routing, item_places)

@@ -54,11 +54,24 @@ class UserTokens:
 class InputViews(nn.Module):
     """Scales the sum of each token's rows, adds a learned position to each view and applies dropout."""
 
-    def __init__(self, num_views: int, view_dim: int, max_seq_len: int, dropout: float, positions: str) -> None:
-        """``positions``: "per_view" for a position vector per view, "shared" for one for all views."""
+    def __init__(
+        self,
+        num_views: int,
+        view_dim: int,
+        max_seq_len: int,
+        dropout: float,
+        positions: str,
+        positions_from: str = "oldest",
+    ) -> None:
+        """
+        Args:
+            positions: "per_view" for a position vector per view, "shared" for one for all views.
+            positions_from: "oldest", the oldest token has position 0; "newest", the newest has position N − 1.
+        """
         super().__init__()
         self.scale = (num_views * view_dim) ** 0.5
         self.dropout = dropout
+        self.from_newest = positions_from == "newest"
         self.positions = nn.Parameter(torch.empty(num_views if positions == "per_view" else 1, max_seq_len, view_dim))
         std = 1.0 / self.scale
         nn.init.trunc_normal_(self.positions, std=std, a=-2 * std, b=2 * std)
@@ -95,6 +108,9 @@ class InputViews(nn.Module):
             sums = whole.index_copy(0, user_tokens.item_places, sums).index_copy(0, seq_offsets[:-1], users)
         tokens = sums.unflatten(1, (num_views, view_dim))
         position = positions_in_sequence(seq_offsets, len(tokens))
+        if self.from_newest:
+            lengths = torch.repeat_interleave(seq_offsets.diff(), seq_offsets.diff(), output_size=len(tokens))
+            position = position + self.positions.shape[1] - lengths
         shared = self.positions.transpose(0, 1).reshape(self.positions.shape[1], -1)
         added = F.embedding(position, shared).unflatten(1, (self.positions.shape[0], view_dim))
         views = torch.add(added, tokens, alpha=self.scale).transpose(0, 1)

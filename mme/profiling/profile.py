@@ -27,6 +27,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, schedule
 from torch.profiler import profile as torch_profile
 
+from mme.config import TrainConfig
 from mme.files import make_folder, replacing, write_text
 from mme.profiling.regions import OTHER, REGIONS
 from mme.profiling.trace import Allocations, TimeByPart, Trace
@@ -36,6 +37,29 @@ Element = TypeVar("Element")
 PROFILE_FOLDER = "profile"  # in the run's folder
 MEMORY_EVENTS = 1_000_000  # allocations and frees kept in the GPU's history
 ALLOCATIONS_SHOWN = 20
+
+
+def profiled(
+    elements: Iterator[Element],
+    train: TrainConfig,
+    left: int,
+    run_folder: Path,
+    rank: int,
+    device: torch.device,
+    note: Callable[[str], None],
+) -> Iterator[Element]:
+    """Yields ``elements``, one per step, and profiles the steps that `train.profile` selects for this rank.
+
+    Args:
+        left: number of steps until the end of training.
+    """
+    if not train.profile or (train.profile_ranks and rank not in train.profile_ranks):
+        return elements
+    if train.profile_start + train.profile > left:
+        note(f"no profile: it needs {train.profile_start + train.profile:,} steps, and {left:,} are left")
+        return elements
+    folder = run_folder / PROFILE_FOLDER
+    return StepProfile(train.profile, train.profile_start, folder, rank, device, note).each(elements)
 
 
 class StepProfile:

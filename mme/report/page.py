@@ -182,7 +182,7 @@ def _source_hash(text: str) -> str:
 def _shape(run: RunFiles) -> str:
     model = run.config.model
     experts = f"{model.moe.num_experts} experts (top {model.moe.top_k})" if model.moe.num_experts else "dense FFN"
-    names = {"hstu": "HSTU", "sasrec": "SASRec"}
+    names = {"hstu": "HSTU", "sasrec": "SASRec", "ligr": "eSASRec"}
     kind = f"blocks, {experts}" if model.block == "fuxi" else f"{names.get(model.block, model.block)} blocks"
     return f"M = {model.num_tables} tables, D = {model.embedding_dim}, {model.num_blocks} {kind}"
 

@@ -224,6 +224,11 @@ DROPOUT = [
         ([[0, 1, 2, 3, 4], []], ["loss.kind=sampled_softmax", "loss.sampling=in_batch", "loss.uniform_share=0.5"]),
         ([[4, 3, 2, 1, 0]], ["loss.kind=sampled_softmax", "loss.sampling=in_batch", "train.recompute=blocks"]),
         pytest.param([[4, 3], [1, 2, 0]], ["model.block=sasrec", "model.moe.num_experts=0"], id="sasrec"),
+        pytest.param(
+            [[4, 3], [1, 2, 0]],
+            ["model.block=ligr", "model.moe.num_experts=0", "model.final_norm=true", "model.positions_from=newest"],
+            id="ligr",
+        ),
         pytest.param([[4, 3], [1, 2, 0]], ["model.block=hstu", "model.moe.num_experts=0"], id="hstu"),
         pytest.param([[0], [1, 2], [], [3, 4]], ["loss.kind=sampled_softmax"], marks=pytest.mark.slow),
         pytest.param(
@@ -369,3 +374,28 @@ def test_a_context_token_has_no_loss() -> None:
         assert late[0] * late[1] + early[0] * early[1] == pytest.approx(whole_batch[0] * whole_batch[1], rel=1e-6)
         together = late[1] * late[2] + early[1] * early[2]
         torch.testing.assert_close(together, whole_batch[1] * whole_batch[2], rtol=1e-4, atol=1e-5)
+
+
+def decayed(world: World, weight_decay_on: str) -> list[str]:
+    """The weights of the decoder that shrink in a step without gradients."""
+    config = configuration("train.weight_decay=1", "train.lr=0.1", f"train.weight_decay_on={weight_decay_on}")
+    recommender = Recommender(config, NUM_ITEMS, world)
+    engine = initialize_engine(recommender.decoder, config)
+    with torch.no_grad():
+        for parameter in recommender.decoder.parameters():
+            parameter.fill_(1.0)
+    for group in engine.optimizer.single_partition_of_fp32_groups:
+        group.data.fill_(1.0)
+    engine.backward(sum(parameter.sum() for parameter in recommender.decoder.parameters()) * 0)
+    engine.step()
+    weights = dict(recommender.decoder.named_parameters())
+    assert all(bool(((w == 1) | ((w - 0.9).abs() < 1e-6)).all()) for w in weights.values())
+    return sorted(name for name, weight in weights.items() if bool((weight < 1).all()))
+
+
+def test_weight_decay_of_all_weights_or_of_matrices() -> None:
+    for everything, matrices in zip(run_on(2, decayed, "all"), run_on(2, decayed, "matrices"), strict=True):
+        spared = set(everything) - set(matrices)
+        assert {"inputs.positions", "blocks.0.output.bias", "blocks.0.ts_weights", "blocks.0.pos_weights"} <= spared
+        assert {"blocks.0.uvqk", "blocks.0.output.weight", "blocks.0.ffn.router.weight"} <= set(matrices)
+        assert {name.rpartition(".")[2] for name in matrices} == {"uvqk", "weight", "w1", "w2", "w3"}

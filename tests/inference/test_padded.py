@@ -21,6 +21,8 @@ BLOCKS = [
     ["model.moe.num_experts=3", "model.moe.top_k=1", "model.moe.renormalize=false", "model.positions=shared"],
     ["model.block=hstu", "model.moe.num_experts=0", "model.score_norm=per_view"],
     ["model.block=sasrec", "model.moe.num_experts=0", "model.num_tables=1"],
+    ["model.block=sasrec", "model.moe.num_experts=0", "model.sasrec.norm_first=false", "model.score_norm=none"],
+    ["model.block=ligr", "model.moe.num_experts=0", "model.final_norm=true", "model.positions_from=newest"],
     ["model.moe.num_experts=4", "model.event_features=[action]", "model.user_features=[country]"],
 ]
 
