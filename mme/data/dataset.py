@@ -40,7 +40,7 @@ class PreparedDataset:
         self.user_offsets = events.user_offsets
         # Each evaluation needs these results of passes over all events, which do not change.
         self._num_older = lru_cache(maxsize=1)(self._compute_num_older)
-        self._training_counts = lru_cache(maxsize=1)(self._compute_training_counts)
+        self._training_counts = lru_cache(maxsize=2)(self._compute_training_counts)
         self._known_targets = lru_cache(maxsize=2)(self._compute_known_targets)
         self._targets_sha256 = lru_cache(maxsize=4)(self._compute_targets_sha256)
 
@@ -121,9 +121,9 @@ class PreparedDataset:
             return split.targets(part, self.user_offsets, self._num_older)
         return self._known_targets(split, part, num_items)
 
-    def training_counts(self, split: Split) -> Tensor:
-        """(num_items,) int64, how often each item occurs in the training events."""
-        return self._training_counts(split)
+    def training_counts(self, split: Split, items: range | None = None) -> Tensor:
+        """(len(items),) int64, how often each of these items occurs in the training events; None: all items."""
+        return self._training_counts(split, range(self.num_items) if items is None else items)
 
     def targets_sha256(self, split: Split, part: HeldOut, num_items: int | None = None) -> str:
         """SHA-256 of the lines "user_id<TAB>item_id<LF>" of `targets`: raw ids, UTF-8, in the order of the users' rows.
@@ -134,13 +134,14 @@ class PreparedDataset:
             num_items = None  # so that a hash computed earlier is found
         return self._targets_sha256(split, part, num_items)
 
-    def _compute_training_counts(self, split: Split) -> Tensor:
-        counts = np.zeros(self.num_items, np.int64)
+    def _compute_training_counts(self, split: Split, items: range) -> Tensor:
+        counts = np.zeros(len(items), np.int64)
         train_ends = self.train_ends(split)
         for first, last, events in self.events.scan():
             begin = self.user_offsets[first]
             ends = np.repeat(train_ends[first:last] - begin, np.diff(self.user_offsets[first : last + 1]))
-            np.add.at(counts, events["item"][np.arange(events.size) < ends], 1)
+            found = events["item"][np.arange(events.size) < ends]
+            np.add.at(counts, found[(found >= items.start) & (found < items.stop)] - items.start, 1)
         return torch.from_numpy(counts)
 
     def _compute_known_targets(self, split: Split, part: HeldOut, num_items: int) -> tuple[IntArray, IntArray]:

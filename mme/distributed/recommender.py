@@ -16,6 +16,7 @@ from mme.distributed.experts import spread_experts
 from mme.distributed.tables import ItemTables
 from mme.distributed.world import World
 from mme.errors import UserError
+from mme.model.catalogue import Catalogue, TableCatalogue
 from mme.model.decoder import Decoder
 from mme.model.encoder import Encoder
 from mme.model.feature_rows import FeatureRows
@@ -59,6 +60,21 @@ class Recommender(Encoder):
 
     def lookup(self, ids: Tensor) -> Tensor:
         return self.tables.lookup(ids)
+
+    @torch.no_grad()
+    def catalogue(self) -> Catalogue:
+        """This rank's share of the items, in place if its tables have their whole rows: no vector is copied."""
+        if (here := self.tables.whole_rows()) is None:
+            return super().catalogue()
+        first, tables = here
+        last = min(first + tables[0].shape[0], self.num_items)
+        if not self.tables.is_sharded:  # an equal share of the replicas' rows
+            share = -(-self.num_items // self.world.size)
+            first = min(self.world.rank * share, self.num_items)
+            last = min(first + share, self.num_items)
+            tables = [table[first:] for table in tables]
+        rows = [table[: max(last - first, 0)] for table in tables]
+        return TableCatalogue(first, rows, self.config.model.score_norm)
 
     def num_parameters(self) -> dict[str, int]:
         """Parameters of the whole model by part, over all ranks."""

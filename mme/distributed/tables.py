@@ -104,6 +104,7 @@ class ItemTables:
             }
         )
         plan = self._plan(collection, sharder, config.parallel.table_sharding, world)
+        self._sharding_types = {table.sharding_type for table in plan.plan[""].values()}
         on_cpu = world.device.type == "cpu"
         if train.table_optimizer == "dense_adam" or (on_cpu and train.table_optimizer == "adam"):
             for table in plan.plan[""].values():  # type: ignore[attr-defined]
@@ -149,6 +150,18 @@ class ItemTables:
         """This rank's parts of the tables, named item_0 … item_{M-1}."""
         for key, value in self.model.state_dict().items():
             yield from _local_shards(key.split(".")[-2], value)
+
+    def whole_rows(self) -> tuple[int, list[Tensor]] | None:
+        """This rank's first row and its rows (n, d) of the M tables as views; None if rows are split or tables are scattered.
+
+        With row-wise sharding, ranks have consecutive rows, the last ones perhaps none. Replicas have all rows.
+        """
+        if self._sharding_types not in ({ShardingType.ROW_WISE.value}, {ShardingType.DATA_PARALLEL.value}):
+            return None
+        shards = {shard.name: shard for shard in self.weights()}
+        first = next((shard.offsets[0] for shard in shards.values()), self.num_rows)
+        none = torch.empty(0, self.dim, device=self.device)
+        return first, [shards[name].tensor if name in shards else none for name in self.names]
 
     def optimizer_states(self) -> Iterator[Shard]:
         """This rank's parts of the optimizer states, named as in `STATE_NAMES`: item_0/exp_avg, for example."""

@@ -29,9 +29,7 @@ class CollectedUsers:
     """Collects results batch by batch on every rank; `add` is a collective."""
 
     def __init__(self, popularity: Popularity) -> None:
-        counts = popularity.counts
         self.popularity = popularity
-        self.information = -torch.log2((counts + 1) / (counts.sum() + counts.numel()))  # bits, (num_items,)
         self._batches: list[dict[str, Tensor]] = []
         self._examples: list[dict[str, Any]] = []
 
@@ -42,7 +40,10 @@ class CollectedUsers:
         user_row, target, history_events = torch.cat(world.gather(facts)).unbind(1)
         items, _ = ranker.top_k(batch.sequences, *excluded_items(batch, ranker.encoder.config.eval.seen), LIST_LENGTH)
         listed = items >= 0
-        bits = self.information[items.clamp(min=0)].where(listed, 0).sum(1)
+        events, places = self.popularity.of_items(torch.cat([target, items.clamp(min=0).flatten()]))
+        (target_events, listed_events), target_places = events.tensor_split([target.numel()]), places[: target.numel()]
+        smoothed = (listed_events + 1) / (self.popularity.num_events + self.popularity.num_items)
+        bits = -torch.log2(smoothed).view_as(items).where(listed, 0).sum(1)
         if not self._batches:
             self._examples = _examples(batch, ranks, items)
         self._batches.append(
@@ -50,8 +51,8 @@ class CollectedUsers:
                 "user_row": user_row,
                 "rank": ranks,
                 "popularity_rank": popularity_ranks,
-                "target_place": self.popularity.place[target],
-                "target_events": self.popularity.counts[target],
+                "target_place": target_places,
+                "target_events": target_events,
                 "history_events": history_events,
                 "top_items": items,
                 "novelty": bits.double() / listed.sum(1).clamp(min=1),

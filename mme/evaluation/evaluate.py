@@ -18,6 +18,7 @@ from mme.data.split import HeldOut, Split
 from mme.distributed.checkpoint import best_sound, load_weights
 from mme.distributed.checkpoint_index import folder
 from mme.distributed.recommender import Recommender
+from mme.distributed.spread import share_of
 from mme.distributed.world import World, process_group
 from mme.errors import UserError, print_line
 from mme.evaluation.collected import CollectedUsers, segments
@@ -86,9 +87,10 @@ def _records(
 
 
 def _popularity(recommender: Recommender, dataset: PreparedDataset, config: Config) -> Popularity:
-    """Of the items that the model knows."""
-    counts = dataset.training_counts(Split.of(config.data))
-    return Popularity.of(counts[: recommender.num_items].to(recommender.world.device))
+    """Of the items that the model knows; a collective."""
+    world, num_items = recommender.world, recommender.num_items
+    counts = dataset.training_counts(Split.of(config.data), share_of(num_items, world))
+    return Popularity.of(counts.to(world.device), num_items, world)
 
 
 def _keep(
@@ -147,13 +149,16 @@ def target_ranks(
     world = recommender.world
     loader = _loader(recommender, dataset, config, part)
     ranker = Ranker(recommender)
-    place = (popularity or _popularity(recommender, dataset, config)).place
-    model_ranks, popular_ranks, repeated = [place[:0]], [place[:0]], [place[:0]]
+    popularity = popularity or _popularity(recommender, dataset, config)
+    none = torch.empty(0, dtype=torch.int64, device=world.device)
+    model_ranks, popular_ranks, repeated = [none], [none], [none]
     for batch in loader.batches():
         before_batch()
         excluded = excluded_items(batch, config.eval.seen)
         model_ranks.append(ranker.target_ranks(batch.sequences, *excluded, batch.targets))
-        popular = popularity_ranks(place, batch.targets, *excluded)
+        _, places = popularity.of_items(torch.cat([batch.targets, excluded[0]]))
+        of_targets, of_excluded = places.tensor_split([batch.targets.numel()])
+        popular = popularity_ranks(of_targets, of_excluded, excluded[1])
         is_repeat = is_repeated(batch.targets, batch.seen_ids, batch.seen_offsets).long()
         of_all_ranks = torch.cat(world.gather(torch.stack([popular, is_repeat], dim=1)))
         popular_ranks.append(of_all_ranks[:, 0])

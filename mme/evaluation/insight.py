@@ -134,7 +134,6 @@ def _routing(
     config, device = recommender.config, recommender.world.device
     moe, num_views = config.model.moe, config.model.num_tables
     blocks = config.model.expert_blocks
-    decile = popularity.place * DECILES // popularity.place.numel()
     bounds = [2**power for power in range(config.data.max_seq_len.bit_length())]
     names = {
         "view": [f"view {view}" for view in range(num_views)],
@@ -142,16 +141,18 @@ def _routing(
         "position": [f"from {bound}" for bound in bounds],
     }
     totals = {
-        name: popularity.counts.new_zeros(len(blocks), len(groups), moe.num_experts) for name, groups in names.items()
+        name: torch.zeros(len(blocks), len(groups), moe.num_experts, dtype=torch.int64, device=device)
+        for name, groups in names.items()
     }
     for batch in batches:
         before_batch()
         sequences = batch.sequences.to(device)
         output = recommender.decode(sequences)
         place = positions_in_sequence(sequences.seq_offsets, sequences.num_tokens) + 1
+        decile = popularity.of_items(sequences.item_ids)[1] * DECILES // popularity.num_items
         groups = {
             "view": torch.arange(num_views, device=device).repeat_interleave(sequences.num_tokens),
-            "popularity": decile[sequences.item_ids].repeat(num_views),
+            "popularity": decile.repeat(num_views),
             "position": (torch.bucketize(place, place.new_tensor(bounds), right=True) - 1).repeat(num_views),
         }
         for number, decided in enumerate(output.routing):

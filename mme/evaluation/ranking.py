@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +21,8 @@ from mme.data.batch import SequenceBatch
 from mme.distributed.world import World
 from mme.errors import NonFiniteError
 from mme.evaluation.metrics import UNRANKED
-from mme.model.encoder import LOOKUP_ROWS, Encoder
+from mme.model.catalogue import VectorCatalogue
+from mme.model.encoder import Encoder
 
 SCORES_AT_ONCE = 32_000_000  # elements of a score matrix
 LEAST_BLOCK = 16  # columns; smaller blocks save nothing
@@ -49,8 +49,9 @@ class Ranker:
     def __init__(self, encoder: Encoder) -> None:
         assert isinstance(encoder.world, World)
         self.encoder, self.world = encoder, encoder.world
-        self.first_item, self.vectors = encoder.catalogue()
-        self.num_local = min(self.vectors.shape[0], encoder.num_items - self.first_item)
+        self.catalogue = encoder.catalogue()
+        shares = self.world.gather(torch.tensor([self.catalogue.num_items], device=self.world.device))
+        self._at_once = max(1, SCORES_AT_ONCE // int(max(shares)))  # histories, the same number on every rank
         self._require_finite_vectors()
 
     def target_ranks(self, batch: SequenceBatch, excluded: Tensor, offsets: Tensor, targets: Tensor) -> Tensor:
@@ -66,33 +67,35 @@ class Ranker:
             that is excluded.
         """
         histories = self._gather(batch, excluded, offsets)
-        return self._ranks(histories, torch.cat(self.world.gather(targets)), slice(None))
+        return self._ranks(histories, torch.cat(self.world.gather(targets)))
 
     def target_ranks_by_view(self, batch: SequenceBatch, excluded: Tensor, offsets: Tensor, targets: Tensor) -> Tensor:
         """(M + 1, U) int64: `target_ranks` by the share of each view in the scores and, in the last row, by all views."""
         histories = self._gather(batch, excluded, offsets)
         targets = torch.cat(self.world.gather(targets))
-        model = self.encoder.config.model
-        views = [slice(start, start + model.view_dim) for start in range(0, model.embedding_dim, model.view_dim)]
-        return torch.stack([self._ranks(histories, targets, of) for of in [*views, slice(None)]])
+        views = [*range(self.encoder.config.model.num_tables), None]
+        return torch.stack([self._ranks(histories, targets, view) for view in views])
 
-    def _ranks(self, histories: GatheredHistories, targets: Tensor, of: slice) -> Tensor:
-        """(U,) ranks of the targets of all ranks, by only the components ``of`` of the vectors."""
-        columns = torch.arange(self.vectors.shape[0], device=targets.device)
-        ranks = [targets[:0]]
-        for part, scores in self._scores(histories, of):
-            target_column = targets[part] - self.first_item
-            row = ((target_column >= 0) & (target_column < self.num_local)).nonzero().flatten()
-            target_scores = scores.new_zeros(scores.shape[0])
-            target_scores[row] = scores[row, target_column[row]]
-            target_scores = self.world.sum(target_scores)[:, None]
-            above = scores == target_scores
-            above &= columns < target_column[:, None]
-            above |= scores > target_scores
-            ranks.append(1 + self.world.sum(above.sum(1)))
+    def _ranks(self, histories: GatheredHistories, targets: Tensor, view: int | None = None) -> Tensor:
+        """(U,) ranks of the targets of all ranks; ``view``: by only the share of one view in the scores."""
+        parts = self._parts(histories)
+        ranks = torch.cat([targets[:0], *[self._ranks_of_part(histories, part, targets[part], view) for part in parts]])
         is_excluded = torch.zeros_like(targets, dtype=torch.bool)
         is_excluded[histories.history_of[histories.excluded == targets[histories.history_of]]] = True
-        return torch.cat(ranks).masked_fill(is_excluded, UNRANKED)
+        return ranks.masked_fill(is_excluded, UNRANKED)
+
+    def _ranks_of_part(self, histories: GatheredHistories, part: slice, targets: Tensor, view: int | None) -> Tensor:
+        """(u,) ranks of the targets of the histories ``part`` without regard to whether they are excluded."""
+        scores = self._scores(histories, part, view)
+        column = targets - self.catalogue.first_item
+        row = ((column >= 0) & (column < self.catalogue.num_items)).nonzero().flatten()
+        target_scores = scores.new_zeros(scores.shape[0])
+        target_scores[row] = scores[row, column[row]]
+        target_scores = self.world.sum(target_scores)[:, None]
+        above = scores == target_scores
+        above &= torch.arange(scores.shape[1], device=column.device) < column[:, None]
+        above |= scores > target_scores
+        return 1 + self.world.sum(above.sum(1))
 
     def top_k(self, batch: SequenceBatch, excluded: Tensor, offsets: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k best items that are not excluded, (U, k), and their scores, (U, k), for all ranks' histories in rank order.
@@ -100,19 +103,22 @@ class Ranker:
         If no item is left, the item is −1 and the score −inf.
         """
         histories = self._gather(batch, excluded, offsets)
-        items = [torch.empty(0, k, dtype=torch.int64, device=histories.states.device)]
-        values = [histories.states.new_empty(0, k)]
-        for _, scores in self._scores(histories):
-            best, column = _first_of_the_best(scores, min(k, scores.shape[1]))
-            best = torch.cat(self.world.gather(best.T)).T  # candidates of all ranks, (u, ranks · k)
-            candidate = torch.cat(self.world.gather((column + self.first_item).T)).T
-            order = torch.argsort(candidate, dim=1)  # equal scores in the order of the items
-            best, candidate = best.gather(1, order), candidate.gather(1, order)
-            best, order = torch.sort(F.pad(best, (0, k), value=-torch.inf), dim=1, descending=True, stable=True)
-            candidate = F.pad(candidate, (0, k)).gather(1, order)
-            values.append(best[:, :k])
-            items.append(candidate[:, :k].where(best[:, :k] > -torch.inf, -1))
+        found = [self._top_k_of_part(histories, part, k) for part in self._parts(histories)]
+        none = torch.empty(0, k, dtype=torch.int64, device=histories.states.device), histories.states.new_empty(0, k)
+        items, values = zip(none, *found, strict=True)
         return torch.cat(items), torch.cat(values)
+
+    def _top_k_of_part(self, histories: GatheredHistories, part: slice, k: int) -> tuple[Tensor, Tensor]:
+        """`top_k` for the histories ``part``."""
+        scores = self._scores(histories, part)
+        best, column = _first_of_the_best(scores, min(k, scores.shape[1]))
+        best = torch.cat(self.world.gather(best.T)).T  # candidates of all ranks, (u, ranks · k)
+        candidate = torch.cat(self.world.gather((column + self.catalogue.first_item).T)).T
+        order = torch.argsort(candidate, dim=1)  # equal scores in the order of the items
+        best, candidate = best.gather(1, order), candidate.gather(1, order)
+        best, order = torch.sort(F.pad(best, (0, k), value=-torch.inf), dim=1, descending=True, stable=True)
+        candidate = F.pad(candidate, (0, k)).gather(1, order)
+        return candidate[:, :k].where(best[:, :k] > -torch.inf, -1), best[:, :k]
 
     def states(self, batch: SequenceBatch) -> Tensor:
         """(U, D) the states of the histories of all ranks, in rank order."""
@@ -122,8 +128,9 @@ class Ranker:
 
     def restricted_to(self, items: Tensor) -> Ranker:
         """A Ranker of only these items, (n,) int64 ascending, numbered by their place among them; for a group of one process."""
+        assert isinstance(self.catalogue, VectorCatalogue)
         restricted = copy.copy(self)
-        restricted.vectors, restricted.num_local = self.vectors[items], items.numel()
+        restricted.catalogue = self.catalogue.at(items)
         return restricted
 
     def _gather(self, batch: SequenceBatch, excluded: Tensor, offsets: Tensor) -> GatheredHistories:
@@ -131,22 +138,18 @@ class Ranker:
         history_of = torch.repeat_interleave(torch.arange(counts.numel(), device=counts.device), counts)
         return GatheredHistories(self.states(batch), torch.cat(self.world.gather(excluded)), history_of)
 
-    def _scores(self, histories: GatheredHistories, of: slice = slice(None)) -> Iterator[tuple[slice, Tensor]]:
-        """Yields scores (u, width) of this rank's share for parts of the histories; −inf for items that are not ranked.
+    def _parts(self, histories: GatheredHistories) -> list[slice]:
+        """The histories in parts whose scores fit into memory."""
+        count = histories.states.shape[0]
+        return [slice(start, min(start + self._at_once, count)) for start in range(0, count, self._at_once)]
 
-        ``of``: the components of the vectors to use.
-        """
-        row, column = histories.history_of, histories.excluded - self.first_item
-        is_local = (column >= 0) & (column < self.num_local)
-        row, column = row[is_local], column[is_local]
-        step = max(1, SCORES_AT_ONCE // self.vectors.shape[0])
-        for start in range(0, histories.states.shape[0], step):
-            part = slice(start, min(start + step, histories.states.shape[0]))
-            scores = histories.states[part, of] @ self.vectors[:, of].T
-            scores[:, self.num_local :] = -torch.inf
-            inside = (row >= part.start) & (row < part.stop)
-            scores[row[inside] - part.start, column[inside]] = -torch.inf
-            yield part, scores
+    def _scores(self, histories: GatheredHistories, part: slice, view: int | None = None) -> Tensor:
+        """(u, S) scores of this rank's share for the histories ``part``; −inf for items that are not ranked."""
+        scores = self.catalogue.scores(histories.states[part], view)
+        row, column = histories.history_of - part.start, histories.excluded - self.catalogue.first_item
+        inside = (column >= 0) & (column < self.catalogue.num_items) & (row >= 0) & (row < scores.shape[0])
+        scores[row[inside], column[inside]] = -torch.inf
+        return scores
 
     def _require_finite_states(self, states: Tensor, batch: SequenceBatch) -> None:
         """``states`` are those of all ranks. If they and the vectors, each of length 1, are finite, so are the scores."""
@@ -159,9 +162,9 @@ class Ranker:
             )
 
     def _require_finite_vectors(self) -> None:
-        spoiled = torch.cat([part.isnan().any(1) for part in self.vectors.split(LOOKUP_ROWS)])
+        spoiled = self.catalogue.is_spoiled()
         if count := int(self.world.sum(spoiled.sum())):
-            items = torch.cat(self.world.gather(spoiled.nonzero().flatten() + self.first_item))
+            items = torch.cat(self.world.gather(spoiled.nonzero().flatten() + self.catalogue.first_item))
             item = int(items.min())
             views = self.encoder.lookup(torch.tensor([item], device=items.device))[0]
             of_view = views.square().sum(1).isfinite().tolist()
@@ -180,7 +183,7 @@ def _first_of_the_best(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     takes a third of the time of `topk`.
     """
     width = scores.shape[1]
-    block = math.isqrt(width // k)  # makes both steps equally wide
+    block = math.isqrt(width // max(k, 1))  # makes both steps equally wide
     if block < LEAST_BLOCK:
         return _first_of_the_best_in_one_step(scores, k)
     whole = width - width % block
@@ -197,6 +200,8 @@ def _first_of_the_best_in_one_step(scores: Tensor, k: int) -> tuple[Tensor, Tens
     """See `_first_of_the_best`. `topk` alone may return any of several equal scores."""
     width = scores.shape[1]
     best, column = scores.topk(k)
+    if not k:
+        return best, column
     last = best[:, -1:]
     is_last, equal = best == last, scores == last
     undecided = ((equal.sum(1) > is_last.sum(1)) & (last[:, 0] > -torch.inf)).nonzero().flatten()

@@ -31,6 +31,7 @@ from mme.inference.item_index import FloatArray, ItemIndex
 from mme.inference.local_encoder import LocalEncoder
 from mme.inference.padded import PaddedEncoder
 from mme.inference.requests import SOURCE, Answer, RecommendationRequest, as_table
+from mme.model.catalogue import VectorCatalogue
 
 HISTORIES_AT_ONCE = 256
 
@@ -81,6 +82,8 @@ class TrainedModel:
             raise UserError(f"kernels.backend: {error}") from error
         self._encoder = LocalEncoder(config, knowledge.numbering, weights, self.device)
         self._ranker = Ranker(self._encoder)
+        assert isinstance(self._ranker.catalogue, VectorCatalogue)
+        self._vectors = self._ranker.catalogue.vectors
         self._popular = np.argsort(-knowledge.counts, kind="stable")
         self._index: ItemIndex | None = None
 
@@ -92,7 +95,7 @@ class TrainedModel:
         Raises:
             UserError: see `ItemIndex`.
         """
-        self._index = ItemIndex(path, self.item_ids, self._ranker.vectors.cpu().numpy())
+        self._index = ItemIndex(path, self.item_ids, self._vectors.cpu().numpy())
 
     @property
     def num_items(self) -> int:
@@ -167,7 +170,7 @@ class TrainedModel:
         Raises:
             UserError: an id is unknown.
         """
-        vectors = self._ranker.vectors
+        vectors = self._vectors
         chosen = vectors if ids is None else vectors[self._indices(ids, "ids")]
         return chosen.to("cpu", copy=True).numpy()  # the caller may change it
 
@@ -177,7 +180,7 @@ class TrainedModel:
         Raises:
             UserError: see `user_embeddings` and `item_embeddings`.
         """
-        vectors = self._ranker.vectors[self._indices(ids, "ids")]
+        vectors = self._vectors[self._indices(ids, "ids")]
         return (self._states(histories) @ vectors.T).cpu().numpy()
 
     def padded_encoder(self) -> PaddedEncoder:

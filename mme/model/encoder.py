@@ -17,6 +17,7 @@ from mme.config import Config
 from mme.data.batch import SequenceBatch
 from mme.data.loaders import Worker
 from mme.model.batch_items import distinct_ids
+from mme.model.catalogue import Catalogue, VectorCatalogue
 from mme.model.decoder import Decoder, DecoderOutput
 from mme.model.feature_rows import FeatureRows
 from mme.model.scoring import normalize_views
@@ -62,23 +63,24 @@ class Encoder(ABC):
         return self._normalize(hidden[batch.seq_offsets[1:] - 1].float())
 
     @torch.no_grad()
-    def catalogue(self) -> tuple[int, Tensor]:
-        """This rank's share of the catalogue: its first item and the normalised vectors (share, D) of its items.
+    def catalogue(self) -> Catalogue:
+        """This rank's share of the catalogue, with normalised vectors.
 
-        For any sharding of the tables, the shares are equal slices in rank order. Rows beyond the last item are zero. A vector
-        is NaN if its rows are not finite or too large to be normalised.
+        For any sharding of the tables, the shares are equal slices in rank order, of which the last may be shorter or empty. A
+        vector is NaN if its rows are not finite or too large to be normalised.
         """
         share = -(-self.num_items // self.world.size)
         first = min(self.world.rank * share, self.num_items)
         last = min(first + share, self.num_items)
-        vectors = torch.zeros(share, self.config.model.embedding_dim, device=self.world.device)
+        model = self.config.model
+        vectors = torch.empty(last - first, model.embedding_dim, device=self.world.device)
         for ids in self._chunks(first, last, share):
             if ids.numel():
                 start = int(ids[0]) - first
                 vectors[start : start + ids.numel()] = self._normalize(self.lookup(ids))
             else:
                 self.lookup(ids)  # a collective
-        return first, vectors
+        return VectorCatalogue(first, vectors, model.num_tables)
 
     def _normalize(self, x: Tensor) -> Tensor:
         """(n, M, d) → (n, D). NaN if the length overflows, which would otherwise give a vector of zeros."""

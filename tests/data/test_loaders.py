@@ -273,9 +273,12 @@ def test_evaluation_ranks_each_target_once_after_its_whole_history(
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_training_counts_exclude_held_out_events(folder: Path, histories: Histories, protocol: str) -> None:
-    counts = PreparedDataset.open(folder).training_counts(Split(protocol, FRACTION))
+    dataset, split = PreparedDataset.open(folder), Split(protocol, FRACTION)
     kept = [item for (items, _), (n, _) in zip(histories, cut(histories, protocol), strict=True) for item in items[:n]]
-    assert counts.tolist() == np.bincount(kept, minlength=NUM_ITEMS).tolist()
+    expected = np.bincount(kept, minlength=NUM_ITEMS).tolist()
+    assert dataset.training_counts(split).tolist() == expected
+    assert dataset.training_counts(split, range(2, 5)).tolist() == expected[2:5]
+    assert dataset.training_counts(split, range(NUM_ITEMS, NUM_ITEMS)).tolist() == []
 
 
 def test_hash_distinguishes_targets(folder: Path) -> None:

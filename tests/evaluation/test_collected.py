@@ -10,6 +10,7 @@ import torch
 
 from mme.data.batch import EvaluationBatch, SequenceBatch
 from mme.distributed.recommender import Recommender
+from mme.distributed.spread import share_of
 from mme.distributed.world import World
 from mme.evaluation.collected import CollectedUsers, segments
 from mme.evaluation.popularity import Popularity, popularity_ranks
@@ -19,7 +20,6 @@ from tests.distributed.test_step import NUM_ITEMS, configuration, sequences
 
 SPLITS = {1: [[0, 1, 2, 3, 4]], 2: [[0, 1, 2], [3, 4]]}
 COUNTS = torch.arange(NUM_ITEMS, 0, -1) - 1  # item 0 is the most popular, the last one is new
-POPULARITY = Popularity.of(COUNTS)
 
 
 def unseen_items(batch: SequenceBatch) -> torch.Tensor:
@@ -34,12 +34,13 @@ def collected(world: World) -> tuple[dict[str, Any], dict[str, Any], list[dict[s
     targets = unseen_items(batch)
     evaluated = EvaluationBatch(batch, targets, batch.item_ids, batch.seq_offsets)
     ranker = Ranker(recommender)
-    users = CollectedUsers(POPULARITY)
+    mine = share_of(NUM_ITEMS, world)
+    popularity = Popularity.of(COUNTS[mine.start : mine.stop], NUM_ITEMS, world)
+    users = CollectedUsers(popularity)
     for _ in range(2):  # two batches of the same users
         ranks = ranker.target_ranks(batch, batch.item_ids, batch.seq_offsets, targets)
-        popular = torch.cat(
-            world.gather(popularity_ranks(POPULARITY.place, targets, batch.item_ids, batch.seq_offsets))
-        )
+        places, seen = popularity.of_items(targets)[1], popularity.of_items(batch.item_ids)[1]
+        popular = torch.cat(world.gather(popularity_ranks(places, seen, batch.seq_offsets)))
         users.add(evaluated, ranker, ranks, popular)
     found = users.user_ranks({"model": "fuxi-mme", "num_items": NUM_ITEMS})
     return {name: value for name, value in vars(found).items() if name != "about"}, segments(found), users._examples

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mme.data.batch import EvaluationBatch, SequenceBatch
 from mme.distributed.recommender import Recommender
+from mme.distributed.spread import share_of
 from mme.distributed.world import World
 from mme.evaluation.insight import insight
 from mme.evaluation.metrics import rank_metrics
@@ -23,6 +24,11 @@ SPLITS = {1: [[0, 1, 2, 3, 4]], 2: [[0, 1, 2], [3, 4]]}
 COUNTS = torch.arange(NUM_ITEMS, 0, -1)  # item 0 is the most popular
 
 
+def popularity(world: World) -> Popularity:
+    mine = share_of(NUM_ITEMS, world)
+    return Popularity.of(COUNTS[mine.start : mine.stop], NUM_ITEMS, world)
+
+
 def learned(world: World) -> tuple[dict[str, Any], Any]:
     recommender = Recommender(configuration(), NUM_ITEMS, world)
     with torch.no_grad():
@@ -32,7 +38,7 @@ def learned(world: World) -> tuple[dict[str, Any], Any]:
                 shard.tensor[:, 1:] *= 1e-3
     batch = sequences(SPLITS[world.size][world.rank])
     evaluated = EvaluationBatch(batch, targets(batch), torch.zeros(0, dtype=torch.int64), 0 * batch.seq_offsets)
-    found = insight(recommender, Popularity.of(COUNTS), [evaluated])
+    found = insight(recommender, popularity(world), [evaluated])
     if world.size > 1:
         return found, None
     with torch.no_grad():
@@ -108,7 +114,7 @@ def test_figures_equal_those_of_the_whole() -> None:
 
 
 def without_histories(world: World) -> dict[str, Any]:
-    return insight(Recommender(configuration(), NUM_ITEMS, world), Popularity.of(COUNTS), [])
+    return insight(Recommender(configuration(), NUM_ITEMS, world), popularity(world), [])
 
 
 def test_without_histories_the_tables_alone_are_described() -> None:

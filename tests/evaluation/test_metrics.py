@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
+from mme.distributed.world import World
 from mme.evaluation.metrics import UNRANKED, rank_metrics, standard_errors
-from mme.evaluation.popularity import popularity_order, popularity_ranks
+from mme.evaluation.popularity import Popularity, popularity_ranks
 from mme.evaluation.record import METRICS, repeats_warning
 from mme.evaluation.seen import is_repeated
 
@@ -37,7 +38,9 @@ SEEN_IDS, SEEN_OFFSETS = torch.tensor([i for items in SEEN for i in items]), tor
 
 def test_popularity_ranks_unseen_items_by_count_then_index() -> None:
     counts = torch.tensor([5, 9, 0, 5, 7])  # by popularity: 1, 4, 0, 3, 2
-    ranks = popularity_ranks(popularity_order(counts), torch.tensor([0, 3, 1, 2]), SEEN_IDS, SEEN_OFFSETS)
+    places = torch.tensor([2, 0, 4, 3, 1])
+    assert torch.equal(Popularity.of(counts, 5, World.alone(counts.device)).of_items(torch.arange(5))[1], places)
+    ranks = popularity_ranks(places[[0, 3, 1, 2]], places[SEEN_IDS], SEEN_OFFSETS)
     assert ranks.tolist() == [1, 4, 1, UNRANKED]  # the last target was seen
 
 

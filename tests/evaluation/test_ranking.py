@@ -12,33 +12,50 @@ from mme.distributed.world import World
 from mme.errors import JobError
 from mme.evaluation.metrics import UNRANKED
 from mme.evaluation.ranking import Ranker, _first_of_the_best
+from mme.model.scoring import normalize_views
 from tests.distributed.processes import run_on
-from tests.distributed.test_step import LENGTHS, NUM_ITEMS, configuration, sequences
+from tests.distributed.test_step import FEATURE_SIZES, FEATURES, LENGTHS, NUM_ITEMS, configuration, sequences
 
 SEEN = [[0, 1, 2], [5], [39, 7, 7, 3], [], [20, 21]]
 TARGETS = [4, 5, 39, 0, 30]  # the second and third are seen before, and so in no list
 SPLITS = {1: [[0, 1, 2, 3, 4]], 2: [[0, 1, 2], [3, 4]], 3: [[0, 1, 2, 3, 4], [], []]}
 
 
-def rank(world: World, constant_tables: bool) -> tuple[Any, Any, Any]:
+def rank(world: World, constant_tables: bool, *overrides: str) -> tuple[Any, Any, Any]:
     """Ranks and top-6 of the sharded ranker and, on one process, all scores."""
-    recommender = Recommender(configuration(), NUM_ITEMS, world)
+    config = configuration(*overrides)
+    recommender = Recommender(config, NUM_ITEMS, world, FEATURE_SIZES | {"segment": 200})
     if constant_tables:
         for shard in recommender.tables.weights():
             shard.tensor.fill_(1.0)
     mine = SPLITS[world.size][world.rank]
-    batch = sequences(mine)
+    batch = sequences(mine, with_features=bool(config.model.event_features))
     seen = torch.tensor([item for b in mine for item in SEEN[b]], dtype=torch.int64)
     offsets = torch.tensor([0, *[len(SEEN[b]) for b in mine]]).cumsum(0)
     targets = torch.tensor([TARGETS[b] for b in mine], dtype=torch.int64)
     ranker = Ranker(recommender)
     ranks = ranker.target_ranks(batch, seen, offsets, targets)
-    scores = recommender.encode(batch) @ recommender.catalogue()[1].T if world.size == 1 else None
+    scores = None
+    if world.size == 1:
+        vectors = normalize_views(
+            recommender.lookup(torch.arange(NUM_ITEMS)).detach(), recommender.config.model.score_norm
+        )
+        scores = recommender.encode(batch) @ vectors.T
     return ranks, ranker.top_k(batch, seen, offsets, 6), scores
 
 
-def test_ranks_and_top_k_equal_brute_force() -> None:
-    ((ranks, (items, values), scores),) = run_on(1, rank, False)
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.score_norm=per_view", "parallel.table_sharding=row_wise"],  # scored where they are
+        ["parallel.table_sharding=data_parallel"],  # likewise
+        ["parallel.table_sharding=row_wise", *FEATURES],  # the last processes have no items, only feature rows
+        ["parallel.table_sharding=table_wise", "train.table_optimizer=adam"],  # copied
+    ],
+    ids=" ".join,
+)
+def test_ranks_and_top_k_equal_brute_force(overrides: list[str]) -> None:
+    ((ranks, (items, values), scores),) = run_on(1, rank, False, *overrides)
     for b in range(len(LENGTHS)):
         order = sorted(range(NUM_ITEMS), key=lambda item, b=b: (-scores[b, item].item(), item))
         unseen = [item for item in order if item not in SEEN[b]]
@@ -47,7 +64,7 @@ def test_ranks_and_top_k_equal_brute_force() -> None:
         torch.testing.assert_close(values[b], scores[b, unseen[:6]])
 
     for world_size in (2, 3):
-        for sharded_ranks, (sharded_items, sharded_values), _ in run_on(world_size, rank, False):
+        for sharded_ranks, (sharded_items, sharded_values), _ in run_on(world_size, rank, False, *overrides):
             assert torch.equal(sharded_ranks, ranks)
             assert torch.equal(sharded_items, items)
             torch.testing.assert_close(sharded_values, values)

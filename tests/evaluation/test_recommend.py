@@ -20,6 +20,7 @@ from mme.distributed.world import World
 from mme.errors import NonFiniteError, UserError
 from mme.evaluation import recommend as module
 from mme.evaluation.recommend import Options, recommend
+from mme.model.scoring import normalize_views
 from mme.prepare.synthetic import prepare_synthetic
 from tests.distributed.processes import run_on
 
@@ -39,7 +40,8 @@ def save_untrained(world: World, run: str, spoiled: bool) -> Any:
             shard.tensor[3] = 1e30  # finite, but its square is not
     with CheckpointWriter(Path(run), recommender, keep=1) as writer:
         writer.save(Progress(1, 0, 0))
-    return None if spoiled else recommender.catalogue()[1]
+    rows = recommender.lookup(torch.arange(dataset.num_items)).detach()
+    return None if spoiled else normalize_views(rows, config.model.score_norm)
 
 
 @pytest.fixture(scope="module")

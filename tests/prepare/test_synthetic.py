@@ -13,9 +13,10 @@ from mme.config import DataConfig
 from mme.data.dataset import PreparedDataset
 from mme.data.loaders import EvaluationLoader, Worker
 from mme.data.split import HeldOut, Split
+from mme.distributed.world import World
 from mme.errors import UserError
 from mme.evaluation.metrics import rank_metrics
-from mme.evaluation.popularity import popularity_order, popularity_ranks
+from mme.evaluation.popularity import Popularity, popularity_ranks
 from mme.prepare.synthetic import prepare_synthetic
 
 HOUR_S = 3600
@@ -77,8 +78,11 @@ def test_oracle_stands_far_above_popularity(made: tuple[Path, dict[str, Any]], p
     oracle = info["oracle"][part]
     data = DataConfig(max_seq_len=5, eval_batch_size=600)
     loader = EvaluationLoader(dataset, data, part, Worker(0, 1, torch.device("cpu")))
-    place = popularity_order(dataset.training_counts(LEAVE_TWO_OUT))
-    ranks = [popularity_ranks(place, b.targets, b.seen_ids, b.seen_offsets) for b in loader.batches()]
+    world = World.alone(torch.device("cpu"))
+    _, place = Popularity.of(dataset.training_counts(LEAVE_TWO_OUT), dataset.num_items, world).of_items(
+        torch.arange(dataset.num_items)
+    )
+    ranks = [popularity_ranks(place[b.targets], place[b.seen_ids], b.seen_offsets) for b in loader.batches()]
     popularity = rank_metrics(torch.cat(ranks))
     assert 0.3 < oracle["hr@10"] < 0.55
     assert 0.015 < popularity["hr@10"] < 0.07

@@ -1,0 +1,92 @@
+"""A rank's share of the items, as a ranking scores it: normalised vectors, or the tables' rows where they are.
+
+Legend: S items of the share, M views, d view width, D = M·d, u histories.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from mme.model.scoring import EPS
+
+ITEMS_AT_ONCE = 16_384  # so that a block of scores is scaled while it is in the cache
+
+
+class Catalogue(ABC):
+    """The items from ``first_item`` on, ``num_items`` in number."""
+
+    first_item: int
+    num_items: int
+
+    @abstractmethod
+    def scores(self, states: Tensor, view: int | None = None) -> Tensor:
+        """(u, S) scores of the items for normalised states (u, D); ``view``: only the share of one view in them."""
+
+    @abstractmethod
+    def is_spoiled(self) -> Tensor:
+        """(S,) bool, whether an item's row is not finite or too large to be normalised."""
+
+
+class VectorCatalogue(Catalogue):
+    """Normalised vectors (S, D) of M views, which are NaN for a spoiled row."""
+
+    def __init__(self, first_item: int, vectors: Tensor, num_views: int) -> None:
+        self.first_item, self.num_items = first_item, vectors.shape[0]
+        self.vectors, self.num_views = vectors, num_views
+
+    def scores(self, states: Tensor, view: int | None = None) -> Tensor:
+        if view is None:
+            return states @ self.vectors.T
+        return states.chunk(self.num_views, 1)[view] @ self.vectors.chunk(self.num_views, 1)[view].T
+
+    def is_spoiled(self) -> Tensor:
+        return torch.cat([part.isnan().any(1) for part in self.vectors.split(ITEMS_AT_ONCE)])
+
+    def at(self, places: Tensor) -> VectorCatalogue:
+        """Only the items at these places, (n,) int64, numbered from 0."""
+        return VectorCatalogue(0, self.vectors[places], self.num_views)
+
+
+class TableCatalogue(Catalogue):
+    """Rows of M tables, M × (S, d), which stay where they are: scores are divided by the rows' lengths, not the rows.
+
+    Args:
+        tables: views of the tables, of any floating-point type.
+        score_norm: see `mme.model.scoring.normalize_views`.
+    """
+
+    def __init__(self, first_item: int, tables: Sequence[Tensor], score_norm: str) -> None:
+        self.first_item, self.num_items, self.tables = first_item, tables[0].shape[0], tables
+        self.per_view = score_norm == "per_view"
+        # (M, S), or (1, S) for all views together. NaN if a length is not finite, so that the scores are NaN too.
+        self.factors = torch.cat([self._factors(of) for of in self._blocks()], dim=-1)
+
+    def scores(self, states: Tensor, view: int | None = None) -> Tensor:
+        scores = states.new_zeros(states.shape[0], self.num_items)
+        parts = list(enumerate(zip(states.chunk(len(self.tables), 1), self.tables, strict=True)))
+        for block in self._blocks():
+            out = scores[:, block]
+            for number, (part, table) in parts if view is None else [parts[view]]:
+                products = part @ table[block].to(states.dtype).T
+                out += products * self.factors[number, block] if self.per_view else products
+            if not self.per_view:
+                out *= self.factors[0, block]
+        return scores
+
+    def is_spoiled(self) -> Tensor:
+        return self.factors.isnan().any(0)
+
+    def _factors(self, block: slice) -> Tensor:
+        lengths = torch.stack([table[block].float().norm(dim=1) for table in self.tables])
+        if not self.per_view:
+            lengths = lengths.square().sum(0, keepdim=True).sqrt()
+        scale = len(self.tables) ** -0.5 if self.per_view else 1.0
+        return torch.where(lengths.isfinite(), scale / lengths.clamp(min=EPS), torch.nan)
+
+    def _blocks(self) -> Iterator[slice]:
+        for start in range(0, max(self.num_items, 1), ITEMS_AT_ONCE):
+            yield slice(start, min(start + ITEMS_AT_ONCE, self.num_items))
