@@ -82,10 +82,12 @@ setup(
         "serve": ["faiss-cpu>=1.9", "fastapi>=0.110", "prometheus-client>=0.20", "uvicorn>=0.30"],
         "tune": ["optuna>=4"],
         "dev": [
+            "flask-cors>=4",  # and Flask, with which moto runs as a server
             "hypothesis>=6",
             "mypy>=2",
             "mkdocs>=1.6",
             "mkdocstrings[python]>=1",
+            "moto[s3]>=5",
             "pytest>=8",
             "pytest-timeout>=2",
             "ruff>=0.17",

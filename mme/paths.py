@@ -9,10 +9,26 @@ from pathlib import Path
 from mme.errors import UserError
 from mme.files import open_to_read
 
+REMOTE_SCHEMES = ("s3", "gs", "abfs", "abfss", "hdfs")  # of the stores that `mme.remote` opens
 LONGEST_NAME, LONGEST_PATH = 255, 4095  # Linux's limits, in bytes
 # `Path` turns s3://bucket into s3:/bucket.
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _CONTROL_CHARACTER = re.compile(r"[\x00-\x1f\x7f]")
+
+
+def remote_url(path: str | Path) -> str | None:
+    """The URL that ``path`` is, with a scheme of `REMOTE_SCHEMES`; None for any other path.
+
+    Raises:
+        UserError: it has a control character.
+    """
+    scheme, separator, rest = str(path).partition(":/")
+    if not separator or scheme not in REMOTE_SCHEMES:
+        return None
+    url = f"{scheme}://{rest.lstrip('/')}"
+    if _CONTROL_CHARACTER.search(url):
+        raise UserError(f"{url!r}: expected a URL without control characters")
+    return url
 
 
 def check_path(path: str, key: str = "") -> None:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 
 from launcher.job import gpus
+from tests.object_store import object_store, s3_server  # noqa: F401  fixtures
 
 # Tests start several processes on few cores, so each gets one thread.
 os.environ["OMP_NUM_THREADS"] = "1"

@@ -111,7 +111,7 @@ def test_every_requirement_is_pinned_and_covers_every_python(file: Path) -> None
         pinned = re.fullmatch(r"([\w.-]+)==[\w.]+(?: ; python_version (< \"3\.11\"|>= \"3\.11\"))?", line)
         assert pinned, line
         markers.setdefault(pinned[1], []).append(pinned[2] or "all")
-    only_old_pythons = {"exceptiongroup", "greenlet", "pytz", "six", "tomli"}
+    only_old_pythons = {"exceptiongroup", "greenlet", "pytz", "tomli"}
     for name, found in markers.items():
         expected = [['< "3.11"']] if name in only_old_pythons else [["all"], ['< "3.11"', '>= "3.11"']]
         assert found in expected, name

@@ -36,14 +36,15 @@ def prepare(
         typer.Option(metavar="DIR", help="Instead of --output: a training set to add the new events to, in place."),
     ] = None,
     inputs: Annotated[
-        Optional[list[Path]],
+        Optional[list[str]],
         typer.Option(
             "--input",
             metavar="FILE",
-            help="File of interactions, folder or pattern; can be repeated and can take several values.",
+            help="File of interactions, folder or pattern, local or s3://…, gs://…, abfs://…, hdfs://…; can be repeated and "
+            "can take several values.",
         ),
     ] = None,
-    more_inputs: Annotated[Optional[list[Path]], typer.Argument(metavar="FILE", hidden=True)] = None,
+    more_inputs: Annotated[Optional[list[str]], typer.Argument(metavar="FILE", hidden=True)] = None,
     format: Annotated[
         Optional[str],
         typer.Option(

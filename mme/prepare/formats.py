@@ -16,7 +16,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +23,7 @@ import pyarrow.parquet as pq
 from mme.data.layout import FEATURE_PREFIX
 from mme.data.parquet import READ_ERRORS
 from mme.errors import UserError, first_line
+from mme.prepare.input_file import InputFile, open_random_access, open_stream
 from mme.prepare.json_reader import json_fields
 from mme.prepare.quoting import Quoting
 from mme.prepare.readers import ROLES, SourceFile
@@ -104,7 +104,7 @@ def same_format(format: str) -> str:
     return found
 
 
-def open_source(path: Path, options: ReadOptions, format: str, more_roles: Iterable[str] = ()) -> SourceFile:
+def open_source(path: InputFile, options: ReadOptions, format: str, more_roles: Iterable[str] = ()) -> SourceFile:
     """How to read ``path``, whose format is ``format`` (see `identify`).
 
     ``more_roles`` are further roles: feedback, and `FEATURE_PREFIX` with the name of a column.
@@ -135,7 +135,7 @@ def open_source(path: Path, options: ReadOptions, format: str, more_roles: Itera
     )
 
 
-def identify(path: Path, format: str) -> str:
+def identify(path: InputFile, format: str) -> str:
     """The format of a file: the plain name of ``format`` or, if that is ``auto``, what its first bytes show."""
     format = same_format(format)
     if format != "auto":
@@ -158,7 +158,7 @@ def identify(path: Path, format: str) -> str:
     return "csv"
 
 
-def _movielens_1m(path: Path, first_lines: list[str], roles: list[str]) -> SourceFile:
+def _movielens_1m(path: InputFile, first_lines: list[str], roles: list[str]) -> SourceFile:
     if not MOVIELENS_ROW.fullmatch(first_lines[0]):
         raise UserError(f"{path}: line 1: {first_lines[0][:60]!r}: expected user::item::rating::seconds")
     names = ["user", "1", "item", "3", "rating", "5", "timestamp"]  # "::" makes an empty field between two
@@ -166,7 +166,7 @@ def _movielens_1m(path: Path, first_lines: list[str], roles: list[str]) -> Sourc
     return SourceFile(path, _fixed(path, roles, names), "text", layout=layout, quoting="literal")
 
 
-def _text(path: Path, first_lines: list[str], format: str, options: ReadOptions, roles: list[str]) -> SourceFile:
+def _text(path: InputFile, first_lines: list[str], format: str, options: ReadOptions, roles: list[str]) -> SourceFile:
     separator = _separator(first_lines[0])
     fields, header_lines, blanks_before_quotes = read_header(first_lines, separator)
     if len(fields) < len(ROLES):
@@ -198,7 +198,7 @@ def _text(path: Path, first_lines: list[str], format: str, options: ReadOptions,
     return SourceFile(path, columns, "text", layout=layout, quoting=options.quoting, time_unit=unit)
 
 
-def _json(path: Path, first_lines: list[str], format: str, given: dict[str, str], roles: list[str]) -> SourceFile:
+def _json(path: InputFile, first_lines: list[str], format: str, given: dict[str, str], roles: list[str]) -> SourceFile:
     names: dict[str, None] = {}
     for line in first_lines:
         names.update(dict.fromkeys(json_fields(line) or {}))
@@ -237,13 +237,13 @@ def _is_value(text: str) -> bool:
     return re.fullmatch(r"[+-]?\d[\d.]*(?:[eE][+-]?\d+)?|\d{4}-\d{2}-\d{2}.*", text) is not None
 
 
-def _first_lines(path: Path) -> list[str] | None:
+def _first_lines(path: InputFile) -> list[str] | None:
     """The first complete lines of a text file, compressed or not; None if it is Parquet."""
     try:
-        with path.open("rb") as file:
+        with open_random_access(path) as file:
             if file.read(4) == b"PAR1":
                 return None
-        with pa.input_stream(str(path)) as stream:
+        with open_stream(path) as stream:
             start = stream.read(FIRST_BYTES)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: can't be read: {first_line(error)}") from error
@@ -269,15 +269,16 @@ def _first_lines(path: Path) -> list[str] | None:
     return lines
 
 
-def _parquet_names(path: Path) -> list[str]:
+def _parquet_names(path: InputFile) -> list[str]:
     try:
-        names: list[str] = pq.read_schema(path).names
+        with open_random_access(path) as file:
+            names: list[str] = pq.read_schema(file).names
         return names
     except READ_ERRORS as error:
         raise UserError(f"{path}: not a readable Parquet file, perhaps truncated ({first_line(error)})") from error
 
 
-def _fixed(path: Path, roles: list[str], names: list[str]) -> dict[str, str]:
+def _fixed(path: InputFile, roles: list[str], names: list[str]) -> dict[str, str]:
     """The columns of a file without a header, which are named by their roles."""
     columns = {role: role.removeprefix(FEATURE_PREFIX) for role in roles}
     missing = [name for name in columns.values() if name not in names]
@@ -286,7 +287,7 @@ def _fixed(path: Path, roles: list[str], names: list[str]) -> dict[str, str]:
     return columns
 
 
-def _resolve(path: Path, names: list[str], format: str, given: dict[str, str], roles: list[str]) -> dict[str, str]:
+def _resolve(path: InputFile, names: list[str], format: str, given: dict[str, str], roles: list[str]) -> dict[str, str]:
     """The column of each role: as given by the user, fixed by the format, or the first known name in the file."""
     columns = {}
     fixed = dict(zip(ROLES, FIXED_NAMES.get(format, []), strict=False))
@@ -303,7 +304,7 @@ def _resolve(path: Path, names: list[str], format: str, given: dict[str, str], r
     return columns
 
 
-def _named(path: Path, names: list[str], wanted: str) -> str:
+def _named(path: InputFile, names: list[str], wanted: str) -> str:
     """The column with this name or, if there is none, with this number, from 1."""
     if wanted in names:
         return wanted
@@ -312,7 +313,7 @@ def _named(path: Path, names: list[str], wanted: str) -> str:
     raise UserError(f"{path}: no column {wanted!r} (found: {_listed(names)})")
 
 
-def _known(path: Path, names: list[str], role: str) -> str:
+def _known(path: InputFile, names: list[str], role: str) -> str:
     option = role.replace("_", "-")
     for known in KNOWN_NAMES[role]:
         found = list(dict.fromkeys(name for name in names if _plain(name) == _plain(known)))

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
-from mme.data.description import file_sum
 from mme.data.features import split_kind
 from mme.prepare.feedback import FeedbackFilter
 from mme.prepare.formats import ReadOptions
 from mme.prepare.histories import CountFilter
+from mme.prepare.input_file import InputFile, input_sum
 from mme.prepare.malformed import EXAMPLES
 
 SORT_RULE = "stable by (timestamp, original row)"
@@ -75,9 +74,9 @@ def describe(
     }
 
 
-def file_record(path: Path) -> dict[str, Any]:
+def file_record(path: InputFile) -> dict[str, Any]:
     """Name, size and SHA-256 of an input file."""
-    return {"name": path.name, **file_sum(path)}
+    return {"name": path.name, **input_sum(path)}
 
 
 def _sum_malformed(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 from mme.data.parquet import READ_ERRORS
 from mme.errors import UserError, first_line
 from mme.prepare import json_reader, text_reader
+from mme.prepare.input_file import InputFile, open_random_access, open_stream
 from mme.prepare.quoting import Quoting, RecordSplitter
 from mme.prepare.text_reader import Layout, UnreadableText
 
@@ -47,7 +47,7 @@ class SourceFile:
         rows_read: number of rows in the batches before the current one.
     """
 
-    path: Path
+    path: InputFile
     columns: dict[str, str]
     kind: Literal["parquet", "text", "json"]
     format: str = ""
@@ -89,7 +89,7 @@ class SourceFile:
             if self.kind == "parquet":
                 yield from map(self._by_role, self._parquet(names, rows))
             else:
-                with pa.input_stream(str(self.path)) as stream:
+                with open_stream(self.path) as stream:
                     yield from map(self._by_role, self._text(stream, names, num_bytes))
         except UnreadableText as error:
             raise UserError(f"{self.path}: {error}") from error
@@ -101,7 +101,10 @@ class SourceFile:
 
     def _parquet(self, names: list[str], rows: int) -> Iterator[pa.RecordBatch]:
         # A sample decodes the first pages only.
-        with pq.ParquetFile(self.path, pre_buffer=rows == PARQUET_ROWS) as file:
+        with (
+            open_random_access(self.path) as source,
+            pq.ParquetFile(source, pre_buffer=rows == PARQUET_ROWS) as file,
+        ):
             yield from file.iter_batches(rows, columns=names)
 
     def _text(self, stream: pa.NativeFile, names: list[str], num_bytes: int) -> Iterator[pa.RecordBatch]:

@@ -1,21 +1,21 @@
 """Lets `mme prepare` resume with the events that an interrupted run has read and cleaned.
 
 They are in the event store of the work folder. After all files have been read, `read.json` is written next to it, with the counts
-and the identity of what was read: sizes and modification times of the inputs, the settings, the prior set. The next run
-with the same identity resumes from there; any other run clears the folder.
+and the identity of what was read: sizes, modification times and versions of the inputs, the settings, the prior set. The next
+run with the same identity resumes from there; any other run clears the folder.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from mme.data.layout import FORMAT_VERSION, INFO_FILE
 from mme.files import is_regular, read_json, read_text, remove, write_text
+from mme.prepare.input_file import InputFile, identity
 from mme.prepare.manifest import Settings
 
 WORK_FOLDER = "work"
@@ -30,7 +30,7 @@ class WorkFolder:
         found: what an interrupted run with the same identity passed to `keep`; None if there was none.
     """
 
-    def __init__(self, partial: Path, inputs: Iterable[Path], settings: Settings, prior: Path | None) -> None:
+    def __init__(self, partial: Path, inputs: Iterable[InputFile], settings: Settings, prior: Path | None) -> None:
         """``partial`` is the folder that contains the work folder, ``prior`` the folder of the set to which events are added."""
         self.path = partial / WORK_FOLDER
         self._identity = _identity(inputs, settings, prior)
@@ -65,10 +65,7 @@ class WorkFolder:
         return state.get("found") if is_same else None
 
 
-def _identity(inputs: Iterable[Path], settings: Settings, prior: Path | None) -> str:
-    files = []
-    for path in inputs:
-        status = path.stat()
-        files.append((os.path.abspath(path), status.st_size, status.st_mtime_ns))
+def _identity(inputs: Iterable[InputFile], settings: Settings, prior: Path | None) -> str:
+    files = [identity(path) for path in inputs]
     older = read_text(prior / INFO_FILE, prior) if prior else ""
     return hashlib.sha256((repr((FORMAT_VERSION, settings.to_dict(), files)) + older).encode()).hexdigest()

@@ -54,7 +54,7 @@ def test_prepare_then_add_days(tmp_path: Path, capsys: pytest.CaptureFixture[str
             "--output: gs://bucket/set: gs:// is not supported",
         ),
         (["x.csv", "--add-to", "hdfs://host/set"], "--add-to: hdfs://host/set: hdfs:// is not supported"),
-        (["s3://bucket/x.csv", "--output", "a"], "error: s3://bucket/x.csv: s3:// is not supported"),
+        (["ftp://host/x.csv", "--output", "a"], "error: ftp://host/x.csv: ftp:// is not supported"),
         (["x.csv", "--id-type", "number", "--output", "a"], "--id-type number: expected one of auto, integer, text"),
         (["x.csv", "--quoting", "none", "--output", "a"], "--quoting none: expected one of auto, standard, literal"),
         (["--synthetic", "quickstart", "--output", "b", "--no-header"], "--header does not go with --synthetic"),
