@@ -81,6 +81,8 @@ setup(
         "cuda": ["fbgemm-gpu==1.6.0", "torch==2.11.0", "torchrec==1.6.1", "triton==3.6.0", *TRAINING],
         "serve": ["faiss-cpu>=1.9", "fastapi>=0.110", "prometheus-client>=0.20", "uvicorn>=0.30"],
         "tune": ["optuna>=4"],
+        "wandb": ["wandb>=0.19"],
+        "mlflow": ["alembic>=1.10", "mlflow-skinny>=3", "SQLAlchemy>=2"],
         "dev": [
             "flask-cors>=4",  # and Flask, with which moto runs as a server
             "hypothesis>=6",

@@ -49,6 +49,7 @@ from mme.run.non_finite import MOST_IN_A_ROW, MOST_KEPT, NON_FINITE_FOLDER, save
 from mme.run.preemption import Preemption
 from mme.run.run_lock import only_job
 from mme.run.same_job import require_same_job, require_shared_folder
+from mme.run.trackers import require_packages
 from mme.run.watchdog import Watchdog
 from mme.step import StepResult, TrainStep
 
@@ -59,8 +60,9 @@ def train(config: Config) -> list[dict[str, Any]]:
     """Trains and evaluates a model and writes a run's folder. Returns the test records of the model and the baseline.
 
     Raises:
-        UserError: configuration, data or checkpoint do not match.
+        UserError: configuration, data or checkpoint do not match, or a tracker cannot be used.
     """
+    require_packages(config.train.trackers)
     # The watchdog must notice a hang before a collective times out.
     patience_s = max(PATIENCE_S, config.train.hang_timeout_s + 120)
     with Preemption(Path(config.output_dir)) as preemption, process_group(patience_s) as world:
@@ -130,6 +132,8 @@ class Training:
             rank=world.rank,
             world_size=world.size,
             log_every=config.train.log_every,
+            trackers=config.train.trackers,
+            settings=flat(config),
         )
         self.writer = writer = CheckpointWriter(self.run_folder, self.recommender, config.train.keep_checkpoints)
         with monitor, self.watchdog, self._counted_attempt(), writer, self.pace:

@@ -6,6 +6,7 @@ import math
 
 from mme.config.key import RANGE, keys_of
 from mme.config.schema import USER_ID, Config
+from mme.config.train import TRACKERS
 from mme.errors import UserError
 from mme.paths import check_path
 
@@ -27,8 +28,17 @@ def validate(config: Config) -> None:
             f"train.patience ({config.train.patience}) needs a validation split, which data.protocol=leave_one_out does not "
             "have: expected leave_two_out or global_time"
         )
+    _check_trackers(config.train.trackers)
     if config.train.steps is None and config.train.epochs is None:
         raise UserError("train.steps and train.epochs are both null: expected at least one of them")
+
+
+def _check_trackers(names: list[str]) -> None:
+    for name in names:
+        if name not in TRACKERS:
+            raise UserError(f"train.trackers names {name!r}: expected {', '.join(TRACKERS)}")
+        if names.count(name) > 1:
+            raise UserError(f"train.trackers names {name} twice")
 
 
 def validate_world_size(config: Config, world_size: int) -> None:

@@ -10,6 +10,8 @@ from mme.config.key import key
 # OmegaConf reads the annotations of the dataclasses and knows Optional[X], not X | None; `key` returns a field.
 # ruff: noqa: UP045, RUF009
 
+TRACKERS = ("tensorboard", "wandb", "mlflow")
+
 
 @dataclass
 class TrainConfig:
@@ -78,6 +80,10 @@ class TrainConfig:
     checkpoint_every: int = key(0, "Steps between checkpoints; 0: one with each evaluation.", at_least=0)
     keep_checkpoints: int = key(2, "Number of newest checkpoints to keep, in addition to the best.", above=0)
     log_every: int = key(10, "Steps between lines of metrics.", above=0)
+    trackers: list[str] = key(
+        ["tensorboard"],
+        "Experiment trackers that receive the curves: `tensorboard`, `wandb` and `mlflow` ([below](#trackers)).",
+    )
     on_non_finite: Literal["stop", "skip"] = key(
         "stop",
         "Reaction to a NaN or infinity in the loss or a gradient. `stop`: the job ends with status 1. `skip`: the step changes "

@@ -1,4 +1,4 @@
-"""Shows and records a run: the progress line, metrics.jsonl, TensorBoard and log.txt.
+"""Shows and records a run: the progress line, metrics.jsonl, log.txt and the curves of `mme.run.trackers`.
 
 Each rank has one Monitor. Rank 0 shows and writes everything; the other ranks only write their own log file
 (``log.rank1.txt``, …). Every line is flushed as it is written, so that a run that dies loses none.
@@ -27,6 +27,7 @@ from mme.errors import UserError, one_line
 from mme.files import make_folder, open_to_append
 from mme.run.metrics_file import METRICS_FILE, keep_lines_until, name_in_errors
 from mme.run.repeats import LibraryLog, RepeatLimit
+from mme.run.trackers import TrackedRun, Trackers
 
 PACKAGES = ["torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "triton", "numpy", "pyarrow"]
 PLAIN_LINE_EVERY_S = 10.0
@@ -48,6 +49,8 @@ class Monitor:
         total_steps: the step at which training will stop.
         rank, world_size: this process among its peers.
         log_every: steps between lines of metrics.
+        trackers: names of the trackers that receive the curves, see `mme.run.trackers`.
+        settings: the configuration's values by full key, for the trackers.
         console: where progress is shown; default: standard output.
         clock: returns seconds since any fixed moment.
     """
@@ -60,6 +63,8 @@ class Monitor:
         rank: int = 0,
         world_size: int = 1,
         log_every: int = 10,
+        trackers: Sequence[str] = ("tensorboard",),
+        settings: Mapping[str, Any] | None = None,
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -69,7 +74,8 @@ class Monitor:
         self._clock = clock
         self._resume_step = 0
         self._metrics: Any = None
-        self._tensorboard: Any = None
+        self._tracker_names, self._settings = trackers, settings or {}
+        self._trackers = Trackers(self.warn)
         self._warned: set[Hashable] = set()  # kinds of warnings already given
         self._constant: set[tuple[Any, Any]] = set()
         self._window_tokens: Any = 0
@@ -105,8 +111,8 @@ class Monitor:
     def __enter__(self) -> Monitor:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.close(failed=error is not None)
 
     def resume_at(self, step: int, total_steps: int) -> None:
         """Continues after ``step`` until ``total_steps``: drops the lines of later steps from metrics.jsonl and appends to it.
@@ -194,7 +200,9 @@ class Monitor:
             self._write(record)
             if not math.isfinite(value):
                 self.warn(f"the loss at step {step:,} is {value}")
-            self._scalars(step, {f"train/{name}": value for name, value in record.items() if name not in _NO_SCALAR})
+            self._trackers.log(
+                step, {f"train/{name}": value for name, value in record.items() if name not in _NO_SCALAR}
+            )
             self._window_tokens, self._window_s, self._window_steps = 0, 0.0, 0
         self._show(step, epoch, loss, rate)
 
@@ -206,7 +214,7 @@ class Monitor:
         self._write({"kind": "eval", **record})
         metrics = {name: value for name, value in record.items() if name == "mrr" or "@" in name}
         place = f"eval/{record.get('model')}/{record.get('split')}"
-        self._scalars(int(record.get("step", 0)), {f"{place}/{name}": value for name, value in metrics.items()})
+        self._trackers.log(int(record.get("step", 0)), {f"{place}/{name}": value for name, value in metrics.items()})
         if (seen := (record.get("model"), record.get("split"))) in self._constant:
             return
         if record.get("model") == "popularity":  # the same at every step, so written once
@@ -251,7 +259,7 @@ class Monitor:
             for block, by_view in zip(blocks, values or [], strict=False):
                 for view, value in enumerate(by_view):
                     scalars[f"experts/{name}/block{block}_view{view}"] = value
-        self._scalars(step, scalars)
+        self._trackers.log(step, scalars)
         for block, expert, share in starved_experts(load):
             found = f"gets {share:.2%} of the tokens at step {step:,}"
             self.warn_once(("starved", block, expert), f"warning: expert {expert} of block {blocks[block]} {found}")
@@ -278,13 +286,14 @@ class Monitor:
         if self.rank == 0:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def close(self) -> None:
-        """Ends the progress line and closes the files; safe to call twice."""
+    def close(self, failed: bool = False) -> None:
+        """Ends the progress line and closes trackers and files; safe to call twice. ``failed`` is told to the trackers."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
         logging.getLogger().removeHandler(self._library_log)
-        for stream in (self._metrics, self._tensorboard, self._log):
+        self._trackers.close(failed)
+        for stream in (self._metrics, self._log):
             if stream is not None:
                 with suppress(OSError):  # every line was flushed when it was written, so nothing is lost
                     stream.close()
@@ -299,23 +308,13 @@ class Monitor:
             self._metrics.write(line + "\n")
 
     def _open(self) -> None:
-        """Opens metrics.jsonl and TensorBoard with the first record, when the step to resume at is known."""
-        from torch.utils.tensorboard import SummaryWriter
-
+        """Starts the trackers and opens metrics.jsonl with the first record, when the step to resume at is known."""
+        run = TrackedRun(self.output_dir, self._settings, self._resume_step)
+        for place in self._trackers.start(self._tracker_names, run):
+            self.note(place)
         path = self.output_dir / METRICS_FILE
         keep_lines_until(path, self._resume_step)
         self._metrics = open_to_append(path, self.output_dir)
-        folder = self.output_dir / "tensorboard"
-        make_folder(folder, self.output_dir)
-        purge = self._resume_step + 1 if self._resume_step else None
-        if not self._resume_step:  # of a former run in this folder
-            for curves in folder.glob("events.*"):
-                curves.unlink()
-        self._tensorboard = SummaryWriter(str(folder), purge_step=purge)
-
-    def _scalars(self, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
 
     def _show(self, step: int, epoch: int, loss: SupportsFloat, rate: float) -> None:
         now = self._clock()
