@@ -3,14 +3,16 @@
     python -m benchmarks.accuracy --data quickstart
     python -m benchmarks.accuracy --data ml-latest-small --input ratings.csv --seed 42 --seed 43 --seed 44
     python -m benchmarks.accuracy --data quickstart --model fuxi-alpha --model fuxi-mme --tables 4 --work runs/tables-4
+    python -m benchmarks.accuracy --data amazon-beauty --input amazon_beauty_5core.parquet --trials 16 --jobs 2
 
 Every model is trained by `mme train` in a separate process, one after another, on the same split and for the same number of
 epochs. Item tables have the same number of parameters in all models (`--tables 4`: twice as many). Each model is tested at the
 checkpoint that the validation split selects (leave_two_out). A finished run is not trained again; a stopped one resumes from its
-checkpoint.
+checkpoint. With `--trials`, each model is first tuned by `mme tune` (`benchmarks.tuning`), and the settings of its best trial are
+trained with every seed; tables then differ in size.
 
 The significance test pairs users: it compares the NDCG@10 of each user, averaged over the seeds, with that of FuXi-α. The
-two-sided p comes from random signs of the differences.
+two-sided p comes from random signs of the differences, and Holm's method corrects it for the number of models.
 """
 
 from __future__ import annotations
@@ -30,15 +32,16 @@ from scipy.stats import permutation_test
 from torch import Tensor
 
 from benchmarks.json_file import write_json
+from benchmarks.tuning import tune
 from benchmarks.user_ranks import RANKS_JSON
 from mme.config import CONFIG_FILE, Config, load_config
 from mme.errors import UserError
 from mme.evaluation.record import METRICS
+from mme.report.compare import holm
 from mme.run.metrics_file import METRICS_FILE, read_metrics
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SINGLE_TABLE_HEAD = 64  # width of a head in models with one table
-BATCH_SIZE = 64  # sequences of all processes together
 DENSE = ["model.moe.num_experts=0"]
 EXPERTS = [
     "model.moe.num_experts=8",
@@ -48,13 +51,18 @@ EXPERTS = [
 ]
 MODELS: dict[str, tuple[bool, list[str]]] = {  # whether it has several tables, and its other overrides
     "sasrec": (False, [*DENSE, "model.block=sasrec"]),
+    "esasrec": (False, [*DENSE, "model.block=ligr"]),
     "hstu": (False, [*DENSE, "model.block=hstu"]),
     "fuxi-alpha": (False, DENSE),
     "multi-embedding": (True, DENSE),
     "moe": (False, EXPERTS),
     "fuxi-mme": (True, EXPERTS),
 }
-VIEW_DIM = {"quickstart": 64, "ml-latest-small": 32}
+PUBLIC = ("amazon-beauty", "amazon-sports", "amazon-movies", "ml-1m")  # need --input
+BATCH_SIZE = {"quickstart": 64, "ml-latest-small": 64} | dict.fromkeys(
+    PUBLIC, 128
+)  # sequences of all processes together
+VIEW_DIM = {"quickstart": 64, "ml-latest-small": 32} | dict.fromkeys(PUBLIC, 64)
 # Overrides of the data's configuration for models with one table (False) and with several: what the validation split preferred for
 # FuXi-α and for Fuxi-MME (docs/reproducing.md); the other models share them. The hidden layer of an FFN or expert is 64 wide in
 # every view, or as wide as the table if there is only one.
@@ -74,14 +82,22 @@ SETTINGS: dict[str, dict[bool, list[str]]] = {
             "model.dropout=0.4",
         ],
     },
+} | {
+    data: {
+        False: ["loss.views=together", "model.score_norm=concat"],
+        True: ["loss.views=each", "model.score_norm=per_view"],
+    }
+    for data in PUBLIC
 }
 COMPARED_WITH = "fuxi-alpha"
 NUM_FLIPS = 10_000
 
 
 def main(
-    data: Annotated[str, typer.Option(help="quickstart (embedded) or ml-latest-small (needs --input).")] = "quickstart",
-    input_file: Annotated[Optional[Path], typer.Option("--input", help="ml-latest-small's ratings.csv.")] = None,  # noqa: UP045
+    data: Annotated[
+        str, typer.Option(help=f"One of {', '.join(SETTINGS)}; all but quickstart need --input.")
+    ] = "quickstart",
+    input_file: Annotated[Optional[Path], typer.Option("--input", help="The file of the data set's events.")] = None,  # noqa: UP045
     model: Annotated[
         Optional[list[str]],  # noqa: UP045
         typer.Option(help=f"One of {', '.join(MODELS)}; can be repeated. Default: all."),
@@ -98,6 +114,10 @@ def main(
         typer.Option("--set", help="[MODEL:]key.path=value, for all models or one."),
     ] = None,
     processes: Annotated[int, typer.Option(help="Processes per run.")] = 1,
+    trials: Annotated[
+        int, typer.Option(min=0, help="Trials of a search for each model before its runs; 0: no search.")
+    ] = 0,
+    jobs: Annotated[int, typer.Option(min=1, help="Trials at once.")] = 1,
     work: Annotated[Path, typer.Option(help="Folder of data sets and runs.")] = Path("runs/accuracy"),
     output: Annotated[
         Optional[Path],  # noqa: UP045
@@ -110,17 +130,30 @@ def main(
         for name in models:
             if name not in MODELS:
                 raise UserError(f"--model {name}: expected one of {', '.join(MODELS)}")
-        if processes < 1 or BATCH_SIZE % processes:
-            raise UserError(f"--processes {processes}: expected a divisor of {BATCH_SIZE}, the sequences of a batch")
         dataset = prepare(data, input_file, work)
-        runs = {}
+        batch_size = BATCH_SIZE[data]
+        if processes < 1 or batch_size % processes:
+            raise UserError(f"--processes {processes}: expected a divisor of {batch_size}, the sequences of a batch")
+        runs, searches = {}, {}
         for name in models:
-            own = [*overrides_of(name, data, tables), f"train.epochs={epochs}", *set_for(name, setting or [])]
-            runs[name] = [train(name, one, data, dataset, own, work, processes) for one in seeds]
+            own = [
+                f"data.path={dataset}",
+                "data.protocol=leave_two_out",
+                f"data.batch_size={batch_size // processes}",
+                *overrides_of(name, data, tables),
+                f"train.epochs={epochs}",
+                *set_for(name, setting or []),
+            ]
+            if trials:
+                searches[name] = tune(name, _configuration(data), own, work / "tune" / data / name, trials, jobs)
+                own += searches[name].overrides
+            runs[name] = [train(name, one, data, own, work, processes) for one in seeds]
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
     rows = summarise(runs)
+    for name, search in searches.items():
+        rows[name] |= {"tuned": search.overrides, "trials": search.trials}
     stem = output or work / data
     about = {
         "data": data,
@@ -129,6 +162,7 @@ def main(
         "epochs": epochs,
         "settings": setting or [],
         "processes": processes,
+        "trials": trials,
         "processor": platform.processor() or platform.machine(),
         "torch": torch.__version__,
         "compared_with": COMPARED_WITH if COMPARED_WITH in runs else None,
@@ -150,7 +184,7 @@ def prepare(data: str, input_file: Path | None, work: Path) -> Path:
     if data == "quickstart":
         source = ["--synthetic", "quickstart"]
     elif input_file is None:
-        raise UserError(f"--data {data}: expected its ratings.csv as --input")
+        raise UserError(f"--data {data}: expected the file of its events as --input")
     else:
         source = ["--input", str(input_file), "--format", "auto"]
     _run([sys.executable, "-m", "mme", "prepare", *source, "--output", str(folder)])
@@ -180,18 +214,11 @@ def set_for(name: str, settings: list[str]) -> list[str]:
     return own
 
 
-def train(name: str, seed: int, data: str, dataset: Path, own: list[str], work: Path, processes: int) -> dict[str, Any]:
+def train(name: str, seed: int, data: str, own: list[str], work: Path, processes: int) -> dict[str, Any]:
     """The test records and ranks of one run, which is trained unless it is finished already."""
     folder = work / "runs" / data / name / f"seed-{seed}"
-    path = REPOSITORY / "configs" / f"{data}.yaml"
-    overrides = [
-        f"data.path={dataset}",
-        "data.protocol=leave_two_out",
-        f"data.batch_size={BATCH_SIZE // processes}",
-        *own,
-        f"train.seed={seed}",
-        f"output_dir={folder}",
-    ]
+    path = _configuration(data)
+    overrides = [*own, f"train.seed={seed}", f"output_dir={folder}"]
     config = load_config(path, overrides)
     if (folder / CONFIG_FILE).exists() and load_config(folder / CONFIG_FILE) != config:
         raise UserError(f"{folder}: has a run with another configuration: choose another --work")
@@ -245,10 +272,12 @@ def summarise(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, Any]
             "step_ms": statistics.median(run["step_ms"] for run in of_model),
         }
     if COMPARED_WITH in runs:
-        for name in set(gains) - {COMPARED_WITH}:
-            baseline = gains[COMPARED_WITH].mean().item()
-            rows[name]["lift"] = gains[name].mean().item() / baseline - 1 if baseline else None
-            rows[name]["p"] = paired_p(gains[name] - gains[COMPARED_WITH])
+        others = [name for name in gains if name != COMPARED_WITH]
+        baseline = gains[COMPARED_WITH].mean().item()
+        ps = [paired_p(gains[name] - gains[COMPARED_WITH]) for name in others]
+        for name, p, p_holm in zip(others, ps, holm(ps), strict=True):
+            lift = gains[name].mean().item() / baseline - 1 if baseline else None
+            rows[name] |= {"lift": lift, "p": p, "p_holm": p_holm}
     return rows
 
 
@@ -284,17 +313,21 @@ def markdown(about: dict[str, Any], rows: dict[str, dict[str, Any]]) -> str:
     seeds = ", ".join(map(str, about["seeds"]))
     lines = [
         f"{about['data']}, leave_two_out, seeds {seeds}, mean ± standard deviation over the seeds; lift and p are those of "
-        f"NDCG@10 over {COMPARED_WITH}, p over users.",
+        f"NDCG@10 over {COMPARED_WITH}, p over users, corrected by Holm's method.",
         "",
         f"| model | {' | '.join(metric.upper() for metric in METRICS)} | lift | p |",
         "|---|" + "---|" * (len(METRICS) + 2),
     ]
     for name, row in rows.items():
         cells = [_cell(row[metric]) for metric in METRICS]
-        lift, p = row.get("lift"), row.get("p")
+        lift, p = row.get("lift"), row.get("p_holm")
         cells += ["" if lift is None else f"{lift:+.1%}", "" if p is None else f"{p:.4f}"]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
+
+
+def _configuration(data: str) -> Path:
+    return REPOSITORY / "configs" / f"{data}.yaml"
 
 
 def _cell(value: dict[str, Any]) -> str:

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from benchmarks.accuracy import MODELS, SETTINGS, ndcg_at_10, overrides_of, paired_p, prepare, set_for
+from benchmarks.tuning import space_of
 from mme.config import load_config
 from mme.errors import UserError
 from mme.prepare.synthetic import prepare_synthetic
+from mme.tune.space import read_space
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SMALL = ["data.max_seq_len=16", "data.batch_size=32", "train.log_every=1", "train.keep_checkpoints=1"]
@@ -42,16 +44,27 @@ def test_models_have_tables_of_the_same_number_of_parameters(data: str, tables: 
     path = REPOSITORY / "configs" / f"{data}.yaml"
     configs = {name: load_config(path, ["data.path=unused", *overrides_of(name, data, tables)]) for name in MODELS}
     assert {config.model.num_tables * config.model.view_dim for config in configs.values()} == {
-        tables * (64 if data == "quickstart" else 32)
+        tables * (32 if data == "ml-latest-small" else 64)
     }
     assert {name: (c.model.num_tables, c.model.moe.num_experts) for name, c in configs.items()} == {
         "sasrec": (1, 0),
+        "esasrec": (1, 0),
         "hstu": (1, 0),
         "fuxi-alpha": (1, 0),
         "multi-embedding": (tables, 0),
         "moe": (1, 8),
         "fuxi-mme": (tables, 8),
     }
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_each_model_searches_valid_values(name: str, tmp_path: Path) -> None:
+    overrides = ["data.path=unused", *overrides_of(name, "amazon-beauty", 2)]
+    file = tmp_path / "space.yaml"
+    file.write_text(space_of(name))
+    space = read_space(file, REPOSITORY / "configs" / "amazon-beauty.yaml", overrides)
+    assert {"model.embedding_dim", "train.lr", "loss.num_negatives"} < {entry.key for entry in space}
+    assert any(entry.key == "model.moe.top_k" for entry in space) == (name in ("moe", "fuxi-mme"))
 
 
 def test_published_ratings_and_parquet_give_the_same_set(tmp_path: Path) -> None:
@@ -71,7 +84,7 @@ def test_a_setting_applies_to_all_models_or_to_one() -> None:
     settings = ["train.lr=0.1", "hstu:model.dropout=0.5", "data.path=a:b"]
     assert set_for("hstu", settings) == ["train.lr=0.1", "model.dropout=0.5", "data.path=a:b"]
     assert set_for("sasrec", settings) == ["train.lr=0.1", "data.path=a:b"]
-    with pytest.raises(UserError, match="unknown model hst: expected one of sasrec, hstu"):
+    with pytest.raises(UserError, match="unknown model hst: expected one of sasrec, esasrec, hstu"):
         set_for("hstu", ["hst:train.lr=0.1"])
 
 
@@ -80,6 +93,20 @@ def run_table(work: Path, *options: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "benchmarks.accuracy", "--work", str(work), "--epochs", "1", *settings, *options]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     return subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY, env=environment)
+
+
+@pytest.mark.slow
+def test_a_model_is_tuned_before_its_runs(tmp_path: Path) -> None:
+    prepare_synthetic("quickstart", tmp_path / "data" / "quickstart", users=100, items=120, seed=3)
+    done = run_table(tmp_path, "--seed", "1", "--model", "hstu", "--trials", "2", "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    row = json.loads((tmp_path / "quickstart.json").read_text())["models"]["hstu"]
+    assert [trial["state"] for trial in row["trials"]] == ["complete"] * 2
+    best = max(row["trials"], key=lambda trial: trial["ndcg@10"])
+    assert row["tuned"] == [f"{key}={json.dumps(value)}" for key, value in best["values"].items()]
+    trained = load_config(tmp_path / "runs" / "quickstart" / "hstu" / "seed-1" / "config.yaml")
+    assert trained.train.lr == best["values"]["train.lr"]
+    assert trained.model.embedding_dim == best["values"]["model.embedding_dim"]
 
 
 @pytest.mark.slow
