@@ -61,7 +61,7 @@ class TableCatalogue(Catalogue):
 
     def __init__(self, first_item: int, tables: Sequence[Tensor], score_norm: str) -> None:
         self.first_item, self.num_items, self.tables = first_item, tables[0].shape[0], tables
-        self.per_view = score_norm == "per_view"
+        self.per_view, self.normalised = score_norm == "per_view", score_norm != "none"
         # (M, S), or (1, S) for all views together. NaN if a length is not finite, so that the scores are NaN too.
         self.factors = torch.cat([self._factors(of) for of in self._blocks()], dim=-1)
 
@@ -85,7 +85,8 @@ class TableCatalogue(Catalogue):
         if not self.per_view:
             lengths = lengths.square().sum(0, keepdim=True).sqrt()
         scale = len(self.tables) ** -0.5 if self.per_view else 1.0
-        return torch.where(lengths.isfinite(), scale / lengths.clamp(min=EPS), torch.nan)
+        factors = scale / lengths.clamp(min=EPS) if self.normalised else torch.ones_like(lengths)
+        return factors.where(lengths.isfinite(), torch.nan)
 
     def _blocks(self) -> Iterator[slice]:
         for start in range(0, max(self.num_items, 1), ITEMS_AT_ONCE):

@@ -48,7 +48,7 @@ def rank(world: World, constant_tables: bool, *overrides: str) -> tuple[Any, Any
     "overrides",
     [
         ["model.score_norm=per_view", "parallel.table_sharding=row_wise"],  # scored where they are
-        ["parallel.table_sharding=data_parallel"],  # likewise
+        ["parallel.table_sharding=data_parallel", "model.score_norm=none"],  # likewise
         ["parallel.table_sharding=row_wise", *FEATURES],  # the last processes have no items, only feature rows
         ["parallel.table_sharding=table_wise", "train.table_optimizer=adam"],  # copied
     ],
