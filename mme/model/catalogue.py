@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mme.model.scoring import EPS
 
-ITEMS_AT_ONCE = 16_384  # so that a block of scores is scaled while it is in the cache
+ITEMS_AT_ONCE = 4_096  # so that their normalised vectors are still in a core's cache when they are multiplied
 
 
 class Catalogue(ABC):
@@ -52,7 +52,7 @@ class VectorCatalogue(Catalogue):
 
 
 class TableCatalogue(Catalogue):
-    """Rows of M tables, M × (S, d), which stay where they are: scores are divided by the rows' lengths, not the rows.
+    """Rows of M tables, M × (S, d), which stay where they are: only a few of them at a time are normalised.
 
     Args:
         tables: views of the tables, of any floating-point type.
@@ -66,16 +66,17 @@ class TableCatalogue(Catalogue):
         self.factors = torch.cat([self._factors(of) for of in self._blocks()], dim=-1)
 
     def scores(self, states: Tensor, view: int | None = None) -> Tensor:
-        scores = states.new_zeros(states.shape[0], self.num_items)
-        parts = list(enumerate(zip(states.chunk(len(self.tables), 1), self.tables, strict=True)))
+        views = range(len(self.tables)) if view is None else [view]
+        states = torch.cat([states.chunk(len(self.tables), 1)[number] for number in views], dim=1)
+        scores = states.new_empty(states.shape[0], self.num_items)
         for block in self._blocks():
-            out = scores[:, block]
-            for number, (part, table) in parts if view is None else [parts[view]]:
-                products = part @ table[block].to(states.dtype).T
-                out += products * self.factors[number, block] if self.per_view else products
-            if not self.per_view:
-                out *= self.factors[0, block]
+            vectors = torch.cat([self._vectors(number, block) for number in views], dim=1)
+            torch.mm(states, vectors.to(states.dtype).T, out=scores[:, block])
         return scores
+
+    def _vectors(self, view: int, block: slice) -> Tensor:
+        """(n, d) one view of the normalised vectors of some items."""
+        return self.tables[view][block] * self.factors[view if self.per_view else 0, block, None]
 
     def is_spoiled(self) -> Tensor:
         return self.factors.isnan().any(0)
