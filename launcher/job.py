@@ -15,6 +15,7 @@ from typing_extensions import NotRequired, TypedDict
 from mme.config import USER_ID, Config, flat, load_config, settings_sha256, validate_world_size
 from mme.errors import UserError
 from mme.files import read_json, read_text, sha256
+from mme.paths import remote_url
 from mme.records import parse_record
 
 CPU_PROCESSES = 2  # default processes of a node without a GPU
@@ -80,7 +81,9 @@ class Job:
 
 
 def require_dataset(config: Config) -> None:
-    """Raises UserError unless ``data.path`` is a prepared training set."""
+    """Raises UserError unless ``data.path`` is a prepared training set; the workers check a remote one."""
+    if remote_url(config.data.path) is not None:
+        return
     folder = Path(config.data.path)
     description = folder / "dataset.json"
     if not folder.is_dir():
@@ -101,6 +104,8 @@ def items_of(config: Config) -> int:
     Raises:
         UserError: ``data.path`` holds no data set that gives these numbers.
     """
+    if remote_url(config.data.path) is not None:
+        raise UserError(f"data.path: {config.data.path}: a remote data set is not read here: give --items N")
     path, model = Path(config.data.path) / "dataset.json", config.model
     advice = "prepare the data set, or give --items N"
     try:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
 from glob import has_magic
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
@@ -90,6 +91,11 @@ class RemotePath:
     def name(self) -> str:
         return self.path.rpartition("/")[2]
 
+    @property
+    def is_bucket(self) -> bool:
+        """Whether this is a whole bucket or container."""
+        return not self.url.partition("://")[2].partition("/")[2].strip("/")
+
     def __str__(self) -> str:
         return self.url
 
@@ -127,6 +133,10 @@ class RemotePath:
     def parts_below(self, folder: RemotePath) -> list[str]:
         """The names on the way from ``folder`` to this path."""
         return self.path[len(folder.path.rstrip("/")) + 1 :].split("/")
+
+    def join(self, relative: str) -> RemoteFile:
+        """The file ``relative`` to this folder."""
+        return self._file(f"{self.path.rstrip('/')}/{relative}")
 
     def _file(self, path: str) -> RemoteFile:
         relative = path[len(self.path.rstrip("/")) + 1 :]
@@ -169,13 +179,67 @@ class RemoteFile(RemotePath):
             raise
         self._check()
 
+    def read(self) -> bytes:
+        """The whole content; see `open` for errors."""
+        with _named(self.url), self.open(random_access=True) as stream:
+            data: bytes = stream.read()
+            return data
+
+    def download(self, target: Path) -> None:
+        """Copies the object as it is stored to a new local file.
+
+        Raises:
+            UserError: see `open`.
+            OSError: the local file can't be written.
+        """
+        with target.open("xb") as file:
+            for block in self._blocks():
+                file.write(block)
+
+    def write(self, data: bytes) -> None:
+        """Replaces the object.
+
+        Raises:
+            UserError: the store fails or denies access.
+        """
+        with _named(self.url):
+            stream = self.filesystem.open_output_stream(self.path, compression=None)
+            stream.write(data)
+            stream.close()
+
+    def upload(self, source: Path) -> None:
+        """Replaces the object by the content of a local file; see `write` for errors."""
+        with _named(self.url), source.open("rb") as file:
+            stream = self.filesystem.open_output_stream(self.path, compression=None)
+            while block := file.read(_BLOCK_BYTES):
+                stream.write(block)
+            stream.close()
+
+    def copy_to(self, target: RemotePath) -> None:
+        """Copies the object within the store; ``target`` is replaced in one step. See `write` for errors."""
+        with _named(target.url):
+            self.filesystem.copy_file(self.path, target.path)
+
+    def delete(self) -> None:
+        """Removes the object; see `write` for errors."""
+        with _named(self.url):
+            self.filesystem.delete_file(self.path)
+
     def sha256(self) -> str:
         """The SHA-256 of the object as it is stored, in hexadecimal; see `open` for errors."""
         digest = hashlib.sha256()
-        with _named(self.url), self.open(random_access=True) as stream:
-            while block := stream.read(_BLOCK_BYTES):
-                digest.update(block)
+        for block in self._blocks():
+            digest.update(block)
         return digest.hexdigest()
+
+    def _blocks(self) -> Iterator[bytes]:
+        with self.open(random_access=True) as stream:
+            while True:
+                with _named(self.url):
+                    block = stream.read(_BLOCK_BYTES)
+                if not block:
+                    return
+                yield block
 
     def _check(self) -> None:
         before = self.version

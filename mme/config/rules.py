@@ -8,7 +8,7 @@ from mme.config.key import RANGE, keys_of
 from mme.config.schema import USER_ID, Config
 from mme.config.train import TRACKERS
 from mme.errors import UserError
-from mme.paths import check_path
+from mme.paths import check_path, remote_url
 
 LARGEST_FLOAT32 = 3.4028234663852886e38
 
@@ -77,7 +77,8 @@ def _check_ranges(config: Config) -> None:
 def _check_paths(config: Config) -> None:
     data = config.data
     for key, path in (("data.path", data.path), ("data.cache_dir", data.cache_dir), ("output_dir", config.output_dir)):
-        check_path(path or "", key)
+        if key != "data.path" or remote_url(data.path) is None:
+            check_path(path or "", key)
 
 
 def _check_model(config: Config) -> None:

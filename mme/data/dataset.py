@@ -20,6 +20,7 @@ from mme.data.event_file import EventFile, Records, open_event_file
 from mme.data.features import feature_sizes
 from mme.data.numbering import Extent, numbering_sha256, read_item_ids
 from mme.data.parts import IntArray, check_files, read_user_ids
+from mme.data.remote_set import local_folder
 from mme.data.split import HeldOut, Split
 
 TIME_BUCKETS = 1 << 16  # buckets of a pass that counts all times
@@ -46,16 +47,18 @@ class PreparedDataset:
 
     @classmethod
     def open(cls, path: str | Path, cache_dir: str | Path | None = None) -> PreparedDataset:
-        """Opens a folder written by `mme prepare`. The first time, it reads and checks all events.
+        """Opens a folder written by `mme prepare`, or a remote one (`mme.data.remote_set`). The first time, it reads and
+        checks all events.
 
         Args:
-            cache_dir: the folder of the flat file of the events (`mme.data.event_file`); None: the data set's folder.
+            cache_dir: the folder of the flat file of the events (`mme.data.event_file`) and of copies of remote sets; None: the
+                data set's folder and the user's cache folder.
 
         Raises:
             UserError: the folder, dataset.json or a part is missing, damaged or not what dataset.json says, an item is
                 out of range, a timestamp decreases or a value is null; the message names the file and row (from 0).
         """
-        folder = Path(path)
+        folder = local_folder(path, cache_dir)
         info = read_info(folder)
         check_files(folder, info)
         return cls(folder, info, open_event_file(folder, info, None if cache_dir is None else Path(cache_dir)))

@@ -21,6 +21,7 @@ from mme.config import Config, load_run_config
 from mme.data.description import read_info
 from mme.data.numbering import Numbering, read_item_counts
 from mme.data.parts import IntArray, check_files
+from mme.data.remote_set import local_folder
 from mme.data.times import time_range
 from mme.distributed.checkpoint import best_sound, load_weights
 from mme.distributed.checkpoint_index import folder
@@ -114,7 +115,7 @@ def recommend(run: Path, users: Path, output: Path, options: Options) -> Summary
     config = load_run_config(run)
     with process_group() as world:
         _require_writable(output, world)
-        data, model = Path(config.data.path), config.model
+        data, model = local_folder(config.data.path), config.model
         info = read_info(data)
         check_files(data, info)
         index = best_sound(run, None, world)

@@ -19,6 +19,7 @@ from mme.config import USER_ID, Config, ModelConfig, load_run_config
 from mme.data.dataset import PreparedDataset
 from mme.data.description import read_info
 from mme.data.numbering import Numbering, numbering_sha256
+from mme.data.remote_set import local_folder
 from mme.distributed.checkpoint import ELSEWHERE
 from mme.distributed.checkpoint_index import Progress, folder
 from mme.distributed.recommender import Recommender
@@ -95,7 +96,7 @@ class EarlierRun:
             UserError: the run's data set can't be read or no longer begins with the items and values that the checkpoint was
                 trained on, or its ids are of another type than those of ``dataset``.
         """
-        data, model = Path(self.config.data.path), self.config.model
+        data, model = local_folder(self.config.data.path), self.config.model
         info = read_info(data)
         extent = known_extent(progress, f"train.init_from={self.folder}", data, info, model)
         theirs = _values(Numbering.read(data, info, model.feature_columns).first(extent), model)

@@ -32,6 +32,7 @@ from mme.config import USER_ID, dump_config
 from mme.data.description import read_info
 from mme.data.features import parts_column
 from mme.data.parts import PartSlice, limits, read_part, read_user_ids
+from mme.data.remote_set import local_folder
 from mme.errors import JobError, UserError
 from mme.evaluation.requests import Requests
 from mme.files import replacing, write_text
@@ -116,7 +117,7 @@ def _users(model: TrainedModel, output: Path) -> dict[str, Any]:
 
     Users without such events are left out.
     """
-    folder = Path(model.config.data.path)
+    folder = local_folder(model.config.data.path)
     info = read_info(folder)
     ids = pa.concat_arrays([ids for part in info["parts"] for ids in read_user_ids(folder, part)])
     vectors = [np.empty((0, model.config.model.embedding_dim), np.float32)]

@@ -14,6 +14,7 @@ from mme.config import Config, load_config, load_run_config, validate_world_size
 from mme.data.description import read_info
 from mme.data.numbering import Numbering, read_item_counts
 from mme.data.parts import check_files
+from mme.data.remote_set import local_folder
 from mme.data.times import time_range
 from mme.distributed.checkpoint_index import best_step, folder
 from mme.growth.known import known_extent
@@ -66,7 +67,7 @@ def load_run(run: Path, step: int | None = None, device: str | torch.device | No
         UserError: the run, its data set or the checkpoint is missing or damaged, or they do not match.
     """
     config = load_run_config(run)
-    data = Path(config.data.path)
+    data = local_folder(config.data.path)
     info = read_info(data)
     check_files(data, info)
     checkpoint = read_checkpoint(run, step)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
 from mme.errors import UserError, one_line
-from mme.paths import local_path
+from mme.paths import local_path, remote_url
 from mme.run.exit_status import job_status
 
 # typer reads the annotations, and Python 3.10 shows it Optional[X] for both spellings.
@@ -30,9 +29,12 @@ PREPARED_LABELS = {
 
 
 def prepare(
-    output: Annotated[Optional[Path], typer.Option(metavar="DIR", help="Folder to write the training set to.")] = None,
+    output: Annotated[
+        Optional[str],
+        typer.Option(metavar="DIR", help="Folder to write the training set to, local or in an object store (s3://…)."),
+    ] = None,
     add_to: Annotated[
-        Optional[Path],
+        Optional[str],
         typer.Option(metavar="DIR", help="Instead of --output: a training set to add the new events to, in place."),
     ] = None,
     inputs: Annotated[
@@ -187,7 +189,8 @@ def prepare(
         if synthetic is not None:
             options = {**columns, **filters, **limits, **reading, "add_to": add_to}
             _refuse(given_files | _given(options), "--synthetic")
-            local_path(target, "--output")
+            if remote_url(target) is None:
+                local_path(target, "--output")
             from mme.prepare.synthetic import prepare_synthetic
 
             _print_prepared(prepare_synthetic(synthetic, target, **_given(generator)), target)
@@ -224,7 +227,7 @@ def _refuse(options: dict[str, Any], beside: str) -> None:
         raise UserError(f"--{name} does not go with {beside} (see `mme prepare --help`)")
 
 
-def _print_prepared(info: dict[str, Any], output: Path) -> None:
+def _print_prepared(info: dict[str, Any], output: str) -> None:
     """Prints what was read, left out and kept; ``info`` is the content of dataset.json."""
     from rich.console import Console
     from rich.markup import escape

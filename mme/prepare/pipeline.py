@@ -23,8 +23,9 @@ import pyarrow as pa
 
 from mme.config import USER_ID
 from mme.data.features import KINDS, parts_column, write_vocabularies
+from mme.data.remote_set import set_to_write
 from mme.errors import UserError, first_line, print_line
-from mme.paths import local_path
+from mme.paths import local_path, remote_url
 from mme.prepare.cleaning import ID_ROLES, Cleaner
 from mme.prepare.description import describe_sources
 from mme.prepare.event_store import EventStore, was_interrupted
@@ -103,9 +104,9 @@ def prepare(
     if USER_ID in settings.feature_kinds:
         raise UserError(f"--feature-columns {USER_ID}: every set has it (model.user_features: [{USER_ID}])")
     limit = _memory_limit(memory_limit)
-    output = local_path(output, "--output")
+    _check_target(output, "--output")
     settings, reading = _open(inputs, settings, None, max_malformed_share, tell)
-    with DatasetWriter(output, kept=KEPT) as writer:
+    with set_to_write(output) as folder, DatasetWriter(folder, kept=KEPT) as writer:
         return _make(writer, reading, settings, None, limit)
 
 
@@ -133,9 +134,9 @@ def add_events(
         UserError: see `prepare`; or ``prepared`` was not made from files of interactions, or has ids of another type.
     """
     limit = _memory_limit(memory_limit)
-    prepared = local_path(prepared, "--add-to")
-    with DatasetWriter(prepared, kept=KEPT) as writer:
-        prior = PriorSet(prepared)
+    _check_target(prepared, "--add-to")
+    with set_to_write(prepared, extend=True) as folder, DatasetWriter(folder, kept=KEPT) as writer:
+        prior = PriorSet(folder)
         before = prior.settings.read
         read = ReadOptions(
             format or before.format,
@@ -147,6 +148,11 @@ def add_events(
         )
         settings, reading = _open(inputs, replace(prior.settings, read=read), prior, max_malformed_share, tell)
         return _make(writer, reading, settings, prior, limit)
+
+
+def _check_target(path: str | Path, option: str) -> None:
+    if remote_url(path) is None:
+        local_path(path, option)
 
 
 def _given(columns: dict[str, str | None] | None) -> dict[str, str]:

@@ -26,6 +26,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from mme.data.remote_set import set_to_write
 from mme.errors import UserError
 from mme.prepare.writer import DatasetWriter
 
@@ -68,7 +69,7 @@ def prepare_synthetic(
     catalogue = _catalogue(items, np.random.default_rng([seed, 0]))
     counts = np.zeros(items, np.int64)
     ranks: dict[str, list[Array]] = {"valid": [], "test": []}
-    with DatasetWriter(Path(output)) as writer:
+    with set_to_write(output) as folder, DatasetWriter(folder) as writer:
         for begin in range(0, users, USERS_AT_ONCE):
             size = min(USERS_AT_ONCE, users - begin)
             chosen, times, offsets, ranked = _simulate(catalogue, size, np.random.default_rng([seed, 1, begin]))

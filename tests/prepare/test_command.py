@@ -48,12 +48,12 @@ def test_prepare_then_add_days(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ("arguments", "message"),
     [
         (["--output", "a"], "mme prepare needs --input or --synthetic"),
-        (["x.csv", "--output", "s3://bucket/set"], "--output: s3://bucket/set: s3:// is not supported"),
+        (["x.csv", "--output", "ftp://host/set"], "--output: ftp://host/set: ftp:// is not supported"),
         (
-            ["--synthetic", "quickstart", "--output", "gs://bucket/set"],
-            "--output: gs://bucket/set: gs:// is not supported",
+            ["--synthetic", "quickstart", "--output", "http://host/set"],
+            "--output: http://host/set: http:// is not supported",
         ),
-        (["x.csv", "--add-to", "hdfs://host/set"], "--add-to: hdfs://host/set: hdfs:// is not supported"),
+        (["x.csv", "--add-to", "file:///set"], "--add-to: file://set: file:// is not supported"),
         (["ftp://host/x.csv", "--output", "a"], "error: ftp://host/x.csv: ftp:// is not supported"),
         (["x.csv", "--id-type", "number", "--output", "a"], "--id-type number: expected one of auto, integer, text"),
         (["x.csv", "--quoting", "none", "--output", "a"], "--quoting none: expected one of auto, standard, literal"),
