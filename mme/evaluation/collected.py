@@ -5,6 +5,7 @@ Legend: B histories of one rank's batch, U histories of all ranks.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -65,27 +66,31 @@ class CollectedUsers:
         return UserRanks(about, **arrays)
 
     def examples(self, dataset: PreparedDataset) -> list[dict[str, Any]]:
-        """Users of rank 0's first batch, from the best to the worst ranked target, with raw item ids; named by their row.
-
-        None if the data set's folder was removed after the job started, because only the folder has the raw ids.
-        """
-        if not dataset.folder.is_dir():
+        """Users of rank 0's first batch, from the best to the worst ranked target, named by their row; none without names."""
+        names = item_names(dataset)
+        if names is None:
             return []
-        item_ids = read_item_ids(dataset.folder)
-
-        def raw(items: list[int]) -> list[str]:
-            return [str(item_ids[item].as_py()) for item in items]
-
         return [
             {
                 "user": f"row {example['row']}",
-                "history": raw(example["history"]),
-                "top": raw(example["top"]),
-                "target": raw([example["target"]])[0],
+                "history": names(example["history"]),
+                "top": names(example["top"]),
+                "target": names([example["target"]])[0],
                 "rank": example["rank"],
             }
             for example in self._examples
         ]
+
+
+def item_names(dataset: PreparedDataset) -> Callable[[list[int]], list[str]] | None:
+    """A function that returns the raw ids of items.
+
+    None if the data set's folder was removed after the job started, because only the folder has the raw ids.
+    """
+    if not dataset.folder.is_dir():
+        return None
+    item_ids = read_item_ids(dataset.folder)
+    return lambda items: [str(item_ids[item].as_py()) for item in items]
 
 
 def segments(users: UserRanks) -> dict[str, dict[str, list[dict[str, Any]]]]:

@@ -21,9 +21,10 @@ from mme.distributed.recommender import Recommender
 from mme.distributed.spread import share_of
 from mme.distributed.world import World, process_group
 from mme.errors import UserError, print_line
-from mme.evaluation.collected import CollectedUsers, segments
+from mme.evaluation.collected import CollectedUsers, item_names, segments
 from mme.evaluation.insight import insight
 from mme.evaluation.metrics import rank_metrics, standard_errors
+from mme.evaluation.neighbours import named
 from mme.evaluation.popularity import Popularity, popularity_ranks
 from mme.evaluation.ranking import Ranker
 from mme.evaluation.record import repeats_warning
@@ -63,7 +64,11 @@ def evaluate(
         _keep(collected, recommender, dataset, records, keep_ranks_in)
     if with_insight and part == "test":
         histories = _loader(recommender, dataset, config, part).batches()
-        records[0]["insight"] = insight(recommender, popularity, histories, before_batch)
+        found = insight(recommender, popularity, histories, before_batch)
+        names = item_names(dataset) if recommender.world.rank == 0 else None
+        named_neighbours = [] if names is None else named(found["neighbours"], names)
+        found["neighbours"] = recommender.world.of_first(named_neighbours)
+        records[0]["insight"] = found
     return records
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from mme.data.batch import EvaluationBatch
 from mme.distributed.recommender import Recommender
 from mme.evaluation.metrics import rank_metrics
+from mme.evaluation.neighbours import neighbours
 from mme.evaluation.popularity import Popularity
 from mme.evaluation.ranking import Ranker
 from mme.evaluation.seen import excluded_items
@@ -47,6 +48,7 @@ def insight(
         A dict with these keys:
 
         - ``singular_values`` [view][d] in descending order, ``effective_rank`` [view], ``similarity`` [view][view] in 0 … 1;
+        - ``neighbours``, see `mme.evaluation.neighbours`;
         - ``ranking``, if there are several views and histories: NDCG@10 by the share of each view in the score, ``ndcg@10``
           [view], by all views together, ``all_views``, and the number of ``users``;
         - ``routing``, if there are experts: for "view", "popularity" and "position" the ``groups`` and the ``share`` of each
@@ -58,8 +60,10 @@ def insight(
     found: dict[str, Any] = table_figures(products, sums, recommender.num_items, recommender.config.model.num_tables)
     some = list(itertools.islice(batches, HISTORY_BATCHES))
     found["longest_gap_s"] = _longest_gap_s(recommender, some)
+    ranker = Ranker(recommender)
+    found["neighbours"] = neighbours(ranker, popularity)
     if some and recommender.config.model.num_tables > 1:
-        found["ranking"] = _ranking(recommender, some, before_batch)
+        found["ranking"] = _ranking(ranker, some, before_batch)
     if recommender.decoder.moe_layers():
         found["routing"] = _routing(recommender, popularity, some, before_batch)
     return found | _curves(recommender)
@@ -103,13 +107,11 @@ def _by_view(products: Tensor, num_views: int) -> list[list[Tensor]]:
     return [list(rows.chunk(num_views, 1)) for rows in products.chunk(num_views)]
 
 
-def _ranking(
-    recommender: Recommender, batches: list[EvaluationBatch], before_batch: Callable[[], Any]
-) -> dict[str, Any]:
-    ranker, parts = Ranker(recommender), []
+def _ranking(ranker: Ranker, batches: list[EvaluationBatch], before_batch: Callable[[], Any]) -> dict[str, Any]:
+    parts = []
     for batch in batches:
         before_batch()
-        excluded = excluded_items(batch, recommender.config.eval.seen)
+        excluded = excluded_items(batch, ranker.encoder.config.eval.seen)
         parts.append(ranker.target_ranks_by_view(batch.sequences, *excluded, batch.targets))
     ranks = torch.cat(parts, dim=1)
     *by_view, of_all = [rank_metrics(of)["ndcg@10"] for of in ranks]

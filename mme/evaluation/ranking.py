@@ -23,6 +23,7 @@ from mme.errors import NonFiniteError
 from mme.evaluation.metrics import UNRANKED
 from mme.model.catalogue import VectorCatalogue
 from mme.model.encoder import Encoder
+from mme.model.scoring import normalize_views
 
 SCORES_AT_ONCE = 32_000_000  # elements of a score matrix
 LEAST_BLOCK = 16  # columns; smaller blocks save nothing
@@ -102,7 +103,21 @@ class Ranker:
 
         If no item is left, the item is −1 and the score −inf.
         """
-        histories = self._gather(batch, excluded, offsets)
+        return self._top_k(self._gather(batch, excluded, offsets), k)
+
+    def nearest(self, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k other items that are most similar to each item, (n, k), and their similarities, (n, k), in descending order.
+
+        The similarity is the product of two normalised vectors: a cosine, unless `model.score_norm` is none. If no item is
+        left, the item is −1 and the similarity −inf. A collective.
+
+        Args:
+            ids: (n,) int64 items, the same on every rank.
+        """
+        vectors = normalize_views(self.encoder.lookup(ids), self.encoder.config.model.score_norm)
+        return self._top_k(GatheredHistories(vectors, ids, torch.arange(ids.numel(), device=ids.device)), k)
+
+    def _top_k(self, histories: GatheredHistories, k: int) -> tuple[Tensor, Tensor]:
         found = [self._top_k_of_part(histories, part, k) for part in self._parts(histories)]
         none = torch.empty(0, k, dtype=torch.int64, device=histories.states.device), histories.states.new_empty(0, k)
         items, values = zip(none, *found, strict=True)

@@ -19,6 +19,7 @@ NUM_COLOURS = 8
 MAX_POINTS = 600  # points per line, about as many as a screen can show
 HEIGHT = 230
 CELL_HEIGHT = 24
+TWO_LINES = "split(replace(datum.label, / (?=[(][^(]*$)/, '\\n'), '\\n')"  # a break before the last parenthesis
 LABELLED_COLUMNS = 16  # a heat map with more columns shows its numbers only on hover
 
 Point = tuple[float, float]
@@ -32,6 +33,7 @@ class Line:
         faint: draw faintly, as raw data behind a smoothed line.
         marked: draw a dot at each point.
         errors: half the height of a band around each point; None: no band.
+        ring_at: x of a point with a ring around it, such as the step of the chosen checkpoint.
     """
 
     name: str
@@ -40,6 +42,7 @@ class Line:
     marked: bool = False
     colour: int = 0
     errors: Sequence[float] | None = None
+    ring_at: float | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,9 @@ def line_chart(
     if any(line.marked or len(line.points) == 1 for line in lines):
         dots = shared.transform_filter("datum.dot").mark_point(clip=True, filled=True, size=36, opacity=1)
         layers.append(dots.encode(x=x, y=y, color=colour))
+    if any(row["ring"] for row in rows):
+        rings = shared.transform_filter("datum.ring").mark_point(clip=True, filled=False, size=160, strokeWidth=2)
+        layers.append(rings.encode(x=x, y=y, color=colour))
     if rule_at is not None:
         rule = alt.Chart(alt.Data(values=[{"x": rule_at}])).mark_rule(clip=True, strokeDash=[4, 4], color="var(--soft)")
         layers.append(rule.encode(x="x:Q"))
@@ -145,7 +151,7 @@ def bar_chart(groups: Sequence[str], lines: Sequence[Line], *, title: str, x_tit
     ]
     colours = [f"var(--c{line.colour % NUM_COLOURS})" for line in lines]
     shared = alt.Chart().encode(
-        x=alt.X("group:N", sort=None, title=x_title, axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+        x=alt.X("group:N", sort=None, title=x_title, axis=alt.Axis(labelAngle=0, labelExpr=TWO_LINES)),
         xOffset=alt.XOffset("series:N", sort=None),
         color=alt.Color("series:N", scale=alt.Scale(domain=names, range=colours), legend=None),
         tooltip=[alt.Tooltip("series:N"), alt.Tooltip("at:N", title=x_title), alt.Tooltip("value:N")],
@@ -157,13 +163,22 @@ def bar_chart(groups: Sequence[str], lines: Sequence[Line], *, title: str, x_tit
 
 
 def smoothed(points: Sequence[Point], share: float = 0.02) -> list[Point]:
-    """A centred moving average whose weights decay exponentially over ``share`` of the points on either side."""
+    """A local linear regression whose weights decay exponentially over ``share`` of the points on either side.
+
+    Unlike a moving average it does not lag behind a slope, also at the ends.
+    """
     decay = math.exp(-1 / max(1.0, share * len(points)))
-    before, after = _decayed(points, decay), _decayed(points[::-1], decay)[::-1]
-    return [
-        (x, (sum_before + sum_after - y) / (weight_before + weight_after - 1))
-        for (x, y), (sum_before, weight_before), (sum_after, weight_after) in zip(points, before, after, strict=True)
-    ]
+    values = [y for _, y in points]
+    before, after = _decayed(values, decay), _decayed(values[::-1], decay)[::-1]
+    found = []
+    for (x, y), of_before, of_after in zip(points, before, after, strict=True):
+        # Sums of w, w·i, w·i², w·y and w·i·y over all points, where i is their distance in points: negative before this one.
+        signs = (1, -1, 1, 1, -1)
+        w, wi, wii, wy, wiy = (sign * b + a for sign, b, a in zip(signs, of_before, of_after, strict=True))
+        w, wy = w - 1, wy - y  # this point is in both
+        scale = w * wii - wi * wi
+        found.append((x, (wii * wy - wi * wiy) / scale if scale else y))
+    return found
 
 
 def thinned(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
@@ -182,13 +197,14 @@ def significant(value: float) -> float:
     return float(f"{value:.6g}")
 
 
-def _decayed(points: Sequence[Point], decay: float) -> list[tuple[float, float]]:
-    """For each point, the weighted sum of it and all previous points, and the sum of the weights."""
-    total = weight = 0.0
+def _decayed(values: Sequence[float], decay: float) -> list[tuple[float, float, float, float, float]]:
+    """For each value, the sums of w, w·i, w·i², w·y and w·i·y over it and all previous ones, i places back with w = decay^i."""
+    w = wi = wii = wy = wiy = 0.0
     sums = []
-    for _, y in points:
-        total, weight = decay * total + y, decay * weight + 1
-        sums.append((total, weight))
+    for y in values:
+        w, wi, wii = decay * w + 1, decay * (wi + w), decay * (wii + 2 * wi + w)
+        wy, wiy = decay * wy + y, decay * (wiy + wy)
+        sums.append((w, wi, wii, wy, wiy))
     return sums
 
 
@@ -203,6 +219,7 @@ def _rows(line: Line) -> list[dict[str, Any]]:
             "series": one_line(line.name),
             "faint": int(line.faint),
             "dot": line.marked or len(line.points) == 1,
+            "ring": x == line.ring_at,
             "at": f"{x:,.6g}",
         }
         | _with_error(y, error)

@@ -37,6 +37,7 @@ def insight_section(found: dict[str, Any]) -> Section | None:
         "large singular values and a low effective rank."
     ]
     tables = [_view_ranking(found["ranking"])] if found.get("ranking") else []
+    tables += [_neighbours(found["neighbours"])] if found.get("neighbours") else []
     return section("What the model learned", charts, notes=notes, tables=tables)
 
 
@@ -82,6 +83,18 @@ def _view_ranking(ranking: dict[str, Any]) -> Rows:
     return Rows(
         rows, head=["NDCG@10"], title=f"Ranking by each view's part of the score, {ranking['users']:,} histories"
     )
+
+
+def _neighbours(found: list[dict[str, Any]]) -> Rows:
+    rows = [
+        (
+            of["item"],
+            [f"{of['events']:,}", " · ".join(f"{other['item']} {other['similarity']:.2f}" for other in of["nearest"])],
+        )
+        for of in found
+    ]
+    title = "Nearest neighbours of the most popular items, with the similarity of their vectors"
+    return Rows(rows, head=["training events", "nearest items"], title=title, text=True)
 
 
 def _routing(routing: dict[str, Any] | None) -> list[Chart]:

@@ -36,7 +36,7 @@ from mme.report.results import (
 from mme.report.sections import Rows, Section, points
 from mme.report.text import printable_lines, shell_command
 from mme.report.training import compared_training_section, training_section
-from mme.report.users import users_section
+from mme.report.users import compared_users_section, users_section
 from mme.run.monitor import duration
 
 REPORT_FILE = "report.html"
@@ -120,9 +120,15 @@ def _compared_page(runs: Sequence[RunFiles]) -> str:
     ]  # fmt: skip
     head = [*(metric.upper() for metric in METRICS), "NDCG@10 ÷ popularity"]
     settings = [{key: str(value) for key, value in flat(run.config).items()} for run in runs]
-    differing = [key for key in settings[0] if len({of_run.get(key) for of_run in settings}) > 1]
+    differing = [
+        key for key in settings[0] if key != "output_dir" and len({of_run.get(key) for of_run in settings}) > 1
+    ]
     table = Rows([(key, [of_run.get(key, "–") for of_run in settings]) for key in differing], head=names)
-    sections = [compared_training_section(runs, names), Section("Configuration differences", tables=[table])]
+    sections = [
+        compared_users_section(runs, names),
+        compared_training_section(runs, names),
+        Section("Configuration differences", tables=[table]),
+    ]
     return _rendered(
         "runs.html",
         title=f"{len(runs)} runs",

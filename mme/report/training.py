@@ -48,19 +48,22 @@ def compared_training_section(runs: Sequence[RunFiles], names: Sequence[str]) ->
             if record.get("split") == "valid" and record.get("model") not in (None, POPULARITY)
         ]
         for metric, lines in by_metric.items():
-            lines.append(metric_line(name, valid, metric, colour))
+            lines.append(metric_line(name, valid, metric, colour, _chosen_step(run)))
     charts = [line_chart(loss, title="Training loss, smoothed")]
     charts += [line_chart(by_metric[metric], title=title, from_zero=True) for metric, title in CURVES.items()]
     charts.append(line_chart(rate, title="Throughput, tokens/s", from_zero=True))
-    return section("Training", charts)
+    rung = any(_chosen_step(run) is not None for run in runs)
+    return section("Training", charts, notes=["Rings mark the chosen checkpoints."] if rung else [])
 
 
-def metric_line(name: str, records: Sequence[dict[str, Any]], metric: str, colour: int) -> Line:
+def metric_line(
+    name: str, records: Sequence[dict[str, Any]], metric: str, colour: int, ring_at: int | None = None
+) -> Line:
     """A metric over the steps, with its 95% confidence interval if every record has a standard error."""
     kept = [record for record in records if record.get(metric) is not None]
     errors = [record.get("standard_errors", {}).get(metric) for record in kept]
     band = [Z_95 * error for error in errors] if errors and None not in errors else None
-    return Line(name, points(kept, metric), marked=True, colour=colour, errors=band)
+    return Line(name, points(kept, metric), marked=True, colour=colour, errors=band, ring_at=ring_at)
 
 
 def _chosen_step(run: RunFiles) -> int | None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mme.report.charts import Chart, Line, bar_chart
 from mme.report.results import SELECTED_BY, Z_95, RunFiles
 from mme.report.sections import Rows, Section, section
 
+BARS = "Bars with 95% confidence intervals over users."
 SEGMENT_CHARTS = {
     "popularity": ("NDCG@10 by popularity of the target", "popularity rank of the target"),
     "history": ("NDCG@10 by length of the history", "events before the target"),
@@ -16,15 +18,25 @@ SEGMENT_CHARTS = {
 
 def users_section(run: RunFiles) -> Section | None:
     """NDCG@10 of the model and of popularity by segment, and example users; None if neither was recorded."""
-    charts = [_by_segment(run, kind, title, x_title) for kind, (title, x_title) in SEGMENT_CHARTS.items()]
+    charts = _segment_charts(run.results)
     examples = run.result.get("examples") or []
     tables = [_examples(examples)] if examples else []
-    return section("Results by user", charts, notes=["Bars with 95% confidence intervals over users."], tables=tables)
+    return section("Results by user", charts, notes=[BARS], tables=tables)
 
 
-def _by_segment(run: RunFiles, kind: str, title: str, x_title: str) -> Chart | None:
+def compared_users_section(runs: Sequence[RunFiles], names: Sequence[str]) -> Section | None:
+    """NDCG@10 of each run by segment; None if no run recorded it."""
+    charts = _segment_charts({name: run.result for name, run in zip(names, runs, strict=True)})
+    return section("Results by user", charts, notes=[BARS])
+
+
+def _segment_charts(results: Mapping[str, dict[str, Any]]) -> list[Chart | None]:
+    return [_by_segment(results, kind, title, x_title) for kind, (title, x_title) in SEGMENT_CHARTS.items()]
+
+
+def _by_segment(results: Mapping[str, dict[str, Any]], kind: str, title: str, x_title: str) -> Chart | None:
     by_model = {
-        name: record.get("segments", {}).get(kind, []) for name, record in run.results.items() if record.get("segments")
+        name: record.get("segments", {}).get(kind, []) for name, record in results.items() if record.get("segments")
     }
     groups: dict[str, int] = {}  # number of users by group, in the order of the records
     for rows in by_model.values():

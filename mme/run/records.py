@@ -100,12 +100,26 @@ class ViewRanking(JsonObject):
     by_view: list[float] = Field(alias="ndcg@10")
 
 
+class Neighbour(JsonObject):
+    item: str
+    similarity: float
+
+
+class Neighbours(JsonObject):
+    """An item by name, its events in training, and the items that are nearest to it."""
+
+    item: str
+    events: Count
+    nearest: list[Neighbour]
+
+
 class Insight(JsonObject):
     """See `mme.evaluation.insight`."""
 
     singular_values: list[Annotated[list[float], Field(min_length=1)]] = Field(min_length=1)
     effective_rank: list[float]
     similarity: list[list[float]]
+    neighbours: list[Neighbours] = []
     ranking: ViewRanking | None = None
     routing: RoutingShares | None = None
     time_weights: list[list[float]] = []

@@ -89,6 +89,14 @@ def test_figures_equal_those_of_the_whole() -> None:
     assert by_view[0] != by_view[1]
     assert found["ranking"]["all_views"] == pytest.approx(by_view[0])  # the second table is next to nothing
 
+    vectors = torch.nn.functional.normalize(rows.flatten(1), dim=1)
+    cosines = (vectors @ vectors.T).fill_diagonal_(-2)
+    assert [(of["item"], of["events"]) for of in found["neighbours"]] == [(i, NUM_ITEMS - i) for i in range(8)]
+    for item, of in enumerate(found["neighbours"]):
+        values, others = cosines[item].topk(5)
+        assert [other for other, _ in of["nearest"]] == others.tolist()
+        assert [value for _, value in of["nearest"]] == pytest.approx(values.tolist(), abs=1e-3)
+
     routing = found["routing"]
     assert routing["blocks"] == list(range(len(experts)))
     for block, chosen in enumerate(experts):
@@ -106,6 +114,7 @@ def test_figures_equal_those_of_the_whole() -> None:
     for sharded, _ in run_on(2, learned):
         assert sharded["routing"] == routing
         assert sharded["ranking"] == found["ranking"]
+        assert sharded["neighbours"] == found["neighbours"]
         assert sharded["time_weights"] == found["time_weights"]
         for a, b in zip(sharded["singular_values"], found["singular_values"], strict=True):
             assert a == pytest.approx(b, rel=1e-3, abs=1e-6)

@@ -126,6 +126,13 @@ def learned() -> dict[str, Any]:
         "singular_values": [[4.0, 2.0], [3.0, 0.0]],
         "effective_rank": [1.89, 1.0],
         "similarity": [[1.0, 0.125], [0.125, 1.0]],
+        "neighbours": [
+            {
+                "item": "<i>50",
+                "events": 4321,
+                "nearest": [{"item": "7", "similarity": 0.914}, {"item": "9", "similarity": 0.5}],
+            }
+        ],
         "ranking": {"users": 3000, "all_views": 0.19, "ndcg@10": [0.18, 0.175]},
         "routing": {"blocks": [1], "view": groups, "popularity": groups, "position": groups},
         "time_weights": [[0.01 * place for place in range(129)]],

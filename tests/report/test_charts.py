@@ -59,6 +59,19 @@ def test_heat_map_of_many_experts_has_no_numbers_in_its_cells() -> None:
     assert ">12.5<" not in svg
 
 
+def test_a_ring_marks_one_point() -> None:
+    chart = line_chart([Line("a", [(1, 0.5), (2, 0.6), (3, 0.4)], ring_at=2)], title="")
+    assert [row["x"] for row in rows(chart) if row["ring"]] == [2]
+    points = 3  # for hovering
+    assert drawn(chart).count('aria-roledescription="point"') == points + 1
+
+
+def test_the_number_of_users_is_on_a_line_of_its_own() -> None:
+    svg = drawn(bar_chart(["50 (or so) (1,234)", "new (2)"], [Line("a", [(0, 0.5), (1, 0.2)])], title="", x_title="x"))
+    for text in ("50 (or so)", "(1,234)", "new", "(2)"):
+        assert f">{text}<" in svg, text
+
+
 def test_bars_have_whiskers() -> None:
     chart = bar_chart(["few", "many"], [Line("a", [(0, 0.5), (1, 0.25)], errors=[0.1, 0.05])], title="", x_title="x")
     assert [(row["group"], row["y"], row["low"], row["high"]) for row in rows(chart)] == [
@@ -74,10 +87,10 @@ def test_time_axis_is_logarithmic_with_named_ticks() -> None:
     assert all(f">{label}<" in svg for label in ("1 s", "1 h", "1 d"))
 
 
-def test_smoothing_does_not_lag() -> None:
+def test_smoothing_does_not_lag_even_at_the_ends() -> None:
     line = [(x, 3 - 0.01 * x) for x in range(300)]
-    middle = slice(60, 240)
-    assert [y for _, y in smoothed(line)[middle]] == pytest.approx([y for _, y in line[middle]], abs=1e-4)
+    assert [y for _, y in smoothed(line)] == pytest.approx([y for _, y in line])
+    assert [y for _, y in smoothed(line[:2])] == pytest.approx([3, 2.99])
     assert smoothed([(0, 2.0)]) == [(0, 2.0)] and smoothed([]) == []
     noisy = [(x, float(x % 2)) for x in range(1000)]
     assert all(abs(y - 0.5) < 0.03 for _, y in smoothed(noisy)[100:900])

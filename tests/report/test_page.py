@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -86,6 +87,7 @@ def test_what_the_model_learned_is_shown(tmp_path: Path) -> None:
         "3,000 histories",
         "all views0.1900",
         "view 1 alone0.1750",
+        "<i>504,3217 0.91 · 9 0.50",
     ]:
         assert text in page.text.replace("\n", ""), text
     cells = [row for spec in page.charts for row in spec["data"]["values"] if "row" in row]
@@ -146,16 +148,25 @@ def test_confidence_intervals_are_in_the_table_and_around_the_curves(tmp_path: P
 
 
 def test_several_runs_are_shown_side_by_side(tmp_path: Path) -> None:
-    first = write_run(tmp_path / "first", [RUN, *train_records(), *EVALUATIONS], "train.lr=0.004")
-    second = write_run(
-        tmp_path / "second",
-        [RUN, *train_records(), evaluation("fuxi-mme", "valid", 90, 0.2), evaluation("fuxi-mme", "test", 90, 0.1234)],
-        "train.lr=0.002",
-    )
+    def segments(ndcg: float) -> dict[str, Any]:
+        return {"segments": {"popularity": [{"group": "new", "users": 20, "ndcg@10": ndcg, "standard_error": 0.01}]}}
+
+    tested = EVALUATIONS[-2] | segments(0.05)
+    first = write_run(tmp_path / "first", [RUN, *train_records(), *EVALUATIONS, tested], "train.lr=0.004")
+    evaluations = [
+        evaluation("fuxi-mme", "valid", 90, 0.2),
+        evaluation("fuxi-mme", "test", 90, 0.1234, **segments(0.07)),
+    ]
+    second = write_run(tmp_path / "second", [RUN, *train_records(), *evaluations], "train.lr=0.002")
     path = write_compared_report([first, second], tmp_path / "both.html")
     page = Page(path)
     assert {"first", "second"} == page.series()
     assert "0.1100" in page.text and "0.1234" in page.text
+    rings = {(row["series"], row["x"]) for spec in page.charts for row in spec["data"]["values"] if row.get("ring")}
+    assert rings == {("first", 200), ("second", 90)}
+    bars = [row for spec in page.charts for row in spec["data"]["values"] if row.get("group") == "new (20)"]
+    assert [(row["series"], row["y"]) for row in bars] == [("first", 0.05), ("second", 0.07)]
+    assert "<th>output_dir</th>" not in page.source
     rows = [line for line in page.source.splitlines() if "<th>train.lr</th>" in line]
     assert rows == ["<tr><th>train.lr</th><td>0.004</td><td>0.002</td></tr>"]
     assert "different targets" not in page.text
