@@ -295,7 +295,7 @@ def compare(
 
     The tables show each metric with its 95% confidence interval over users, the difference of NDCG@10 from the first run
     with a paired test and Holm's correction, NDCG@10 by popularity of the target and by length of the history, and the
-    coverage and novelty of the lists. All runs must have been evaluated on the same targets.
+    coverage, novelty and diversity of the lists. All runs must have been evaluated on the same targets.
 
     Examples:
 

@@ -46,6 +46,7 @@ class Compared:
         segments: rows of `mme.evaluation.segments.group_means`, by "popularity" and "history".
         coverage: share of the catalogue that occurs in any user's list of 10; None for popularity.
         novelty: bits per item, averaged over the users' lists; None for popularity.
+        diversity: see `diversity`; None for popularity or a single user.
         difference: None for the first run and for popularity.
     """
 
@@ -55,6 +56,7 @@ class Compared:
     segments: dict[str, list[dict[str, Any]]]
     coverage: float | None = None
     novelty: float | None = None
+    diversity: float | None = None
     difference: Difference | None = None
 
 
@@ -79,9 +81,27 @@ def compare(runs: Sequence[Path]) -> list[Compared]:
         lists = of_run.top_items
         coverage = np.unique(lists[lists >= 0]).size / of_run.about["num_items"]
         about = f"{of_run.about['model']}, step {of_run.about['step']:,}"
-        novelty = float(np.nanmean(of_run.novelty))
-        rows.append(_row(name, about, of_run.rank, of_run, coverage=coverage, novelty=novelty, difference=difference))
+        novelty, between = float(np.nanmean(of_run.novelty)), diversity(lists)
+        more = {"coverage": coverage, "novelty": novelty, "diversity": between, "difference": difference}
+        rows.append(_row(name, about, of_run.rank, of_run, **more))
     return rows
+
+
+def diversity(lists: Ints) -> float | None:
+    """How different the lists of two users are: 1 − (common items / length), the mean over all pairs of users.
+
+    The measure of Zhou et al. (PNAS 107, 2010), who call it personalization: 0 if all users have the same list, 1 if no two
+    share an item. It depends on the lists alone, so it is comparable between models. None for fewer than two users.
+
+    Args:
+        lists: (users, length) items, each at most once per list, padded with −1.
+    """
+    users, length = lists.shape
+    if users < 2:
+        return None
+    users_of_item = np.unique(lists[lists >= 0], return_counts=True)[1].astype(np.float64)
+    common = (users_of_item * (users_of_item - 1)).sum()  # over ordered pairs of users
+    return float(1 - common / (users * (users - 1) * length))
 
 
 def paired_p(differences: Floats) -> float:
@@ -111,7 +131,8 @@ def as_markdown(rows: Sequence[Compared]) -> str:
     notes = (
         f"± is half a 95% confidence interval over users. ΔNDCG@10 is the difference from {_cell(first)}; p is the p-value of "
         "a paired t-test over users, without and with Holm's correction. Coverage is the share of the catalogue that occurs "
-        "in any list of 10; novelty is in bits per item."
+        "in any list of 10; novelty is in bits per item; diversity is the share of a list that another user's list does not "
+        "contain, averaged over all pairs of users."
     )
     return "\n\n".join([*parts, notes]) + "\n"
 
@@ -140,7 +161,8 @@ def as_csv(rows: Sequence[Compared]) -> str:
                 writer.writerow(
                     [name, TESTED, f"{kind}: {group['group']}", group["users"], group[TESTED], half, "", "", ""]
                 )
-        for metric, value in (("coverage@10", row.coverage), ("novelty@10", row.novelty)):
+        of_lists = {"coverage@10": row.coverage, "novelty@10": row.novelty, "diversity@10": row.diversity}
+        for metric, value in of_lists.items():
             if value is not None:
                 writer.writerow([name, metric, "all", _users(row), value, "", "", "", ""])
     return output.getvalue()
@@ -185,7 +207,17 @@ def _users(row: Compared) -> int:
 
 
 def _results(rows: Sequence[Compared]) -> tuple[list[str], list[list[str]]]:
-    head = ["run", "model", *(metric.upper() for metric in METRICS), "ΔNDCG@10", "p", "p (Holm)", "coverage", "novelty"]
+    head = [
+        "run",
+        "model",
+        *(metric.upper() for metric in METRICS),
+        "ΔNDCG@10",
+        "p",
+        "p (Holm)",
+        "coverage",
+        "novelty",
+        "diversity",
+    ]
     cells = []
     for row in rows:
         tested = row.difference
@@ -200,6 +232,7 @@ def _results(rows: Sequence[Compared]) -> tuple[list[str], list[list[str]]]:
             + [
                 "–" if row.coverage is None else f"{row.coverage:.1%}",
                 "–" if row.novelty is None else f"{row.novelty:.2f}",
+                "–" if row.diversity is None else f"{row.diversity:.4f}",
             ]
         )
     return head, cells

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mme.cli import main
 from mme.errors import UserError
 from mme.evaluation.user_ranks import RANKS_FILE, UNRANKED, UserRanks, read_user_ranks
-from mme.report.compare import as_csv, as_latex, as_markdown, compare, holm, paired_p
+from mme.report.compare import as_csv, as_latex, as_markdown, compare, diversity, holm, paired_p
 from tests.report.pages import RUN, write_run
 
 USERS = 400
@@ -92,6 +92,7 @@ def test_a_better_run_is_distinguished_from_chance(runs: list[Path]) -> None:
     assert better.difference.p < 1e-4 and better.difference.p_holm == pytest.approx(2 * better.difference.p)
     assert better.difference.mean > better.difference.half_interval
     assert better.coverage == pytest.approx(0.12) and better.novelty == pytest.approx(5)
+    assert better.diversity == pytest.approx(2 / USERS)  # one list shares nothing with the others, which are equal
     groups = {row["group"]: row for row in better.segments["popularity"]}
     assert (
         groups["top 1%"]["users"] == 4
@@ -107,6 +108,16 @@ def test_p_equals_that_of_a_paired_test() -> None:
 
     assert paired_p(differences) == pytest.approx(2 * stats.t.sf(t, 5))
     assert paired_p(np.zeros(9)) == 1 and paired_p(np.array([1.0])) == 1
+
+
+def test_diversity_equals_that_of_all_pairs() -> None:
+    generator = np.random.default_rng(2)
+    lists = np.stack([generator.permutation(15)[:10] for _ in range(30)])
+    lists[3, 4:] = -1  # a short list
+    pairs = [(a, b) for a in range(30) for b in range(a)]
+    common = [len(set(lists[a][lists[a] >= 0]) & set(lists[b])) for a, b in pairs]
+    assert diversity(lists) == pytest.approx(1 - np.mean(common) / 10)
+    assert diversity(np.tile(np.arange(10), (3, 1))) == 0 and diversity(lists[:1]) is None
 
 
 def test_test_is_calibrated() -> None:
@@ -137,7 +148,7 @@ def test_tables_in_each_format(runs: list[Path]) -> None:
     latex = as_latex(rows)
     assert latex.count(r"\begin{tabular}") == latex.count(r"\end{tabular}") == 3
     assert r"12.0\%" in latex and "±" not in latex
-    assert {line.count(" & ") for line in latex.split(r"\bottomrule")[0].splitlines() if line.endswith(r"\\")} == {11}
+    assert {line.count(" & ") for line in latex.split(r"\bottomrule")[0].splitlines() if line.endswith(r"\\")} == {12}
     table = list(csv.DictReader(io.StringIO(as_csv(rows))))
     (tested,) = [
         row for row in table if row["run"] == "better" and row["metric"] == "ndcg@10" and row["group"] == "all"
@@ -145,6 +156,8 @@ def test_tables_in_each_format(runs: list[Path]) -> None:
     assert rows[2].difference is not None
     assert float(tested["p_holm"]) == rows[2].difference.p_holm and tested["users"] == "400"
     assert float(tested["value"]) == rows[2].metrics["ndcg@10"][0]
+    (between,) = [row for row in table if row["run"] == "better" and row["metric"] == "diversity@10"]
+    assert float(between["value"]) == rows[2].diversity
     assert {"popularity: new", "history: 1–9"} <= {row["group"] for row in table}
 
 
