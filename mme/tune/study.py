@@ -23,7 +23,10 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from mme.config import load_config, save_config
+from mme.data.description import read_info
+from mme.data.remote_set import local_folder
 from mme.errors import UserError, print_line
+from mme.evaluation.record import METRICS
 from mme.files import is_regular, make_folder, release_lock, take_lock, write_text
 from mme.tune.space import Choice, Interval, override, read_space
 from mme.tune.trial import Outcome, remove_checkpoints, run_trial, training_command
@@ -79,10 +82,11 @@ def tune(search: Search, say: Callable[[str], None] = _print) -> TuneResult:
     """Runs the remaining trials and writes ``best.yaml`` and ``trials.json`` to the output folder.
 
     Raises:
-        UserError: the space is wrong, or the folder contains another search or is in use by another process.
+        UserError: the space or the metric is wrong, the data set is missing or has no validation split, or the folder contains another search or is in use by another process.
         InterruptedError: the search was asked to stop; the same call resumes it.
     """
     space = read_space(search.space, search.config, search.overrides)
+    _require_trainable(search, {entry.key for entry in space})
     try:
         search.output.mkdir(parents=True, exist_ok=True)
         make_folder(search.output / TRIALS, search.output)
@@ -97,6 +101,20 @@ def tune(search: Search, say: Callable[[str], None] = _print) -> TuneResult:
         return _write_results(search, space, study)
     finally:
         release_lock(search.output / ".lock", lock)
+
+
+def _require_trainable(search: Search, searched: set[str]) -> None:
+    """Rejects what would make every trial fail, before anything is written."""
+    if search.metric not in METRICS:
+        raise UserError(f"--metric {search.metric}: expected {', '.join(METRICS)}")
+    data = load_config(search.config, search.overrides).data
+    if data.protocol == "leave_one_out" and "data.protocol" not in searched:
+        raise UserError(
+            "mme tune needs a validation split, which data.protocol=leave_one_out does not have: expected leave_two_out or "
+            "global_time"
+        )
+    if "data.path" not in searched:
+        read_info(local_folder(data.path, data.cache_dir))
 
 
 class _Runner:

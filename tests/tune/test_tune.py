@@ -88,6 +88,26 @@ def test_a_trial_that_lags_behind_is_stopped(tmp_path: Path, data: Path) -> None
     assert outcome.best == max(value for _, value in told)
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--metric", "ndcg@20"], "--metric ndcg@20: expected hr@10, hr@50, ndcg@10, ndcg@50, mrr"),
+        (
+            ["data.protocol=leave_one_out"],
+            "mme tune needs a validation split, which data.protocol=leave_one_out does not",
+        ),
+        (["data.path=nowhere"], "nowhere: no such folder"),
+    ],
+)
+def test_what_every_trial_would_reject_is_found_before_the_first(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], more: list[str], message: str
+) -> None:
+    assert main([*arguments(tmp_path, data, 1), *more]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err and printed.err.count("\n") == 1 and "trial" not in printed.out
+    assert not (tmp_path / "search").exists()
+
+
 def test_another_search_in_the_same_folder_is_refused(
     tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
