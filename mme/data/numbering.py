@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from mme.config import USER_ID
 from mme.data.features import Vocabulary, read_vocabularies
 from mme.data.id_lookup import IdLookup
-from mme.data.layout import ITEMS_FILE
-from mme.data.parquet import Kind, read_table
+from mme.data.layout import ITEMS_FILE, TITLE
+from mme.data.parquet import Kind, open_parquet, read_table
 from mme.data.parts import read_user_ids
 from mme.errors import UserError
 from mme.files import HASH_THREADS
@@ -116,6 +116,33 @@ def read_item_counts(folder: Path) -> NDArray[np.int64]:
         UserError: the file is missing or damaged.
     """
     return np.asarray(_read_items(folder, "count", "integer")).astype(np.int64)
+
+
+def read_titles(folder: Path) -> pa.Array | None:
+    """Titles by item index, text or null; None if the data set has no titles.
+
+    Raises:
+        UserError: the file is missing or damaged, or its titles are not text.
+    """
+    with open_parquet(folder, ITEMS_FILE) as file:
+        if TITLE not in file.schema_arrow.names:
+            return None
+        table = file.read(columns=["item_index", TITLE]).sort_by("item_index")
+    titles = table[TITLE].combine_chunks()
+    if not pa.types.is_string(titles.type):
+        raise UserError(f"{folder / ITEMS_FILE}: column {TITLE!r} holds {titles.type}, expected text")
+    titles.validate(full=True)
+    return titles
+
+
+def read_item_labels(folder: Path) -> pa.Array:
+    """What a person reads for each item, by item index: its title or, if it has none, its raw id.
+
+    Raises:
+        UserError: see `read_titles`.
+    """
+    ids, titles = read_item_ids(folder).cast(pa.string()), read_titles(folder)
+    return ids if titles is None else pc.coalesce(titles, ids)
 
 
 def _read_items(folder: Path, column: str, kind: Kind) -> pa.Array:

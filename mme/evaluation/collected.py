@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mme.data.batch import EvaluationBatch
 from mme.data.dataset import PreparedDataset
-from mme.data.numbering import read_item_ids
+from mme.data.numbering import read_item_labels
 from mme.evaluation.metrics import user_metrics
 from mme.evaluation.popularity import Popularity
 from mme.evaluation.ranking import Ranker
@@ -83,14 +83,14 @@ class CollectedUsers:
 
 
 def item_names(dataset: PreparedDataset) -> Callable[[list[int]], list[str]] | None:
-    """A function that returns the raw ids of items.
+    """A function that returns the titles of items, or the raw ids of items without a title.
 
-    None if the data set's folder was removed after the job started, because only the folder has the raw ids.
+    None if the data set's folder was removed after the job started, because only the folder has the ids.
     """
     if not dataset.folder.is_dir():
         return None
-    item_ids = read_item_ids(dataset.folder)
-    return lambda items: [str(item_ids[item].as_py()) for item in items]
+    labels = read_item_labels(dataset.folder)
+    return lambda items: [labels[item].as_py() for item in items]
 
 
 def segments(users: UserRanks) -> dict[str, dict[str, list[dict[str, Any]]]]:

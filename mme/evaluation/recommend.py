@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from mme.config import Config, load_run_config
 from mme.data.description import read_info
-from mme.data.numbering import Numbering, read_item_counts
+from mme.data.numbering import Numbering, read_item_counts, read_titles
 from mme.data.parts import IntArray, check_files
 from mme.data.remote_set import local_folder
 from mme.data.times import time_range
@@ -104,9 +104,10 @@ def recommend(run: Path, users: Path, output: Path, options: Options) -> Summary
         users: Parquet, see `mme.evaluation.requests.check_requests`. A column of `model.event_features` has a list with a
             value for each event. A column of `model.user_features` has one value, or such a list, of which the value of the
             first event in the model's window counts. A value that is missing or not in the training data counts as unknown.
-        output: Parquet with `user_id`, `item_ids` (list of raw item ids, best first), `scores` (list of float) and
-            `fallback` (bool), published atomically. A history without a known item gets the most popular items; its
-            `fallback` is true, and its scores are the numbers of events of the items in the data set.
+        output: Parquet with `user_id`, `item_ids` (list of raw item ids, best first), `titles` (list of text or null, if
+            the data set has titles), `scores` (list of float) and `fallback` (bool), published atomically. A history
+            without a known item gets the most popular items; its `fallback` is true, and its scores are the numbers of
+            events of the items in the data set.
 
     Raises:
         UserError: a file, column, row or item is missing, unknown or wrong, or ``output`` can't be written.
@@ -133,7 +134,7 @@ def recommend(run: Path, users: Path, output: Path, options: Options) -> Summary
         is_fallback = known.lengths == 0
         _fill_with_popular(lists, is_fallback, read_item_counts(data)[: extent.num_items])
         if world.rank == 0:
-            _write(_result(given, lists, is_fallback, numbering.item_ids), output)
+            _write(_result(given, lists, is_fallback, numbering.item_ids, read_titles(data)), output)
     unknown = given.lengths - known.lengths
     return Summary(is_fallback.size, int(unknown.sum()), int((unknown > 0).sum()), int(is_fallback.sum()))
 
@@ -168,13 +169,18 @@ def _fill_with_popular(lists: Lists, chosen: NDArray[np.bool_], counts: IntArray
     lists.items[chosen, : best.size], lists.scores[chosen, : best.size] = best, counts[best]
 
 
-def _result(requests: Requests, lists: Lists, is_fallback: NDArray[np.bool_], catalogue: pa.Array) -> pa.Table:
+def _result(
+    requests: Requests, lists: Lists, is_fallback: NDArray[np.bool_], catalogue: pa.Array, titles: pa.Array | None
+) -> pa.Table:
     found = lists.items >= 0
     offsets = pa.array(np.concatenate([[0], np.cumsum(found.sum(1))]), pa.int32())
+    items = pa.array(lists.items[found])
+    with_titles = {} if titles is None else {"titles": pa.ListArray.from_arrays(offsets, titles.take(items))}
     return pa.table(
         {
             "user_id": requests.user_ids,
-            "item_ids": pa.ListArray.from_arrays(offsets, catalogue.take(pa.array(lists.items[found]))),
+            "item_ids": pa.ListArray.from_arrays(offsets, catalogue.take(items)),
+            **with_titles,
             "scores": pa.ListArray.from_arrays(offsets, pa.array(lists.scores[found])),
             "fallback": is_fallback,
         }

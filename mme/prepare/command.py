@@ -126,7 +126,24 @@ def prepare(
         typer.Option(metavar="NAME", help="Instead of files: the embedded generator, such as quickstart."),
     ] = None,
     users: Annotated[Optional[int], typer.Option(min=1, help="With --synthetic: how many users; default 3000.")] = None,
-    items: Annotated[Optional[int], typer.Option(min=1, help="With --synthetic: how many items; default 2000.")] = None,
+    items: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="FILE",
+            help="File with one row per item: its id, its title and attributes, as CSV, JSON lines or Parquet. With "
+            "--synthetic: how many items; default 2000.",
+        ),
+    ] = None,
+    title_column: Annotated[
+        Optional[str], typer.Option(help="Column of titles in the file of --items: its name, or its number from 1.")
+    ] = None,
+    item_id_column: Annotated[
+        Optional[str], typer.Option(help="Column of item ids in the file of --items, likewise.")
+    ] = None,
+    item_attributes: Annotated[
+        Optional[str],
+        typer.Option(metavar="NAMES", help="Further columns of that file to keep, separated by commas, such as brand."),
+    ] = None,
     seed: Annotated[Optional[int], typer.Option(help="With --synthetic: seed of the generator; default 0.")] = None,
 ) -> None:
     """Turn raw interactions into a training set.
@@ -143,6 +160,8 @@ def prepare(
 
         mme prepare log.tsv --no-header --user-column 1 --item-column 2 --timestamp-column 4 --output datasets/mine
 
+        mme prepare ratings.csv --items movies.csv --item-attributes genres --output datasets/mine
+
         mme prepare log.csv --feature-columns action,segment --output datasets/mine
 
         mme prepare day3.parquet --add-to datasets/mine
@@ -150,7 +169,8 @@ def prepare(
         mme prepare --synthetic quickstart --output datasets/quickstart
     """
     with job_status():
-        generator = {"users": users, "items": items, "seed": seed}
+        of_items = {"title_column": title_column, "item_id_column": item_id_column, "item_attributes": item_attributes}
+        generator: dict[str, Any] = {"users": users, "seed": seed}
         columns = {
             "user_column": user_column,
             "item_column": item_column,
@@ -177,7 +197,7 @@ def prepare(
             "filter_once": filter_once,
             "feature_columns": feature_columns,
         }
-        limits = {
+        limits: dict[str, Any] = {
             "memory_limit": memory_limit,
             "max_malformed_share": max_malformed_share,
         }
@@ -187,30 +207,49 @@ def prepare(
         if target is None or (output and add_to):
             raise UserError("mme prepare needs either --output or --add-to (see `mme prepare --help`)")
         if synthetic is not None:
-            options = {**columns, **filters, **limits, **reading, "add_to": add_to}
+            options = {**columns, **filters, **limits, **reading, **of_items, "add_to": add_to}
             _refuse(given_files | _given(options), "--synthetic")
             if remote_url(target) is None:
                 local_path(target, "--output")
             from mme.prepare.synthetic import prepare_synthetic
 
+            generator["items"] = None if items is None else _count(items)
             _print_prepared(prepare_synthetic(synthetic, target, **_given(generator)), target)
             return
         if not files:
             raise UserError("mme prepare needs --input or --synthetic (see `mme prepare --help`)")
         _refuse(_given(generator), "--input")
         names = {option.removesuffix("_column"): name for option, name in columns.items()}
+        from mme.prepare.item_table import ItemOptions
         from mme.prepare.pipeline import add_events
         from mme.prepare.pipeline import prepare as prepare_files
 
+        limits["items"] = None
+        if items is None:
+            _refuse(_given(of_items), "a command without --items")
+        else:
+            attributes = _names(item_attributes or "")
+            limits["items"] = ItemOptions(items, item_id_column, title_column, attributes)
         if add_to:
             _refuse(_given(filters), "--add-to, for the set keeps its own filters and columns,")
             info = add_events(files, add_to, columns=names, tell=_tell, **_given(limits | reading))
         else:
             if feature_columns is not None:
-                filters["feature_columns"] = [name.strip() for name in feature_columns.split(",") if name.strip()]
+                filters["feature_columns"] = _names(feature_columns)
             reading["format"] = format or "auto"
             info = prepare_files(files, output=target, columns=names, tell=_tell, **_given(filters | limits | reading))
         _print_prepared(info, target)
+
+
+def _names(text: str) -> list[str]:
+    """The names in a list that is separated by commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise UserError(f"--items {text}: expected with --synthetic the number of items, from 1")
+    return int(text)
 
 
 def _tell(text: str) -> None:
@@ -246,6 +285,10 @@ def _print_prepared(info: dict[str, Any], output: str) -> None:
                 table.add_row(escape(one_line(f"  {reason} (first: {found['first'][0]})")), f"{found['rows']:,}")
     for name, number in info.get("features", {}).items():
         table.add_row(escape(one_line(f"values of {name}")), f"{number:,}")
+    if runs and (found := runs[-1].get("items")):
+        first = f" (first: {', '.join(found['first_unknown'])})" if found["unknown_ids"] else ""
+        table.add_row("items without a row in the file of items", f"{found['items_without_row']:,}")
+        table.add_row(escape(one_line(f"rows of other items in that file{first}")), f"{found['unknown_ids']:,}")
     for metric, value in info.get("oracle", {}).get("test", {}).items():
         table.add_row(f"{metric.upper()} of an oracle that knows the process", f"{value:.4f}")
     Console().print(table)

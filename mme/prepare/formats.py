@@ -14,8 +14,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -37,6 +38,16 @@ KNOWN_NAMES = {
     "click": ["is_click", "click", "clicked"],
     "watch_time": ["watch_time", "watch_time_ms", "play_time", "play_time_ms", "play_duration", "dwell_time"],
     "watch_ratio": ["watch_ratio", "play_ratio"],
+    "title": [
+        "title",
+        "name",
+        "item_title",
+        "item_name",
+        "movie_title",
+        "product_title",
+        "product_name",
+        "video_title",
+    ],
 }
 FIXED_NAMES = {
     "movielens-20m": ["userId", "movieId", "timestamp"],
@@ -133,6 +144,39 @@ def open_source(path: InputFile, options: ReadOptions, format: str, more_roles: 
         times_may_be_missing=format == "kuairec",
         text_ids=options.id_type == "text" or (format == "amazon" and options.id_type == "auto"),
     )
+
+
+def open_item_table(
+    path: InputFile, item_column: str | None, title_column: str | None, more: Mapping[str, str]
+) -> SourceFile:
+    """How to read a file with one row per item: Parquet, JSON lines or CSV with a header.
+
+    ``more``: role → name of a column. The file needs a title or such a column.
+
+    Raises:
+        UserError: a column is missing, given twice, or could be one of several.
+    """
+    first_lines = _first_lines(path)
+    layout = Layout(",", [])
+    kind: Literal["parquet", "text", "json"] = "parquet"
+    if first_lines is None:
+        names = _parquet_names(path)
+    elif first_lines[0].lstrip().startswith("{"):
+        kind, names = "json", list(dict.fromkeys(name for line in first_lines for name in json_fields(line) or {}))
+    else:
+        separator = _separator(first_lines[0])
+        names, header_lines, blanks_before_quotes = read_header(first_lines, separator)
+        kind, layout = "text", Layout(separator, names, header_lines, blanks_before_quotes)
+    columns = {
+        "item": _known(path, names, "item", "item-id") if item_column is None else _named(path, names, item_column)
+    }
+    if title_column is not None or not more or any(_plain(name) in map(_plain, KNOWN_NAMES["title"]) for name in names):
+        columns["title"] = _known(path, names, "title") if title_column is None else _named(path, names, title_column)
+    columns |= {role: _named(path, names, name) for role, name in more.items()}
+    for name in columns.values():
+        if names.count(name) > 1:
+            raise UserError(f"{path}: {names.count(name)} columns are named {name!r}: expected one")
+    return SourceFile(path, columns, kind, layout=layout)
 
 
 def identify(path: InputFile, format: str) -> str:
@@ -313,8 +357,8 @@ def _named(path: InputFile, names: list[str], wanted: str) -> str:
     raise UserError(f"{path}: no column {wanted!r} (found: {_listed(names)})")
 
 
-def _known(path: InputFile, names: list[str], role: str) -> str:
-    option = role.replace("_", "-")
+def _known(path: InputFile, names: list[str], role: str, option: str | None = None) -> str:
+    option = option or role.replace("_", "-")
     for known in KNOWN_NAMES[role]:
         found = list(dict.fromkeys(name for name in names if _plain(name) == _plain(known)))
         if len(found) > 1:

@@ -34,6 +34,7 @@ from mme.prepare.formats import ReadOptions, identify, open_source, same_format
 from mme.prepare.histories import NEW, BoolArray, CountFilter, Histories, IntArray, Spool, first_of_duplicates
 from mme.prepare.ids import ID_TYPES, IdColumn
 from mme.prepare.inputs import find_files
+from mme.prepare.item_table import ItemOptions, ItemTable, earlier_columns
 from mme.prepare.left_out import LeftOutWriter
 from mme.prepare.manifest import Settings, describe, file_record
 from mme.prepare.merging import write_histories
@@ -70,6 +71,7 @@ def prepare(
     min_item_events: int = 1,
     filter_once: bool = False,
     feature_columns: Sequence[str] = (),
+    items: ItemOptions | None = None,
     memory_limit: str = "4GiB",
     max_malformed_share: float = 0.01,
     tell: Callable[[str], None] | None = None,
@@ -87,7 +89,7 @@ def prepare(
     fields) are left out and counted. Then users with fewer than ``min_user_events`` and items with fewer than ``min_item_events``
     events are dropped, repeatedly until all remaining ones have enough or, with ``filter_once``, by one count of all events. Items
     are numbered in the order of their raw ids. ``feature_columns`` names columns to keep besides item and time, such as ``action``
-    or ``price:number`` (`mme.data.features`).
+    or ``price:number`` (`mme.data.features`). ``items`` is a file with titles and attributes of items (`ItemTable`).
 
     Raises:
         UserError: a file is missing, empty, truncated, not a regular file or lacks a column; its content can be read in two
@@ -106,8 +108,9 @@ def prepare(
     limit = _memory_limit(memory_limit)
     _check_target(output, "--output")
     settings, reading = _open(inputs, settings, None, max_malformed_share, tell)
+    item_table = ItemTable.read(items, reading.cleaner.ids["item"]) if items else None
     with set_to_write(output) as folder, DatasetWriter(folder, kept=KEPT) as writer:
-        return _make(writer, reading, settings, None, limit)
+        return _make(writer, reading, settings, None, limit, item_table)
 
 
 def add_events(
@@ -120,6 +123,7 @@ def add_events(
     quoting: Quoting | None = None,
     time_unit: str | None = None,
     id_type: str | None = None,
+    items: ItemOptions | None = None,
     memory_limit: str = "4GiB",
     max_malformed_share: float = 0.01,
     tell: Callable[[str], None] | None = None,
@@ -147,7 +151,8 @@ def add_events(
             id_type or before.id_type,
         )
         settings, reading = _open(inputs, replace(prior.settings, read=read), prior, max_malformed_share, tell)
-        return _make(writer, reading, settings, prior, limit)
+        item_table = ItemTable.read(items, reading.cleaner.ids["item"]) if items else None
+        return _make(writer, reading, settings, prior, limit, item_table)
 
 
 def _check_target(path: str | Path, option: str) -> None:
@@ -202,6 +207,7 @@ def _make(
     settings: Settings,
     prior: PriorSet | None,
     memory_limit: int,
+    item_table: ItemTable | None,
 ) -> dict[str, Any]:
     """Writes the set and puts it in place."""
     sources, vocabularies = reading.sources, reading.cleaner.vocabularies
@@ -234,7 +240,11 @@ def _make(
         "has_fractions": chosen.has_fractions,
         "features": {name: len(vocabulary.numbers) for name, vocabulary in vocabularies.items()},
     }
-    return writer.finish(info, chosen.raw_items.filter(pa.array(chosen.in_set)), chosen.counts[chosen.in_set])
+    raw_items, counts = chosen.raw_items.filter(pa.array(chosen.in_set)), chosen.counts[chosen.in_set]
+    item_columns = earlier_columns(prior.item_columns if prior else {}, len(raw_items))
+    if item_table is not None:
+        item_columns, run["items"] = item_table.join(raw_items, item_columns, reading.cleaner.ids["item"].unsigned)
+    return writer.finish(info, raw_items, counts, item_columns)
 
 
 @dataclass

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from mme.data.description import read_info, require_sum
 from mme.data.features import parts_column, read_vocabularies
-from mme.data.layout import FORMAT_VERSION, FRACTIONS, INFO_FILE, ITEMS_FILE, LEFT_OUT_FILE
+from mme.data.layout import ATTRIBUTE_PREFIX, FORMAT_VERSION, FRACTIONS, INFO_FILE, ITEMS_FILE, LEFT_OUT_FILE, TITLE
 from mme.data.parquet import open_parquet
 from mme.data.parts import check_files
 from mme.errors import UserError
@@ -34,6 +34,7 @@ class PriorSet:
         info: content of its dataset.json.
         raw_items: raw ids by item index.
         counts: (items,) int64, events of each item.
+        item_columns: titles and attributes, (items,) each.
         vocabularies: feature → its values.
         features: names of the features in the parts.
         ids: kinds of the users' and items' ids.
@@ -55,6 +56,11 @@ class PriorSet:
         items = _read(folder, ITEMS_FILE).sort_by("item_index")
         self.raw_items = items["item_id"].combine_chunks()
         self.counts: IntArray = items["count"].to_numpy()
+        self.item_columns = {
+            name: items[name].combine_chunks()
+            for name in items.column_names
+            if name == TITLE or name.startswith(ATTRIBUTE_PREFIX)
+        }
 
     def user_rows(self) -> Iterator[pa.Table]:
         """A table of all users: user (raw), row."""

@@ -112,7 +112,7 @@ class SourceFile:
         if self.kind == "json":
             blocks = json_reader.read_blocks(stream, names, num_bytes)
         else:
-            time_field = self.layout.names.index(self.columns["timestamp"])
+            time_field = self.layout.names.index(self.columns.get("timestamp", self.columns["item"]))
             splitter = RecordSplitter(self.layout.separator, len(self.layout.names), time_field, self.quoting)
             blocks = text_reader.read_blocks(stream, self.layout, names, splitter, num_bytes)
         for block in blocks:

@@ -118,11 +118,25 @@ class DatasetWriter:
         sums: dict[str, Any] = {} if "sha256" in part else dict(file_sum(self.partial / file))
         self.parts.append({**part, **sums, "file": file})
 
-    def finish(self, info: dict[str, Any], raw_items: pa.Array, counts: NDArray[np.int64]) -> dict[str, Any]:
-        """Writes the item map and dataset.json, puts the folder in its place and returns the content of dataset.json."""
+    def finish(
+        self,
+        info: dict[str, Any],
+        raw_items: pa.Array,
+        counts: NDArray[np.int64],
+        item_columns: Mapping[str, pa.Array] | None = None,
+    ) -> dict[str, Any]:
+        """Writes the item map and dataset.json, puts the folder in its place and returns the content of dataset.json.
+
+        ``item_columns`` are titles and attributes, in the order of ``raw_items``.
+        """
         self._end_part()
         items = pa.table(
-            {"item_index": np.arange(len(raw_items)), "item_id": raw_items, "count": pa.array(counts, pa.int64())}
+            {
+                "item_index": np.arange(len(raw_items)),
+                "item_id": raw_items,
+                "count": pa.array(counts, pa.int64()),
+                **(item_columns or {}),
+            }
         )
         pq.write_table(items, self.partial / ITEMS_FILE, compression="zstd")
         whole = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 
 from mme.config import load_config, save_config
 from mme.data.dataset import PreparedDataset
+from mme.data.description import file_sum
 from mme.distributed.checkpoint_index import Progress
 from mme.distributed.checkpoint_writer import CheckpointWriter
 from mme.distributed.engine import initialize_engine
@@ -118,6 +121,24 @@ def test_an_unknown_item_changes_nothing_else(run: Path, tmp_path: Path) -> None
         run_on(1, lists_of, str(run), str(users), str(tmp_path / name), Options(5))
         tops.append(pq.read_table(tmp_path / name).to_pylist())
     assert tops[0] == tops[1]
+
+
+def test_titles_stand_beside_the_items(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    data = tmp_path / "run" / "data"
+    items = pq.read_table(data / "items.parquet")
+    titles = [f"title {item}" if item % 2 else None for item in items["item_id"].to_pylist()]
+    pq.write_table(items.append_column("title", pa.array(titles)), data / "items.parquet")
+    info = json.loads((data / "dataset.json").read_text())
+    info["files"]["items.parquet"] = file_sum(data / "items.parquet")
+    (data / "dataset.json").write_text(json.dumps(info))
+    config = tmp_path / "run" / "config.yaml"
+    config.write_text(config.read_text().replace(str(run), str(tmp_path / "run")))
+    users = histories(tmp_path, [1003, 1007], [5, 6])
+    run_on(1, lists_of, str(tmp_path / "run"), str(users), str(tmp_path / "top"), Options(7))
+    for row in pq.read_table(tmp_path / "top").to_pylist():
+        assert row["titles"] == [f"title {item}" if item % 2 else None for item in row["item_ids"]]
+        assert len(row["titles"]) == 7
 
 
 def refused_before_the_model_is_loaded(world: World, run: str, users: str, output: str) -> str:
