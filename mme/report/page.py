@@ -221,6 +221,10 @@ def _tiles(run: RunFiles) -> list[tuple[str, str]]:
     rates = sorted(rate for _, rate in points(train, "tokens_per_s"))
     if rates:
         tiles.append(("tokens/s, median", _count(rates[len(rates) // 2])))
+    if used := sorted(share for _, share in points(train, "mfu")):
+        tiles.append(("MFU, median", f"{used[len(used) // 2]:.1%}"))
+    if memory := [gib for _, gib in points(train, "peak_mem_gib")]:
+        tiles.append(("peak memory", f"{max(memory):.3g} GiB"))
     if train:
         tiles.append(("steps", f"{train[-1]['step']:,}"))
         tiles.append(("time in steps", duration(_training_s(train))))

@@ -10,10 +10,16 @@ from mme.report.results import POPULARITY, Z_95, RunFiles
 from mme.report.sections import Section, points, section
 
 CURVES = {"ndcg@10": "Validation NDCG@10", "hr@10": "Validation HR@10"}
+COSTS = {  # figures of the train records
+    "tokens_per_s": "Throughput, tokens/s",
+    "mfu": "Model FLOPs utilisation (1: the devices' peak)",
+    "peak_mem_gib": "Peak memory of the fullest rank, GiB",
+    "exposed_communication": "Exposed communication, share of the step",
+}
 
 
 def training_section(run: RunFiles) -> Section | None:
-    """Loss, validation metrics with the chosen checkpoint, throughput and waiting time of one run."""
+    """Loss, validation metrics with the chosen checkpoint, and costs of one run."""
     train = run.of_kind("train")
     loss = points(train, "loss")
     chosen = _chosen_step(run)
@@ -27,8 +33,10 @@ def training_section(run: RunFiles) -> Section | None:
             for colour, model in enumerate(models)
         ]
         charts.append(line_chart(lines, title=title, from_zero=True, rule_at=chosen))
-    rate = points(train, "tokens_per_s")
-    charts.append(line_chart([Line("", rate, colour=2)], title="Throughput, tokens/s", from_zero=True))
+    charts += [
+        line_chart([Line("", points(train, key), colour=2)], title=title, from_zero=True)
+        for key, title in COSTS.items()
+    ]
     charts.append(_waiting(train))
     notes = [f"The dashed line marks the chosen checkpoint, step {chosen:,}."] if chosen is not None else []
     return section("Training", charts, notes=notes)
@@ -36,12 +44,14 @@ def training_section(run: RunFiles) -> Section | None:
 
 def compared_training_section(runs: Sequence[RunFiles], names: Sequence[str]) -> Section | None:
     """The same curves with one line per run."""
-    loss, rate = [], []
+    loss: list[Line] = []
+    by_cost: dict[str, list[Line]] = {key: [] for key in COSTS}
     by_metric: dict[str, list[Line]] = {metric: [] for metric in CURVES}
     for colour, (run, name) in enumerate(zip(runs, names, strict=True)):
         train = run.of_kind("train")
         loss.append(Line(name, smoothed(points(train, "loss")), colour=colour))
-        rate.append(Line(name, points(train, "tokens_per_s"), colour=colour))
+        for key, lines in by_cost.items():
+            lines.append(Line(name, points(train, key), colour=colour))
         valid = [
             record
             for record in run.of_kind("eval")
@@ -51,7 +61,7 @@ def compared_training_section(runs: Sequence[RunFiles], names: Sequence[str]) ->
             lines.append(metric_line(name, valid, metric, colour, _chosen_step(run)))
     charts = [line_chart(loss, title="Training loss, smoothed")]
     charts += [line_chart(by_metric[metric], title=title, from_zero=True) for metric, title in CURVES.items()]
-    charts.append(line_chart(rate, title="Throughput, tokens/s", from_zero=True))
+    charts += [line_chart(by_cost[key], title=title, from_zero=True) for key, title in COSTS.items()]
     rung = any(_chosen_step(run) is not None for run in runs)
     return section("Training", charts, notes=["Rings mark the chosen checkpoints."] if rung else [])
 

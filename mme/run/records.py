@@ -47,6 +47,9 @@ class TrainRecord(Record):
     step_ms: float | None = None
     wait_ms: float | None = None
     straggler_ms: float | None = None
+    exposed_communication: float | None = None
+    mfu: float | None = None
+    peak_mem_gib: float | None = None
 
 
 class ExpertsRecord(Record):

@@ -147,6 +147,23 @@ def test_confidence_intervals_are_in_the_table_and_around_the_curves(tmp_path: P
     }
 
 
+def test_memory_and_use_of_the_devices_are_shown(tmp_path: Path) -> None:
+    train = [
+        record
+        | {"mfu": record["step"] / 1000, "peak_mem_gib": 12.0 + record["step"] / 100, "exposed_communication": 0.25}
+        for record in train_records()
+    ]
+    run = write_run(tmp_path / "run", [RUN, *train])
+    other = write_run(tmp_path / "other", [RUN, *train_records()])
+    page = Page(write_report(run))
+    assert "MFU, median11.0%" in page.text and "peak memory14 GiB" in page.text
+    assert len(page.charts) == len(Page(write_report(other)).charts) + 3
+    for title in ["Model FLOPs utilisation", "Peak memory of the fullest rank, GiB", "Exposed communication"]:
+        assert title in page.text
+    both = Page(write_compared_report([run, other], tmp_path / "both.html"))
+    assert "Peak memory of the fullest rank, GiB" in both.text
+
+
 def test_several_runs_are_shown_side_by_side(tmp_path: Path) -> None:
     def segments(ndcg: float) -> dict[str, Any]:
         return {"segments": {"popularity": [{"group": "new", "users": 20, "ndcg@10": ndcg, "standard_error": 0.01}]}}
