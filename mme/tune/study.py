@@ -34,6 +34,7 @@ from mme.tune.trial import Outcome, remove_checkpoints, run_trial, training_comm
 STUDY = "mme"
 JOURNAL = "journal.log"  # in the folder of the search
 TRIALS = "trials"  # folder of the trials' folders
+BEST_FOLDER = "best"  # output_dir of the best configuration
 UNPRUNED_TRIALS = 4  # trials before one may be stopped
 UNPRUNED_EVALUATIONS = 2  # evaluations of each trial before it may be stopped
 TRIAL_FOLDER, TRIAL_REASON = "folder", "refused"  # attributes of a trial; the second is the reason of a failure
@@ -98,7 +99,7 @@ def tune(search: Search, say: Callable[[str], None] = _print) -> TuneResult:
     try:
         study = _study(search, space)
         _Runner(search, space, study, say).run()
-        return _write_results(search, space, study)
+        return write_results(search, space, study)
     finally:
         release_lock(search.output / ".lock", lock)
 
@@ -274,7 +275,8 @@ def _values(trial: FrozenTrial, space: list[Choice | Interval]) -> dict[str, Any
     return {entry.key: entry.decode(trial.params[entry.key]) for entry in space if entry.key in trial.params}
 
 
-def _write_results(search: Search, space: list[Choice | Interval], study: optuna.Study) -> TuneResult:
+def write_results(search: Search, space: list[Choice | Interval], study: optuna.Study) -> TuneResult:
+    """Writes trials.json and, if a trial is complete, the best configuration."""
     rows = [
         {
             "trial": _folder_of(trial),
@@ -293,5 +295,6 @@ def _write_results(search: Search, space: list[Choice | Interval], study: optuna
         return TuneResult(None, rows)
     values = _values(best, space)
     config = load_config(search.config, [*search.overrides, *(override(key, value) for key, value in values.items())])
+    config.output_dir = str(search.output / BEST_FOLDER)  # not that of the given configuration, where a run may exist
     save_config(config, search.output / "best.yaml")
     return TuneResult(best.value, rows)

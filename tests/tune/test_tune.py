@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from mme.cli import main
+from mme.tune.space import read_space
+from mme.tune.study import Search, write_results
 from mme.tune.trial import run_trial, training_command, validation_values
 
 CONFIG = Path("configs/quickstart.yaml")
@@ -62,6 +64,7 @@ def test_a_killed_search_resumes_and_writes_the_best_configuration(tmp_path: Pat
     best = max(complete, key=lambda row: row["ndcg@10"])  # type: ignore[arg-type, return-value]
     assert best["ndcg@10"] == max(validation_values(tmp_path / "search" / "trials" / str(best["trial"]), "ndcg@10"))
     written = yaml.safe_load((tmp_path / "search" / "best.yaml").read_text())
+    assert written["output_dir"] == str(tmp_path / "search" / "best")
     assert written["model"]["dropout"] == best["values"]["model.dropout"]  # type: ignore[index]
     kept = {path.parent.name for path in (tmp_path / "search" / "trials").glob("*/checkpoints")}
     assert kept == {best["trial"]}
@@ -106,6 +109,23 @@ def test_what_every_trial_would_reject_is_found_before_the_first(
     printed = capsys.readouterr()
     assert message in printed.err and printed.err.count("\n") == 1 and "trial" not in printed.out
     assert not (tmp_path / "search").exists()
+
+
+def test_the_best_configuration_has_a_folder_of_its_own(tmp_path: Path, data: Path) -> None:
+    from optuna import create_study
+    from optuna.distributions import CategoricalDistribution
+    from optuna.trial import create_trial
+
+    (tmp_path / "space.yaml").write_text("model.num_tables: [2, 4]\n")
+    search = Search(CONFIG, tmp_path / "space.yaml", tmp_path, [f"data.path={data}"], trials=2)
+    study = create_study(direction="maximize")
+    for tables, value in (("2", 0.1), ("4", 0.2)):
+        chosen = {"model.num_tables": CategoricalDistribution(["2", "4"])}
+        study.add_trial(create_trial(params={"model.num_tables": tables}, distributions=chosen, value=value))
+    result = write_results(search, read_space(search.space, CONFIG, search.overrides), study)
+    written = yaml.safe_load((tmp_path / "best.yaml").read_text())
+    assert (result.best, written["model"]["num_tables"]) == (0.2, 4)
+    assert written["output_dir"] == str(tmp_path / "best") and written["data"]["path"] == str(data)
 
 
 def test_another_search_in_the_same_folder_is_refused(
