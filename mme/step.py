@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mme.config import Config
 from mme.data.batch import SequenceBatch
-from mme.distributed.clipping import clip_gradients
-from mme.distributed.engine import reduced_gradients, set_lr, spoil_gradients, was_skipped
+from mme.distributed.clipping import OwnedGradients, sum_over_ranks
+from mme.distributed.engine import reduced_gradients, set_lr, skip_step
 from mme.distributed.recommender import Recommender
 from mme.distributed.tables import mix_seed
 from mme.distributed.world import World
@@ -81,18 +81,18 @@ class Gradients:
 
     Attributes:
         finite: whether the loss and every gradient are finite on all ranks.
-        ids: (U,) the distinct items and features of the batch.
+        norm: of the gradients of decoder and tables together; None: no limit is set.
         looked_up: (U, M, d) the rows that this rank fetched from the tables, attached to the autograd graph.
         item_rows: (U, M, d) the gradient of ``looked_up``.
     """
 
     loss: float
     finite: bool
+    norm: float | None
     votes: tuple[bool, ...]
     tokens: int
     counts: Tensor
     routing: list[Routing]
-    ids: Tensor
     looked_up: Tensor
     item_rows: Tensor
 
@@ -125,6 +125,9 @@ class TrainStep:
         self.total_steps = total_steps
         self.sample_items = BatchItemSampler(config.loss, recommender.rows, training_counts)
         self.loss = NextItemLoss(config, recommender.num_items)
+        self.owned: OwnedGradients | None = None
+        if config.train.grad_clip and OwnedGradients.needed_by(recommender.tables, recommender.world):
+            self.owned = OwnedGradients(recommender.tables)
 
     def __call__(
         self, step: int, batch: SequenceBatch, applied: int | None = None, votes: Sequence[bool] = ()
@@ -171,22 +174,37 @@ class TrainStep:
         losses, counts = torch.stack([part.losses for part in done]), torch.stack([part.counts for part in done]).sum(0)
         with region("optimizer"):
             spoiled = is_spoiled([item_rows.grad, *reduced_gradients(self.engine)], world.size)
-        own = [losses.sum(), spoiled.double(), *(losses.new_full((), vote) for vote in votes)]
+            squares = self._squared_norm(items[0].ids, looked_up, item_rows.grad)
+        own = [losses.sum(), spoiled.double(), squares, *(losses.new_full((), vote) for vote in votes)]
         targets = done[0].targets.double()  # of all ranks already
-        # One read for all that the host wants to know of a step.
-        loss, spoiled, *given, tokens = torch.cat([world.sum(torch.stack(own)), targets[None]]).tolist()
+        # One exchange, and one read, for all that the host wants to know of a step.
+        loss, spoiled, squares, *given, tokens = torch.cat([world.sum(torch.stack(own)), targets[None]]).tolist()
         loss, tokens = loss / tokens, int(tokens)
         return Gradients(
             loss=loss,
             finite=math.isfinite(loss) and not spoiled,
+            norm=math.sqrt(squares) if self.config.train.grad_clip else None,
             votes=tuple(vote > 0 for vote in given),
             tokens=tokens,
             counts=counts,
             routing=[Routing.of_parts(list(blocks)) for blocks in zip(*(part.routing for part in done), strict=True)],
-            ids=items[0].ids,
             looked_up=looked_up,
             item_rows=item_rows.grad,
         )
+
+    def _squared_norm(self, ids: Tensor, looked_up: Tensor, rows: Tensor) -> Tensor:
+        """() float64 this rank's share of the sum of squares of all gradients; 0 if no limit is set."""
+        total = torch.zeros((), dtype=torch.float64, device=rows.device)
+        if not self.config.train.grad_clip:
+            return total
+        for part in reduced_gradients(self.engine):
+            total = total + part.double().square().sum()
+        if self.owned is not None:
+            looked_up.backward(rows)  # as far as the owners of the rows
+            return total + self.owned.squared_norm()
+        world = self.recommender.world
+        sums = sum_over_ranks(world, ids, rows, self.recommender.rows.num_rows)
+        return total + sums.double().div_(world.size).square_().sum()
 
     def _targets_of_all_ranks(self, parts: list[SequenceBatch]) -> Tensor | None:
         """(n,) int64 the trained targets of the global batch in the order of users and places; None: they are not needed."""
@@ -209,17 +227,18 @@ class TrainStep:
         rows = items.inputs
         keys = sequence_keys(part, seed) if self.config.model.dropout else None
         output = self.engine(item_rows, rows.items, part.seq_offsets, part.timestamps, rows.events, rows.users, keys)
-        with region("loss"):
-            losses = self.loss(output.hidden, item_rows, items)
-            if part.trained is not None:
-                losses = losses.masked_fill(~part.trained, 0.0)
         counts = torch.stack([r.counts for r in output.routing]) if output.routing else part.seq_offsets.new_zeros(0)
         # Users' tokens have no target, but are routed to experts too.
         routed = part.num_tokens + (part.num_sequences if rows.users.shape[1] else 0)
         # Filled on the device: a copy of host memory would wait for it.
         numbers = (routed, part.num_tokens, batch.num_tokens, batch.num_targets)
         sizes = torch.stack([counts.new_full((), number) for number in numbers])
-        summed, sizes = world.sum(torch.cat([counts.flatten(), sizes])).split([counts.numel(), 4])
+        summing = world.start_sum(torch.cat([counts.flatten(), sizes]))
+        with region("loss"):
+            losses = self.loss(output.hidden, item_rows, items)
+            if part.trained is not None:
+                losses = losses.masked_fill(~part.trained, 0.0)
+        summed, sizes = summing().split([counts.numel(), 4])
         counts, (routed, part_tokens, tokens, targets) = summed.view(counts.shape), sizes.clamp(min=1)
         with region("loss"):
             balance = self._balance(output.routing, counts, routed) * (part_tokens / tokens)
@@ -231,19 +250,25 @@ class TrainStep:
     @region("optimizer")
     def update(self, gradients: Gradients) -> bool:
         """Steps decoder and tables; if a gradient is not finite, drops all gradients and changes no bit."""
-        recommender, limit = self.recommender, self.config.train.grad_clip
+        limit, tables = self.config.train.grad_clip, self.recommender.tables
         if not gradients.finite:
-            spoil_gradients(self.engine)
-        elif limit:
-            decoder = reduced_gradients(self.engine)
-            clip_gradients(
-                recommender.world, decoder, gradients.ids, gradients.item_rows, recommender.rows.num_rows, limit
-            )
-        self.engine.step()
-        if was_skipped(self.engine):
+            skip_step(self.engine)
+            if self.owned is not None:
+                self.owned.drop()
             return False
-        gradients.looked_up.backward(gradients.item_rows)
-        recommender.tables.step()
+        if gradients.norm is not None and (factor := limit / (gradients.norm + 1e-6)) < 1:
+            for part in reduced_gradients(self.engine):
+                part.mul_(factor)
+            if self.owned is None:
+                gradients.item_rows.mul_(factor)
+            else:
+                self.owned.scale(factor)
+        self.engine.step()
+        if self.owned is None:
+            gradients.looked_up.backward(gradients.item_rows)
+        else:
+            self.owned.apply()
+        tables.step()
         return True
 
     def _balance(self, routing: list[Routing], counts: Tensor, tokens: Tensor) -> Tensor:

@@ -56,7 +56,7 @@ class Synchronisations(TorchFunctionMode):
             counts = arguments[1] if len(arguments) > 1 else named.get("repeats", arguments[0])
             name = "repeat_interleave" if isinstance(counts, Tensor) and named.get("output_size") is None else None
         if name:
-            self.found[(*_caller(), name)] += 1
+            self.found[(*caller(), name)] += 1
         return call(*arguments, **named)
 
 
@@ -65,7 +65,7 @@ def _has_mask(index: Any) -> bool:
     return any(isinstance(part, Tensor) and part.dtype == torch.bool for part in parts)
 
 
-def _caller() -> tuple[str, str]:
+def caller() -> tuple[str, str]:
     """File and function of the innermost frame of this project, outside the tests."""
     frame: Any = sys._getframe(2)
     while frame is not None:

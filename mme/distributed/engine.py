@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from mme.config import Config
 
 ADAM_STATES = ("exp_avg", "exp_avg_sq")
+# Gradients are averaged over the ranks as soon as they fill a bucket, while backward goes on: 32 MiB in float32.
+BUCKET_ELEMENTS = 2**23
 
 
 def initialize_engine(decoder: nn.Module, config: Config) -> Any:
@@ -42,8 +44,11 @@ def initialize_engine(decoder: nn.Module, config: Config) -> Any:
             "zero_allow_untested_optimizer": True,
             "zero_optimization": {
                 "stage": config.parallel.zero_stage,
+                # A step checks and clips the gradients itself, in an exchange that it has anyway (`mme.step`).
+                "compute_grad_norm": False,
                 # The default buffers take gigabytes for models of any size.
-                "reduce_bucket_size": num_elements,
+                "overlap_comm": num_elements > BUCKET_ELEMENTS,
+                "reduce_bucket_size": min(num_elements, BUCKET_ELEMENTS),
                 "allgather_bucket_size": num_elements,
             },
         },
@@ -84,12 +89,14 @@ def reduced_gradients(engine: Any) -> list[Tensor]:
     return [gradient for group in engine.optimizer.averaged_gradients.values() for gradient in group or ()]
 
 
-def spoil_gradients(engine: Any) -> None:
-    """Makes DeepSpeed skip the next step, because it drops gradients with a non-finite norm and its records of them."""
+def skip_step(engine: Any) -> None:
+    """Drops the gradients between backward and step, and DeepSpeed's records of them; a collective.
+
+    DeepSpeed does so for gradients that are not finite, if it is told to look for them.
+    """
     for gradient in reduced_gradients(engine):
         gradient.fill_(torch.nan)
-
-
-def was_skipped(engine: Any) -> bool:
-    """Whether DeepSpeed skipped the last step because of a non-finite gradient norm; the same on all ranks."""
-    return engine.optimizer.overflow
+    engine.optimizer.check_grad_overflow = True
+    engine.step()
+    engine.optimizer.check_grad_overflow = False
+    assert engine.optimizer.overflow

@@ -56,7 +56,7 @@ class ExpertParallelDispatcher(MoE):
         )
         received = _AllToAllV.apply(self.group, rows, plan.input_splits, plan.output_splits)
         by_source = plan.local_counts_by_source  # (P, local experts) rows received
-        order = _expert_major(by_source)
+        order = _expert_major(by_source, received.shape[0])
         inverse = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
         route = _Route(plan.input_splits, plan.output_splits, order, inverse)
         return received.index_select(0, order), offsets_of(by_source.sum(0)), route
@@ -82,14 +82,13 @@ def spread_experts(decoder: Decoder, expert_parallel_size: int) -> None:
             setattr(layer.experts, name, local)
 
 
-def _expert_major(by_source: Tensor) -> Tensor:
-    """The index in source-major order of each row in expert-major order.
+def _expert_major(by_source: Tensor, num_rows: int) -> Tensor:
+    """(num_rows,) the index in source-major order of each row in expert-major order.
 
     by_source [[2, 1], [0, 3]] (2 sources, 2 local experts) → [0, 1, 2, 3, 4, 5]: source 0 sent rows 0-1 for expert 0 and
     row 2 for expert 1, source 1 rows 3-5 for expert 1.
     """
     counts = by_source.flatten()
-    num_rows = int(counts.sum())
     num_experts = by_source.shape[1]
     expert = torch.arange(num_experts, device=counts.device).repeat(by_source.shape[0])
     expert_of_row = torch.repeat_interleave(expert, counts, output_size=num_rows)

@@ -7,7 +7,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -45,6 +45,18 @@ class World(Worker):
         if self.size > 1:
             dist.all_reduce(values)
         return values
+
+    def start_sum(self, values: Tensor) -> Callable[[], Tensor]:
+        """Starts `sum`; the returned function waits for the result. Do not touch ``values`` before."""
+        if self.size == 1:
+            return lambda: values
+        work = dist.all_reduce(values, async_op=True)
+
+        def finish() -> Tensor:
+            work.wait()
+            return values
+
+        return finish
 
     def gather(self, values: Tensor) -> list[Tensor]:
         """The tensor of each rank, in rank order; the tensors may differ in their first dimension."""

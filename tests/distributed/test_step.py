@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mme.config import Config, load_config
 from mme.data.batch import SequenceBatch
-from mme.distributed.engine import initialize_engine, reduced_gradients
+from mme.distributed.engine import initialize_engine
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import weight_pieces
 from mme.distributed.world import World
@@ -315,14 +315,12 @@ def test_all_options_together_are_near_plain_float32(alone: Any) -> None:
         assert (weights[name] - plain[name]).norm() <= 0.05 * learned.norm(), name
 
 
-def first_moments(world: World, factor: float, overrides: list[str]) -> list[tuple[str, Tensor, Tensor]]:
-    """Name, gradient and first moment of each decoder weight after one step whose gradients were ``factor`` times as large."""
+def first_moments(world: World, overrides: list[str]) -> list[tuple[str, Tensor, Tensor]]:
+    """Name, gradient and first moment of each decoder weight after one step."""
     config = configuration(*overrides)
     recommender = Recommender(config, NUM_ITEMS, world)
     step = TrainStep(config, recommender, initialize_engine(recommender.decoder, config), total_steps=2)
     gradients = step.backward(0, sequences([0, 1, 2, 3, 4]))
-    for gradient in [gradients.item_rows, *reduced_gradients(step.engine)]:
-        gradient.mul_(factor)
     given = {name: safe_get_full_grad(p).clone() for name, p in recommender.decoder.named_parameters()}
     step.update(gradients)
     return [
@@ -331,9 +329,9 @@ def first_moments(world: World, factor: float, overrides: list[str]) -> list[tup
     ]
 
 
-@pytest.mark.parametrize("limit", [0.0, 0.5])
+@pytest.mark.parametrize("limit", [0.0, 0.05])
 def test_adam_gets_the_whole_gradient_unless_a_limit_is_set(limit: float) -> None:
-    ((entries),) = run_on(1, first_moments, 1e3, [f"train.grad_clip={limit}"])
+    ((entries),) = run_on(1, first_moments, [f"train.grad_clip={limit}"])
     scales = {name: (moment.norm() / (0.1 * gradient.norm())).item() for name, gradient, moment in entries}
     smallest, largest = min(scales.values()), max(scales.values())
     assert smallest == pytest.approx(largest, rel=1e-4)
