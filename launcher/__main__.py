@@ -19,6 +19,7 @@ from launcher import kubernetes as kubernetes_job
 from launcher import rendezvous, torchrun
 from launcher import slurm as slurm_job
 from launcher.job import NODES_MEET_WITHIN_S, Job, default_processes, require_dataset
+from launcher.pod_options import PodOptions
 from mme.errors import UserError, print_line
 from mme.files import write_text
 from mme.run.exit_status import USER_ERROR
@@ -152,6 +153,10 @@ def slurm(
     partition: Annotated[Optional[str], typer.Option(help="Partition to run in.")] = None,
     account: Annotated[Optional[str], typer.Option(help="Account to charge.")] = None,
     time_limit: Annotated[Optional[str], typer.Option("--time", help="Time limit, such as 12:00:00.")] = None,
+    sbatch: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="OPTION[=VALUE]", help="Any further option of sbatch, such as qos=high; repeatable."),
+    ] = None,
     output: Output = None,
     submit: Submit = False,
     dry_run: DryRun = False,
@@ -175,6 +180,7 @@ def slurm(
             gpus_per_node=nproc_per_node if gpus_per_node is None else gpus_per_node,
             log=f"{path.with_suffix('')}.slurm-%j.out",
             options={"partition": partition, "account": account, "time": time_limit},
+            further=sbatch or (),
         )
         _write_and_submit(script, path, ["sbatch", str(path)], submit, dry_run)
 
@@ -193,11 +199,30 @@ def kubernetes(
     claim: Annotated[
         str, typer.Option(help="PersistentVolumeClaim (ReadWriteMany) that holds the folders datasets and runs.")
     ] = "mme",
+    cpu: Annotated[Optional[str], typer.Option(help="CPUs that each pod requests, such as 96.")] = None,
+    memory: Annotated[Optional[str], typer.Option(help="Memory that each pod requests, such as 800Gi.")] = None,
+    shared_memory: Annotated[Optional[str], typer.Option(help="Limit of /dev/shm, such as 64Gi.")] = None,
+    rdma: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            metavar="RESOURCE[=COUNT]", help="RDMA devices of each pod, which may then lock memory; repeatable."
+        ),
+    ] = None,
+    node_selector: Annotated[
+        Optional[list[str]], typer.Option(metavar="LABEL=VALUE", help="Nodes to run on; repeatable.")
+    ] = None,
+    toleration: Annotated[
+        Optional[list[str]], typer.Option(metavar="KEY[=VALUE][:EFFECT]", help="Taint of nodes to accept; repeatable.")
+    ] = None,
+    env: Annotated[
+        Optional[list[str]],
+        typer.Option(metavar="NAME[=VALUE]", help="Variable of the pods, by default with its value here; repeatable."),
+    ] = None,
     output: Output = None,
     submit: Submit = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Write the manifest of a job (Indexed Job and headless Service); with --submit, also apply it with kubectl.
+    """Write the manifest of a job (a JobSet); with --submit, also apply it with kubectl.
 
     Relative values of data.path and output_dir start at the image's working folder, where the claim's folders datasets
     and runs are mounted.
@@ -215,7 +240,16 @@ def kubernetes(
             image=image,
             namespace=namespace,
             claim=claim,
-            gpus_per_node=nproc_per_node if gpus_per_node is None else gpus_per_node,
+            options=PodOptions.parse(
+                gpus=nproc_per_node if gpus_per_node is None else gpus_per_node,
+                cpu=cpu,
+                memory=memory,
+                shared_memory=shared_memory,
+                rdma=rdma or (),
+                node_selector=node_selector or (),
+                tolerations=toleration or (),
+                environment=env or (),
+            ),
         )
         path = output or Path(f"{settings.output_dir}.kubernetes.yaml")
         _write_and_submit(manifest, path, ["kubectl", "apply", "-f", str(path)], submit, dry_run)

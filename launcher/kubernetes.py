@@ -1,8 +1,8 @@
 """The Kubernetes manifest of a job.
 
-It has an Indexed Job with one pod per node, a headless Service for the pods' names, a NetworkPolicy that admits only the
-job's own pods, and a ConfigMap with the configuration. The rendezvous is on pod 0: an Indexed Job names its pods' hosts
-NAME-0, NAME-1, …, and the headless Service resolves NAME-0.NAME for all of them.
+It has a JobSet with one Indexed Job of one pod per node, a NetworkPolicy that admits only the job's own pods, and a
+ConfigMap with the configuration. If a pod fails, the JobSet controller deletes all pods and starts the set again. The
+rendezvous is on pod 0, whose name NAME-nodes-0-0.NAME the controller's headless Service resolves for all pods.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 
 from launcher.job import Job
+from launcher.pod_options import PodOptions, literal
 from launcher.torchrun import STOPS_WITHIN_S
 from mme.errors import UserError, first_line
 from mme.files import read_text
@@ -22,17 +23,19 @@ from mme.shipped import own_or_shipped
 PORT = 29500
 WORKDIR, IMAGE_USER = "/opt/mme", 10001  # as in the Dockerfile
 CONFIG_FOLDER = "/etc/mme"
-DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,48}[a-z0-9])?")  # leaves room for a pod's number
+NODES = "nodes"  # the JobSet's name for its only Job
+JOB_SET = "jobset.sigs.k8s.io/jobset-name"  # the controller's label of the pods
+DNS_LABEL = re.compile(r"[a-z]([a-z0-9-]{0,48}[a-z0-9])?")  # leaves room for -nodes-0-NUMBER in the 63 of a pod's name
 
 
-def manifest(job: Job, *, name: str, image: str, namespace: str | None, claim: str, gpus_per_node: int) -> str:
-    """The manifest as YAML: ConfigMap, Service, NetworkPolicy and Job.
+def manifest(job: Job, *, name: str, image: str, namespace: str | None, claim: str, options: PodOptions) -> str:
+    """The manifest as YAML: ConfigMap, NetworkPolicy and JobSet.
 
     Raises:
         UserError: ``name`` is not a DNS label, or the configuration cannot be read.
     """
     if not DNS_LABEL.fullmatch(name):
-        raise UserError(f"--name {name!r}: expected at most 50 of a-z, 0-9 and -, with no - at either end")
+        raise UserError(f"--name {name!r}: expected a letter, then at most 49 of a-z, 0-9 and -, with no - at the end")
     try:
         configuration = read_text(own_or_shipped(job.config))
     except (OSError, UnicodeDecodeError) as error:
@@ -46,70 +49,76 @@ def manifest(job: Job, *, name: str, image: str, namespace: str | None, claim: s
             "data": {"config.yaml": configuration},
         },
         {
-            "apiVersion": "v1",
-            "kind": "Service",
-            "metadata": metadata,
-            "spec": {
-                "clusterIP": "None",
-                # The pods need each other's names before any of them is ready.
-                "publishNotReadyAddresses": True,
-                "selector": {"job-name": name},
-                "ports": [{"name": "rendezvous", "port": PORT}],
-            },
-        },
-        {
             # Ranks do not authenticate connections to their ports.
             "apiVersion": "networking.k8s.io/v1",
             "kind": "NetworkPolicy",
             "metadata": metadata,
             "spec": {
-                "podSelector": {"matchLabels": {"job-name": name}},
+                "podSelector": {"matchLabels": {JOB_SET: name}},
                 "policyTypes": ["Ingress"],
-                "ingress": [{"from": [{"podSelector": {"matchLabels": {"job-name": name}}}]}],
+                "ingress": [{"from": [{"podSelector": {"matchLabels": {JOB_SET: name}}}]}],
             },
         },
         {
-            "apiVersion": "batch/v1",
-            "kind": "Job",
+            "apiVersion": "jobset.x-k8s.io/v1alpha2",
+            "kind": "JobSet",
             "metadata": metadata,
             "spec": {
-                "completionMode": "Indexed",
-                "completions": job.nnodes,
-                "parallelism": job.nnodes,
-                "backoffLimit": job.max_restarts * job.nnodes,
-                # A wrong configuration fails the job immediately, because retries cannot help. A pod that was asked to
-                # stop has saved a checkpoint and does not count as a failure.
-                "podFailurePolicy": {
+                # The pods need each other's names before any of them is ready.
+                "network": {"enableDNSHostnames": True, "subdomain": name, "publishNotReadyAddresses": True},
+                "failurePolicy": {
+                    "maxRestarts": job.max_restarts,
+                    # No pod of the failed attempt may still answer at the rendezvous.
+                    "restartStrategy": "BlockingRecreate",
                     "rules": [
-                        {
-                            "action": "Ignore",
-                            "onExitCodes": {"containerName": "mme", "operator": "In", "values": [PREEMPTED]},
-                        },
-                        {
-                            "action": "FailJob",
-                            "onExitCodes": {"containerName": "mme", "operator": "In", "values": [USER_ERROR]},
-                        },
-                    ]
+                        {"name": "input", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]},
+                    ],
                 },
-                "template": {
-                    "metadata": {"labels": {"app": name}},
-                    "spec": _pod(job, name, image, claim, gpus_per_node),
-                },
+                "replicatedJobs": [
+                    {"name": NODES, "replicas": 1, "template": {"spec": _job(job, name, image, claim, options)}}
+                ],
             },
         },
     ]
     return "---\n".join(yaml.dump(document, sort_keys=False, Dumper=_Dumper) for document in documents)
 
 
-def _pod(job: Job, name: str, image: str, claim: str, gpus_per_node: int) -> dict[str, Any]:
+def _job(job: Job, name: str, image: str, claim: str, options: PodOptions) -> dict[str, Any]:
+    return {
+        "completionMode": "Indexed",
+        "completions": job.nnodes,
+        "parallelism": job.nnodes,
+        "backoffLimit": 0,  # a failed pod fails the Job, so that the whole set restarts
+        # A wrong configuration fails the JobSet immediately, because restarts cannot help. A pod that was asked to stop has
+        # saved a checkpoint and is replaced alone, without counting as a failure.
+        "podFailurePolicy": {
+            "rules": [
+                {
+                    "action": action,
+                    "onExitCodes": {"containerName": "mme", "operator": "In", "values": [status]},
+                }
+                for action, status in (("Ignore", PREEMPTED), ("FailJob", USER_ERROR))
+            ]
+        },
+        "template": {"metadata": {"labels": {"app": name}}, "spec": _pod(job, name, image, claim, options)},
+    }
+
+
+def _pod(job: Job, name: str, image: str, claim: str, options: PodOptions) -> dict[str, Any]:
     command = ["python", "-m", "launcher", "run", "--config", f"{CONFIG_FOLDER}/config.yaml"]
     command += ["--nnodes", str(job.nnodes), "--nproc-per-node", str(job.nproc_per_node)]
-    command += ["--rdzv-endpoint", f"{name}-0.{name}:{PORT}", "--max-restarts", str(job.max_restarts), *job.overrides]
+    command += [
+        "--rdzv-endpoint",
+        f"{name}-{NODES}-0-0.{name}:{PORT}",
+        "--max-restarts",
+        str(job.max_restarts),
+        *job.overrides,
+    ]
     container: dict[str, Any] = {
         "name": "mme",
         "image": image,
         "workingDir": WORKDIR,
-        "command": [word.replace("$(", "$$(") for word in command],  # Kubernetes would expand $(NAME)
+        "command": [literal(word) for word in command],
         "volumeMounts": [
             {"name": "config", "mountPath": CONFIG_FOLDER},
             # NCCL and the workers of one node exchange data through shared memory.
@@ -118,11 +127,8 @@ def _pod(job: Job, name: str, image: str, claim: str, gpus_per_node: int) -> dic
             {"name": "shared", "mountPath": f"{WORKDIR}/runs", "subPath": "runs"},
         ],
     }
-    container["securityContext"] = {"allowPrivilegeEscalation": False}
-    if gpus_per_node:
-        container["resources"] = {"limits": {"nvidia.com/gpu": gpus_per_node}}
-    return {
-        "subdomain": name,
+    container |= options.of_container()
+    return options.of_pod() | {
         # fsGroup lets the image's user write to the shared volume.
         "securityContext": {"runAsNonRoot": True, "runAsUser": IMAGE_USER, "fsGroup": IMAGE_USER},
         "restartPolicy": "Never",
@@ -130,7 +136,7 @@ def _pod(job: Job, name: str, image: str, claim: str, gpus_per_node: int) -> dic
         "containers": [container],
         "volumes": [
             {"name": "config", "configMap": {"name": name}},
-            {"name": "shared-memory", "emptyDir": {"medium": "Memory"}},
+            {"name": "shared-memory", "emptyDir": options.shared_memory_volume()},
             {"name": "shared", "persistentVolumeClaim": {"claimName": claim}},
         ],
     }

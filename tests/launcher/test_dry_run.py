@@ -14,7 +14,7 @@ from tests.launcher.command_line import CONFIG, REPOSITORY
 COMMANDS = {
     "run": (["--nnodes", "2", "--rdzv-endpoint", "127.0.0.1:29413"], "-m mme train --config"),
     "slurm": (["--nnodes", "2"], "#SBATCH --nodes=2"),
-    "kubernetes": (["--nnodes", "2"], "kind: Job"),
+    "kubernetes": (["--nnodes", "2"], "kind: JobSet"),
     "preflight": (["data.path=nowhere"], "-m launcher.group_check runs"),
     "plan": (["--items", "1000000"], "Peak memory of the fullest rank"),
 }
