@@ -22,6 +22,7 @@ from mme.files import make_folder, read_json, write_text
 
 IDS_FILE = "trackers.json"  # in a run's folder
 PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}  # module and extra of each tracker that is not always installed
+MLFLOW_PARAMETERS, MLFLOW_METRICS = 100, 1000  # the most in one request
 PROJECT = "mme"  # wandb's project and MLflow's experiment, unless their environment variables name another
 
 
@@ -203,7 +204,8 @@ class MLflow:
             self._id = self._resumed(run.earlier_id("mlflow")) or self._created(run.folder.resolve().name)
             if not run.resume_step:
                 parameters = [Param(key, str(value)) for key, value in run.settings.items()]
-                self._client.log_batch(self._id, params=parameters)
+                for some in _parts(parameters, MLFLOW_PARAMETERS):
+                    self._client.log_batch(self._id, params=some)
         except Exception as error:
             raise UserError(f"train.trackers: mlflow: {first_line(error)}") from error
         run.keep_id("mlflow", self._id)
@@ -233,7 +235,13 @@ class MLflow:
         metrics = [
             self._metric(name.replace("@", "_at_"), float(value), now_ms, step) for name, value in values.items()
         ]
-        self._client.log_batch(self._id, metrics=metrics)
+        for some in _parts(metrics, MLFLOW_METRICS):
+            self._client.log_batch(self._id, metrics=some)
 
     def close(self, failed: bool) -> None:
         self._client.set_terminated(self._id, "FAILED" if failed else "FINISHED")
+
+
+def _parts(values: list[Any], length: int) -> Iterator[list[Any]]:
+    for start in range(0, len(values), length):
+        yield values[start : start + length]

@@ -19,7 +19,7 @@ from mme.run.trackers import IDS_FILE, PACKAGES
 from tests.run.test_monitor import plain_console, shown, train
 
 BLOCK, FULL, LAST = 32_768, 1, 4  # of LevelDB's log
-SETTINGS = {"train.lr": 0.001, "data.path": "datasets/a"}
+SETTINGS = {"train.lr": 0.001, "data.path": "datasets/a", **{f"key{place}": place for place in range(120)}}
 
 
 def monitor(folder: Path, *trackers: str) -> Monitor:
@@ -37,6 +37,7 @@ def track(folder: Path, *trackers: str) -> str:
         second.resume_at(2, 4)
         second.run_info({"device": "cpu"})
         train(second, 3, 4)
+        second.experts(4, [[[0.5, 0.5]]] * 600)  # 1,200 curves, more than MLflow takes in one request
         second.evaluation({"model": "fuxi-mme", "split": "test", "step": 2, "ndcg@10": 0.125, "users": 7})
     return shown(second._console)
 
@@ -61,7 +62,8 @@ def test_mlflow_has_one_run_with_curves_and_parameters(tmp_path: Path, mlflow_st
     (run,) = runs_of(mlflow_store)
     assert f"mlflow: run {run.info.run_id} in sqlite:///{tmp_path}/mlflow.db" in printed
     assert (run.info.run_name, run.info.status) == ("first", "FINISHED")
-    assert run.data.params == {"train.lr": "0.001", "data.path": "datasets/a"}
+    assert run.data.params == {key: str(value) for key, value in SETTINGS.items()}
+    assert sum(name.startswith("experts/") for name in run.data.metrics) == 1200
     history = mlflow_store.get_metric_history(run.info.run_id, "train/loss")
     assert [(of.step, of.value) for of in history] == [(2, 0.5), (4, 0.25)]
     (tested,) = mlflow_store.get_metric_history(run.info.run_id, "eval/fuxi-mme/test/ndcg_at_10")
