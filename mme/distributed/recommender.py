@@ -27,6 +27,7 @@ class Recommender(Encoder):
 
     Args:
         feature_sizes: see `mme.model.feature_rows.FeatureRows`; None: the configuration names no features.
+        substitutes: likewise.
         initialise_tables: False leaves the tables' weights uninitialised, for a checkpoint to fill.
 
     Raises:
@@ -42,6 +43,7 @@ class Recommender(Encoder):
         world: World,
         feature_sizes: Mapping[str, int] | None = None,
         initialise_tables: bool = True,
+        substitutes: Mapping[str, Tensor] | None = None,
     ) -> None:
         try:
             resolve_backend(config.kernels.backend, world.device)
@@ -50,7 +52,7 @@ class Recommender(Encoder):
         self.config = config
         self.num_items = num_items
         self.world = world
-        self.rows = FeatureRows(config.model, num_items, feature_sizes or {})
+        self.rows = FeatureRows(config.model, num_items, feature_sizes or {}, substitutes)
         self.tables = ItemTables(config, self.rows.num_rows, world, initialise_tables)
         torch.manual_seed(config.train.seed)  # the same decoder on every rank
         self.decoder = Decoder(config)

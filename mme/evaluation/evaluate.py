@@ -29,7 +29,7 @@ from mme.evaluation.popularity import Popularity, popularity_ranks
 from mme.evaluation.ranking import Ranker
 from mme.evaluation.record import repeats_warning
 from mme.evaluation.seen import Seen, excluded_items, is_repeated
-from mme.growth.known import known_extent
+from mme.growth.known import known_extent, substitutes
 
 
 def evaluate(
@@ -197,7 +197,8 @@ def load_trained(
             f"{config.data.path}: no user has a test target and an earlier event among the {known.num_items:,} items that "
             f"{at} knows"
         )
-    recommender = Recommender(config, known.num_items, world, known.feature_sizes, initialise_tables=False)
+    stand_ins = substitutes(known, dataset.folder, dataset.info, config.model)
+    recommender = Recommender(config, known.num_items, world, known.feature_sizes, False, stand_ins)
     load_weights(run, index, recommender)
     return dataset, recommender, step
 

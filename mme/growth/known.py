@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mme.config import ModelConfig
-from mme.data.features import feature_sizes
+import torch
+from torch import Tensor
+
+from mme.config import USER_ID, ModelConfig
+from mme.data.features import feature_sizes, read_vocabularies
 from mme.data.numbering import Extent, numbering_sha256
 from mme.distributed.checkpoint_index import Progress
 from mme.errors import UserError
@@ -30,6 +33,22 @@ def known_extent(
     extent = extent_of(progress, model) or Extent(info["num_items"], sizes)
     require_numbering(progress, checkpoint, numbering_sha256(data, info, features, extent), data)
     return extent
+
+
+def substitutes(extent: Extent, data: Path, info: dict[str, Any], model: ModelConfig) -> dict[str, Tensor]:
+    """For each column with values that the model does not know, the indices that stand for them, as in requests.
+
+    A number in an unknown bucket counts as one in the nearest known bucket.
+    """
+    sizes = feature_sizes(data, info, model.feature_columns)
+    grown = [name for name in model.feature_columns if name != USER_ID and sizes[name] > extent.feature_sizes[name]]
+    found = {}
+    for name, vocabulary in read_vocabularies(data, grown).items():
+        values = list(vocabulary.numbers)
+        num_known = extent.num_values(name)
+        known = type(vocabulary)(values[:num_known])
+        found[name] = torch.tensor([known.index_of(value) for value in values[num_known:]])
+    return found
 
 
 def require_numbering(progress: Progress, checkpoint: Path | str, numbering: str, data: Path | str) -> None:

@@ -35,15 +35,24 @@ class FeatureRows:
 
     Args:
         sizes: for each column in `model.event_features` and `model.user_features`, its number of values plus one.
+        substitutes: for a column, the indices that stand for those from its size on, which have no row; others are unknown.
 
     Attributes:
         num_rows: number of rows of each table, for items and features.
         blocks: the rows of the items, under `ITEMS`, and of each column, under its key such as ``event_features.rating``.
     """
 
-    def __init__(self, model: ModelConfig, num_items: int, sizes: Mapping[str, int]) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        num_items: int,
+        sizes: Mapping[str, int],
+        substitutes: Mapping[str, Tensor] | None = None,
+    ) -> None:
         self.num_items = num_items
-        self.blocks = blocks_of({ITEMS: num_items, **{key: sizes[name] for key, name in feature_keys(model).items()}})
+        keys = feature_keys(model)
+        self.blocks = blocks_of({ITEMS: num_items, **{key: sizes[name] for key, name in keys.items()}})
+        self._substitutes = [(substitutes or {}).get(name) for name in keys.values()]
         _, *columns = self.blocks.values()
         self.firsts = [block.start for block in columns]
         self.num_rows = max(block.stop for block in self.blocks.values())
@@ -52,7 +61,8 @@ class FeatureRows:
     def inputs_of(self, batch: SequenceBatch) -> InputRows:
         """The table rows of the items and features of a batch; a number that has no row counts as unknown."""
         _, *blocks = self.blocks.values()
-        of_events, of_users = blocks[: self.num_event_features], blocks[self.num_event_features :]
+        columns = list(zip(blocks, self._substitutes, strict=True))
+        of_events, of_users = columns[: self.num_event_features], columns[self.num_event_features :]
         events, users = batch.event_features, batch.user_features
         return InputRows(
             batch.item_ids,
@@ -74,11 +84,17 @@ def blocks_of(lengths: Mapping[str, int]) -> dict[str, range]:
     return {name: range(end - length, end) for (name, length), end in zip(lengths.items(), ends, strict=True)}
 
 
-def _rows(values: Tensor, blocks: list[range]) -> Tensor:
+def _rows(values: Tensor, columns: list[tuple[range, Tensor | None]]) -> Tensor:
     """(n, columns) numbers of values in each column → their rows."""
+    return torch.stack([_known(values[:, i], *column) + column[0].start for i, column in enumerate(columns)], dim=1)
+
+
+def _known(numbers: Tensor, block: range, substitutes: Tensor | None) -> Tensor:
+    """(n,) numbers that have a row in the block, for any numbers, (n,)."""
     # Bounds as scalars: a tensor of them would be copied from host memory, and the step would wait for it.
-    rows = [
-        numbers.masked_fill(numbers >= len(block), 0) + block.start
-        for numbers, block in zip(values.unbind(1), blocks, strict=True)
-    ]
-    return torch.stack(rows, dim=1)
+    known = numbers.masked_fill(numbers >= len(block), 0)
+    if substitutes is None:
+        return known
+    beyond = (numbers - len(block)).clamp(0, substitutes.numel() - 1)
+    is_substituted = (numbers >= len(block)) & (numbers < len(block) + substitutes.numel())
+    return torch.where(is_substituted, substitutes.to(numbers.device)[beyond], known)

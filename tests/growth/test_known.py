@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import itertools
 import shutil
@@ -11,9 +12,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 import mme
-from mme.config import load_run_config
+from mme.config import load_config, load_run_config
+from mme.data.batch import SequenceBatch
 from mme.data.dataset import PreparedDataset
 from mme.data.layout import ITEMS_FILE
 from mme.data.numbering import Extent, Numbering, numbering_sha256
@@ -21,8 +24,10 @@ from mme.data.split import Split
 from mme.distributed.world import World
 from mme.evaluation.evaluate import TargetRanks, load_trained, target_ranks
 from mme.evaluation.metrics import UNRANKED
+from mme.growth.known import substitutes
 from mme.inference.export import export
-from mme.prepare.pipeline import add_events
+from mme.model.feature_rows import FeatureRows
+from mme.prepare.pipeline import add_events, prepare
 from tests.distributed.processes import run_on
 from tests.growth.days import USERS, events_of, first_day, train, write
 from tests.trained import mme as command
@@ -133,3 +138,39 @@ def test_a_set_that_has_grown_is_evaluated_over_the_items_that_the_run_knows(tmp
         refused = command(*arguments, "--run", run, check=False)
         assert refused.returncode == 2 and refused.stderr.count("\n") == 1
         assert refused.stderr.endswith(f"indices of items or feature values differ from those of {renumbered}")
+
+
+def test_a_number_in_a_new_bucket_counts_as_in_a_request(tmp_path: Path) -> None:
+    data, options = tmp_path / "set", {"feature_columns": ["price:number", "shop"], "min_user_events": 1}
+
+    def day(number: int, prices: list[float]) -> Path:
+        path = tmp_path / f"{number}.csv"
+        lines = [
+            f"{user},{item},{1000 * number + item},{price},shop {price}"
+            for user in (1, 2)
+            for item, price in enumerate(prices)
+        ]
+        path.write_text("\n".join(["user_id,item_id,timestamp,price,shop", *lines]) + "\n")
+        return path
+
+    prepare([day(1, [1.0, 10.0, 100.0])], "csv", data, **options)
+    config = load_config(None, [f"data.path={data}", "model.event_features=[price,shop]"])
+    features = config.model.feature_columns
+    known = PreparedDataset.open(data).extent(features)
+    numbering = Numbering.read(data, PreparedDataset.open(data).info, features)
+    later = [200.0, 5.0, 1.0, 1000.0]
+    add_events([day(2, later)], data)
+    dataset = PreparedDataset.open(data)
+    found = substitutes(known, data, dataset.info, config.model)
+    rows = FeatureRows(config.model, known.num_items, known.feature_sizes, found)
+    grown = Numbering.read(data, dataset.info, features).vocabularies
+    numbers = torch.tensor(
+        np.stack([grown["price"].find(pa.array(later)), grown["shop"].find(pa.array([f"shop {p}" for p in later]))], 1)
+    )
+    batch = SequenceBatch(
+        torch.zeros(4, dtype=torch.int64), torch.tensor([0, 4]), torch.arange(5), torch.zeros(4), torch.zeros(1)
+    )
+    events = rows.inputs_of(dataclasses.replace(batch, event_features=numbers.long())).events
+    asked = numbering.vocabularies["price"].find(pa.array(later))
+    assert (events[:, 0] - rows.firsts[0]).tolist() == asked.tolist() == [3, 2, 1, 3]
+    assert (events[:, 1] - rows.firsts[1]).tolist() == [0, 0, 1, 0]  # new shops are unknown
