@@ -60,7 +60,7 @@ def _examples(examples: list[dict[str, Any]]) -> Rows:
     rows = [
         (
             example["user"],
-            [" → ".join(example["history"]), ", ".join(example["top"]), example["target"], _rank(example.get("rank"))],
+            [" → ".join(example["history"]), " · ".join(example["top"]), example["target"], _rank(example.get("rank"))],
         )
         for example in examples
     ]

@@ -258,5 +258,5 @@ def test_segments_and_example_users_are_shown(tmp_path: Path) -> None:
         ("top 1% (30)", "popularity", 0.5, 0.304, 0.696),
     ]
     (first,) = [line for line in page.source.splitlines() if "<th>u1</th>" in line]
-    assert first == "<tr><th>u1</th><td>a → b</td><td>c, d</td><td>&lt;e&gt;</td><td>7</td></tr>"
+    assert first == "<tr><th>u1</th><td>a → b</td><td>c · d</td><td>&lt;e&gt;</td><td>7</td></tr>"
     assert "not ranked" in page.text
