@@ -203,6 +203,13 @@ def test_train_writes_all_documented_files(run: Path) -> None:
     assert set(tests) == {"fuxi-mme", "popularity"}
     for record in tests.values():
         assert {"step", "protocol", "targets_sha256", "hr@10", "hr@50", "ndcg@10", "ndcg@50", "mrr"} <= set(record)
+    neighbours = tests["fuxi-mme"]["insight"]["neighbours"]
+    events = [of["events"] for of in neighbours]
+    assert len(neighbours) == 8 and events == sorted(events, reverse=True) and events[-1] > 0
+    for of in neighbours:
+        others = [other["item"] for other in of["nearest"]]
+        assert len({of["item"], *others}) == 6 and f"<th>{of['item']}</th>" in (run / "report.html").read_text()
+        assert all(-1 <= other["similarity"] <= 1 for other in of["nearest"])
 
 
 @pytest.mark.slow
