@@ -21,7 +21,7 @@ from mme.errors import UserError, first_line
 from mme.files import make_folder, read_json, write_text
 
 IDS_FILE = "trackers.json"  # in a run's folder
-PACKAGES = {"wandb": "wandb", "mlflow": "mlflow"}  # module and extra of each tracker that is not always installed
+PACKAGES = ("wandb", "mlflow")  # not always installed; the extras have the same names
 MLFLOW_PARAMETERS, MLFLOW_METRICS = 100, 1000  # the most in one request
 PROJECT = "mme"  # wandb's project and MLflow's experiment, unless their environment variables name another
 
@@ -75,9 +75,7 @@ def require_packages(trackers: Sequence[str]) -> None:
     """Raises UserError if the package of a tracker is not installed. Imports nothing."""
     for name in trackers:
         if name in PACKAGES and importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"train.trackers names {name}, which is not installed: `pip install 'mme[{PACKAGES[name]}]'`"
-            )
+            raise UserError(f"train.trackers names {name}, which is not installed: `pip install 'mme[{name}]'`")
 
 
 class Trackers:
