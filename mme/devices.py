@@ -181,3 +181,15 @@ def in_words(num_bytes: float) -> str:
             return f"{num_bytes:.0f} {unit}"
         num_bytes /= 1024
     return f"{num_bytes:.1f} GiB"
+
+
+def peak_flops(cuda_name: str, precision: str) -> float | None:
+    """The published dense peak, in FLOPs per second, of the GPU that CUDA calls ``cuda_name``; None: not listed here.
+
+    Products in float32 run as TF32 (`mme.distributed.world`), whose peak is half of bfloat16's on all of these GPUs.
+    """
+    words = cuda_name.lower().replace("-", " ").split()  # such as NVIDIA A100-SXM4-80GB, NVIDIA H100 80GB HBM3
+    for device in DEVICES.values():
+        if device.is_gpu and device.name.split("-")[0] in words and "pcie" not in words:
+            return device.bfloat16_flops if precision == "bfloat16" else device.bfloat16_flops / 2
+    return None

@@ -31,7 +31,7 @@ from mme.distributed import checkpoint
 from mme.distributed.checkpoint_index import Progress
 from mme.distributed.checkpoint_writer import CheckpointWriter
 from mme.distributed.engine import initialize_engine
-from mme.distributed.pace import Pace
+from mme.distributed.pace import Pace, known_peak
 from mme.distributed.recommender import Recommender
 from mme.distributed.world import PATIENCE_S, World, process_group
 from mme.errors import FinalError, NonFiniteError, Preempted, UserError
@@ -106,7 +106,7 @@ class Training:
         if config.loss.needs_training_counts:
             counts = dataset.training_counts(self.split)
         self.step = TrainStep(config, self.recommender, self.engine, self.total_steps, counts)
-        self.pace = Pace(world)
+        self.pace = Pace(world, config, dataset.num_items, known_peak(config, world.device))
         self.skipped = self.skipped_in_a_row = self.steps_before = self.without_gain = 0
         self.best_score: float | None = None
         self.job = settings_sha256(flat(config))
@@ -148,6 +148,7 @@ class Training:
             ):
                 self.reached = at.step + 1
                 self.watchdog.beat(f"training step {self.reached}")
+                self.pace.count(batch)
                 applied = self.steps_before + at.step - self.skipped
                 result = self.step(at.step, batch, applied, [self.preemption.requested, *writer.votes()])
                 if result.skipped:
@@ -288,7 +289,7 @@ class Training:
     def _record(self, monitor: Monitor, step: int, epoch: int, result: StepResult) -> None:
         step_s, is_line_due = self.pace.end_step(), monitor.is_line_due(step)
         extra: dict[str, float] = {"skipped_steps": self.skipped}
-        if is_line_due and self.world.size > 1:
+        if is_line_due:
             extra |= self.pace.over_ranks()
         monitor.train_step(
             step, epoch, loss=result.loss, tokens=result.tokens, step_s=step_s, lr=result.lr, extra=extra

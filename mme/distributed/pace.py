@@ -1,12 +1,17 @@
-"""Measures in every step how long each rank waits for the others: exposed communication and stragglers.
+"""Measures in every step how long each rank waits for the others, how far its device is used, and its peak memory.
 
 This project, TorchRec and DeepSpeed all wait for collectives in `torch.distributed.Work.wait`, which is therefore replaced
 while a `Pace` is entered. On a CPU the wait blocks the process and is timed by the clock. On a GPU it blocks the compute
-stream; two events around it measure for how long. Communication that finished before it was needed counts as zero.
+stream; two events around it measure for how long. Communication that finished before it was needed counts as zero: the
+wait is the exposed communication.
+
+The utilisation is that of the model's FLOPs (`mme.flops`, over true lengths, without recomputation), as a share of the
+devices' published peak. A device without a known peak, as a CPU, has none.
 """
 
 from __future__ import annotations
 
+import resource
 import threading
 import time
 from typing import Any
@@ -14,18 +19,30 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mme.config import Config
+from mme.data.batch import SequenceBatch
+from mme.devices import peak_flops
 from mme.distributed.world import World
+from mme.flops import training_flops
+
+GIB = 2**30
 
 
 class Pace:
     """Adds up the time of steps and the part that this rank waited in collectives.
 
-    Enter it around the training loop. Call `begin_step` and `end_step` for each step, and `over_ranks`, a collective, for
-    each line of the log.
+    Enter it around the training loop. Call `begin_step` and `end_step` for each step, `count` for its batch, and `over_ranks`,
+    a collective, for each line of the log.
+
+    Args:
+        config: of the model whose FLOPs are counted.
+        num_items: items of the catalogue.
+        peak: FLOPs per second of each rank's device; None: unknown, so that no utilisation is given.
     """
 
-    def __init__(self, world: World) -> None:
-        self.world = world
+    def __init__(self, world: World, config: Config, num_items: int, peak: float | None) -> None:
+        self.world, self.config, self.num_items, self.peak = world, config, num_items, peak
+        self._flops = 0  # since `over_ranks`
         self._lock = threading.Lock()  # backward may wait in another thread
         self._waited_s = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -56,20 +73,47 @@ class Pace:
             self._sums[index] += value
         return step_s
 
+    def count(self, batch: SequenceBatch) -> None:
+        """Adds the FLOPs of this rank's part of a step; ``batch`` must be in host memory."""
+        if self.peak is None:
+            return
+        lengths = batch.seq_offsets.diff() + bool(self.config.model.user_features)  # the users' tokens
+        num_tokens, num_pairs = int(lengths.sum()), int((lengths * (lengths + 1)).sum()) // 2
+        self._flops += sum(training_flops(self.config, num_tokens, num_pairs, self.num_items).values())
+
     def over_ranks(self) -> dict[str, float]:
         """Means per step since the last call.
 
-        ``wait_ms`` is the wait averaged over the ranks. ``straggler_ms`` is how much longer than the average rank the
-        ``slowest_rank`` took outside its waits, so that the others waited for it.
+        ``wait_ms`` is the wait averaged over the ranks, and ``exposed_communication`` its share of the step. ``straggler_ms``
+        is how much longer than the average rank the ``slowest_rank`` took outside its waits, so that the others waited for
+        it. ``mfu`` is the model FLOPs utilisation. ``peak_mem_gib`` is the peak of the fullest rank: on a GPU of allocated
+        memory since the last call, on a CPU of resident memory since the start.
         """
-        own = torch.tensor(self._sums[:2], dtype=torch.float64, device=self.world.device) / self._sums[2]
-        self._sums = [0.0, 0.0, 0]
-        waited, busy = 1000 * torch.stack(self.world.gather(own[None])).view(-1, 2).T
-        return {
-            "wait_ms": round(waited.mean().item(), 3),
-            "straggler_ms": round((busy.max() - busy.mean()).item(), 3),
-            "slowest_rank": int(busy.argmax()),
-        }
+        waited_s, busy_s, steps = self._sums
+        own = torch.tensor([waited_s, busy_s, self._flops, self._peak_memory()], dtype=torch.float64)
+        self._sums, self._flops = [0.0, 0.0, 0], 0
+        gathered = torch.cat(self.world.gather(own[None].to(self.world.device))).cpu()
+        waited, busy, flops, memory = gathered.T
+        seconds = (waited + busy).mean().item()
+        found: dict[str, float] = {"peak_mem_gib": round(memory.max().item() / GIB, 3)}
+        if self.peak is not None and seconds > 0:
+            found["mfu"] = round(flops.sum().item() / (seconds * self.world.size * self.peak), 4)
+        if self.world.size > 1:
+            found |= {
+                "wait_ms": round(1000 * waited.mean().item() / steps, 3),
+                "exposed_communication": round(waited.mean().item() / seconds, 4),
+                "straggler_ms": round(1000 * (busy.max() - busy.mean()).item() / steps, 3),
+                "slowest_rank": int(busy.argmax()),
+            }
+        return found
+
+    def _peak_memory(self) -> int:
+        """Bytes."""
+        if self.world.device.type != "cuda":
+            return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux
+        peak = torch.cuda.max_memory_allocated(self.world.device)
+        torch.cuda.reset_peak_memory_stats(self.world.device)
+        return peak
 
     def _on_cpu(self, wait: Any) -> Any:
         began = time.perf_counter()
@@ -98,3 +142,10 @@ class Pace:
             after.synchronize()
             waited_s += before.elapsed_time(after) / 1000
         return waited_s
+
+
+def known_peak(config: Config, device: torch.device) -> float | None:
+    """FLOPs per second that ``device`` can reach in `train.precision`; None: unknown, or the model's FLOPs are not counted."""
+    if device.type != "cuda" or config.model.block != "fuxi":
+        return None
+    return peak_flops(torch.cuda.get_device_name(device), config.train.precision_on("cuda"))

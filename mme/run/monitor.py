@@ -82,6 +82,7 @@ class Monitor:
         self._window_s, self._window_steps = 0.0, 0
         self._started: tuple[float, int] | None = None  # the clock and the step at the end of the first step
         self._shown = -math.inf
+        self._use = ""  # of the devices, according to the last line of metrics
         try:
             make_folder(self.output_dir, self.output_dir)
             log_name = "log.txt" if rank == 0 else f"log.rank{rank}.txt"
@@ -204,6 +205,7 @@ class Monitor:
                 step, {f"train/{name}": value for name, value in record.items() if name not in _NO_SCALAR}
             )
             self._window_tokens, self._window_s, self._window_steps = 0, 0.0, 0
+            self._use = _use(record)
         self._show(step, epoch, loss, rate)
 
     def evaluation(self, record: Mapping[str, Any]) -> None:
@@ -322,7 +324,9 @@ class Monitor:
         if now - self._shown < every and step != self.total_steps:
             return
         self._shown = now
-        figures = f"epoch {epoch}  loss {float(loss):.4f}  {_short(rate)} tokens/s  {self._time_left(step, now)}"
+        figures = (
+            f"epoch {epoch}  loss {float(loss):.4f}  {_short(rate)} tokens/s{self._use}  {self._time_left(step, now)}"
+        )
         if self._progress is not None:
             self._progress.update(self._task, completed=step, description=figures, refresh=True)
         else:
@@ -375,6 +379,12 @@ def _number(value: Any) -> Any:
 def _finite(value: Any) -> Any:
     """None for NaN and infinity, which JSON does not have."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _use(record: Mapping[str, Any]) -> str:
+    """Utilisation, memory and exposed communication for the progress line, as far as the record has them."""
+    parts = {"mfu": "MFU {:.1%}", "peak_mem_gib": "{:.1f} GiB", "exposed_communication": "waits {:.0%}"}
+    return "".join(f"  {text.format(record[name])}" for name, text in parts.items() if name in record)
 
 
 def _short(rate: float) -> str:

@@ -2,7 +2,8 @@
 
 {"kind": "run",     "step": 0, "world_size": 2, "device": …, "parameters": {part: count}, "versions": {…}, …}
 {"kind": "train",   "step": 10, "epoch": 0, "loss": 6.91…, "tokens_per_s": …, "lr": …, "step_ms": …, …}
-            with several processes also "wait_ms", "straggler_ms" and "slowest_rank" (`mme.distributed.pace`)
+            "peak_mem_gib", on a GPU with a known peak "mfu", and with several processes "wait_ms", "exposed_communication",
+            "straggler_ms" and "slowest_rank" (`mme.distributed.pace`)
 {"kind": "experts", "step": 10, "blocks": [0, 1], "load": [block][view][expert], "entropy": [block][view], …}
 {"kind": "eval",    "step": 100, "model": "fuxi-mme", "split": "valid", "protocol": …, "ndcg@10": …, …}
 
