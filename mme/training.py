@@ -50,7 +50,7 @@ from mme.run.preemption import Preemption
 from mme.run.run_lock import only_job
 from mme.run.same_job import require_same_job, require_shared_folder
 from mme.run.trackers import require_packages
-from mme.run.watchdog import Watchdog
+from mme.run.watchdog import Watchdog, record_collectives
 from mme.step import StepResult, TrainStep
 
 Batch = tuple[Progress, SequenceBatch, Progress]  # progress before the batch, the batch, progress after it
@@ -65,6 +65,7 @@ def train(config: Config) -> list[dict[str, Any]]:
     require_packages(config.train.trackers)
     # The watchdog must notice a hang before a collective times out.
     patience_s = max(PATIENCE_S, config.train.hang_timeout_s + 120)
+    record_collectives()
     with Preemption(Path(config.output_dir)) as preemption, process_group(patience_s) as world:
         validate_world_size(config, world.size)
         dataset = PreparedDataset.open(config.data.path, config.data.cache_dir)

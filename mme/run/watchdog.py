@@ -1,9 +1,10 @@
-"""Notices a hanging rank, names it, keeps the stacks of all ranks and ends the job, so that torchrun starts it again.
+"""Notices a hanging rank, names it, keeps what all ranks were doing and ends the job, so that torchrun starts it again.
 
 Each rank reports its progress (`beat`), and a separate thread shares it through the process group's store. One hanging rank
 stops the whole group, because the others wait for it in a collective. So all ranks notice at about the same time, and each
 can name the rank to blame: one that does not answer at all, otherwise the one furthest behind, otherwise one that is not
-itself waiting for the others.
+itself waiting for the others. Each rank keeps the Python stacks of its threads, and from PyTorch's flight recorder its last
+collectives, which show the one that some ranks have not joined.
 """
 
 from __future__ import annotations
@@ -19,13 +20,17 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch.distributed as dist
+from torch._C import _distributed_c10d
 
 from mme.distributed.world import World
 from mme.errors import one_line
-from mme.files import make_folder, open_to_append
+from mme.files import make_folder, open_to_append, replacing
 from mme.run.exit_status import print_error
 
 STACKS_FOLDER = "stacks"  # in the run's folder
+# PyTorch's torchfrtrace compares NCCL's ranks by the first file, whose name ends with the rank. The second is for people.
+COLLECTIVES, COLLECTIVES_JSON = "collectives_rank_{}", "collectives_of_rank_{}.json"
+RECORDED = 2000  # collectives that the flight recorder keeps
 ANSWER_WITHIN_S = 5.0
 LOOK_EVERY_S = 1.0
 ORPHAN_LEAVES_AFTER_S = 60.0
@@ -84,7 +89,23 @@ class Watchdog:
                 if now - orphan_since > ORPHAN_LEAVES_AFTER_S:
                     self._end("torchrun has died, and the other ranks do not answer")
             if self.timeout_s and now - self._at > self.timeout_s + LOOK_EVERY_S:
-                self._end(self._verdict())
+                # In a thread, because a library that is stuck might not answer.
+                keeping = threading.Thread(target=self._keep_collectives, daemon=True)
+                keeping.start()
+                verdict = self._verdict()
+                keeping.join(ANSWER_WITHIN_S)
+                self._end(verdict)
+
+    def _keep_collectives(self) -> None:
+        """Writes the last collectives that the flight recorder has seen."""
+        recorder = "nccl" if self.world.device.type == "cuda" else "fr"
+        rank = self.world.rank
+        for name, suffix in ((COLLECTIVES.format(rank), ""), (COLLECTIVES_JSON.format(rank), "_json")):
+            dump = getattr(_distributed_c10d, f"_dump_{recorder}_trace{suffix}", None)
+            with suppress(OSError, RuntimeError):
+                if dump is not None:
+                    with replacing(self.folder / name, self.folder.parent) as partial:
+                        partial.write_bytes(dump())
 
     def _verdict(self) -> str:
         """Which rank hangs, by the ranks' reports; all ranks that report come to the same verdict."""
@@ -102,7 +123,8 @@ class Watchdog:
 
     def _say(self, blamed: dict[int, str]) -> str:
         ranks = ", ".join(f"rank {rank} hangs ({how})" for rank, how in blamed.items())
-        return f"{ranks}: no progress for {self.timeout_s:g} s; the ranks' stacks are in {self.folder}"
+        kept = "stacks and last collectives"
+        return f"{ranks}: no progress for {self.timeout_s:g} s; the ranks' {kept} are in {self.folder}"
 
     def _reports_in_time(self) -> dict[int, dict[str, Any]] | None:
         """As `_exchange_reports`, but with a time limit: on a node that is cut off it would wait for the network's timeout."""
@@ -147,3 +169,12 @@ def _waits_for_others() -> bool:
     """Whether a thread of this process is in a collective, judged by its innermost Python function."""
     innermost = [frame.f_code.co_filename for frame in sys._current_frames().values()]
     return any(place in file.replace(os.sep, "/") for file in innermost for place in WAITING)
+
+
+def record_collectives() -> None:
+    """Makes the process groups formed from now on record their last collectives, unless the environment says otherwise.
+
+    PyTorch has renamed the variable; NCCL's groups still read the older name.
+    """
+    for name in ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"):
+        os.environ.setdefault(name, str(RECORDED))

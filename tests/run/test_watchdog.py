@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
+import pickle
 import time
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from mme.distributed.world import World, process_group
-from mme.run.watchdog import Watchdog
+from mme.run.watchdog import COLLECTIVES, COLLECTIVES_JSON, Watchdog, record_collectives
 from tests.distributed.processes import run_on
 from tests.ports import free_port
 
@@ -21,6 +23,7 @@ def work(rank: int, port: int, run: Path, hanging: str) -> None:
     os.environ.update(
         RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK=str(rank), MASTER_ADDR="localhost", MASTER_PORT=str(port)
     )
+    record_collectives()
     with process_group() as world, Watchdog(run, world, timeout_s=3) as watchdog:
         for step in range(3):
             if step == 2 and rank == 1 and hanging == "between steps":
@@ -47,11 +50,22 @@ def test_the_rank_that_hangs_is_named(tmp_path: Path, hanging: str, doing: str) 
     for process in processes:
         process.join(240)
         assert process.exitcode == 1
-    line = f"error: rank 1 hangs (while {doing}): no progress for 3 s; the ranks' stacks are in {tmp_path}/stacks\n"
+    line = f"error: rank 1 hangs (while {doing}): no progress for 3 s; the ranks' stacks and last collectives are in {tmp_path}/stacks\n"
     for log in ("log.txt", "log.rank1.txt"):
         assert (tmp_path / log).read_text().endswith(line)
     assert "fall_asleep" in (tmp_path / "stacks" / "rank_1.txt").read_text()
     assert "all_reduce" in (tmp_path / "stacks" / "rank_0.txt").read_text()
+    check_last_collectives(tmp_path / "stacks")
+
+
+def check_last_collectives(stacks: Path) -> None:
+    """Only rank 0 has joined the third sum, according to both forms of the record."""
+    for rank, number in enumerate((3, 2)):
+        readable = json.loads((stacks / COLLECTIVES_JSON.format(rank)).read_text())["entries"]
+        with_frames = pickle.loads((stacks / COLLECTIVES.format(rank)).read_bytes())["entries"]
+        for entries in (readable, with_frames):
+            assert sum(entry["profiling_name"] == "gloo:all_reduce" for entry in entries) == number
+        assert any(frame["name"] == "work" for frame in with_frames[-1]["frames"])
 
 
 def leave_nothing_of_its_own(world: World, run: str) -> None:
