@@ -18,7 +18,7 @@ import typer
 from launcher import kubernetes as kubernetes_job
 from launcher import rendezvous, torchrun
 from launcher import slurm as slurm_job
-from launcher.job import NODES_MEET_WITHIN_S, Job, default_processes, require_dataset
+from launcher.job import NODES_MEET_WITHIN_S, Job, default_processes, parse_nodes, require_dataset
 from launcher.pod_options import PodOptions
 from mme.errors import UserError, print_line
 from mme.files import write_text
@@ -37,6 +37,9 @@ Overrides = Annotated[
     typer.Argument(metavar="KEY.PATH=VALUE", help="Override values of the file, such as train.lr=0.002."),
 ]
 Nodes = Annotated[int, typer.Option("--nnodes", min=1, help="Number of nodes.")]
+ElasticNodes = Annotated[
+    str, typer.Option("--nnodes", metavar="N|MIN:MAX", help="Number of nodes, or the fewest and the most.")
+]
 Processes = Annotated[
     Optional[int],
     typer.Option("--nproc-per-node", min=1, help="Processes per node. Default: one per GPU, or 2 without GPUs."),
@@ -103,7 +106,7 @@ def launcher() -> None:
 def run(
     config: Config,
     overrides: Overrides = None,
-    nnodes: Nodes = 1,
+    nnodes: ElasticNodes = "1",
     nproc_per_node: Processes = None,
     rdzv_endpoint: Endpoint = None,
     rdzv_timeout: EndpointTimeout = NODES_MEET_WITHIN_S,
@@ -111,6 +114,8 @@ def run(
     dry_run: DryRun = False,
 ) -> None:
     """Train on this node, as one of --nnodes, through torchrun.
+
+    With --nnodes MIN:MAX the job runs on as many nodes as have joined. When one joins or leaves, all workers restart.
 
     When a worker dies, all workers restart and resume from the last complete checkpoint. A mistake in the input or the
     configuration ends the job immediately with status 2.
@@ -122,14 +127,16 @@ def run(
         mme-launch run --config configs/quickstart.yaml --nnodes 2 --rdzv-endpoint node0:29500   (on both nodes)
     """
     with _user_errors():
+        fewest, most = parse_nodes(nnodes)
         job = Job(
             config,
             tuple(overrides or ()),
-            nnodes,
+            most,
             nproc_per_node or default_processes(),
             max_restarts,
             rdzv_endpoint,
             rdzv_timeout,
+            fewest,
         )
         settings = job.load()
         if dry_run:

@@ -36,7 +36,10 @@ class _Sizes(TypedDict):
 
 @dataclass(frozen=True)
 class Job:
-    """A configuration on ``nnodes`` nodes of ``nproc_per_node`` processes each."""
+    """A configuration on ``nnodes`` nodes of ``nproc_per_node`` processes each.
+
+    An elastic job runs on at least ``min_nodes`` and at most ``nnodes``, on as many as have joined.
+    """
 
     config: Path
     overrides: tuple[str, ...]
@@ -45,6 +48,20 @@ class Job:
     max_restarts: int
     rdzv_endpoint: str | None = None  # HOST:PORT of the rendezvous; None: one node, which meets in a local file
     rdzv_timeout_s: int = NODES_MEET_WITHIN_S  # how long nodes wait for each other, at first and after a restart
+    min_nodes: int | None = None  # None: nnodes
+
+    @property
+    def fewest_nodes(self) -> int:
+        return self.nnodes if self.min_nodes is None else self.min_nodes
+
+    @property
+    def is_elastic(self) -> bool:
+        return self.fewest_nodes < self.nnodes
+
+    @property
+    def nodes(self) -> str:
+        """As `--nnodes` takes them: N, or MIN:MAX."""
+        return f"{self.min_nodes}:{self.nnodes}" if self.is_elastic else str(self.nnodes)
 
     @property
     def train_arguments(self) -> list[str]:
@@ -67,16 +84,17 @@ class Job:
         data = None
         with suppress(OSError):  # `require_dataset` says what is wrong with it
             data = sha256(description, description.parent)
-        return {**flat(config), "the SHA-256 of dataset.json in data.path": data, "--nnodes": self.nnodes}
+        return {**flat(config), "the SHA-256 of dataset.json in data.path": data, "--nnodes": self.nodes}
 
     def load(self) -> Config:
-        """The configuration, checked against the number of processes.
+        """The configuration, checked against the number of processes, for each number of nodes that the job may have.
 
         Raises:
             UserError: the configuration is wrong or does not fit the number of processes.
         """
         config = load_config(self.config, list(self.overrides))
-        validate_world_size(config, self.nnodes * self.nproc_per_node)
+        for nodes in range(self.fewest_nodes, self.nnodes + 1):
+            validate_world_size(config, nodes * self.nproc_per_node)
         return config
 
 
@@ -120,6 +138,21 @@ def items_of(config: Config) -> int:
         raise UserError(f"{path}: has no {missing}: prepare the data set with it, or give --items N")
     # Each feature has one more row, for a missing value.
     return info["num_items"] + sum(sizes[name] + 1 for name in names)
+
+
+def parse_nodes(text: str) -> tuple[int, int]:
+    """``4`` → (4, 4); ``2:8`` → (2, 8), the fewest and the most nodes.
+
+    Raises:
+        UserError: ``text`` has neither form.
+    """
+    fewest, _, most = text.partition(":")
+    most = most if ":" in text else fewest
+    if not all(number.isascii() and number.isdecimal() and 0 < int(number) < 2**31 for number in (fewest, most)):
+        raise UserError(f"--nnodes {text!r}: expected a number of nodes, or MIN:MAX, such as 4 or 2:8")
+    if int(fewest) > int(most):
+        raise UserError(f"--nnodes {text}: MIN ({fewest}) must not exceed MAX ({most})")
+    return int(fewest), int(most)
 
 
 def split_endpoint(endpoint: str) -> tuple[str, int]:

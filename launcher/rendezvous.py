@@ -32,7 +32,7 @@ def require_endpoint_given(job: Job) -> None:
     if job.rdzv_endpoint is not None:
         split_endpoint(job.rdzv_endpoint)
     elif job.nnodes > 1:
-        raise UserError(f"--nnodes {job.nnodes} needs --rdzv-endpoint HOST:PORT, the same on every node")
+        raise UserError(f"--nnodes {job.nodes} needs --rdzv-endpoint HOST:PORT, the same on every node")
 
 
 def require_endpoint(job: Job) -> None:

@@ -39,7 +39,7 @@ def other_job(job: Job, has_met: Callable[[], bool]) -> str | None:
             records = _records(store)
             others = [record for record in records if record["id"] != mine["id"]]
             own = len(records) - len(others)
-            seen_at = (seen_at or time.monotonic()) if others and own < job.nnodes else None
+            seen_at = (seen_at or time.monotonic()) if others and own < job.fewest_nodes else None
         except (RuntimeError, ValueError, KeyError, TypeError):
             store = None  # not started yet, or gone with its node after the others had been seen
         if seen_at is not None and time.monotonic() - seen_at > PATIENCE_S and not has_met():

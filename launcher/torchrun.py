@@ -60,7 +60,7 @@ def command(job: Job, module: list[str] | None = None, meeting: Path | None = No
     line = [sys.executable, "-m", "torch.distributed.run"]
     line += [
         "--nnodes",
-        str(job.nnodes),
+        job.nodes,
         "--rdzv-backend",
         "c10d",
         "--rdzv-id",
@@ -118,7 +118,8 @@ def run(job: Job, *, resumes: bool, module: list[str] | None = None, run_folder:
     resume from a checkpoint.
     """
     if job.nnodes > 1:
-        say(f"waiting for {job.nnodes} nodes at {job.rdzv_endpoint}, at most {job.rdzv_timeout_s} s")
+        count = f"{job.fewest_nodes} to {job.nnodes}" if job.is_elastic else job.nnodes
+        say(f"waiting for {count} nodes at {job.rdzv_endpoint}, at most {job.rdzv_timeout_s} s")
     while True:
         before = _newest_checkpoint(run_folder)
         status, watch = _run_once(job, resumes, module)
@@ -261,7 +262,10 @@ class _Watch:
         if failed is None or self.stopped_for is not None:
             return
         status, local_rank = int(failed[1]), int(failed[2])
-        if status in (USER_ERROR, INTERRUPTED, PREEMPTED, NO_RESTART) or self.stopping.received is not None:
+        # Another node of an elastic job was asked to stop: this one saved with it, and goes on without it.
+        goes_on = status == PREEMPTED and self.job.is_elastic
+        is_final = status in (USER_ERROR, INTERRUPTED, PREEMPTED, NO_RESTART) and not goes_on
+        if is_final or self.stopping.received is not None:
             self.stopped_for = status
             self.process.send_signal(signal.SIGTERM)
             return
@@ -272,7 +276,8 @@ class _Watch:
         after = "no restart is left"
         if self.failures <= self.job.max_restarts:
             where = "resume from the last complete checkpoint" if self.resumes else "start from step 0"
-            nodes = f"once all {self.job.nnodes} nodes have joined, " if self.job.nnodes > 1 else ""
+            count = f"at least {self.job.fewest_nodes}" if self.job.is_elastic else f"all {self.job.nnodes}"
+            nodes = f"once {count} nodes have joined, " if self.job.nnodes > 1 else ""
             after = f"{nodes}all workers restart and {where} (restart {self.failures} of {self.job.max_restarts})"
         say(f"worker {local_rank} of this node {ended}; {after}")
 
@@ -305,7 +310,7 @@ class _Watch:
         return True
 
     def _say_not_met(self, why: str) -> None:
-        endpoint, nodes = self.job.rdzv_endpoint, self.job.nnodes
+        endpoint, nodes = self.job.rdzv_endpoint, self.job.fewest_nodes
         ended = {
             "Timeout": f"fewer than {nodes} nodes joined at {endpoint} within {self.job.rdzv_timeout_s} s: a node is down, "
             "unreachable or not started",

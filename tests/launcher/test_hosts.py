@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 from tests.launcher.command_line import CONFIG, REPOSITORY
 from tests.launcher.hosts import Host, hosts, why_not
 from tests.test_recovery import check_same, data, reached
-from tests.test_train import SMALL
+from tests.test_train import SMALL, records
 
 __all__ = ["data"]  # a fixture
 
@@ -137,3 +138,27 @@ def test_a_host_that_stays_cut_off_ends_the_job_on_both_sides(data: Path, tmp_pa
     assert second[-2:] == [silent, resume]
     for said in (first, second):
         assert not [line for line in said if "Traceback" in line or "c10d" in line]
+
+
+def test_an_elastic_job_goes_on_with_the_hosts_that_are_left(data: Path, tmp_path: Path) -> None:
+    """One of three hosts is asked to stop, another is then cut off; the one with the rendezvous ends the job alone."""
+    run = tmp_path / "run"
+    with cluster(3, data, run, "--nnodes", "1:3", "--rdzv-timeout", "60") as nodes:
+        first, cut, stopped = nodes
+        wait_until(lambda: reached(run, 3), nodes)
+        stopped.launcher.terminate()
+        wait_until(lambda: stopped.launcher.poll() is not None, nodes)
+        assert stopped.launcher.returncode == 143
+        wait_until(lambda: sizes(run)[-1] == 2, nodes)
+        cut.host.plug("down")
+        wait_until(lambda: first.launcher.poll() is not None, nodes)
+        assert first.launcher.returncode == 0, first.said
+    assert "once at least 1 nodes have joined, all workers restart" in first.said
+    assert sizes(run) == [3, 2, 1]
+    steps = [line["step"] for line in records(run, "train")]
+    assert steps == sorted(set(steps))
+
+
+def sizes(run: Path) -> list[int]:
+    """The numbers of processes of the attempts, one after another; several attempts may have the same."""
+    return [size for size, _ in itertools.groupby(line["world_size"] for line in records(run, "run"))]

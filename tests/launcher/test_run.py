@@ -82,6 +82,13 @@ def test_help_has_an_example(command: str) -> None:
         (["slurm", "--config", CONFIG, "model.moe.num_experts=6", "parallel.expert_parallel_size=4"], "(6)"),
         (["plan", "--config", CONFIG, "--gpu", "abacus"], "abacus"),
         (["walk"], "No such command 'walk'"),
+        (["run", "--config", CONFIG, "--nnodes", "4:2"], "--nnodes 4:2: MIN (4) must not exceed MAX (2)"),
+        (["run", "--config", CONFIG, "--nnodes", "0:2"], "--nnodes '0:2': expected a number of nodes, or MIN:MAX"),
+        (["run", "--config", CONFIG, "--nnodes", "1:2"], "--nnodes 1:2 needs --rdzv-endpoint HOST:PORT"),
+        (
+            ["run", "--config", CONFIG, "--nnodes", "2:3", "--nproc-per-node", "1", "parallel.expert_parallel_size=2"],
+            "parallel.expert_parallel_size (2) must divide the number of processes (3)",
+        ),
     ],
 )
 def test_wrong_arguments_are_rejected_in_one_line(arguments: list[str], message: str) -> None:
