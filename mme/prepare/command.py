@@ -50,7 +50,7 @@ def prepare(
     format: Annotated[
         Optional[str],
         typer.Option(
-            help="Format of the files: parquet, csv, json, movielens-1m, movielens-20m (also 25m, 32m), kuairand, "
+            help="Format of the files: parquet, arrow, csv, json, movielens-1m, movielens-20m (also 25m, 32m), kuairand, "
             "kuairec, amazon, or auto (the default) to recognise it."
         ),
     ] = None,

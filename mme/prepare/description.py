@@ -27,12 +27,12 @@ def describe_sources(sources: list[SourceFile], ids: dict[str, IdColumn]) -> str
 
 
 def _describe(source: SourceFile, ids: dict[str, IdColumn]) -> str:
-    kinds = {"parquet": "Parquet", "json": "JSON lines", "text": "CSV"}
+    kinds = {"parquet": "Parquet", "arrow": "Arrow", "json": "JSON lines", "text": "CSV"}
     text = kinds[source.kind]
     if source.kind == "text":
         header = "with a header" if source.layout.header_lines else "without a header"
         text += f", separated by {SEPARATORS[source.layout.separator]}, {header}"
-    if source.format not in ("parquet", "json", "csv"):
+    if source.format not in ("parquet", "arrow", "json", "csv"):
         text += f", as {source.format} publishes it"
     for role in dict.fromkeys([*ROLES, *source.columns]):
         what = ""

@@ -2,7 +2,8 @@
 
 | format | file | user, item, time |
 |---|---|---|
-| parquet, csv, json | typed columns; text, separated by comma, tab, semicolon or bar; JSON lines | given, or known names |
+| parquet, arrow | typed columns | given, or known names |
+| csv, json | text, separated by comma, tab, semicolon or bar; JSON lines | given, or known names |
 | movielens-1m | ratings.dat, `user::item::rating::seconds`, no header | fixed |
 | movielens-20m | ratings.csv of 20M, 25M, 32M and latest | userId, movieId, timestamp |
 | kuairand | log_*.csv of Pure, 1K and 27K | user_id, video_id, time_ms |
@@ -18,13 +19,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from mme.data.layout import FEATURE_PREFIX
-from mme.data.parquet import READ_ERRORS
-from mme.errors import UserError, first_line
-from mme.prepare.input_file import InputFile, open_random_access, open_stream
+from mme.errors import UserError
+from mme.prepare.file_start import first_lines, typed_kind, typed_names
+from mme.prepare.input_file import InputFile
 from mme.prepare.json_reader import json_fields
 from mme.prepare.quoting import Quoting
 from mme.prepare.readers import ROLES, SourceFile
@@ -68,21 +66,12 @@ SAME_FORMAT = {
     "amazon-2018": "amazon",
     "amazon-2023": "amazon",
 }
-FORMATS = ["parquet", "csv", "json", "movielens-1m", "movielens-20m", "kuairand", "kuairec", "amazon", "auto"]
+FORMATS = ["parquet", "arrow", "csv", "json", "movielens-1m", "movielens-20m", "kuairand", "kuairec", "amazon", "auto"]
 MOVIELENS_ROW = re.compile(r"[^:]+::[^:]+::\d(?:\.\d)?::\d+")
 AMAZON_USER = re.compile(r"(?:A[0-9A-Z]{8,}|#oc-[0-9A-Z]+)")
 AMAZON_ITEM = re.compile(r"(?:B[0-9A-Z]{9}|\d{9}[\dX])")  # ASIN
 AMAZON_RATING = re.compile(r"[0-5](?:\.\d+)?")
 SECONDS = re.compile(r"\d{8,10}")
-FIRST_BYTES = 1 << 18
-OTHER_FILES = {
-    b"\xff\xfe": "is UTF-16: expected UTF-8",
-    b"\xfe\xff": "is UTF-16: expected UTF-8",
-    b"PK\x03\x04": "is a ZIP archive (or a spreadsheet): expected it unpacked, as CSV, JSON lines or Parquet",
-    b"\x1f\x8b": "is compressed with gzip: expected a name that ends in .gz",
-    b"BZh": "is compressed with bzip2: expected a name that ends in .bz2",
-    b"\x28\xb5\x2f\xfd": "is compressed with zstd: expected a name that ends in .zst",
-}
 TIME_SUFFIXES = ("ms", "us", "ns")  # of a column's name
 
 
@@ -123,18 +112,16 @@ def open_source(path: InputFile, options: ReadOptions, format: str, more_roles: 
     Raises:
         UserError: the file has another format, lacks a column for a role, or has two columns of that name.
     """
-    first_lines = _first_lines(path)
     roles = [*ROLES, *more_roles]
-    if first_lines is None and format in ("csv", "json", "movielens-1m", "amazon"):
-        raise UserError(f"{path}: is a Parquet file, expected {format}")
-    if format == "parquet" or first_lines is None:
-        source = SourceFile(path, _resolve(path, _parquet_names(path), format, options.columns, roles), "parquet")
-    elif format == "movielens-1m":
-        source = _movielens_1m(path, first_lines, roles)
-    elif format == "json" or first_lines[0].lstrip().startswith("{"):
-        source = _json(path, first_lines, format, options.columns, roles)
+    kind = typed_kind(path)
+    if kind is not None and format in ("csv", "json", "movielens-1m", "amazon"):
+        raise UserError(f"{path}: is an Arrow or Parquet file, expected {format}")
+    if kind is None and format in ("parquet", "arrow"):
+        kind = "parquet" if format == "parquet" else "arrow"
+    if kind is not None:
+        source = SourceFile(path, _resolve(path, typed_names(path, kind), format, options.columns, roles), kind)
     else:
-        source = _text(path, first_lines, format, options, roles)
+        source = _of_lines(path, first_lines(path), format, options, roles)
     suffix = source.columns["timestamp"].lower().rpartition("_")[2]
     if source.time_unit is None and suffix in TIME_SUFFIXES and "_" in source.columns["timestamp"]:
         source = replace(source, time_unit=suffix)
@@ -144,6 +131,14 @@ def open_source(path: InputFile, options: ReadOptions, format: str, more_roles: 
         times_may_be_missing=format == "kuairec",
         text_ids=options.id_type == "text" or (format == "amazon" and options.id_type == "auto"),
     )
+
+
+def _of_lines(path: InputFile, lines: list[str], format: str, options: ReadOptions, roles: list[str]) -> SourceFile:
+    if format == "movielens-1m":
+        return _movielens_1m(path, lines, roles)
+    if format == "json" or lines[0].lstrip().startswith("{"):
+        return _json(path, lines, format, options.columns, roles)
+    return _text(path, lines, format, options, roles)
 
 
 def open_item_table(
@@ -156,16 +151,17 @@ def open_item_table(
     Raises:
         UserError: a column is missing, given twice, or could be one of several.
     """
-    first_lines = _first_lines(path)
     layout = Layout(",", [])
-    kind: Literal["parquet", "text", "json"] = "parquet"
-    if first_lines is None:
-        names = _parquet_names(path)
-    elif first_lines[0].lstrip().startswith("{"):
-        kind, names = "json", list(dict.fromkeys(name for line in first_lines for name in json_fields(line) or {}))
+    kind: Literal["parquet", "arrow", "text", "json"]
+    typed = typed_kind(path)
+    lines = [] if typed else first_lines(path)
+    if typed is not None:
+        kind, names = typed, typed_names(path, typed)
+    elif lines[0].lstrip().startswith("{"):
+        kind, names = "json", list(dict.fromkeys(name for line in lines for name in json_fields(line) or {}))
     else:
-        separator = _separator(first_lines[0])
-        names, header_lines, blanks_before_quotes = read_header(first_lines, separator)
+        separator = _separator(lines[0])
+        names, header_lines, blanks_before_quotes = read_header(lines, separator)
         kind, layout = "text", Layout(separator, names, header_lines, blanks_before_quotes)
     columns = {
         "item": _known(path, names, "item", "item-id") if item_column is None else _named(path, names, item_column)
@@ -184,44 +180,45 @@ def identify(path: InputFile, format: str) -> str:
     format = same_format(format)
     if format != "auto":
         return format
-    first_lines = _first_lines(path)
-    if first_lines is None:
-        names = set(_parquet_names(path))
-        return "kuairec" if names.issuperset([*FIXED_NAMES["kuairec"], TELLING_NAME["kuairec"]]) else "parquet"
-    first = first_lines[0]
+    typed = typed_kind(path)
+    if typed is not None:
+        names = set(typed_names(path, typed))
+        return "kuairec" if names.issuperset([*FIXED_NAMES["kuairec"], TELLING_NAME["kuairec"]]) else typed
+    lines = first_lines(path)
+    first = lines[0]
     if first.lstrip().startswith("{"):
         return "amazon" if "asin" in (json_fields(first) or {}) else "json"
-    if all(MOVIELENS_ROW.fullmatch(line) for line in first_lines if line):
+    if all(MOVIELENS_ROW.fullmatch(line) for line in lines if line):
         return "movielens-1m"
-    names_, _, _ = read_header(first_lines, _separator(first))
+    names_, _, _ = read_header(lines, _separator(first))
     for name, fixed in FIXED_NAMES.items():
         if set(names_).issuperset([*fixed, TELLING_NAME[name]]):
             return name
-    if set(names_).issuperset(["user_id", "parent_asin", "timestamp"]) or _amazon_columns(first_lines):
+    if set(names_).issuperset(["user_id", "parent_asin", "timestamp"]) or _amazon_columns(lines):
         return "amazon"
     return "csv"
 
 
-def _movielens_1m(path: InputFile, first_lines: list[str], roles: list[str]) -> SourceFile:
-    if not MOVIELENS_ROW.fullmatch(first_lines[0]):
-        raise UserError(f"{path}: line 1: {first_lines[0][:60]!r}: expected user::item::rating::seconds")
+def _movielens_1m(path: InputFile, lines: list[str], roles: list[str]) -> SourceFile:
+    if not MOVIELENS_ROW.fullmatch(lines[0]):
+        raise UserError(f"{path}: line 1: {lines[0][:60]!r}: expected user::item::rating::seconds")
     names = ["user", "1", "item", "3", "rating", "5", "timestamp"]  # "::" makes an empty field between two
     layout = Layout(":", names, header_lines=0)
     return SourceFile(path, _fixed(path, roles, names), "text", layout=layout, quoting="literal")
 
 
-def _text(path: InputFile, first_lines: list[str], format: str, options: ReadOptions, roles: list[str]) -> SourceFile:
-    separator = _separator(first_lines[0])
-    fields, header_lines, blanks_before_quotes = read_header(first_lines, separator)
+def _text(path: InputFile, lines: list[str], format: str, options: ReadOptions, roles: list[str]) -> SourceFile:
+    separator = _separator(lines[0])
+    fields, header_lines, blanks_before_quotes = read_header(lines, separator)
     if len(fields) < len(ROLES):
         raise UserError(
-            f"{path}: line 1: {first_lines[0][:60]!r}: expected at least three columns, separated by comma, tab, semicolon or bar"
+            f"{path}: line 1: {lines[0][:60]!r}: expected at least three columns, separated by comma, tab, semicolon or bar"
         )
     if format == "amazon" and not set(fields) & {"user_id", "parent_asin", "asin"}:
-        names = _amazon_columns(first_lines)
+        names = _amazon_columns(lines)
         if names is None:
             raise UserError(
-                f"{path}: line 1: {first_lines[0][:60]!r}: expected user,item,rating,seconds (2014) or item,user,rating,seconds "
+                f"{path}: line 1: {lines[0][:60]!r}: expected user,item,rating,seconds (2014) or item,user,rating,seconds "
                 "(2018) of Amazon reviews, with their ids"
             )
         return SourceFile(path, _fixed(path, roles, names), "text", layout=Layout(separator, names, header_lines=0))
@@ -232,7 +229,7 @@ def _text(path: InputFile, first_lines: list[str], format: str, options: ReadOpt
         fields, header_lines = [str(number + 1) for number in range(len(fields))], 0
         if not all(options.columns.get(role) for role in ROLES):
             raise UserError(
-                f"{path}: line 1: {first_lines[0][:60]!r}: no header that names the columns; give the numbers of those of "
+                f"{path}: line 1: {lines[0][:60]!r}: no header that names the columns; give the numbers of those of "
                 "users, items and times, such as --user-column 1 --item-column 2 --timestamp-column 3, or --header if this "
                 "line is one"
             )
@@ -242,23 +239,21 @@ def _text(path: InputFile, first_lines: list[str], format: str, options: ReadOpt
     return SourceFile(path, columns, "text", layout=layout, quoting=options.quoting, time_unit=unit)
 
 
-def _json(path: InputFile, first_lines: list[str], format: str, given: dict[str, str], roles: list[str]) -> SourceFile:
+def _json(path: InputFile, lines: list[str], format: str, given: dict[str, str], roles: list[str]) -> SourceFile:
     names: dict[str, None] = {}
-    for line in first_lines:
+    for line in lines:
         names.update(dict.fromkeys(json_fields(line) or {}))
     if not names:
-        raise UserError(
-            f"{path}: line 1: {first_lines[0][:60]!r}: expected one JSON object per line, with each key once"
-        )
+        raise UserError(f"{path}: line 1: {lines[0][:60]!r}: expected one JSON object per line, with each key once")
     return SourceFile(path, _resolve(path, list(names), format, given, roles), "json")
 
 
-def _amazon_columns(first_lines: list[str]) -> list[str] | None:
+def _amazon_columns(lines: list[str]) -> list[str] | None:
     """The columns of Amazon's ratings without a header: user first (2014) or item first (2018), by the form of the ids.
 
     None if some line has another form.
     """
-    rows = [line.split(",") for line in first_lines if line]
+    rows = [line.split(",") for line in lines if line]
     for names in (["user", "item", "rating", "timestamp"], ["item", "user", "rating", "timestamp"]):
         patterns = [AMAZON_USER if name == "user" else AMAZON_ITEM for name in names[:2]]
         if all(
@@ -279,47 +274,6 @@ def _separator(line: str) -> str:
 def _is_value(text: str) -> bool:
     """Whether a field of the first line is a number or a date, and so not the name of a column."""
     return re.fullmatch(r"[+-]?\d[\d.]*(?:[eE][+-]?\d+)?|\d{4}-\d{2}-\d{2}.*", text) is not None
-
-
-def _first_lines(path: InputFile) -> list[str] | None:
-    """The first complete lines of a text file, compressed or not; None if it is Parquet."""
-    try:
-        with open_random_access(path) as file:
-            if file.read(4) == b"PAR1":
-                return None
-        with open_stream(path) as stream:
-            start = stream.read(FIRST_BYTES)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: can't be read: {first_line(error)}") from error
-    for magic, message in OTHER_FILES.items():
-        if start.startswith(magic):
-            raise UserError(f"{path}: {message}")
-    if b"\r" in start and b"\n" not in start:
-        raise UserError(f"{path}: lines end with CR only: expected LF or CRLF")
-    text = start.decode("utf-8-sig", errors="replace")
-    lines = [line.rstrip("\r") for line in text.split("\n")]
-    if len(start) == FIRST_BYTES and len(lines) > 1:
-        del lines[-1]  # perhaps cut off
-    while lines and not lines[0].strip():
-        del lines[0]
-    if not lines:
-        raise UserError(f"{path}: empty file: expected interactions")
-    if "\0" in lines[0]:
-        raise UserError(f"{path}: neither Parquet nor text")
-    if lines[0].lstrip().startswith("["):
-        raise UserError(
-            f"{path}: line 1: starts with '[', as a JSON array does: expected one JSON object per line, or CSV"
-        )
-    return lines
-
-
-def _parquet_names(path: InputFile) -> list[str]:
-    try:
-        with open_random_access(path) as file:
-            names: list[str] = pq.read_schema(file).names
-        return names
-    except READ_ERRORS as error:
-        raise UserError(f"{path}: not a readable Parquet file, perhaps truncated ({first_line(error)})") from error
 
 
 def _fixed(path: InputFile, roles: list[str], names: list[str]) -> dict[str, str]:

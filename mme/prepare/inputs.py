@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import json
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -22,9 +23,12 @@ FILES_IN_FOLDER = {
     "kuairand": ["log_standard_*.csv"],
     "kuairec": ["big_matrix.csv"],
     "parquet": ["*.parquet", "*.pq"],
+    "arrow": ["*.arrow"],
     "json": ["*.json", "*.jsonl", "*.ndjson"],
     "csv": ["*.csv", "*.tsv", "*.txt"],
 }
+# What Hugging Face's `datasets` writes beside the rows of a folder, and its caches of intermediate results.
+NOT_ROWS = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "cache-*.arrow")
 COMPRESSED = ["", ".gz", ".bz2", ".zst", ".lz4"]
 EXPECTED_INPUT = "a file of interactions"
 
@@ -86,7 +90,12 @@ def _log(
     folder: Path | RemotePath, files: list[AnyFile], parts: Callable[[AnyFile], Sequence[str]], format: str
 ) -> list[AnyFile]:
     """Those of ``files``, all that are below ``folder``, that are the log; ``parts`` are a file's names below the folder."""
-    visible = [file for file in files if not any(name.startswith((".", "_")) for name in parts(file))]
+    visible = [
+        file
+        for file in files
+        if not any(name.startswith((".", "_")) for name in parts(file))
+        and not any(fnmatchcase(file.name, pattern) for pattern in NOT_ROWS)
+    ]
     groups = [FILES_IN_FOLDER["json"] + FILES_IN_FOLDER["csv"]] if format == "amazon" else [FILES_IN_FOLDER.get(format)]
     if format == "auto":
         groups = list(FILES_IN_FOLDER.values())
@@ -94,6 +103,22 @@ def _log(
         wanted = [pattern + ending for pattern in patterns or [] for ending in COMPRESSED]
         found = [file for file in visible if any(fnmatchcase(file.name, pattern) for pattern in wanted)]
         if found:
+            _require_shards(files, found)
             return found
     names = ", ".join(pattern for patterns in groups for pattern in patterns or [])
     raise UserError(f"{folder}: no file of interactions in this folder, expected {names}")
+
+
+def _require_shards(files: list[AnyFile], found: list[AnyFile]) -> None:
+    """Raises UserError if a file is missing that a state.json of `datasets` names, because a copy was cut off, for example."""
+    present = {str(file) for file in found}
+    for state in (file for file in files if file.name == "state.json"):
+        text = state.read() if isinstance(state, RemoteFile) else state.read_bytes()
+        try:
+            names = [str(entry["filename"]) for entry in json.loads(text)["_data_files"]]
+        except (ValueError, TypeError, KeyError):
+            continue  # a file of another program
+        folder = str(state)[: -len(state.name)]
+        for name in names:
+            if folder + name not in present:
+                raise UserError(f"{state}: names {name}, but there is no such file: expected the whole data set")

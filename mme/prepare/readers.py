@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from mme.data.parquet import READ_ERRORS
 from mme.errors import UserError, first_line
 from mme.prepare import json_reader, text_reader
+from mme.prepare.file_start import ArrowBatches
 from mme.prepare.input_file import InputFile, open_random_access, open_stream
 from mme.prepare.quoting import Quoting, RecordSplitter
 from mme.prepare.text_reader import Layout, UnreadableText
@@ -49,7 +50,7 @@ class SourceFile:
 
     path: InputFile
     columns: dict[str, str]
-    kind: Literal["parquet", "text", "json"]
+    kind: Literal["parquet", "arrow", "text", "json"]
     format: str = ""
     layout: Layout = field(default_factory=lambda: Layout(",", []))
     quoting: Quoting = "auto"
@@ -88,6 +89,8 @@ class SourceFile:
         try:
             if self.kind == "parquet":
                 yield from map(self._by_role, self._parquet(names, rows))
+            elif self.kind == "arrow":
+                yield from map(self._by_role, self._arrow(names, rows))
             else:
                 with open_stream(self.path) as stream:
                     yield from map(self._by_role, self._text(stream, names, num_bytes))
@@ -107,6 +110,18 @@ class SourceFile:
         ):
             yield from file.iter_batches(rows, columns=names)
 
+    def _arrow(self, names: list[str], rows: int) -> Iterator[pa.RecordBatch]:
+        with open_random_access(self.path) as source:
+            waiting: list[pa.RecordBatch] = []  # a batch as written often has a thousand rows only
+            for batch in ArrowBatches(source, names):
+                batch.validate(full=True)
+                waiting.append(batch)
+                if sum(each.num_rows for each in waiting) >= rows:
+                    yield from _joined(waiting, rows)
+                    waiting = []
+            if waiting:
+                yield from _joined(waiting, rows)
+
     def _text(self, stream: pa.NativeFile, names: list[str], num_bytes: int) -> Iterator[pa.RecordBatch]:
         blocks: Iterable[text_reader.TextBlock | json_reader.JsonBlock]
         if self.kind == "json":
@@ -120,3 +135,9 @@ class SourceFile:
             self.broken_rows += block.broken_lines.size
             self.broken_lines += block.broken_lines[: 3 - len(self.broken_lines)].tolist()
             yield block.columns
+
+
+def _joined(batches: list[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:
+    """The batches as batches of at most ``rows`` rows."""
+    table = pa.Table.from_batches(batches).combine_chunks()
+    yield from table.to_batches(max_chunksize=rows)
