@@ -37,7 +37,7 @@ class StepResult:
     """The result of a step over all ranks.
 
     Attributes:
-        loss: mean over the tokens of −log softmax at the target, without the routers' losses.
+        loss: mean over the tokens of −log softmax at the target, weighted by `loss.weight_column`, without the routers' losses.
         skipped: the loss or a gradient was not finite; the step changed nothing.
         votes: for each vote, whether any rank voted yes.
         tokens: target tokens.
@@ -99,11 +99,12 @@ class Gradients:
 
 class _Part(NamedTuple):
     """One part of a rank's batch after its backward: the sum of its losses, the choices of all ranks as in
-    `StepResult.counts`, the targets of the whole global batch, and this rank's routing."""
+    `StepResult.counts`, number and weight of the targets of the whole global batch, and this rank's routing."""
 
     losses: Tensor
     counts: Tensor
     targets: Tensor
+    weight: Tensor
     routing: list[Routing]
 
 
@@ -176,10 +177,10 @@ class TrainStep:
             spoiled = is_spoiled([item_rows.grad, *reduced_gradients(self.engine)], world.size)
             squares = self._squared_norm(items[0].ids, looked_up, item_rows.grad)
         own = [losses.sum(), spoiled.double(), squares, *(losses.new_full((), vote) for vote in votes)]
-        targets = done[0].targets.double()  # of all ranks already
+        targets = torch.stack([done[0].targets.double(), done[0].weight.double()])  # of all ranks already
         # One exchange, and one read, for all that the host wants to know of a step.
-        loss, spoiled, squares, *given, tokens = torch.cat([world.sum(torch.stack(own)), targets[None]]).tolist()
-        loss, tokens = loss / tokens, int(tokens)
+        loss, spoiled, squares, *given, tokens, weight = torch.cat([world.sum(torch.stack(own)), targets]).tolist()
+        loss, tokens = loss / weight, int(tokens)
         return Gradients(
             loss=loss,
             finite=math.isfinite(loss) and not spoiled,
@@ -238,14 +239,20 @@ class TrainStep:
             losses = self.loss(output.hidden, item_rows, items)
             if part.trained is not None:
                 losses = losses.masked_fill(~part.trained, 0.0)
+            if part.target_weights is not None:
+                losses = losses * part.target_weights
         summed, sizes = summing().split([counts.numel(), 4])
         counts, (routed, part_tokens, tokens, targets) = summed.view(counts.shape), sizes.clamp(min=1)
+        weight = targets
+        if batch.target_weights is not None:  # a batch without any target has the loss 0
+            (weight,) = world.sum(batch.target_weights.double().sum()[None].to(losses.device))
+            weight = torch.where(weight > 0, weight, 1.0)
         with region("loss"):
             balance = self._balance(output.routing, counts, routed) * (part_tokens / tokens)
-            total = losses.sum() / targets + balance
+            total = losses.sum() / weight + balance
         with region("backward"):
             self.engine.backward(total * world.size)  # DeepSpeed and TorchRec average gradients over the ranks
-        return _Part(losses.detach().double().sum(), counts, targets, output.routing)
+        return _Part(losses.detach().double().sum(), counts, targets, weight, output.routing)
 
     @region("optimizer")
     def update(self, gradients: Gradients) -> bool:

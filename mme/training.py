@@ -27,6 +27,7 @@ from mme.data.dataset import PreparedDataset
 from mme.data.features import Features
 from mme.data.loaders import TrainLoader
 from mme.data.split import HeldOut, Split
+from mme.data.target_weights import read_target_weights
 from mme.distributed import checkpoint
 from mme.distributed.checkpoint_index import Progress
 from mme.distributed.checkpoint_writer import CheckpointWriter
@@ -95,6 +96,7 @@ class Training:
             Features.of(config.model),
             seed=config.train.seed,
             attention_equals_rest_at=attention_equals_rest_at(config.model),
+            target_weights=read_target_weights(dataset.folder, dataset.info, config.loss),
         )
         self.total_steps = self._total_steps(Progress(0, 0, 0))
         needed = config.train.profile_start + config.train.profile

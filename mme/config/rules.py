@@ -22,6 +22,7 @@ def validate(config: Config) -> None:
     _check_table_lr(config)
     _check_experts(config)
     _check_loss(config)
+    _check_target_weights(config)
     _check_data(config)
     if config.train.patience and config.data.protocol == "leave_one_out":
         raise UserError(
@@ -79,6 +80,24 @@ def _check_paths(config: Config) -> None:
     for key, path in (("data.path", data.path), ("data.cache_dir", data.cache_dir), ("output_dir", config.output_dir)):
         if key != "data.path" or remote_url(data.path) is None:
             check_path(path or "", key)
+
+
+def _check_target_weights(config: Config) -> None:
+    loss = config.loss
+    if loss.target_weights and loss.weight_column is None:
+        raise UserError("loss.target_weights needs loss.weight_column, the column of the values that it names")
+    try:
+        loss.weight_of_value()
+    except ValueError:
+        raise UserError(
+            f"loss.target_weights ({', '.join(loss.target_weights)}): expected VALUE=WEIGHT, each value once and each weight "
+            "a number from 0"
+        ) from None
+    if loss.weight_column is not None and loss.sampling == "in_batch":
+        raise UserError(
+            "loss.weight_column does not go with loss.sampling=in_batch, because a batch may have no target: expected uniform "
+            "or popularity"
+        )
 
 
 def _check_model(config: Config) -> None:

@@ -262,6 +262,31 @@ class LossConfig:
         "is the mean of the M losses, so that each view learns to predict on its own, and ranking sums their scores (requires "
         "`model.score_norm=per_view`). `both`: the mean of the two losses.",
     )
+    weight_column: Optional[str] = key(
+        None,
+        "Column kept by `--feature-columns` of `mme prepare` whose value in the event to be predicted gives the weight of "
+        "that target in the loss. None: all targets count alike. See [data.md](data.md#actions-and-weights).",
+    )
+    target_weights: list[str] = key(
+        [],
+        "`VALUE=WEIGHT` for each value of `loss.weight_column` that is a target, such as `[buy=1,click=0.2]`; other events are "
+        "context only. Empty: the values are numbers and are the weights.",
+    )
+
+    def weight_of_value(self) -> dict[str, float]:
+        """`target_weights` by value.
+
+        Raises:
+            ValueError: an entry is not VALUE=WEIGHT with a finite weight from 0, or a value occurs twice.
+        """
+        found: dict[str, float] = {}
+        for entry in self.target_weights:
+            value, separator, weight = entry.rpartition("=")
+            number = float(weight) if separator else math.nan
+            if value in found or not 0 <= number < 1e30:
+                raise ValueError(entry)
+            found[value] = number
+        return found
 
     @property
     def is_full_softmax(self) -> bool:

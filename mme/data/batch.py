@@ -31,6 +31,7 @@ class SequenceBatch:
         target_ids: (T,) int64, the item that follows each token.
         user_rows: (B,) int64, the row of each sequence's user in the prepared data set.
         trained: (T,) bool, tokens whose target is trained on; the others are only context. None: all are trained on.
+        target_weights: (T,) float32, the weight of each target in the loss, 0 where ``trained`` is false. None: all are 1.
         event_features: (T, F) int64, the values of each token's event, in the order of `model.event_features`; 0: missing or
             unknown. None: no features. It never contains features of the event to be predicted.
         user_features: (B, G) int64, the values of each user, in the order of `model.user_features`.
@@ -42,6 +43,7 @@ class SequenceBatch:
     target_ids: Tensor
     user_rows: Tensor
     trained: Tensor | None = None
+    target_weights: Tensor | None = None
     event_features: Tensor | None = None
     user_features: Tensor | None = None
 
@@ -87,6 +89,7 @@ class SequenceBatch:
                     target_ids=self.target_ids[start:end],
                     user_rows=self.user_rows[first:last],
                     trained=None if self.trained is None else self.trained[start:end],
+                    target_weights=None if self.target_weights is None else self.target_weights[start:end],
                     event_features=None if self.event_features is None else self.event_features[start:end],
                     user_features=None if self.user_features is None else self.user_features[first:last],
                 )

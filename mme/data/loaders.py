@@ -26,6 +26,7 @@ from mme.data.parts import IntArray
 from mme.data.prefetch import prefetch
 from mme.data.ranges import concatenated
 from mme.data.split import HeldOut, Split
+from mme.data.target_weights import TargetWeights
 from mme.data.windows import Windows
 from mme.errors import UserError
 
@@ -83,8 +84,10 @@ class TrainLoader:
         *,
         seed: int = 0,
         attention_equals_rest_at: int = 528,
+        target_weights: TargetWeights | None = None,
     ) -> None:
-        """``attention_equals_rest_at``: see `mme.data.balance`."""
+        """``attention_equals_rest_at``: see `mme.data.balance`; ``target_weights``: None if all targets count alike."""
+        self.target_weights = target_weights
         self.dataset, self.data, self.worker, self.features = dataset, data, worker, features
         self.seed, self.attention_equals_rest_at = seed, attention_equals_rest_at
         history_len = data.history_len(bool(features.users))
@@ -127,7 +130,8 @@ class TrainLoader:
             deal(sequence_cost(whole.lengths, self.attention_equals_rest_at), self.worker.size) == self.worker.rank
         )
         rows, starts, lengths, context = (values[is_mine] for values in whole)
-        return _assemble(self.dataset.read(starts, lengths + 1), rows, lengths, context, self.features)
+        events = self.dataset.read(starts, lengths + 1)
+        return _assemble(events, rows, lengths, context, self.features, self.target_weights)
 
     def _train_batch(self, epoch: int, begin: int, end: int) -> TrainBatch:
         if begin <= len(self.windows) // 2 < end:
@@ -209,7 +213,12 @@ class EvaluationLoader:
 
 
 def _assemble(
-    events: Records, rows: IntArray, lengths: IntArray, context: IntArray, features: Features
+    events: Records,
+    rows: IntArray,
+    lengths: IntArray,
+    context: IntArray,
+    features: Features,
+    weights: TargetWeights | None = None,
 ) -> SequenceBatch:
     """Sequences of ``lengths`` tokens; ``events`` contains the tokens of each and the event that follows."""
     offsets = _offsets(lengths)
@@ -220,6 +229,11 @@ def _assemble(
     if context.any():
         within = np.arange(offsets[-1]) - np.repeat(offsets[:-1], lengths)
         trained = torch.from_numpy(within >= np.repeat(context, lengths))
+    target_weights = None
+    if weights is not None:
+        target_weights = torch.from_numpy(weights.of(events[first]))
+        trained = target_weights > 0 if trained is None else trained & (target_weights > 0)
+        target_weights = target_weights.masked_fill(~trained, 0.0)
     return SequenceBatch(
         item_ids=_int64(events["item"][last]),
         seq_offsets=_int64(offsets),
@@ -227,6 +241,7 @@ def _assemble(
         target_ids=_int64(events["item"][first]),
         user_rows=_int64(rows),
         trained=trained,
+        target_weights=target_weights,
         event_features=_columns([events[parts_column(name)][last] for name in features.events]),
         user_features=_columns(
             [

@@ -347,7 +347,12 @@ def masked_steps(world: World, split: list[list[int]], keep: list[str]) -> list[
     for which in keep:
         batch = sequences(split[world.rank])
         late = torch.cat([torch.arange(LENGTHS[b]) >= min(4, b + 1) for b in split[world.rank]])
-        batch = replace(batch, trained={"late": late, "early": ~late, "all": None}[which])
+        if which == "weighted":
+            batch = replace(batch, target_weights=torch.where(late, 3.0, 0.5))
+        elif which == "none":
+            batch = replace(batch, trained=late & ~late, target_weights=torch.zeros(late.numel()))
+        else:
+            batch = replace(batch, trained={"late": late, "early": ~late, "all": None}[which])
         gradients = step.backward(0, batch)
         results.append((gradients.loss, gradients.tokens, gradients.item_rows.clone()))
     return results
@@ -372,6 +377,19 @@ def test_a_context_token_has_no_loss() -> None:
         assert late[0] * late[1] + early[0] * early[1] == pytest.approx(whole_batch[0] * whole_batch[1], rel=1e-6)
         together = late[1] * late[2] + early[1] * early[2]
         torch.testing.assert_close(together, whole_batch[1] * whole_batch[2], rtol=1e-4, atol=1e-5)
+
+
+def test_weights_of_targets() -> None:
+    """The weighted mean over both halves of the targets; a batch without a target changes nothing."""
+    kept = ["late", "early", "weighted", "none"]
+    for late, early, weighted, none in run_on(2, masked_steps, [[0, 3], [1, 2, 4]], kept):
+        parts = [(3.0 * late[1], late), (0.5 * early[1], early)]
+        total = sum(weight for weight, _ in parts)
+        assert weighted[0] == pytest.approx(sum(weight * part[0] for weight, part in parts) / total, rel=1e-6)
+        expected = sum(weight * part[2] for weight, part in parts) / total
+        torch.testing.assert_close(weighted[2], expected, rtol=1e-4, atol=1e-7)
+        assert weighted[1] == sum(LENGTHS)
+        assert none[0] == 0 and not none[2].any()
 
 
 def decayed(world: World, weight_decay_on: str) -> list[str]:
