@@ -155,6 +155,7 @@ class WeightsAndBiases:
     def __init__(self, run: TrackedRun) -> None:
         import wandb
 
+        make_folder(run.folder / "wandb", run.folder)  # refuses a link, which wandb would follow
         run_id = run.earlier_id("wandb") or secrets.token_hex(4)
         settings = wandb.Settings(silent=True, console="off")
         try:

@@ -90,7 +90,7 @@ def test_wandb_offline_has_the_curves(tmp_path: Path, monkeypatch: pytest.Monkey
     track(tmp_path / "run", "wandb")
     folders = sorted((tmp_path / "run" / "wandb").glob("offline-run-*"))
     assert len({folder.name.rsplit("-", 1)[1] for folder in folders}) == 1  # one run, which `wandb sync` joins
-    records = [record for folder in folders for record in written(folder)]
+    records = [record for folder in folders for record in finished(folder)]
     config = {item.key or item.nested_key[0]: item.value_json for of in records for item in of.run.config.update}
     assert config["train.lr"] == "0.001" and config["data.path"] == '"datasets/a"'
     rows = [{item.key or item.nested_key[0]: item.value_json for item in of.history.item} for of in records]
@@ -104,6 +104,25 @@ def test_wandb_offline_has_the_curves(tmp_path: Path, monkeypatch: pytest.Monkey
     assert [of.exit.exit_code for of in records if of.HasField("exit")] == [1, 0]
 
 
+def test_a_link_in_place_of_wandbs_folder_is_not_followed(tmp_path: Path) -> None:
+    pytest.importorskip("wandb")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "run" / "wandb").symlink_to(tmp_path / "mine")
+    with pytest.raises(OSError, match="symbolic link"), monitor(tmp_path / "run", "wandb") as started:
+        started.run_info({})
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def finished(folder: Path) -> list[Any]:
+    """The records of an offline run, which wandb's process may still be writing for a moment."""
+    deadline = time.monotonic() + 60
+    while not any(record.HasField("exit") for record in (records := written(folder))):
+        assert time.monotonic() < deadline, f"{folder}: no record of the run's end"
+        time.sleep(0.1)
+    return records
+
+
 def written(folder: Path) -> list[Any]:
     """The records of an offline run: protocol buffers in the log format of LevelDB, after a header of 7 bytes."""
     from wandb.proto import wandb_internal_pb2
@@ -115,6 +134,8 @@ def written(folder: Path) -> list[Any]:
             place += left
             continue
         length, kind = struct.unpack_from("<HB", data, place + 4)
+        if place + 7 + length > len(data):  # not written yet
+            break
         parts += data[place + 7 : place + 7 + length]
         place += 7 + length
         if kind in (FULL, LAST):
