@@ -117,10 +117,12 @@ def test_a_link_in_place_of_wandbs_folder_is_not_followed(tmp_path: Path) -> Non
 def finished(folder: Path) -> list[Any]:
     """The records of an offline run, which wandb's process may still be writing for a moment."""
     deadline = time.monotonic() + 60
-    while not any(record.HasField("exit") for record in (records := written(folder))):
+    while True:
+        records = written(folder)
+        if any(record.HasField("exit") for record in records):
+            return records
         assert time.monotonic() < deadline, f"{folder}: no record of the run's end"
         time.sleep(0.1)
-    return records
 
 
 def written(folder: Path) -> list[Any]:
