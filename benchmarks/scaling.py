@@ -172,7 +172,7 @@ def _predicted(config: Config, items: int, device: Device, work: str) -> dict[st
             continue
         shape = Shape(dealt, gpus, GPUS_OF_A_NODE, items)
         layout = choice(layouts(shape, device), None, device)
-        if layout.memory.total <= device.memory:
+        if layout.memory.fits(device):
             planned.append(layout)
     first = planned[0]
     rows = []

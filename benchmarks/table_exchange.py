@@ -72,7 +72,7 @@ def main(
 def _config(tables: int, dim: int) -> Config:
     overrides = ["data.path=unused", f"model.num_tables={tables}", f"model.embedding_dim={tables * dim}"]
     # The optimizer is fused into backward, so that no time of a dense optimizer hides the exchange.
-    return load_config(None, [*overrides, "model.moe.num_experts=0", "train.table_optimizer=rowwise_adagrad"])
+    return load_config(None, [*overrides, "model.moe.num_experts=0", "train.table_optimizer=adagrad"])
 
 
 def _lookup_and_update(tables: list[ItemTables], ids: Tensor) -> None:

@@ -323,6 +323,10 @@ def plan(
         str, typer.Option(help="a100-80g, h100-80g, h200, b200, l40s, or cpu for processes on a machine like this.")
     ] = "h100-80g",
     items: Items = None,
+    host_memory: Annotated[
+        Optional[float],
+        typer.Option(help="GiB of memory of a node; default: of common servers with this GPU (cpu: of this machine)."),
+    ] = None,
     as_configured: Annotated[
         bool, typer.Option("--as-configured", help="Keep the configured table sharding and expert-parallel size.")
     ] = False,
@@ -340,7 +344,7 @@ def plan(
         from launcher.plan import show_plan
 
         job = Job(config, tuple(overrides or ()), nnodes, nproc_per_node, 0)
-        show_plan(job, gpu, items, choose=not as_configured)
+        show_plan(job, gpu, items, host_memory, choose=not as_configured)
 
 
 @contextmanager

@@ -9,22 +9,14 @@ Legend: as in `launcher.shape`; R = M·T rows, P = H·(4·dv + 2·dqk) columns o
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 from launcher.shape import Shape
 from mme.config import Config
 from mme.devices import Device
+from mme.table_placement import FLOAT, Bytes
 
-FLOAT = 4  # bytes; weights, gradients and optimizer states are float32
 INT64 = 8
-TABLE_STATES = {
-    "adam": 2.0,
-    "dense_adam": 2.0,
-    "adagrad": 1.0,
-    "rowwise_adagrad": 0.0,
-    "sgd": 0.0,
-}  # copies of the weights
 WRITTEN = 3  # copies of the decoder's size in a checkpoint: weights and Adam's two moments
 DENSE_STATES = 3  # copies of the weights' size: ZeRO's float32 weights and Adam's two moments
 ADAM_TEMPORARIES = 3  # copies of one parameter while PyTorch's Adam updates it
@@ -40,37 +32,48 @@ TABLE_OPTIMIZER, OPTIMIZER = "buffers: tables' optimizer", "buffers: optimizer"
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by part in the ``phase`` of a step that needs most."""
+    """Bytes by part in the ``phase`` of a step that needs most, and in ``host_parts`` those of a GPU job's host memory."""
 
     parts: dict[str, float]
     phase: str
+    host_parts: dict[str, float]
 
     @property
     def total(self) -> float:
         return sum(self.parts.values())
 
+    @property
+    def host_total(self) -> float:
+        return sum(self.host_parts.values())
+
+    def fits(self, device: Device) -> bool:
+        return self.total <= device.memory and self.host_total <= device.host_memory
+
 
 def memory_of(shape: Shape, device: Device) -> Memory:
     """The peak memory of the fullest rank on ``device``."""
-    lasting = lasting_parts(shape)
+    tables = shape.table_bytes(shape.table_placement(device))
+    lasting = lasting_parts(shape, tables)
     phases = {name: parts | {"allocator": _in_pieces(parts, device)} for name, parts in _phases(shape, device).items()}
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     parts = {**lasting, **phases[phase]}
     if not device.is_gpu:  # the original weights' memory, which DeepSpeed's flat copy leaves behind
         parts["allocator"] += lasting["decoder"] + lasting["experts"]
     parts["libraries, driver" if device.is_gpu else "libraries"] = device.runtime
-    return Memory({part: size for part, size in parts.items() if size}, phase)
+    host_parts = {"item tables": tables.host, "copy for a checkpoint": checkpoint_bytes(shape)} if device.is_gpu else {}
+    return Memory(
+        {part: size for part, size in parts.items() if size},
+        phase,
+        {part: size for part, size in host_parts.items() if size},
+    )
 
 
-def lasting_parts(shape: Shape) -> dict[str, float]:
-    """Weights and optimizer states, which a rank holds between steps."""
-    table = shape.table_elements * FLOAT
-    optimizer = shape.config.train.table_optimizer
-    row_width = shape.table_parts[2]
+def lasting_parts(shape: Shape, tables: Bytes) -> dict[str, float]:
+    """Weights and optimizer states on the device, which a rank holds between steps; ``tables`` are those of the tables."""
     dense, experts = shape.dense_parameters * FLOAT, shape.expert_parameters * FLOAT
     return {
-        "item tables": table,
-        "tables' optimizer": table / row_width if optimizer == "rowwise_adagrad" else table * TABLE_STATES[optimizer],
+        "item tables": tables.device_weights,
+        "tables' optimizer": tables.device_states,
         "decoder": dense,
         "experts": experts,
         "decoder's optimizer": DENSE_STATES * dense / shape.ranks,
@@ -84,13 +87,14 @@ def checkpoint_bytes(shape: Shape) -> float:
     Rank 0 writes most, because it also writes the weights that all ranks share. ZeRO's float32 copy of the weights is
     not written.
     """
-    parts = lasting_parts(shape)
+    parts = lasting_parts(shape, shape.table_bytes("device"))
     return parts["item tables"] + parts["tables' optimizer"] + WRITTEN * (parts["decoder"] + parts["experts"])
 
 
 def whole_checkpoint_bytes(shape: Shape) -> float:
     """Bytes of the checkpoint files of all ranks together."""
-    parts = lasting_parts(replace(shape, ranks=1, ranks_per_node=1, config=_on_one_rank(shape)))
+    alone = replace(shape, ranks=1, ranks_per_node=1, config=_on_one_rank(shape))
+    parts = lasting_parts(alone, alone.table_bytes("device"))
     return parts["item tables"] + parts["tables' optimizer"] + WRITTEN * (parts["decoder"] + parts["experts"])
 
 
@@ -119,8 +123,9 @@ def _phases(shape: Shape, device: Device) -> dict[str, dict[str, float]]:
     def plus(more: dict[str, float]) -> dict[str, float]:
         return {**gradients, **batch, **{part: batch[part] + num_bytes for part, num_bytes in more.items()}}
 
+    one_table = FLOAT * float(shape.table_parts.rows * shape.table_parts.columns)
     return {
-        "construction": {"buffers: one table": FLOAT * float(shape.table_parts[1] * shape.table_parts[2])},
+        "construction": {"buffers: one table": one_table if shape.table_placement(device) == "device" else 0.0},
         "backward of the loss": plus(_loss_backward(shape)),
         "backward of an FFN": plus({FFN: _ffn_backward(shape, device)}),
         "backward of an attention": plus({ATTENTION: _attention_backward(shape, device)}) | after_last_ffn,
@@ -235,8 +240,7 @@ def _table_update(shape: Shape) -> dict[str, float]:
         return rows
     if not shape.is_sharded:
         return rows | {TABLE_GRADIENT: 2 * table}  # DDP adds buffers of the same size
-    parts = math.ceil(shape.table_parts[0] / shape.ranks)
-    return rows | {TABLE_GRADIENT: table, TABLE_OPTIMIZER: ADAM_TEMPORARIES * table / parts}
+    return rows | {TABLE_GRADIENT: table, TABLE_OPTIMIZER: ADAM_TEMPORARIES * table / shape.tables_held}
 
 
 def _decoder_update(shape: Shape) -> dict[str, float]:

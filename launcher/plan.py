@@ -19,6 +19,8 @@ from launcher.shape import Shape
 from launcher.step_time import PartTime, time_parts, total_s
 from mme.devices import Device, device_of, in_words
 from mme.errors import UserError
+from mme.table_placement import in_lines
+from mme.table_placement import predict as predict_tables
 
 SHARDINGS = ("row_wise", "column_wise", "table_wise", "data_parallel")
 SHOWN = 8  # layouts in the printed table
@@ -45,15 +47,23 @@ class ParallelLayout:
         return text + experts * bool(self.shape.expert_blocks)
 
 
-def show_plan(job: Job, gpu: str, items: int | None, *, choose: bool = True) -> None:
+def show_plan(
+    job: Job, gpu: str, items: int | None, host_memory_gib: float | None = None, *, choose: bool = True
+) -> None:
     """Prints layout, memory, time and assumptions of ``job`` on devices called ``gpu``.
 
-    With ``choose`` this is the best layout that fits, otherwise the configured one.
+    With ``choose`` this is the best layout that fits, otherwise the configured one. ``host_memory_gib`` is that of a node;
+    None: see `mme.devices`.
 
     Raises:
         UserError: the device is unknown, neither ``items`` nor a data set gives the number of items, or nothing fits.
     """
     device = device_of(gpu, job.nproc_per_node)
+    if host_memory_gib is not None:
+        if not 0 < host_memory_gib < math.inf:
+            raise UserError(f"--host-memory {host_memory_gib}: expected a positive number of GiB")
+        host_memory = host_memory_gib * 2**30 / job.nproc_per_node
+        device = replace(device, host_memory=host_memory, memory=device.memory if device.is_gpu else host_memory)
     config = job.load()
     shape = Shape(
         config, job.nnodes * job.nproc_per_node, job.nproc_per_node, items or items_of(config),
@@ -68,9 +78,11 @@ def show_plan(job: Job, gpu: str, items: int | None, *, choose: bool = True) -> 
     console.print(f"{job.nnodes} × {job.nproc_per_node} {gpu}, {shape.items:,} items", highlight=False)
     if len(found) > 1:
         console.print(_choices(found, best, configured, device))
-    console.print(_table("Placement", {key: (value,) for key, value in placement(best.shape).items()}))
+    console.print(_table("Placement", {key: (value,) for key, value in placement(best.shape, device).items()}))
     title = f"Peak memory of the fullest rank, during the {best.memory.phase}"
     console.print(_table(title, _shares(best.memory.parts, in_words)))
+    if best.memory.host_parts:
+        console.print(_table("Host memory of that rank", _shares(best.memory.host_parts, in_words)))
     seconds = {name: part.seconds for name, part in best.time.items()}
     times = _shares(seconds, lambda value: f"{1e3 * value:.2f} ms")
     bounds = {name: part.bound for name, part in best.time.items()}
@@ -81,7 +93,7 @@ def show_plan(job: Job, gpu: str, items: int | None, *, choose: bool = True) -> 
     console.print(f"tokens/s, all ranks: {tokens_per_s:,.0f}", highlight=False)
     for line in assumptions(best.shape, device):
         console.print(f"- {line}", highlight=False)
-    if best.memory.total > device.memory:
+    if not best.memory.fits(device):
         raise UserError(_refusal(best, device))
     if choose:
         console.print(f"to train with this layout: {best.overrides}", highlight=False, soft_wrap=True)
@@ -98,35 +110,38 @@ def layouts(shape: Shape, device: Device) -> list[ParallelLayout]:
     found = [
         predict(_laid_out(shape, sharding, size), device)
         for sharding in SHARDINGS
-        if (sharding, shape.config.train.table_optimizer) != ("column_wise", "rowwise_adagrad")  # training rejects it
+        if _is_allowed(shape, sharding)
         for size in range(1, most + 1)
         if most % size == 0
     ]
     return sorted(found, key=lambda layout: (layout.step_s, layout.memory.total))
 
 
+def _is_allowed(shape: Shape, sharding: str) -> bool:
+    """Whether training accepts the sharding, see `mme.config.rules`."""
+    if sharding == "column_wise":
+        return shape.config.train.table_optimizer != "rowwise_adagrad"
+    return sharding != "data_parallel" or shape.config.parallel.table_placement not in ("uvm", "uvm_caching")
+
+
 def choice(found: list[ParallelLayout], configured: Shape | None, device: Device) -> ParallelLayout:
     """The fastest layout that fits, or the configured one if it is hardly slower. If none fits, the smallest."""
-    fitting = [layout for layout in found if layout.memory.total <= device.memory]
+    fitting = [layout for layout in found if layout.memory.fits(device)]
     if not fitting:
-        return min(found, key=lambda layout: layout.memory.total)
+        return min(
+            found,
+            key=lambda layout: max(layout.memory.total / device.memory, layout.memory.host_total / device.host_memory),
+        )
     fastest = min(fitting, key=lambda layout: layout.step_s)
     own = [layout for layout in fitting if layout.shape == configured]
     return own[0] if own and fastest.step_s > WORTH_CHANGING * own[0].step_s else fastest
 
 
-def placement(shape: Shape) -> dict[str, str]:
+def placement(shape: Shape, device: Device) -> dict[str, str]:
     """Where tables, decoder and experts are placed."""
     model, size = shape.config.model, shape.expert_parallel_size
-    parts, rows, columns = shape.table_parts
-    sharding = shape.config.parallel.table_sharding
-    if not shape.is_sharded:
-        where = f"whole on each of {shape.ranks} ranks"
-    else:
-        holders = min(parts, shape.ranks)
-        where = f"{sharding}: {parts} parts of {rows:,} × {columns} over {holders} of {shape.ranks} ranks"
     found = {
-        "item tables": f"{model.num_tables} × ({shape.items:,} × {model.view_dim}), {where}",
+        "item tables": "; ".join(in_lines(predict_tables(shape.config, shape.items, shape.ranks, device))),
         "decoder": f"{shape.dense_parameters:,} weights on every rank, optimizer states split {shape.ranks} ways",
     }
     if shape.expert_blocks:
@@ -155,7 +170,11 @@ def assumptions(shape: Shape, device: Device) -> list[str]:
         f"between nodes; the host takes {1e3 * device.host_step_s:.0f} ms per step and {1e3 * device.host_block_s:.0f} ms "
         "per block (guesses)",
     ]
-    if not device.is_gpu:
+    if device.is_gpu:
+        lines.append(
+            f"a rank may fill {in_words(device.memory)} of GPU memory and {in_words(device.host_memory)} of host memory"
+        )
+    else:
         lines.append(
             "a rank is one core of a machine like this; memory was checked against measured runs, time was not"
         )
@@ -170,15 +189,23 @@ def _refusal(layout: ParallelLayout, device: Device) -> str:
     smaller = _smaller_batch(shape, device)
     if smaller is not None:
         helps.append(smaller)
+    if in_host_memory := _in_host_memory(shape, device):
+        helps.append(in_host_memory)
     nodes = 2 * shape.nodes
     while nodes <= MOST_NODES:
         wider = replace(shape, ranks=nodes * shape.ranks_per_node)
-        if any(found.memory.total <= device.memory for found in layouts(wider, device)):
+        if any(found.memory.fits(device) for found in layouts(wider, device)):
             helps.append(f"--nnodes {nodes}")
             break
         nodes *= 2
     if not helps:
         helps.append(f"nothing up to {MOST_NODES} nodes; try a narrower model or another train.table_optimizer")
+    if memory.total <= device.memory:
+        parts = ", ".join(f"{part} {in_words(size)}" for part, size in memory.host_parts.items())
+        return (
+            f"does not fit: the fullest rank needs {in_words(memory.host_total)} of host memory ({parts}), more than the "
+            f"{in_words(device.host_memory)} assumed for a rank; what fits: {' or '.join(helps)}"
+        )
     return (
         f"does not fit: the fullest rank needs {in_words(memory.total)}, {in_words(memory.total - device.memory)} more "
         f"than the {in_words(device.memory)} of a device; the largest part is {largest} "
@@ -195,9 +222,19 @@ def _smaller_batch(shape: Shape, device: Device) -> str | None:
     while value // 2 >= least:
         value //= 2
         config = replace(shape.config, data=replace(data, **{key: value}))  # type: ignore[arg-type]
-        if memory_of(replace(shape, config=config), device).total <= device.memory:
+        if memory_of(replace(shape, config=config), device).fits(device):
             return f"data.{key}={value}"
     return None
+
+
+def _in_host_memory(shape: Shape, device: Device) -> str | None:
+    """The override that keeps the tables in host memory, if they fit there; None otherwise."""
+    parallel = shape.config.parallel
+    if not device.is_gpu or parallel.table_placement != "device" or shape.config.train.table_optimizer == "dense_adam":
+        return None
+    cached = replace(shape.config, parallel=replace(parallel, table_placement="uvm_caching", table_sharding="row_wise"))
+    fits = memory_of(replace(shape, config=cached), device).fits(device)
+    return "parallel.table_placement=uvm_caching" if fits else None
 
 
 def _configured(shape: Shape) -> Shape | None:
@@ -221,7 +258,7 @@ def _choices(found: list[ParallelLayout], best: ParallelLayout, configured: Shap
     for layout in shown:
         remarks = ["chosen"] if layout is best else []
         remarks += ["configured"] if layout.shape == configured else []
-        remarks += ["does not fit"] if layout.memory.total > device.memory else []
+        remarks += ["does not fit"] if not layout.memory.fits(device) else []
         sharding, size = layout.shape.config.parallel.table_sharding, layout.shape.expert_parallel_size
         figures = (in_words(layout.memory.total), f"{1e3 * layout.step_s:.2f} ms")
         table.add_row(sharding, str(size) if layout.shape.expert_blocks else "", *figures, ", ".join(remarks))

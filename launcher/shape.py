@@ -12,10 +12,19 @@ from functools import cached_property
 
 from mme import flops
 from mme.config import Config
+from mme.devices import Device
 from mme.errors import UserError
+from mme.table_placement import (
+    Bytes,
+    Parts,
+    choose_placement,
+    on_fullest_rank,
+    parts_of,
+    parts_on_fullest_rank,
+    views_together,
+)
 
 NUM_TIME_BUCKETS = 129  # as in `kernels.relative_attention.reference`, which imports torch
-LEAST_COLUMNS = 128  # column-wise sharding makes no narrower parts (TorchRec's MIN_CW_DIM)
 
 
 @dataclass(frozen=True)
@@ -115,6 +124,12 @@ class Shape:
         return math.ceil(self.items * -math.expm1(-draws / self.items))
 
     @property
+    def ids_sent(self) -> int:
+        """Ids that a rank sends to the owners of their rows: once for each stored table."""
+        together = views_together(self.config, self.config.parallel.table_sharding, self.ranks)
+        return self.distinct_items * self.config.model.num_tables // together
+
+    @property
     def looked_up(self) -> int:
         """Numbers in the rows that a rank looks up, U·D."""
         return self.distinct_items * self.config.model.embedding_dim
@@ -124,24 +139,31 @@ class Shape:
         return self.config.parallel.table_sharding != "data_parallel"
 
     @property
-    def table_parts(self) -> tuple[int, int, int]:
-        """(parts, rows, columns): number and size of the parts into which TorchRec splits the M tables."""
-        model, sharding = self.config.model, self.config.parallel.table_sharding
-        if sharding == "row_wise":
-            return model.num_tables * self.ranks, math.ceil(self.items / self.ranks), model.view_dim
-        if sharding == "column_wise":
-            wide = (c for c in range(LEAST_COLUMNS, model.view_dim, 4) if model.view_dim % c == 0)
-            columns = next(wide, model.view_dim)
-            return model.num_tables * (model.view_dim // columns), self.items, columns
-        return model.num_tables, self.items, model.view_dim
+    def table_parts(self) -> Parts:
+        """How TorchRec divides each table."""
+        return parts_of(self.config, self.config.parallel.table_sharding, self.items, self.ranks)
+
+    @property
+    def tables_held(self) -> int:
+        """Parts of tables on the rank that holds most of them."""
+        return parts_on_fullest_rank(self.config, self.config.parallel.table_sharding, self.items, self.ranks)
 
     @property
     def table_elements(self) -> int:
         """Weights of the item tables on the fullest rank."""
-        if not self.is_sharded:
-            return self.items * self.config.model.embedding_dim
-        parts, rows, columns = self.table_parts
-        return math.ceil(parts / self.ranks) * rows * columns
+        return self.tables_held * self.table_parts.rows * self.table_parts.columns
+
+    def table_bytes(self, placement: str) -> Bytes:
+        """Memory of the item tables on the fullest rank, in the given ``placement``."""
+        return on_fullest_rank(self.config, self.config.parallel.table_sharding, self.items, self.ranks, placement)
+
+    def table_placement(self, device: Device) -> str:
+        """Where the item tables live on ``device``.
+
+        Raises:
+            UserError: see `mme.table_placement.choose_placement`.
+        """
+        return choose_placement(self.config, self.items, self.ranks, device)
 
     @property
     def table_skew(self) -> float:

@@ -12,10 +12,11 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from launcher.memory import FLOAT, INT64, TABLE_STATES, has_dense_gradient
+from launcher.memory import INT64, has_dense_gradient
 from launcher.shape import Shape
 from mme import flops
 from mme.devices import Device
+from mme.table_placement import FLOAT, STATES
 
 Bound = Literal["arithmetic", "memory", "bandwidth", "latency", "host"]
 
@@ -41,7 +42,7 @@ def time_parts(shape: Shape, device: Device) -> dict[str, PartTime]:
     loss = config.loss
     gathered = shape.items if loss.is_full_softmax else shape.negative_sets * shape.scored
     parts = {
-        "tables: rows read and updated": work.of(0, _table_traffic(shape, row_bytes)),
+        "tables: rows read and updated": _table_update(shape, work, row_bytes),
         "tables: exchange": _table_exchange(shape, links, row_bytes),
         # Backward costs twice forward, plus what it recomputes: scores, and two of an expert's three products.
         "projections": work.of(
@@ -74,19 +75,29 @@ def total_s(parts: dict[str, PartTime]) -> float:
     return sum(part.seconds for part in parts.values())
 
 
-def _table_traffic(shape: Shape, row_bytes: float) -> float:
-    """Bytes to read rows, write their gradients, and update weights and states of these rows, or of all rows."""
-    states = TABLE_STATES[shape.config.train.table_optimizer]
+def _table_update(shape: Shape, work: _Work, row_bytes: float) -> PartTime:
+    """Reads rows, writes their gradients, and updates weights and states of these rows, or of all rows.
+
+    Rows and states in host memory cross the GPU's link. A cache holds no states, and of uniformly drawn rows only its share.
+    """
+    states_per_weight = STATES[shape.config.train.table_optimizer]
     if has_dense_gradient(shape):
-        return 2 * row_bytes + shape.table_elements * FLOAT * (2 + 2 * (1 + states))
-    return row_bytes * (2 + 2 * (1 + states))
+        return work.of(0, 2 * row_bytes + shape.table_elements * FLOAT * (2 + 2 * (1 + states_per_weight)))
+    weights, states = 2 * row_bytes, 2 * row_bytes * states_per_weight
+    on_device = work.of(0, 2 * row_bytes + weights + states)
+    placement = shape.table_placement(work.device)
+    if placement == "device":
+        return on_device
+    missed = 1.0 if placement == "uvm" else 1 - shape.config.parallel.table_cache_load_factor
+    over_link = (missed * (row_bytes + weights) + states) / work.device.host_link_bytes_per_s / work.device.efficiency
+    return PartTime(max(over_link, on_device.seconds), "bandwidth")
 
 
 def _table_exchange(shape: Shape, links: _Links, row_bytes: float) -> PartTime:
     """Sharded tables exchange lengths, ids, rows and gradients; replicated ones all-reduce the gradient of every row."""
     if not shape.is_sharded:
         return links.reduce(shape.table_elements * FLOAT, shape.ranks)
-    exchanges: list[float] = [INT64, shape.distinct_items * INT64, row_bytes, row_bytes]
+    exchanges: list[float] = [INT64, shape.ids_sent * INT64, row_bytes, row_bytes]
     if shape.config.train.grad_clip:
         exchanges += [INT64, shape.distinct_items * INT64, shape.looked_up * FLOAT]
     return links.exchange(exchanges, shape.ranks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -53,6 +53,7 @@ from mme.run.same_job import require_same_job, require_shared_folder
 from mme.run.trackers import require_packages
 from mme.run.watchdog import Watchdog, record_collectives
 from mme.step import StepResult, TrainStep
+from mme.table_placement import in_lines
 
 Batch = tuple[Progress, SequenceBatch, Progress]  # progress before the batch, the batch, progress after it
 
@@ -215,9 +216,12 @@ class Training:
             {
                 "device": torch.cuda.get_device_name() if self.world.device.type == "cuda" else "cpu",
                 "parameters": self.recommender.num_parameters(),
+                "tables": [asdict(placement) for placement in self.recommender.tables.placements],
                 "dataset": {key: self.dataset.info[key] for key in ("name", "num_users", "num_items", "num_events")},
             }
         )
+        for line in in_lines(self.recommender.tables.placements):
+            monitor.note(line)
         for warning in warnings(self.config):
             monitor.note(f"warning: {warning}")
         return progress

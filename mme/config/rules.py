@@ -128,6 +128,18 @@ def _check_tables(config: Config) -> None:
             "column_wise would split; expected row_wise, table_wise, data_parallel or auto"
         )
 
+    placement = config.parallel.table_placement
+    if placement in ("uvm", "uvm_caching"):
+        needs = f"parallel.table_placement={placement} needs tables that FBGEMM updates row by row"
+        if config.parallel.table_sharding == "data_parallel":
+            raise UserError(
+                f"{needs}, not parallel.table_sharding=data_parallel: expected row_wise, column_wise, table_wise or auto"
+            )
+        if config.train.table_optimizer == "dense_adam":
+            raise UserError(
+                f"{needs}, not train.table_optimizer=dense_adam: expected adam, adagrad, rowwise_adagrad or sgd"
+            )
+
 
 def _check_table_lr(config: Config) -> None:
     """Raises UserError if train.table_lr / (1 − beta1), the rate of Adam's first step, exceeds the range of float32."""

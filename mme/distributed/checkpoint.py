@@ -101,6 +101,7 @@ def load_training(
     """
     pieces = [*weight_pieces(recommender), *optimizer_pieces(recommender)]
     _restore(run, index, pieces, f" ({ELSEWHERE})", source, left_out)
+    recommender.tables.forget_cached_rows()
     recommender.tables.set_optimizer_step(index.progress.applied)
     set_optimizer_step(engine, index.progress.applied)
 
@@ -112,6 +113,7 @@ def load_weights(run: Path, index: Index, recommender: Recommender) -> None:
         UserError: the checkpoint belongs to another configuration.
     """
     _restore(run, index, list(weight_pieces(recommender)))
+    recommender.tables.forget_cached_rows()
 
 
 def remove_all(run: Path) -> int:

@@ -70,7 +70,7 @@ class Recommender(Encoder):
             return super().catalogue()
         first, tables = here
         last = min(first + tables[0].shape[0], self.num_items)
-        if not self.tables.is_sharded:  # an equal share of the replicas' rows
+        if self.tables.replicated:  # an equal share of the replicas' rows
             share = -(-self.num_items // self.world.size)
             first = min(self.world.rank * share, self.num_items)
             last = min(first + share, self.num_items)

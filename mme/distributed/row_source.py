@@ -140,12 +140,13 @@ def start_at_the_mean(recommender: Recommender, source: RowSource, left_out: Col
         if not num_continued or not num_new[name]:
             continue
         sums = torch.zeros(len(tables.names), tables.dim, dtype=torch.float64, device=world.device)
-        if tables.is_sharded or world.rank == 0:
-            for table, rows, columns, is_new in _chunks(recommender, source, block, left_out):
+        for table, rows, columns, is_new in _chunks(recommender, source, block, left_out):
+            if world.rank == 0 or tables.names[table] not in tables.replicated:
                 sums[table, columns] += rows[~is_new].double().sum(0)
         mean = world.sum(sums) / num_continued
         for table, rows, columns, is_new in _chunks(recommender, source, block, left_out):
             rows[is_new] = mean[table, columns].to(rows.dtype)
+    tables.forget_cached_rows()
 
 
 def _chunks(

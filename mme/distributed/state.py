@@ -71,7 +71,7 @@ def optimizer_pieces(recommender: Recommender) -> Iterator[Piece]:
 def _table_pieces(recommender: Recommender, shards: Iterator[Shard]) -> Iterator[Piece]:
     for shard in shards:
         local_shape = tuple(shard.tensor.shape)
-        writer = recommender.world.rank == 0 or local_shape != shard.shape or recommender.tables.is_sharded
+        writer = recommender.world.rank == 0 or shard.name.partition("/")[0] not in recommender.tables.replicated
         read = partial(torch.Tensor.detach, shard.tensor)
         yield Piece(
             f"tables/{shard.name}", shard.shape, shard.offsets, local_shape, writer, read, shard.tensor.detach().copy_

@@ -1,7 +1,8 @@
 """The M item-embedding tables, sharded over the ranks by TorchRec.
 
-A step looks up the distinct items it needs once: one `EmbeddingCollection` with M tables and one shared feature returns
-the rows of all tables. TorchRec's planner decides where the rows are stored.
+A step looks up the distinct items it needs once, in one `EmbeddingCollection`. Tables that are updated number by number are
+stored side by side in one wide table (`mme.table_placement.views_together`), so that an id is sent once and brings the rows of
+all M tables; to the outside they stay M tables. TorchRec's planner decides where the rows are stored (`mme.distributed.table_plan`).
 
 Row-wise Adagrad, Adagrad and SGD run in the backward pass of FBGEMM's tables, and so does Adam on CUDA. They update only the
 rows that a batch looks up. FBGEMM has no Adam on a CPU and TorchRec none for replicated tables, so `touched_rows` implements
@@ -14,12 +15,11 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torchrec
-from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     DenseTableBatchedEmbeddingBagsCodegen,
     SplitTableBatchedEmbeddingBagsCodegen,
@@ -28,28 +28,19 @@ from torch import Tensor, nn
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
-from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
-from torchrec.distributed.planner.types import ParameterConstraints
-from torchrec.distributed.types import ShardingType
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from kernels.splitmix import derive
 from mme.config import Config
-from mme.distributed.touched_rows import EPS, TouchedRowsAdam, TouchedRowTables, replace_dense_tables
+from mme.distributed.table_plan import EPS, FEATURE, STORED, item_collection, plan_tables, stored_name
+from mme.distributed.touched_rows import TouchedRowsAdam, TouchedRowTables, replace_dense_tables
 from mme.distributed.world import World
 from mme.errors import UserError
+from mme.table_placement import views_together
 
-FEATURE = "item"
 INIT_STD = 0.02
 INIT_ROWS = 8192  # rows initialised at once, so that temporaries stay in a core's cache
 
-FUSED_OPTIMIZERS = {
-    "adam": EmbOptimType.ADAM,
-    "dense_adam": EmbOptimType.ADAM,  # never runs: the tables' compute kernel is "dense"
-    "adagrad": EmbOptimType.EXACT_ADAGRAD,
-    "rowwise_adagrad": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
-    "sgd": EmbOptimType.EXACT_SGD,
-}
 # Maps the names of optimizer states in TorchRec (the first is always momentum1) and torch.optim to those in checkpoints.
 STATE_NAMES = {
     "adam": {"momentum1": "exp_avg"},
@@ -64,7 +55,7 @@ STATE_NAMES = {
 class Shard:
     """A rank's part of one table or of one optimizer state: ``tensor`` starts at ``offsets`` of a tensor of ``shape``.
 
-    ``tensor`` is a view of the table: writing to it changes the table.
+    ``tensor`` is a view of the table: writing to it changes the table (then see `ItemTables.forget_cached_rows`).
     """
 
     name: str
@@ -74,10 +65,20 @@ class Shard:
 
 
 class ItemTables:
-    """Lookup and update of M sharded tables of shape (num_rows, d): items, then the values of features."""
+    """Lookup and update of M sharded tables of shape (num_rows, d): items, then the values of features.
+
+    Attributes:
+        placements: where each table lives.
+        replicated: the names of the tables of which every rank has a whole copy.
+        views: tables that are stored side by side, see `mme.table_placement.views_together`.
+    """
 
     def __init__(self, config: Config, num_rows: int, world: World, initialise: bool = True) -> None:
-        """``initialise``: draw initial weights. Otherwise load a checkpoint or call `initialise`."""
+        """``initialise``: draw initial weights. Otherwise load a checkpoint or call `initialise`.
+
+        Raises:
+            UserError: the device does not have `parallel.table_placement`, or the tables do not fit into its memory.
+        """
         logging.getLogger("torchrec").setLevel(logging.ERROR)
         model, train = config.model, config.train
         self.num_rows, self.seed = num_rows, train.seed
@@ -85,26 +86,10 @@ class ItemTables:
         self.device = world.device
         self.optimizer_name = train.table_optimizer
         self.names = [f"item_{table}" for table in range(model.num_tables)]
-        collection = torchrec.EmbeddingCollection(
-            tables=[
-                torchrec.EmbeddingConfig(
-                    name=name, num_embeddings=num_rows, embedding_dim=self.dim, feature_names=[FEATURE]
-                )
-                for name in self.names
-            ],
-            device=torch.device("meta"),
-        )
-        sharder = EmbeddingCollectionSharder(
-            fused_params={
-                "optimizer": FUSED_OPTIMIZERS[train.table_optimizer],
-                "learning_rate": train.table_lr or train.lr,
-                "beta1": train.beta1,
-                "beta2": train.beta2,
-                "eps": EPS,
-            }
-        )
-        plan = self._plan(collection, sharder, config.parallel.table_sharding, world)
-        self._sharding_types = {table.sharding_type for table in plan.plan[""].values()}
+        self.views = views_together(config, config.parallel.table_sharding, world.size)
+        collection, sharder = item_collection(config, num_rows, self.views), EmbeddingCollectionSharder()
+        plan, self.placements = plan_tables(collection, sharder, config, num_rows, world)
+        self.replicated = {found.table for found in self.placements if found.sharding == "data_parallel"}
         on_cpu = world.device.type == "cpu"
         if train.table_optimizer == "dense_adam" or (on_cpu and train.table_optimizer == "adam"):
             for table in plan.plan[""].values():  # type: ignore[attr-defined]
@@ -117,7 +102,6 @@ class ItemTables:
             plan=plan,
             sharders=[sharder],  # type: ignore[list-item]
         )
-        self.is_sharded = config.parallel.table_sharding != "data_parallel"
         touched_rows = replace_dense_tables(self.model.module) if train.table_optimizer == "adam" else []
         if on_cpu:
             _return_sequences_from_dense_cpu_tables(self.model.module)  # type: ignore[arg-type]
@@ -129,9 +113,11 @@ class ItemTables:
         """(U,) int64 distinct indices → (U, M, d) their rows in the M tables, differentiable."""
         features = torchrec.KeyedJaggedTensor(keys=[FEATURE], values=ids, lengths=ids.new_full((1,), ids.numel()))
         rows = self.model(features)
+        stored = [stored_name(table, self.views) for table in range(0, len(self.names), self.views)]
         # With one table TorchRec keeps the feature's own name; a feature shared by tables comes back as feature@table.
-        keys = [f"{FEATURE}@{name}" for name in self.names] if len(self.names) > 1 else [FEATURE]
-        return torch.stack([rows[key].values() for key in keys], dim=1)
+        keys = [f"{FEATURE}@{name}" for name in stored] if len(stored) > 1 else [FEATURE]
+        wide = torch.stack([rows[key].values() for key in keys], dim=1) if len(keys) > 1 else rows[FEATURE].values()
+        return wide.view(ids.numel(), len(self.names), self.dim)
 
     def set_lr(self, lr: float) -> None:
         """Sets the learning rate of the next backward and step."""
@@ -149,14 +135,15 @@ class ItemTables:
     def weights(self) -> Iterator[Shard]:
         """This rank's parts of the tables, named item_0 … item_{M-1}."""
         for key, value in self.model.state_dict().items():
-            yield from _local_shards(key.split(".")[-2], value)
+            for shard in _local_shards(key.split(".")[-2], value):
+                yield from self._views_of(shard)
 
     def whole_rows(self) -> tuple[int, list[Tensor]] | None:
         """This rank's first row and its rows (n, d) of the M tables as views; None if rows are split or tables are scattered.
 
         With row-wise sharding, ranks have consecutive rows, the last ones perhaps none. Replicas have all rows.
         """
-        if self._sharding_types not in ({ShardingType.ROW_WISE.value}, {ShardingType.DATA_PARALLEL.value}):
+        if {found.sharding for found in self.placements} not in ({"row_wise"}, {"data_parallel"}):
             return None
         shards = {shard.name: shard for shard in self.weights()}
         first = next((shard.offsets[0] for shard in shards.values()), self.num_rows)
@@ -169,47 +156,51 @@ class ItemTables:
         for key, states in self.model.fused_optimizer.state_dict()["state"].items():
             for state, value in states.items():
                 name = state.split(".")[-1]
-                yield from _local_shards(f"{key.split('.')[-2]}/{names.get(name, name)}", value)
+                for shard in _local_shards(key.split(".")[-2], value):
+                    yield from self._views_of(shard, f"/{names.get(name, name)}")
         if self.optimizer is None:
             return
-        for shard in self.weights():
-            # A parameter contains this rank's parts of all tables, one after another.
-            for parameter, states in self.optimizer.state.items():
-                start = (shard.tensor.data_ptr() - parameter.data_ptr()) // parameter.element_size()
-                if not 0 <= start < parameter.numel():
-                    continue
-                for state, value in states.items():
-                    name = f"{shard.name}/{names.get(state, state)}"
-                    if value.shape == parameter.shape:
-                        piece = value.view(-1)[start : start + shard.tensor.numel()].view(shard.tensor.shape)
-                        yield Shard(name, piece, shard.offsets, shard.shape)
-                    elif value.dim():  # one value per row
-                        first, rows = start // shard.tensor.shape[1], shard.tensor.shape[0]
-                        yield Shard(name, value.view(-1)[first : first + rows], shard.offsets[:1], shard.shape[:1])
+        for key, weights in self.model.state_dict().items():
+            for shard in _local_shards(key.split(".")[-2], weights):
+                for state, found in self._unfused_states(shard):
+                    yield from self._views_of(found, f"/{names.get(state, state)}")
+
+    def _unfused_states(self, shard: Shard) -> Iterator[tuple[str, Shard]]:
+        """The states that an optimizer of torch.optim keeps for a part of a stored table, by their names there."""
+        assert self.optimizer is not None
+        # A parameter contains this rank's parts of all tables, one after another.
+        for parameter, states in self.optimizer.state.items():
+            start = (shard.tensor.data_ptr() - parameter.data_ptr()) // parameter.element_size()
+            if not 0 <= start < parameter.numel():
+                continue
+            for state, value in states.items():
+                if value.shape == parameter.shape:
+                    piece = value.view(-1)[start : start + shard.tensor.numel()].view(shard.tensor.shape)
+                    yield state, replace(shard, tensor=piece)
+                elif value.dim():  # one value per row
+                    first, rows = start // shard.tensor.shape[1], shard.tensor.shape[0]
+                    piece = value.view(-1)[first : first + rows]
+                    yield state, replace(shard, tensor=piece, offsets=shard.offsets[:1], shape=shard.shape[:1])
+
+    def _views_of(self, stored: Shard, state: str = "") -> Iterator[Shard]:
+        """The parts of the item tables, or of their ``state``, in a part of a stored table."""
+        first = self.views * int(stored.name.removeprefix(STORED))
+        if self.views == 1:
+            yield replace(stored, name=f"{self.names[first]}{state}")
+            return
+        shape = (stored.shape[0], self.dim)
+        for view, columns in enumerate(stored.tensor.split(self.dim, dim=1)):
+            yield Shard(f"{self.names[first + view]}{state}", columns, stored.offsets, shape)
 
     def set_optimizer_step(self, step: int) -> None:
         """Sets the number of applied steps, on which Adam's bias correction depends."""
         for state in self.optimizer.state.values() if self.optimizer else ():
             if isinstance(state.get("step"), Tensor):
                 state["step"].fill_(step)
-        for lookup in self.model.module._lookups:  # type: ignore[union-attr]
-            for module in lookup.modules():  # type: ignore[union-attr]
-                if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
-                    # FBGEMM's set_optimizer_step sets only the second counter and copies it to the first only if that is 0.
-                    module.iter_cpu.fill_(step)
-                    module.iter.fill_(step)
-
-    def _plan(
-        self, collection: nn.Module, sharder: EmbeddingCollectionSharder, table_sharding: str, world: World
-    ) -> Any:
-        constraint = ParameterConstraints()
-        if table_sharding != "auto":
-            constraint.sharding_types = [ShardingType[table_sharding.upper()].value]
-        elif self.optimizer_name == "rowwise_adagrad":  # its state covers a whole row
-            constraint.sharding_types = [kind.value for kind in ShardingType if "COLUMN" not in kind.name]
-        topology = Topology(world_size=world.size, compute_device=world.device.type)
-        planner = EmbeddingShardingPlanner(topology=topology, constraints=dict.fromkeys(self.names, constraint))
-        return planner.collective_plan(collection, [sharder], torch.distributed.group.WORLD)  # type: ignore[list-item]
+        for module in self._fused_modules():
+            # FBGEMM's set_optimizer_step sets only the second counter and copies it to the first only if that is 0.
+            module.iter_cpu.fill_(step)
+            module.iter.fill_(step)
 
     def _require_rows_everywhere(self, plan: Any, config: Config) -> None:
         """Raises UserError if a rank would have no row of a fused table: FBGEMM's CPU kernels cannot update it."""
@@ -222,6 +213,17 @@ class ItemTables:
                 f"{self.num_rows} rows of an item table, which train.table_optimizer={self.optimizer_name} does not support "
                 "on a CPU: expected fewer processes, or data_parallel"
             )
+
+    def forget_cached_rows(self) -> None:
+        """Empties the caches of tables in host memory. Call it after writing to `weights`, of which caches know nothing."""
+        for module in self._fused_modules():
+            module.reset_cache_states()
+
+    def _fused_modules(self) -> Iterator[SplitTableBatchedEmbeddingBagsCodegen]:
+        for lookup in self.model.module._lookups:  # type: ignore[union-attr]
+            for module in lookup.modules():  # type: ignore[union-attr]
+                if isinstance(module, SplitTableBatchedEmbeddingBagsCodegen):
+                    yield module
 
     @torch.no_grad()
     def initialise(self, chosen: Callable[[range], Tensor] | None = None) -> None:
@@ -252,6 +254,7 @@ class ItemTables:
                 else:
                     wanted = wanted.to(self.device)
                     shard.tensor[part][wanted] = values[wanted]
+        self.forget_cached_rows()
 
     def _unfused_optimizer(
         self, config: Config, world: World, touched_rows: list[TouchedRowTables]
@@ -260,7 +263,7 @@ class ItemTables:
         train = config.train
         lr, betas = train.table_lr or train.lr, (train.beta1, train.beta2)
         if touched_rows:
-            return TouchedRowsAdam(touched_rows, world, lr, betas)
+            return TouchedRowsAdam(touched_rows, world, lr, betas, EPS)
         fused = set(self.model.fused_optimizer.params)
         parameters = [p for name, p in self.model.named_parameters() if p.numel() and name not in fused]
         if not parameters:

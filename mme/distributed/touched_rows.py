@@ -22,8 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mme.distributed.world import World
 
-EPS = 1e-8
-ROWS_AT_ONCE = 4096  # so that moments and temporaries stay in a core's cache: a fifth faster than all rows at once
+NUMBERS_AT_ONCE = 65_536  # so that moments and temporaries stay in a core's cache: a fifth faster than all rows at once
 
 
 class TouchedRowTables(nn.Module):
@@ -93,7 +92,7 @@ class TouchedRowsAdam(torch.optim.Optimizer):
     """Adam of `TouchedRowTables`; the states have the layout of the parameters, as in torch.optim."""
 
     def __init__(
-        self, tables: Sequence[TouchedRowTables], world: World, lr: float, betas: tuple[float, float], eps: float = EPS
+        self, tables: Sequence[TouchedRowTables], world: World, lr: float, betas: tuple[float, float], eps: float
     ) -> None:
         super().__init__([table.weights for table in tables], {"lr": lr, "betas": betas, "eps": eps})
         self._tables, self._world = tables, world
@@ -130,7 +129,8 @@ def _update(
 ) -> None:
     """Updates the distinct rows ``ids`` (U,) of a table (R, c) by their ``gradient`` (U, c)."""
     beta1, beta2 = betas
-    for rows, g in zip(ids.split(ROWS_AT_ONCE), gradient.split(ROWS_AT_ONCE), strict=True):
+    at_once = max(1, NUMBERS_AT_ONCE // weight.shape[1])
+    for rows, g in zip(ids.split(at_once), gradient.split(at_once), strict=True):
         m = exp_avg.index_select(0, rows).lerp_(g, 1 - beta1)
         v = exp_avg_sq.index_select(0, rows).mul_(beta2).addcmul_(g, g, value=1 - beta2)
         exp_avg.index_copy_(0, rows, m)

@@ -38,6 +38,7 @@ from mme.report.text import printable_lines, shell_command
 from mme.report.training import compared_training_section, training_section
 from mme.report.users import compared_users_section, users_section
 from mme.run.monitor import duration
+from mme.table_placement import TablePlacement, in_lines
 
 REPORT_FILE = "report.html"
 ASSETS = Path(__file__).parent / "assets"
@@ -297,7 +298,9 @@ def _parameters(run: RunFiles) -> Section | None:
         return None
     total = sum(parameters.values())
     rows = [(part, [f"{count:,}", f"{count / (total or 1):.1%}"]) for part, count in parameters.items()]
-    return Section("Parameters", tables=[Rows([*rows, ("total", [f"{total:,}", ""])])])
+    where = in_lines(TablePlacement.from_record(table) for table in _run_info(run).get("tables", []))
+    notes = [f"{'; '.join(where)}."] if where else []
+    return Section("Parameters", notes=notes, tables=[Rows([*rows, ("total", [f"{total:,}", ""])])])
 
 
 def _setup(run: RunFiles) -> list[Rows]:

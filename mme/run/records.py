@@ -12,7 +12,7 @@ Every key but the step is optional, so that readers work with runs of earlier ve
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -31,12 +31,29 @@ class Record(JsonObject):
     step: Count
 
 
+class TableRecord(JsonObject):
+    """See `mme.table_placement.TablePlacement`."""
+
+    table: str
+    rows: Count
+    columns: Count
+    sharding: str
+    placement: Literal["device", "uvm", "uvm_caching"]
+    holders: Count
+    ranks: Count
+    on_gpu: bool
+    device_bytes: Count
+    host_bytes: Count
+    cache_load_factor: Share | None = None
+
+
 class RunRecord(Record):
     step: Count = 0
     time: str | None = None
     device: str | None = None
     world_size: Annotated[int, Field(ge=1, le=2**53)] = 1
     parameters: dict[str, Count] | None = None
+    tables: list[TableRecord] = []
     versions: dict[str, str] = {}
 
 

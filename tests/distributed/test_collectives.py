@@ -88,10 +88,10 @@ def test_a_step_exchanges_what_it_must(split: list[list[int]], limit: float) -> 
     )
     tables, decoder = ("mme/distributed/tables.py", "lookup"), ("mme/step.py", "_part")
     expected = {
-        # Sizes of the exchange (3 numbers for each other process), lengths and ids of both tables, and the rows.
+        # Sizes of the exchange (3 numbers for each other process), lengths and ids, once for both tables, and the rows.
         (*tables, "all-to-all"): (
             4,
-            size * size * 3 * INTEGER + size * size * NUM_VIEWS * INTEGER + rows * NUM_VIEWS * INTEGER + row_bytes,
+            size * size * 3 * INTEGER + size * size * INTEGER + rows * INTEGER + row_bytes,
         ),
         # In each block with experts: counts and rows, the results, and in backward the gradients of both.
         ("mme/distributed/experts.py", "dispatch", "all-to-all"): (

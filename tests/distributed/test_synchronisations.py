@@ -39,7 +39,7 @@ ON_CPU: Waits = {
     ("kernels/relative_attention/plan.py", "make_tile_plan", "tensor"): 1,
     ("kernels/relative_attention/plan.py", "make_tile_plan", "tolist"): 1,
     ("kernels/sampled_softmax/api.py", "<genexpr>", "int"): 4,
-    ("mme/distributed/touched_rows.py", "step", "float"): 2,
+    ("mme/distributed/touched_rows.py", "step", "float"): 1,
 }
 
 

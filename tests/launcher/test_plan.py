@@ -68,9 +68,9 @@ def test_tables_are_split_by_columns_as_torchrec_splits_them() -> None:
 
     for width in (16, 128, 192, 256, 384, 1000, 1024):
         overrides = ["model.num_tables=1", f"model.embedding_dim={width}", "parallel.table_sharding=column_wise"]
-        parts, rows, columns = shape(8, *overrides).table_parts
-        assert columns == _get_block_size_for_cw_shard(width, None)
-        assert (parts * columns, rows) == (width, 100_000)
+        parts = shape(8, *overrides).table_parts
+        assert parts.columns == _get_block_size_for_cw_shard(width, None)
+        assert (parts.number * parts.columns, parts.rows) == (width, 100_000)
 
 
 def test_more_ranks_than_tables_leave_some_without() -> None:
@@ -142,11 +142,11 @@ def test_the_page_shows_parts_totals_and_assumptions() -> None:
     assert done.returncode == 0, done.stderr
     for text in [
         "2 × 8 a100-80g, 50,000 items",
-        "row_wise: 32 parts of 3,125 × 64 over 16 of 16 ranks",
+        "item_0 to item_1: each 50,000 × 64, row_wise on 16 of 16 ranks, in GPU memory",
         "1 on each of 8 ranks, 2 copies",
     ]:
         assert text in done.stdout
-    assert done.stdout.count("│ total") == 2
+    assert done.stdout.count("│ total") == 3  # memory, host memory, time
     assert "this is a cost model" in done.stdout
     assert "to train with this layout: parallel.table_sharding=row_wise parallel.expert_parallel_size=8" in done.stdout
     assert "does not fit" not in done.stdout
@@ -154,6 +154,7 @@ def test_the_page_shows_parts_totals_and_assumptions() -> None:
 
 def test_a_job_that_cannot_fit_is_rejected_with_the_shortfall_and_what_would_fit() -> None:
     arguments = ["plan", "--config", CONFIG, "--nproc-per-node", "8", "--items", "2000000000"]
+    arguments += ["parallel.table_placement=device"]
     done = launch(*arguments)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
@@ -167,10 +168,39 @@ def test_a_job_that_cannot_fit_is_rejected_with_the_shortfall_and_what_would_fit
     assert launch("plan", "--config", CONFIG, "--items", "100000000", smaller).returncode == 0
 
 
+def test_tables_too_large_for_the_gpus_go_to_host_memory_with_a_cache() -> None:
+    arguments = ["plan", "--config", CONFIG, "--items", "1000000000", "--host-memory", "4096"]
+    done = launch(*arguments, COLUMNS="250")
+    assert done.returncode == 0, done.stderr
+    assert "in host memory (89.4 GiB on a rank) with a cache of 20% of the rows in GPU memory (6.4 GiB)" in done.stdout
+    refused = launch(*arguments, "parallel.table_placement=device").stderr
+    assert "does not fit" in refused and "what fits: parallel.table_placement=uvm_caching or --nnodes" in refused
+    small_host = launch(*arguments[:-1], "512").stderr
+    assert "357.6 GiB of host memory (item tables 178.8 GiB, copy for a checkpoint 178.8 GiB)" in small_host
+    assert "more than the 64.0 GiB" in small_host
+    assert "--host-memory -1.0: expected a positive number of GiB" in the_error(launch(*arguments[:-1], "-1"))
+    on_cpu = the_error(
+        launch("plan", "--config", CONFIG, "--gpu", "cpu", "--items", "9", "parallel.table_placement=uvm")
+    )
+    assert "parallel.table_placement=uvm needs a GPU" in on_cpu
+
+
+def test_rows_in_host_memory_cross_the_link() -> None:
+    part = "tables: rows read and updated"
+    on_gpu, cached, on_host = (
+        time_parts(shape(8, f"parallel.table_placement={placement}"), H100)[part]
+        for placement in ("device", "uvm_caching", "uvm")
+    )
+    assert on_gpu.seconds < cached.seconds < on_host.seconds
+    assert (on_gpu.bound, on_host.bound) == ("memory", "bandwidth")
+    # Three copies of the rows, and two states read and written, at half of 64 GB/s; in a cache, a fifth of the rows.
+    assert cached.seconds / on_host.seconds == pytest.approx((0.8 * 3 + 4) / (3 + 4))
+
+
 def test_as_configured_keeps_the_configured_layout() -> None:
     arguments = ["plan", "--config", CONFIG, "--items", "1000", "--as-configured"]
     done = launch(*arguments, "parallel.table_sharding=data_parallel", "parallel.expert_parallel_size=2", COLUMNS="160")
-    assert "whole on each of 8 ranks" in done.stdout
+    assert "data_parallel on 8 of 8 ranks" in done.stdout
     assert "4 on each of 2 ranks, 4 copies" in done.stdout
     assert "Layouts" not in done.stdout
     assert "leave out --as-configured" in the_error(launch(*arguments, "parallel.table_sharding=auto"))

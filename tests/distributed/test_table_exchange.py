@@ -1,0 +1,61 @@
+"""What ranks send to each other in a lookup: ids once for all tables."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mme.distributed.tables import ItemTables
+from mme.distributed.world import World
+from tests.distributed.processes import run_on
+from tests.distributed.test_step import configuration
+
+IDS, ROWS = 200, 1000
+
+
+def sent(world: World, cases: list[list[str]]) -> list[dict[str, int]]:
+    """Bytes that this rank sends in a lookup and its backward, by data type, for each case."""
+    real, found = dist.all_to_all_single, []
+
+    def counted(output: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+        kind = str(input.dtype).removeprefix("torch.")
+        found[-1][kind] = found[-1].get(kind, 0) + input.numel() * input.element_size()
+        return real(output, input, *args, **kwargs)
+
+    dist.all_to_all_single = counted
+    for overrides in cases:
+        tables = ItemTables(configuration(*overrides), ROWS, world)
+        found.append({})
+        rows = tables.lookup(torch.arange(IDS) * 5 + world.rank)
+        rows.backward(torch.ones_like(rows))
+    dist.all_to_all_single = real
+    return found
+
+
+def tables_of(number: int, *overrides: str) -> list[str]:
+    return [f"model.num_tables={number}", f"model.embedding_dim={8 * number}", *overrides]
+
+
+def test_ids_are_sent_once_for_all_tables() -> None:
+    """The same items: 1,600 bytes of ids, and with them the number of ids for each rank."""
+    once = [tables_of(number, "train.table_optimizer=adam") for number in (1, 2, 4)]
+    per_table = [tables_of(number, "train.table_optimizer=rowwise_adagrad") for number in (1, 2, 4)]
+    for found in run_on(2, sent, [*once, *per_table]):
+        ids = [case["int64"] for case in found]
+        assert ids[0] == ids[1] == ids[2] < 8 * IDS + 100
+        assert ids[3] == ids[0]
+        assert ids[4] - 8 * IDS > 8 * IDS and ids[5] - 3 * 8 * IDS > 8 * IDS  # once for each table
+        # Rows and gradients are as many in both: two directions of 200 rows of 8 numbers a table.
+        assert [case["float32"] for case in found] == [2 * 4 * IDS * 8 * number for number in (1, 2, 4)] * 2
+
+
+def test_tables_of_one_rank_share_ids() -> None:
+    cases = [
+        tables_of(4, f"parallel.table_sharding={kind}", "train.table_optimizer=sgd")
+        for kind in ("row_wise", "table_wise")
+    ]
+    for by_rows, by_tables in run_on(2, sent, cases):
+        assert by_rows["int64"] < 8 * IDS + 100  # each id to the rank with its row
+        assert 2 * 8 * IDS < by_tables["int64"] < 2 * 8 * IDS + 100  # each id to both ranks, each with two tables
