@@ -97,7 +97,8 @@ def _table_exchange(shape: Shape, links: _Links, row_bytes: float) -> PartTime:
     """Sharded tables exchange lengths, ids, rows and gradients; replicated ones all-reduce the gradient of every row."""
     if not shape.is_sharded:
         return links.reduce(shape.table_elements * FLOAT, shape.ranks)
-    exchanges: list[float] = [INT64, shape.ids_sent * INT64, row_bytes, row_bytes]
+    sent = row_bytes if shape.config.parallel.exchange_dtype == "float32" else row_bytes / 2
+    exchanges: list[float] = [INT64, shape.ids_sent * INT64, sent, sent]
     if shape.config.train.grad_clip:
         exchanges += [INT64, shape.distinct_items * INT64, shape.looked_up * FLOAT]
     return links.exchange(exchanges, shape.ranks)

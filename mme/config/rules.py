@@ -139,6 +139,11 @@ def _check_tables(config: Config) -> None:
             raise UserError(
                 f"{needs}, not train.table_optimizer=dense_adam: expected adam, adagrad, rowwise_adagrad or sgd"
             )
+    if config.parallel.exchange_dtype != "float32" and config.parallel.table_sharding == "data_parallel":
+        raise UserError(
+            f"parallel.exchange_dtype={config.parallel.exchange_dtype}: parallel.table_sharding=data_parallel exchanges no rows: "
+            "expected float32, or another sharding"
+        )
 
 
 def _check_table_lr(config: Config) -> None:

@@ -361,6 +361,12 @@ class ParallelConfig:
     table_cache_load_factor: float = key(
         0.2, "`uvm_caching` only: the share of a table's rows that fit into the cache.", above=0, below=1
     )
+    exchange_dtype: Literal["float32", "bfloat16", "float16"] = key(
+        "float32",
+        "Data type in which ranks exchange rows of the item tables and the rows' gradients. `bfloat16` and `float16` halve the "
+        "bytes; with `float16` the gradients are bfloat16, because they may be smaller than any float16. Tables, gradients and "
+        "states stay float32. Excludes `data_parallel`, which exchanges no rows.",
+    )
     zero_stage: int = key(1, "DeepSpeed ZeRO stage of the decoder.", at_least=1, at_most=2)
 
 

@@ -16,10 +16,11 @@ import torchrec
 from torch.distributed.optim import _apply_optimizer_in_backward
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
+from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
 from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
-from torchrec.distributed.types import CacheParams, ShardingPlan, ShardingType
+from torchrec.distributed.types import CacheParams, CommOp, ShardingPlan, ShardingType
 from torchrec.optim.optimizers import SGD, Adagrad, Adam
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
@@ -84,6 +85,19 @@ def item_collection(config: Config, num_rows: int, views: int) -> torchrec.Embed
     options = {"lr": train.table_lr or train.lr, "beta1": train.beta1, "beta2": train.beta2, "eps": EPS}
     _apply_optimizer_in_backward(OPTIMIZERS[train.table_optimizer], collection.parameters(), options)
     return collection
+
+
+def table_sharder(config: Config) -> EmbeddingCollectionSharder:
+    """TorchRec's sharder, which exchanges rows and their gradients as `parallel.exchange_dtype` says.
+
+    TorchRec's `get_qcomm_codecs_registry` would replace bfloat16 by float16 on gloo, which can exchange both.
+    """
+    dtype = config.parallel.exchange_dtype
+    if dtype == "float32":
+        return EmbeddingCollectionSharder()
+    forward = CommType.BF16 if dtype == "bfloat16" else CommType.FP16
+    codecs = get_qcomm_codecs(QCommsConfig(forward_precision=forward, backward_precision=CommType.BF16))
+    return EmbeddingCollectionSharder(qcomm_codecs_registry={CommOp.SEQUENCE_EMBEDDINGS_ALL_TO_ALL.name: codecs})
 
 
 def planner_of(

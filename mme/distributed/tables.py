@@ -25,14 +25,13 @@ from fbgemm_gpu.split_table_batched_embeddings_ops_training import (
     SplitTableBatchedEmbeddingBagsCodegen,
 )
 from torch import Tensor, nn
-from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embedding_types import EmbeddingComputeKernel
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
 from kernels.splitmix import derive
 from mme.config import Config
-from mme.distributed.table_plan import EPS, FEATURE, STORED, item_collection, plan_tables, stored_name
+from mme.distributed.table_plan import EPS, FEATURE, STORED, item_collection, plan_tables, stored_name, table_sharder
 from mme.distributed.touched_rows import TouchedRowsAdam, TouchedRowTables, replace_dense_tables
 from mme.distributed.world import World
 from mme.errors import UserError
@@ -87,7 +86,7 @@ class ItemTables:
         self.optimizer_name = train.table_optimizer
         self.names = [f"item_{table}" for table in range(model.num_tables)]
         self.views = views_together(config, config.parallel.table_sharding, world.size)
-        collection, sharder = item_collection(config, num_rows, self.views), EmbeddingCollectionSharder()
+        collection, sharder = item_collection(config, num_rows, self.views), table_sharder(config)
         plan, self.placements = plan_tables(collection, sharder, config, num_rows, world)
         self.replicated = {found.table for found in self.placements if found.sharding == "data_parallel"}
         on_cpu = world.device.type == "cpu"
