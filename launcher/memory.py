@@ -87,19 +87,25 @@ def checkpoint_bytes(shape: Shape) -> float:
     Rank 0 writes most, because it also writes the weights that all ranks share. ZeRO's float32 copy of the weights is
     not written.
     """
-    parts = lasting_parts(shape, shape.table_bytes("device"))
+    parts = lasting_parts(shape, _in_float32(shape).table_bytes("device"))
     return parts["item tables"] + parts["tables' optimizer"] + WRITTEN * (parts["decoder"] + parts["experts"])
 
 
 def whole_checkpoint_bytes(shape: Shape) -> float:
     """Bytes of the checkpoint files of all ranks together."""
     alone = replace(shape, ranks=1, ranks_per_node=1, config=_on_one_rank(shape))
-    parts = lasting_parts(alone, alone.table_bytes("device"))
+    parts = lasting_parts(alone, _in_float32(alone).table_bytes("device"))
     return parts["item tables"] + parts["tables' optimizer"] + WRITTEN * (parts["decoder"] + parts["experts"])
 
 
 def _on_one_rank(shape: Shape) -> Config:
     return replace(shape.config, parallel=replace(shape.config.parallel, expert_parallel_size=1))
+
+
+def _in_float32(shape: Shape) -> Shape:
+    """The shape with tables as checkpoints contain them."""
+    parallel = replace(shape.config.parallel, table_dtype="float32")
+    return replace(shape, config=replace(shape.config, parallel=parallel))
 
 
 def has_dense_gradient(shape: Shape) -> bool:

@@ -22,7 +22,8 @@ from mme.config import Config
 from mme.devices import Device, in_words
 from mme.errors import UserError
 
-FLOAT = 4  # bytes; weights and optimizer states are float32
+FLOAT = 4  # bytes of a number in an optimizer state
+WEIGHT_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}
 STATES = {"adam": 2, "dense_adam": 2, "adagrad": 1, "rowwise_adagrad": 0, "sgd": 0}  # copies of the weights
 ROW_STATES = {"rowwise_adagrad": 1}  # values per row
 LEAST_COLUMNS = 128  # column-wise sharding makes no narrower parts (TorchRec's MIN_CW_DIM)
@@ -101,6 +102,7 @@ class TablePlacement:
     device_bytes: int
     host_bytes: int
     cache_load_factor: float | None = None
+    dtype: str = "float32"
 
     @classmethod
     def of(
@@ -129,6 +131,7 @@ class TablePlacement:
             device_bytes=round(found.device),
             host_bytes=round(found.host),
             cache_load_factor=config.parallel.table_cache_load_factor if placement == "uvm_caching" else None,
+            dtype=config.parallel.table_dtype,
         )
 
     @classmethod
@@ -162,7 +165,8 @@ def in_lines(placements: Iterable[TablePlacement]) -> list[str]:
     for _, group in groupby(placements, key=lambda placement: replace(placement, table="")):
         same = list(group)
         names = f"{same[0].table} to {same[-1].table}: each " if len(same) > 1 else f"{same[0].table}: "
-        lines.append(f"{names}{same[0].rows:,} × {same[0].columns}, {same[0].where}")
+        dtype = "" if same[0].dtype == "float32" else f" in {same[0].dtype}"
+        lines.append(f"{names}{same[0].rows:,} × {same[0].columns}{dtype}, {same[0].where}")
     return lines
 
 
@@ -172,8 +176,11 @@ def bytes_of(config: Config, rows: int, columns: int, placement: str, views: int
     ``views`` tables share the index of a cache, see `views_together`.
     """
     optimizer, load_factor = config.train.table_optimizer, config.parallel.table_cache_load_factor
-    weights = float(rows * columns * FLOAT)
-    states, row_states = weights * STATES[optimizer], float(rows * ROW_STATES.get(optimizer, 0) * FLOAT)
+    weights = float(rows * columns * WEIGHT_BYTES[config.parallel.table_dtype])
+    states, row_states = (
+        float(rows * columns * FLOAT * STATES[optimizer]),
+        float(rows * ROW_STATES.get(optimizer, 0) * FLOAT),
+    )
     match placement:
         case "device":
             return Bytes(weights, states + row_states, 0, 0)
@@ -236,8 +243,9 @@ def choose_placement(config: Config, num_rows: int, ranks: int, device: Device) 
     """`parallel.table_placement`, or what `auto` stands for: host memory with a cache only for tables that the GPU cannot hold.
 
     Raises:
-        UserError: the device does not have the placement.
+        UserError: the device does not have the placement, or tables of `parallel.table_dtype`.
     """
+    _check_dtype(config, device)
     wanted, sharding = config.parallel.table_placement, config.parallel.table_sharding
     if not device.is_gpu:
         if wanted not in ("auto", "device"):
@@ -251,6 +259,19 @@ def choose_placement(config: Config, num_rows: int, ranks: int, device: Device) 
         return "device"
     needed = on_fullest_rank(config, "row_wise" if sharding == "auto" else sharding, num_rows, ranks, "device")
     return "device" if needed.device <= AUTO_SHARE * device.memory else "uvm_caching"
+
+
+def _check_dtype(config: Config, device: Device) -> None:
+    dtype = config.parallel.table_dtype
+    if device.is_gpu or dtype == "float32":
+        return
+    if dtype == "bfloat16":
+        raise UserError("parallel.table_dtype=bfloat16: on a CPU FBGEMM has float32 and float16: expected one of them")
+    if config.train.table_optimizer == "adam":
+        raise UserError(
+            f"parallel.table_dtype={dtype}: on a CPU train.table_optimizer=adam updates only float32: expected float32, or "
+            "adagrad, rowwise_adagrad or sgd"
+        )
 
 
 def shortfall(needed: Bytes, device: Device, placement: str) -> str | None:

@@ -128,10 +128,15 @@ def _check_tables(config: Config) -> None:
             "column_wise would split; expected row_wise, table_wise, data_parallel or auto"
         )
 
-    placement = config.parallel.table_placement
-    if placement in ("uvm", "uvm_caching"):
-        needs = f"parallel.table_placement={placement} needs tables that FBGEMM updates row by row"
-        if config.parallel.table_sharding == "data_parallel":
+    parallel = config.parallel
+    needs_fused = []
+    if parallel.table_placement in ("uvm", "uvm_caching"):
+        needs_fused.append(f"parallel.table_placement={parallel.table_placement}")
+    if parallel.table_dtype != "float32":
+        needs_fused.append(f"parallel.table_dtype={parallel.table_dtype}")
+    for key in needs_fused:
+        needs = f"{key} needs tables that FBGEMM updates row by row"
+        if parallel.table_sharding == "data_parallel":
             raise UserError(
                 f"{needs}, not parallel.table_sharding=data_parallel: expected row_wise, column_wise, table_wise or auto"
             )
@@ -139,6 +144,11 @@ def _check_tables(config: Config) -> None:
             raise UserError(
                 f"{needs}, not train.table_optimizer=dense_adam: expected adam, adagrad, rowwise_adagrad or sgd"
             )
+    if parallel.table_dtype == "bfloat16" and parallel.table_placement == "uvm_caching":
+        raise UserError(
+            "parallel.table_dtype=bfloat16: the cache of parallel.table_placement=uvm_caching is float32 or float16: expected "
+            "one of these, or device or uvm"
+        )
     if config.parallel.exchange_dtype != "float32" and config.parallel.table_sharding == "data_parallel":
         raise UserError(
             f"parallel.exchange_dtype={config.parallel.exchange_dtype}: parallel.table_sharding=data_parallel exchanges no rows: "

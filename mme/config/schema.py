@@ -361,6 +361,12 @@ class ParallelConfig:
     table_cache_load_factor: float = key(
         0.2, "`uvm_caching` only: the share of a table's rows that fit into the cache.", above=0, below=1
     )
+    table_dtype: Literal["float32", "float16", "bfloat16"] = key(
+        "float32",
+        "Data type of the item tables; optimizer states stay float32. 16 bits need an optimizer that FBGEMM applies in its tables "
+        "(on a CPU: `adagrad`, `rowwise_adagrad` or `sgd`, and float16 only) and exclude `data_parallel`. On GPUs FBGEMM rounds "
+        "updates stochastically. Checkpoints contain float32.",
+    )
     exchange_dtype: Literal["float32", "bfloat16", "float16"] = key(
         "float32",
         "Data type in which ranks exchange rows of the item tables and the rows' gradients. `bfloat16` and `float16` halve the "

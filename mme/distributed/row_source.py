@@ -85,7 +85,7 @@ def continue_rows(piece: Piece, source: RowSource, parts: Sequence[tuple[Path, P
     """Copies the continued rows of a table's piece, or of its optimizer state's, from the checkpoint; other rows stay.
 
     Args:
-        piece: its `read` returns a view of the table.
+        piece: a part of a table or of its optimizer state.
         parts: the checkpoint's parts of the tensor, each with its file.
     """
     target = piece.read()
@@ -105,6 +105,8 @@ def continue_rows(piece: Piece, source: RowSource, parts: Sequence[tuple[Path, P
                 if here.start < here.stop:
                     read_at, write_at = (slice(start, stop), *in_part), (order[here].to(target.device), *in_piece)
                     target[write_at] = saved[read_at][wanted[here] - bounds[0]].to(target.device)
+    if piece.is_copy:
+        piece.write(target)
 
 
 def _common_columns(piece: Piece, part: PieceEntry) -> tuple[list[Any], list[Any]] | None:

@@ -36,8 +36,9 @@ class Piece:
         offsets: position of this part in the whole.
         local_shape: shape of this part.
         writer: whether this rank, of those with a copy of the part, saves it.
-        read: returns the part. A collective: all ranks that have the piece call it in the same order.
+        read: returns the part in float32. A collective: all ranks that have the piece call it in the same order.
         write: replaces the part by a tensor of ``local_shape``.
+        is_copy: whether ``read`` of a table's piece returns a copy instead of a view of the table.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Piece:
     writer: bool
     read: Callable[[], Tensor]
     write: Callable[[Tensor], Any]
+    is_copy: bool = False
 
 
 def weight_pieces(recommender: Recommender) -> Iterator[Piece]:
@@ -72,9 +74,16 @@ def _table_pieces(recommender: Recommender, shards: Iterator[Shard]) -> Iterator
     for shard in shards:
         local_shape = tuple(shard.tensor.shape)
         writer = recommender.world.rank == 0 or shard.name.partition("/")[0] not in recommender.tables.replicated
-        read = partial(torch.Tensor.detach, shard.tensor)
+        tensor = shard.tensor.detach()
         yield Piece(
-            f"tables/{shard.name}", shard.shape, shard.offsets, local_shape, writer, read, shard.tensor.detach().copy_
+            f"tables/{shard.name}",
+            shard.shape,
+            shard.offsets,
+            local_shape,
+            writer,
+            read=tensor.float,  # the tensor itself if it is float32
+            write=tensor.copy_,
+            is_copy=tensor.dtype != torch.float32,
         )
 
 

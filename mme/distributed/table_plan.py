@@ -21,6 +21,7 @@ from torchrec.distributed.planner import EmbeddingShardingPlanner, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import ParameterConstraints, PlannerError
 from torchrec.distributed.types import CacheParams, CommOp, ShardingPlan, ShardingType
+from torchrec.modules.embedding_configs import DataType
 from torchrec.optim.optimizers import SGD, Adagrad, Adam
 from torchrec.optim.rowwise_adagrad import RowWiseAdagrad
 
@@ -47,6 +48,7 @@ KERNELS = {
     "uvm": EmbeddingComputeKernel.FUSED_UVM,
     "uvm_caching": EmbeddingComputeKernel.FUSED_UVM_CACHING,
 }
+DATA_TYPES = {"float32": DataType.FP32, "float16": DataType.FP16, "bfloat16": DataType.BF16}
 PLACEMENTS = {kernel.value: placement for placement, kernel in KERNELS.items()}
 
 
@@ -77,6 +79,7 @@ def item_collection(config: Config, num_rows: int, views: int) -> torchrec.Embed
                 num_embeddings=num_rows,
                 embedding_dim=views * config.model.view_dim,
                 feature_names=[FEATURE],
+                data_type=DATA_TYPES[config.parallel.table_dtype],
             )
             for table in range(0, config.model.num_tables, views)
         ],

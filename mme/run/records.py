@@ -45,6 +45,7 @@ class TableRecord(JsonObject):
     device_bytes: Count
     host_bytes: Count
     cache_load_factor: Share | None = None
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
 class RunRecord(Record):
