@@ -110,6 +110,7 @@ class ItemTables:
 
     def lookup(self, ids: Tensor) -> Tensor:
         """(U,) int64 distinct indices → (U, M, d) their rows in the M tables, differentiable."""
+        ids = ids.contiguous()  # FBGEMM's operators read the ids as if they were
         features = torchrec.KeyedJaggedTensor(keys=[FEATURE], values=ids, lengths=ids.new_full((1,), ids.numel()))
         rows = self.model(features)
         stored = [stored_name(table, self.views) for table in range(0, len(self.names), self.views)]

@@ -53,6 +53,16 @@ def test_ids_are_sent_once_for_all_tables() -> None:
         assert [case["float32"] for case in found] == [2 * 4 * IDS * 8 * number for number in (1, 2, 4)] * 2
 
 
+def strided(world: World) -> bool:
+    tables = ItemTables(configuration("train.table_optimizer=adam"), ROWS, world)
+    ids = torch.stack([torch.arange(IDS), torch.full((IDS,), ROWS - 1)], 1)[:, 0]
+    return torch.equal(tables.lookup(ids), tables.lookup(ids.contiguous()))
+
+
+def test_ids_may_be_a_column_of_a_matrix() -> None:
+    assert all(run_on(2, strided)) and all(run_on(1, strided))
+
+
 def test_tables_of_one_rank_share_ids() -> None:
     cases = [
         tables_of(4, f"parallel.table_sharding={kind}", "train.table_optimizer=sgd")
