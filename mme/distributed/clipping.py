@@ -71,6 +71,8 @@ class OwnedGradients:
         total = torch.zeros((), dtype=torch.float64)
         for ids, _, leaf in self._held:
             assert leaf.grad is not None
+            if not ids.numel():  # no process has looked up a row of this rank
+                continue
             gradient = leaf.grad.view(-1, ids.numel(), leaf.shape[-1])
             total = total.to(leaf.device) + _sums_by_id(ids, gradient).double().square_().sum()
         return total
