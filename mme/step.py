@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mme.config import Config
+from mme.config import Config, MoEConfig
 from mme.data.batch import SequenceBatch
 from mme.distributed.clipping import OwnedGradients, sum_over_ranks
 from mme.distributed.engine import reduced_gradients, set_lr, skip_step
@@ -53,6 +53,16 @@ class StepResult:
     lr: float
     counts: Tensor
     routing: list[Routing]
+
+    def expert_load(self, moe: MoEConfig, world: World) -> dict[str, Any]:
+        """How the routers distributed the tokens of all ranks, as arguments of `Monitor.experts`; a collective."""
+        return {
+            "load": (self.counts / self.counts.sum(-1, keepdim=True).clamp(min=1)).tolist(),
+            "entropy": self.router_entropy(world).tolist(),
+            "blocks": sorted(set(moe.placement)) or None,
+            "dropped": self.dropped_shares(world),
+            "top_k": moe.top_k,
+        }
 
     def router_entropy(self, world: World) -> Tensor:
         """(blocks, M) entropy in nats of the routers' probabilities, averaged over the tokens of all ranks; a collective."""

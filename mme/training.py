@@ -106,15 +106,13 @@ class Training:
                 f"train.profile_start ({config.train.profile_start}) + train.profile ({config.train.profile}) must not "
                 f"exceed the steps of the run ({self.total_steps})"
             )
-        counts = None
-        if config.loss.needs_training_counts:
-            counts = dataset.training_counts(self.split)
+        counts = dataset.training_counts(self.split) if config.loss.needs_training_counts else None
         self.step = TrainStep(config, self.recommender, self.engine, self.total_steps, counts)
         self.pace = Pace(world, config, dataset.num_items, known_peak(config, world.device))
         self.skipped = self.skipped_in_a_row = self.steps_before = self.without_gain = 0
+        self.resumed_from = self.reached = 0  # steps
         self.best_score: float | None = None
         self.job = settings_sha256(flat(config))
-        self.resumed_from = self.reached = 0  # steps
         self._look_up_targets()
 
     def _look_up_targets(self) -> None:
@@ -147,9 +145,7 @@ class Training:
                 self._evaluate_and_save(monitor, progress)
             self.pace.begin_step()
             batches, left = self._batches(progress), self.total_steps - progress.step
-            for at, batch, after in profiled(
-                batches, config.train, left, self.run_folder, world.rank, world.device, monitor.note
-            ):
+            for at, batch, after in profiled(batches, config.train, left, self.run_folder, world, monitor.note):
                 self.reached = at.step + 1
                 self.watchdog.beat(f"training step {self.reached}")
                 self.pace.count(batch)
@@ -164,9 +160,7 @@ class Training:
                 writer.after_step(*votes)  # votes on the previous checkpoint; the next one is not started yet
                 self._save_where_due(monitor, self._following(after), stop)
                 if self._is_out_of_patience():
-                    monitor.note(
-                        f"{self.without_gain} evaluations without a higher NDCG@10: stops at step {at.step + 1}"
-                    )
+                    monitor.note(f"no higher NDCG@10 in {self.without_gain} evaluations: stops at step {at.step + 1}")
                     break
                 self.watchdog.beat(f"waiting for the batch of step {at.step + 2}")
                 self.pace.begin_step()
@@ -220,10 +214,9 @@ class Training:
                 "dataset": {key: self.dataset.info[key] for key in ("name", "num_users", "num_items", "num_events")},
             }
         )
-        for line in in_lines(self.recommender.tables.placements):
+        found_wrong = [f"warning: {warning}" for warning in warnings(self.config)]
+        for line in [*in_lines(self.recommender.tables.placements), *found_wrong]:
             monitor.note(line)
-        for warning in warnings(self.config):
-            monitor.note(f"warning: {warning}")
         return progress
 
     def _first_progress(self, monitor: Monitor) -> Progress:
@@ -302,11 +295,7 @@ class Training:
             step, epoch, loss=result.loss, tokens=result.tokens, step_s=step_s, lr=result.lr, extra=extra
         )
         if result.routing and not result.skipped and is_line_due:
-            shares = result.counts / result.counts.sum(-1, keepdim=True).clamp(min=1)
-            moe = self.config.model.moe
-            blocks, entropy = sorted(set(moe.placement)) or None, result.router_entropy(self.world).tolist()
-            dropped = result.dropped_shares(self.world)
-            monitor.experts(step, shares.tolist(), entropy, blocks, dropped, top_k=moe.top_k)
+            monitor.experts(step, **result.expert_load(self.config.model.moe, self.world))
 
     def _on_non_finite(self, monitor: Monitor, step: int, batch: SequenceBatch, result: StepResult) -> None:
         """Saves the batch of a skipped step; stops the job unless `train.on_non_finite` is skip."""
@@ -368,8 +357,7 @@ class Training:
         except Preempted:
             self._save_and_stop(progress)
         self._show(monitor, records)
-        score = records[0][SELECTED_BY] if self.split.selection == "valid" else None
-        progress = progress.evaluated(score)
+        progress = progress.evaluated(records[0][SELECTED_BY] if self.split.selection == "valid" else None)
         self.best_score, self.without_gain = progress.best_score, progress.without_gain
         self.writer.save(progress)
 
@@ -406,7 +394,7 @@ class Training:
         if train.epochs is None:
             assert train.steps is not None
             return train.steps
-        in_epochs = progress.step
-        for epoch in range(progress.epoch, train.epochs):
-            in_epochs += self.loader.num_batches(epoch, progress.sequences if epoch == progress.epoch else 0)
+        first = {progress.epoch: progress.sequences}  # of the sequences of that epoch
+        epochs = range(progress.epoch, train.epochs)
+        in_epochs = progress.step + sum(self.loader.num_batches(epoch, first.get(epoch, 0)) for epoch in epochs)
         return in_epochs if train.steps is None else min(train.steps, in_epochs)

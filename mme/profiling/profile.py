@@ -28,6 +28,7 @@ from torch.profiler import ProfilerActivity, schedule
 from torch.profiler import profile as torch_profile
 
 from mme.config import TrainConfig
+from mme.data.loaders import Worker
 from mme.files import make_folder, replacing, write_text
 from mme.profiling.regions import OTHER, REGIONS
 from mme.profiling.trace import Allocations, TimeByPart, Trace
@@ -44,8 +45,7 @@ def profiled(
     train: TrainConfig,
     left: int,
     run_folder: Path,
-    rank: int,
-    device: torch.device,
+    worker: Worker,
     note: Callable[[str], None],
 ) -> Iterator[Element]:
     """Yields ``elements``, one per step, and profiles the steps that `train.profile` selects for this rank.
@@ -53,13 +53,13 @@ def profiled(
     Args:
         left: number of steps until the end of training.
     """
-    if not train.profile or (train.profile_ranks and rank not in train.profile_ranks):
+    if not train.profile or (train.profile_ranks and worker.rank not in train.profile_ranks):
         return elements
     if train.profile_start + train.profile > left:
         note(f"no profile: it needs {train.profile_start + train.profile:,} steps, and {left:,} are left")
         return elements
     folder = run_folder / PROFILE_FOLDER
-    return StepProfile(train.profile, train.profile_start, folder, rank, device, note).each(elements)
+    return StepProfile(train.profile, train.profile_start, folder, worker.rank, worker.device, note).each(elements)
 
 
 class StepProfile:

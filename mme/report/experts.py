@@ -7,7 +7,7 @@ from typing import Any
 
 from mme.report.charts import Chart, Line, heat_map, line_chart
 from mme.report.sections import Section, section
-from mme.run.monitor import greedy_experts, starved_experts
+from mme.run.expert_load import greedy_experts, starved_experts
 
 
 def expert_warnings(last: dict[str, Any], top_k: int) -> list[str]:

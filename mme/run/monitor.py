@@ -25,6 +25,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 from mme import __version__
 from mme.errors import UserError, one_line
 from mme.files import make_folder, open_to_append
+from mme.run.expert_load import greedy_experts, starved_experts
 from mme.run.metrics_file import METRICS_FILE, keep_lines_until, name_in_errors
 from mme.run.repeats import LibraryLog, RepeatLimit
 from mme.run.trackers import TrackedRun, Trackers
@@ -33,9 +34,7 @@ PACKAGES = ["torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "deepspeed", "t
 PLAIN_LINE_EVERY_S = 10.0
 REDRAW_EVERY_S = 0.25
 # An expert is starved if all views of a block together send it less than this fraction of an even share.
-STARVED_SHARE = 0.1
 # An expert takes nearly all tokens if it gets more than this fraction of its maximum, 1 / top_k.
-GREEDY_SHARE = 0.9
 
 
 class Monitor:
@@ -344,24 +343,6 @@ class Monitor:
 
 
 _NO_SCALAR = {"kind", "step"}
-
-
-def starved_experts(load: list[list[list[float]]]) -> list[tuple[int, int, float]]:
-    """(index into ``load``, expert, share) of experts to which all views together send less than STARVED_SHARE of an even share."""
-    return [found for found in _mean_shares(load) if found[2] < STARVED_SHARE / len(load[0][0])]
-
-
-def greedy_experts(load: list[list[list[float]]], top_k: int) -> list[tuple[int, int, float]]:
-    """Like `starved_experts`, for experts that get more than GREEDY_SHARE of their maximum, unless every expert must."""
-    return [found for found in _mean_shares(load) if found[2] > GREEDY_SHARE / top_k and len(load[0][0]) > top_k]
-
-
-def _mean_shares(load: list[list[list[float]]]) -> list[tuple[int, int, float]]:
-    return [
-        (block, expert, sum(shares) / len(shares))
-        for block, views in enumerate(load)
-        for expert, shares in enumerate(zip(*views, strict=True))
-    ]
 
 
 def duration(seconds: float) -> str:

@@ -15,8 +15,9 @@ from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mme.errors import UserError
+from mme.run.expert_load import greedy_experts, starved_experts
 from mme.run.metrics_file import read_metrics
-from mme.run.monitor import Monitor, duration, greedy_experts, starved_experts
+from mme.run.monitor import Monitor, duration
 from tests.limits import files_of_at_most
 
 

@@ -33,13 +33,13 @@ def test_a_run_stops_and_resumes_with_its_count(data: Path, tmp_path: Path) -> N
     assert stopped.returncode == 0, stopped.stderr
     done = train(data, run, *STILL, "train.patience=2")
     assert done.returncode == 0, done.stderr
-    assert "2 evaluations without a higher NDCG@10: stops at step 6" in done.stdout
+    assert "no higher NDCG@10 in 2 evaluations: stops at step 6" in done.stdout
     assert [line["step"] for line in metrics(run, "valid") if line["model"] != "popularity"] == [2, 4, 6]
 
     again = train(data, run, *STILL, "train.patience=2")
     assert "training is complete: the checkpoint of step 6 is tested again" in again.stdout
     more = train(data, run, *STILL, "train.patience=3")
-    assert "3 evaluations without a higher NDCG@10: stops at step 8" in more.stdout
+    assert "no higher NDCG@10 in 3 evaluations: stops at step 8" in more.stdout
 
 
 def test_patience_needs_a_validation_split() -> None:
