@@ -61,6 +61,8 @@ def needs_of(job: Job, items: int | None) -> Needs:
     training = MEMORY_PER_PROCESS if gpus() else memory_of(shape, device_of("cpu", job.nproc_per_node)).total
     memory = {"training": training, "checkpoint copy": checkpoint_bytes(shape)}
     kept = config.train.keep_checkpoints + 2  # plus the best one and the one being written
+    if config.train.checkpoint_incremental:
+        kept += 2  # their bases
     return Needs(
         {part: job.nproc_per_node * size for part, size in memory.items()}, kept * whole_checkpoint_bytes(shape)
     )

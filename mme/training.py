@@ -137,7 +137,10 @@ class Training:
             trackers=config.train.trackers,
             settings=flat(config),
         )
-        self.writer = writer = CheckpointWriter(self.run_folder, self.recommender, config.train.keep_checkpoints)
+        train = config.train
+        self.writer = writer = CheckpointWriter(
+            self.run_folder, self.recommender, train.keep_checkpoints, train.checkpoint_incremental
+        )
         with monitor, self.watchdog, self._counted_attempt(), writer, self.pace:
             progress = self._start(monitor)
             self._compile_kernels(monitor)

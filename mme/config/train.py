@@ -79,6 +79,12 @@ class TrainConfig:
     )
     checkpoint_every: int = key(0, "Steps between checkpoints; 0: one with each evaluation.", at_least=0)
     keep_checkpoints: int = key(2, "Number of newest checkpoints to keep, in addition to the best.", above=0)
+    checkpoint_incremental: int = key(
+        0,
+        "Number of incremental checkpoints between two whole ones. They contain only the rows of the tables that have changed "
+        "since the last whole one, unless more than half have. Resuming is exact from either.",
+        at_least=0,
+    )
     log_every: int = key(10, "Steps between lines of metrics.", above=0)
     trackers: list[str] = key(
         ["tensorboard"],

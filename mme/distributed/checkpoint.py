@@ -1,30 +1,26 @@
 """Loads checkpoints, which are atomic, verified by checksums and independent of the number of processes.
 
 `checkpoints/step_N/` contains one safetensors file per rank and `index.json` with the position of each piece of each
-tensor, the SHA-256 of every file and the progress of training (`checkpoint_index`). The folder is written under another name
+tensor, the SHA-256 of every file and the progress of training (`checkpoint_index`). An incremental checkpoint is sound only if
+the whole one that it changes is, too (`checkpoint_parts`). The folder is written under another name
 (`checkpoint_writer`) and renamed when all ranks have finished, so a folder with the right name is complete. It contains no
 code. A damaged checkpoint is skipped with a message before anything of it is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import torch
-from safetensors import safe_open
 
 from mme.distributed.checkpoint_index import (
     CHECKPOINTS,
     Index,
-    PieceEntry,
-    damage,
     folder,
     from_the_best,
-    read_index,
     steps,
 )
+from mme.distributed.checkpoint_parts import assemble, checked, parts_of
 from mme.distributed.engine import set_optimizer_step
 from mme.distributed.recommender import Recommender
 from mme.distributed.row_source import TABLES, RowSource, continue_rows
@@ -148,11 +144,9 @@ def _sound_index(run: Path, step: int, world: World) -> Index | UserError | NonF
     Each rank checks its share of the files. A file that one rank does not see yet, because the file system is slow to show
     new files to other nodes, counts as missing for all.
     """
-    found = read_index(run, step)
-    index = UserError(found) if isinstance(found, str) else found
-    mine = damage(run, step, index.files[world.rank :: world.size]) if isinstance(index, Index) else index
-    reports: list[UserError | NonFiniteError | None] = world.gather_objects(mine)
-    return next((report for report in reports if report is not None), index)
+    found = checked(run, step, world.rank, world.size)
+    reports: list[UserError | NonFiniteError | None] = world.gather_objects(None if isinstance(found, Index) else found)
+    return next((report for report in reports if report is not None), found)
 
 
 def _restore(
@@ -164,10 +158,7 @@ def _restore(
     left_out: list[str] | None = None,
 ) -> None:
     checkpoint = folder(run, index.progress.step)
-    saved: dict[str, list[tuple[Path, PieceEntry]]] = {}
-    for entry in index.files:
-        for part in entry.pieces:
-            saved.setdefault(part.name, []).append((checkpoint / entry.file, part))
+    saved = parts_of(run, index)
     for piece in pieces:
         parts = saved.get(piece.name, [])
         rows = source if piece.name.startswith(TABLES) else None
@@ -182,24 +173,6 @@ def _restore(
                 f"to another model configuration or data set{advice}"
             )
         if rows is None:
-            piece.write(_assemble(piece, parts))
+            piece.write(assemble(piece, parts))
         else:
             continue_rows(piece, rows, parts)
-
-
-def _assemble(piece: Piece, parts: list[tuple[Path, PieceEntry]]) -> torch.Tensor:
-    value = torch.empty(piece.local_shape)  # the parts of a sound checkpoint cover it
-    for path, part in parts:
-        overlap = list(_overlap(piece, part.offsets, part.local_shape))
-        if any(low >= high for low, high in overlap):
-            continue
-        source = tuple(slice(low - o, high - o) for (low, high), o in zip(overlap, part.offsets, strict=True))
-        target = tuple(slice(low - o, high - o) for (low, high), o in zip(overlap, piece.offsets, strict=True))
-        with safe_open(path, framework="pt") as file:
-            value[target] = file.get_slice(part.key)[source]
-    return value
-
-
-def _overlap(piece: Piece, offsets: tuple[int, ...], shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
-    for own, own_size, other, other_size in zip(piece.offsets, piece.local_shape, offsets, shape, strict=True):
-        yield max(own, other), min(own + own_size, other + other_size)

@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePath
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from pydantic import Field
@@ -25,6 +25,7 @@ from mme.records import parse_record
 INDEX = "index.json"
 FORMAT = 3
 READABLE = (2, FORMAT)  # format 2 had the sums of whole files
+ROWS = "#rows"  # follows the key of a piece of which only changed rows are stored, and names their numbers
 CHECKPOINTS = "checkpoints"  # in a run's folder
 DTYPE = "F32"
 VALUES_AT_ONCE = 1 << 22  # values per check for NaN and infinity
@@ -91,17 +92,26 @@ class Progress:
 
 @dataclass(frozen=True)
 class PieceEntry:
-    """A part of a tensor: name and ``shape`` of the whole tensor, and ``offsets`` and ``local_shape`` of the part."""
+    """A part of a tensor: name and ``shape`` of the whole tensor, and ``offsets`` and ``local_shape`` of the part.
+
+    ``rows``: how many of its rows the checkpoint has; the others are those of its base. None: all.
+    """
 
     name: str
     shape: tuple[Count, ...]
     offsets: tuple[Count, ...]
     local_shape: tuple[Count, ...]
+    rows: Count | None = None
 
     @property
     def key(self) -> str:
         """The name of the piece in its file."""
         return f"{self.name}@{','.join(map(str, self.offsets))}"
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """The shape of the values in the file."""
+        return self.local_shape if self.rows is None else (self.rows, *self.local_shape[1:])
 
 
 @dataclass(frozen=True)
@@ -126,13 +136,27 @@ class FileEntry:
 
 
 @dataclass(frozen=True)
+class Base:
+    """The whole checkpoint that an incremental one changes: its step and the SHA-256 of its files' checksums."""
+
+    step: Count
+    sha256: str
+
+
+@dataclass(frozen=True)
 class Index:
-    """The content of index.json. ``num_files`` detects a lost entry; it is None in indices of older versions."""
+    """The content of index.json.
+
+    Attributes:
+        num_files: detects a lost entry; None in indices of older versions.
+        base: None: the checkpoint is whole.
+    """
 
     format: int
     progress: Progress
     files: list[FileEntry]
     num_files: int | None = None
+    base: Base | None = None
 
 
 def folder(run: Path, step: int) -> Path:
@@ -240,6 +264,8 @@ def _flaw(index: Index, step: int) -> str | None:
         if PurePath(entry.file).name != entry.file or "\0" in entry.file:
             return f"file {entry.file!r} is not in this folder"
         for piece in entry.pieces:
+            if piece.rows is not None and (index.base is None or not piece.shape):
+                return f"tensor {piece.name}: has only changed rows, but the checkpoint has no base"
             pieces.setdefault(piece.name, []).append(piece)
     return next((flaw for name, parts in pieces.items() if (flaw := _flaw_of_tensor(name, parts))), None)
 
@@ -280,11 +306,23 @@ def _flaw_of_file(path: Path, pieces: list[PieceEntry]) -> str | None:
         keys = set(file.keys())
         for piece in pieces:
             values = file.get_slice(piece.key) if piece.key in keys else None
-            if values is None or tuple(values.get_shape()) != piece.local_shape:
+            if values is None or tuple(values.get_shape()) != piece.stored_shape:
                 return f"has no piece {piece.key}, which {INDEX} names"
             if values.get_dtype() != DTYPE:
                 return f"piece {piece.key} is {values.get_dtype()}, expected {DTYPE}"
+            if piece.rows is not None and not _has_rows(file, piece):
+                return f"the numbers of the rows of piece {piece.key} do not rise within its {piece.local_shape[0]}"
     return None
+
+
+def _has_rows(file: Any, piece: PieceEntry) -> bool:
+    """Whether the file has the numbers of a piece's changed rows, ascending and within the piece."""
+    if piece.key + ROWS not in set(file.keys()):
+        return False
+    rows = file.get_tensor(piece.key + ROWS)
+    if rows.dtype != torch.int64 or tuple(rows.shape) != (piece.rows,):
+        return False
+    return not piece.rows or bool(rows[0] >= 0 and rows[-1] < piece.local_shape[0] and (rows.diff() > 0).all())
 
 
 def _not_finite(path: Path, pieces: list[PieceEntry]) -> str | None:
@@ -297,9 +335,11 @@ def _not_finite(path: Path, pieces: list[PieceEntry]) -> str | None:
                     return f"piece {piece.key} is not finite"
                 continue
             rows = max(1, VALUES_AT_ONCE // max(1, math.prod(piece.local_shape[1:])))
-            for first in range(0, piece.local_shape[0], rows):
+            for first in range(0, piece.stored_shape[0], rows):
                 is_finite = torch.isfinite(values[first : first + rows])
                 if not is_finite.all():
-                    row = piece.offsets[0] + first + int((~is_finite).nonzero()[0, 0])
+                    row = first + int((~is_finite).nonzero()[0, 0])
+                    row = row if piece.rows is None else int(file.get_tensor(piece.key + ROWS)[row])
+                    row += piece.offsets[0]
                     return f"piece {piece.key} is not finite, first in row {row}"
     return None

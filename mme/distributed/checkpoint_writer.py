@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,10 @@ from mme.distributed.checkpoint import remove_checkpoint
 from mme.distributed.checkpoint_index import (
     FORMAT,
     INDEX,
+    ROWS,
+    Base,
     FileEntry,
+    Index,
     PieceEntry,
     Progress,
     best_step,
@@ -35,7 +38,9 @@ from mme.distributed.checkpoint_index import (
     read_index,
     steps,
 )
+from mme.distributed.checkpoint_parts import changed_rows, digest_of
 from mme.distributed.recommender import Recommender
+from mme.distributed.row_source import TABLES
 from mme.distributed.state import Piece, optimizer_pieces, weight_pieces
 from mme.errors import DISK_ERRORS, DiskError, JobError, NonFiniteError, Preempted
 from mme.files import (
@@ -48,6 +53,8 @@ from mme.files import (
     sha256_of_blocks,
     write_text,
 )
+
+WORTH_WRITING = 0.5  # an incremental checkpoint has at most this share of the rows
 
 
 class CheckpointError(JobError):
@@ -62,17 +69,29 @@ class NonFiniteCheckpointError(CheckpointError, NonFiniteError):
     """The state contains NaN or infinity, so training could not resume from it."""
 
 
+class Part(NamedTuple):
+    """The content of one piece: all ``values``, or those of the changed ``rows`` (n,) int64; in host memory."""
+
+    entry: PieceEntry
+    values: Tensor
+    rows: Tensor | None = None
+
+
 class CheckpointWriter:
     """Writes one checkpoint at a time. Every rank calls the methods in the same order.
 
     Args:
         run: the run's folder.
         keep: number of the newest checkpoints to keep, in addition to the best.
+        incremental: number of incremental checkpoints between two whole ones, see `mme.distributed.checkpoint_parts`.
     """
 
-    def __init__(self, run: Path, recommender: Recommender, keep: int) -> None:
+    def __init__(self, run: Path, recommender: Recommender, keep: int, incremental: int = 0) -> None:
         self.run, self.recommender, self.world, self.keep = run, recommender, recommender.world, keep
-        self._host: dict[str, Tensor] = {}  # host copies of this rank's pieces, reused by each checkpoint
+        self.incremental = incremental
+        self._host: dict[str, Tensor] = {}  # host copies of this rank's pieces, reused by each whole checkpoint
+        self._base: Base | None = None  # the newest whole checkpoint that this process has written
+        self._since_base = 0  # incremental ones since then
         self._thread: threading.Thread | None = None
         self._parts_of: Progress | None = None  # the checkpoint whose files are being written
         self._entry: dict[str, Any] = {}  # this rank's entry of the index
@@ -106,10 +125,14 @@ class CheckpointWriter:
         if self.world.rank == 0:
             for left in partial.parent.glob(".step_*.partial"):
                 remove(left)
-        pieces = self._copy_state()
+        parts = self._copy_changes() if self._since_base < self.incremental else None
+        if parts is None:
+            self._base, self._since_base, parts = None, 0, self._copy_state()
+        else:
+            self._since_base += 1
         self.world.barrier()  # wait until leftovers of a killed run have been removed
         self._parts_of = progress
-        self._start(self._write_part, partial, pieces)
+        self._start(self._write_part, partial, parts)
 
     def votes(self) -> tuple[bool, bool]:
         """This rank's votes in a step: whether it is still writing its part, and whether the completion failed."""
@@ -166,7 +189,7 @@ class CheckpointWriter:
         final = folder(self.run, step)
         return final.with_name(f".{final.name}.partial")
 
-    def _copy_state(self) -> list[tuple[Piece, Tensor]]:
+    def _copy_state(self) -> list[Part]:
         """Copies this rank's pieces to host memory; reading a piece is a collective."""
         on_gpu = self.world.device.type == "cuda"
         copies = []
@@ -174,17 +197,40 @@ class CheckpointWriter:
             value = piece.read()
             if not piece.writer:
                 continue
-            key = _entry_of(piece).key
-            if key not in self._host:
-                self._host[key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=on_gpu)
-            copies.append((piece, self._host[key].copy_(value, non_blocking=on_gpu)))
+            entry = _entry_of(piece)
+            if entry.key not in self._host:
+                self._host[entry.key] = torch.empty(value.shape, dtype=value.dtype, pin_memory=on_gpu)
+            copies.append(Part(entry, self._host[entry.key].copy_(value, non_blocking=on_gpu)))
         if on_gpu:
             torch.cuda.synchronize()
         return copies
 
-    def _write_part(self, partial: Path, pieces: list[tuple[Piece, Tensor]]) -> None:
+    def _copy_changes(self) -> list[Part] | None:
+        """Copies what has changed since the base: rows of the tables and of their states, and all other pieces as a whole.
+
+        None if there is no base, or if so many rows have changed on some rank that a whole checkpoint is hardly larger. A
+        collective.
+        """
+        if self._base is None:
+            return None
+        copies, changed, total = [], 0, 0
+        for piece in [*weight_pieces(self.recommender), *optimizer_pieces(self.recommender)]:
+            value = piece.read()
+            if not piece.writer:
+                continue
+            entry, rows = _entry_of(piece), None
+            if piece.name.startswith(TABLES):
+                rows = changed_rows(self._host[entry.key], value)
+                changed, total = changed + rows.numel(), total + value.shape[0]
+                entry, value = replace(entry, rows=rows.numel()), value[rows]
+                rows = rows.cpu()
+            copies.append(Part(entry, value.detach().to("cpu", copy=True), rows))
+        is_large = torch.tensor(int(changed > WORTH_WRITING * total), device=self.world.device)
+        return None if self.world.sum(is_large) else copies
+
+    def _write_part(self, partial: Path, parts: list[Part]) -> None:
         file = partial / f"rank_{self.world.rank:05d}.safetensors"
-        spoiled = next((where for piece, value in pieces if (where := _not_finite(piece, value))), None)
+        spoiled = next((where for part in parts if (where := _not_finite(part))), None)
         if spoiled is not None:
             error = NonFiniteCheckpointError(f"checkpoint of step {self._newest} not written: {spoiled}")
             error.step = self._newest  # training may be some steps ahead
@@ -192,9 +238,11 @@ class CheckpointWriter:
             return
         try:
             make_folder(partial, self.run)
-            entries = [_entry_of(piece) for piece, _ in pieces]
+            tensors = {part.entry.key: part.values for part in parts}
+            tensors |= {part.entry.key + ROWS: part.rows for part in parts if part.rows is not None}
             with replacing(file, self.run) as unfinished:
-                save_file({entry.key: value for entry, (_, value) in zip(entries, pieces, strict=True)}, unfinished)
+                save_file(tensors, unfinished)
+            entries = [part.entry for part in parts]
             self._entry = asdict(FileEntry(file.name, sha256_of_blocks(file, self.run), entries, HASH_BLOCK_BYTES))
         except (OSError, SafetensorError) as error:
             self._entry = {"error": _failure_of(file, error)}
@@ -212,10 +260,13 @@ class CheckpointWriter:
             if self.world.rank == 0:
                 remove(self._partial(progress.step))
             self._raise_failure()
+        base = self._base  # None: this checkpoint is whole, and the base of the next ones
+        if base is None:
+            self._base = Base(progress.step, digest_of(entry["sha256"] for entry in entries))
         if self.world.rank == 0:
-            self._start(self._complete, progress, entries)
+            self._start(self._complete, progress, entries, base)
 
-    def _complete(self, progress: Progress, entries: Sequence[dict[str, Any]]) -> None:
+    def _complete(self, progress: Progress, entries: Sequence[dict[str, Any]], base: Base | None) -> None:
         final, partial = folder(self.run, progress.step), self._partial(progress.step)
         try:
             missing = _first_missing([partial / entry["file"] for entry in entries])
@@ -227,6 +278,8 @@ class CheckpointWriter:
                 )
                 return
             index = {"format": FORMAT, "num_files": len(entries), "progress": asdict(progress), "files": entries}
+            if base is not None:
+                index["base"] = asdict(base)
             write_text(partial / INDEX, json.dumps(index), self.run)
             if final.exists():  # it is damaged; otherwise the run would have resumed from it
                 remove_checkpoint(final)
@@ -252,7 +305,10 @@ class CheckpointWriter:
     def _prune(self, newest: int) -> None:
         # Later checkpoints were skipped as damaged when this run resumed, and do not count.
         found = [step for step in steps(self.run) if step <= newest]
-        for step in set(found[: -self.keep]) - {best_step(self.run)}:
+        kept = {*found[-self.keep :], best_step(self.run)}
+        indices = [index for step in kept if isinstance(index := read_index(self.run, step), Index)]
+        kept |= {index.base.step for index in indices if index.base is not None}
+        for step in set(found) - kept:
             remove_checkpoint(folder(self.run, step))
 
 
@@ -280,14 +336,16 @@ def _failure_of(path: Path, error: Exception) -> CheckpointError:
     return kind(f"checkpoint not written: {path}: {error}")
 
 
-def _not_finite(piece: Piece, value: Tensor) -> str | None:
-    """Names the first row of the piece with a NaN or infinity; None if all values are finite.
+def _not_finite(part: Part) -> str | None:
+    """Names the first row of the part with a NaN or infinity; None if all values are finite.
 
     The minimum and maximum show whether there is one, in a single pass without allocation.
     """
-    if not value.numel() or torch.stack(torch.aminmax(value)).isfinite().all():
+    name, values = part.entry.name, part.values
+    if not values.numel() or torch.stack(torch.aminmax(values)).isfinite().all():
         return None
-    if not value.dim():
-        return f"{piece.name} is not finite"
-    row = piece.offsets[0] + int((~value.isfinite()).nonzero()[0, 0])
-    return f"{piece.name} is not finite, first in row {row}"
+    if not values.dim():
+        return f"{name} is not finite"
+    row = int((~values.isfinite()).nonzero()[0, 0])
+    row = row if part.rows is None else int(part.rows[row])
+    return f"{name} is not finite, first in row {part.entry.offsets[0] + row}"

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from mme.distributed.checkpoint_index import PieceEntry
+from mme.distributed.checkpoint_index import ROWS, PieceEntry
 from mme.distributed.recommender import Recommender
 from mme.distributed.state import Piece
 
@@ -98,6 +98,12 @@ def continue_rows(piece: Piece, source: RowSource, parts: Sequence[tuple[Path, P
         in_piece, in_part = columns
         with safe_open(path, framework="pt") as file:
             saved = file.get_slice(part.key)
+            if part.rows is not None:  # only changed rows, which replace those of the parts before
+                rows = part.offsets[0] + file.get_tensor(part.key + ROWS)
+                has = torch.isin(wanted, rows)
+                read_at, write_at = (slice(None), *in_part), (order[has].to(target.device), *in_piece)
+                target[write_at] = saved[read_at][torch.searchsorted(rows, wanted[has])].to(target.device)
+                continue
             for start in range(0, part.local_shape[0], ROWS_AT_ONCE):
                 stop = min(start + ROWS_AT_ONCE, part.local_shape[0])
                 bounds = part.offsets[0] + torch.tensor([start, stop])

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from mme.distributed.checkpoint_index import Index, Progress, damage, folder, from_the_best, read_index
+from mme.distributed.checkpoint_index import Index, Progress, from_the_best
+from mme.distributed.checkpoint_parts import assemble, checked, parts_of
 from mme.errors import NonFiniteError, UserError, print_line
 
 WEIGHTS = ("tables/", "decoder/")
@@ -38,30 +37,29 @@ def read_checkpoint(run: Path, step: int | None = None) -> Checkpoint:
     candidates = from_the_best(run) if step is None else [step]
     flaw: UserError | NonFiniteError | None = None
     for candidate in candidates:
-        index = read_index(run, candidate)
-        if isinstance(index, str):
-            flaw = UserError(index)
-        else:
-            flaw = damage(run, candidate, index.files)
-            if flaw is None:
-                return Checkpoint(index.progress, _whole_tensors(run, candidate, index))
+        found = checked(run, candidate)
+        if isinstance(found, Index):
+            return Checkpoint(found.progress, _whole_tensors(run, found))
+        flaw = found
         if candidate != candidates[-1]:
             print_line(f"checkpoint skipped: {flaw}")
     assert flaw is not None  # there is at least one candidate
     raise flaw
 
 
-def _whole_tensors(run: Path, step: int, index: Index) -> dict[str, Tensor]:
-    names = {piece.name for entry in index.files for piece in entry.pieces}
-    weights: dict[str, Tensor] = {}
-    for entry in index.files:
-        with safe_open(folder(run, step) / entry.file, framework="pt") as file:
-            for piece in entry.pieces:
-                # The name of an optimizer state begins with that of its weight.
-                if not piece.name.startswith(WEIGHTS) or piece.name.rpartition("/")[0] in names:
-                    continue
-                if piece.name not in weights:
-                    weights[piece.name] = torch.empty(piece.shape)
-                place = tuple(slice(o, o + n) for o, n in zip(piece.offsets, piece.local_shape, strict=True))
-                weights[piece.name][place] = file.get_tensor(piece.key)
-    return weights
+def _whole_tensors(run: Path, index: Index) -> dict[str, Tensor]:
+    parts = parts_of(run, index)
+    # The name of an optimizer state begins with that of its weight.
+    names = [name for name in parts if name.startswith(WEIGHTS) and name.rpartition("/")[0] not in parts]
+    return {name: assemble(_Whole(parts[name][0][1].shape), parts[name]) for name in names}
+
+
+@dataclass(frozen=True)
+class _Whole:
+    """The position of a whole tensor."""
+
+    local_shape: tuple[int, ...]
+
+    @property
+    def offsets(self) -> tuple[int, ...]:
+        return (0,) * len(self.local_shape)

@@ -14,6 +14,7 @@ from torch import Tensor
 from mme.config import load_config
 from mme.data.dataset import PreparedDataset
 from mme.distributed import checkpoint
+from mme.distributed.checkpoint_index import read_index
 from mme.distributed.state import optimizer_pieces, weight_pieces
 from mme.distributed.world import World
 from mme.errors import UserError
@@ -97,7 +98,7 @@ def train(world: World, data: str, run: str, *overrides: str) -> dict[str, Any]:
 def saved(run: Path, step: int) -> dict[str, Tensor]:
     """The tensors of a checkpoint, whole."""
     parts = []
-    index = checkpoint.read_index(run, step)
+    index = read_index(run, step)
     assert not isinstance(index, str)
     for entry in index.files:
         tensors = load_file(checkpoint.folder(run, step) / entry.file)

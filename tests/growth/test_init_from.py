@@ -8,6 +8,7 @@ import torch
 
 from mme.data.numbering import read_item_ids
 from mme.distributed import checkpoint
+from mme.distributed.checkpoint_index import read_index
 from tests.distributed.processes import run_on
 from tests.distributed.test_step import whole
 from tests.growth.days import files_of, first_day, refused, saved, train
@@ -43,7 +44,7 @@ def test_a_run_starts_from_another_by_raw_id(tmp_path: Path) -> None:
         in log
     )
     # Adam's bias correction continues, as in a step that follows `steps` others.
-    index = checkpoint.read_index(tmp_path / "run", checkpoint.steps(tmp_path / "run")[-1])
+    index = read_index(tmp_path / "run", checkpoint.steps(tmp_path / "run")[-1])
     assert not isinstance(index, str) and index.progress.steps_before == steps
 
 

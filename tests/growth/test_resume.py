@@ -11,7 +11,7 @@ import torch
 
 from mme.data.dataset import PreparedDataset
 from mme.distributed import checkpoint
-from mme.distributed.checkpoint_index import INDEX, best_step
+from mme.distributed.checkpoint_index import INDEX, best_step, read_index
 from mme.prepare.pipeline import add_events
 from mme.run.metrics_file import METRICS_FILE, read_metrics
 from tests.distributed.processes import run_on
@@ -94,7 +94,7 @@ def test_seven_days_one_after_another(tmp_path: Path) -> None:
             assert "has grown since step" in result["log"]
     together = tmp_path / "together"
     run_on(1, train, str(data), str(together), f"train.epochs={DAYS}")
-    index = checkpoint.read_index(run, checkpoint.steps(run)[-1])
+    index = read_index(run, checkpoint.steps(run)[-1])
     assert not isinstance(index, str) and index.progress.epoch == DAYS
     first, *_, last = losses_of(run)
     assert last < 0.7 * first
