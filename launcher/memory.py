@@ -1,7 +1,7 @@
-"""A model of a rank's peak memory in a training step, part by part.
+"""A model of a rank's peak memory in training, part by part.
 
-It counts the tensors that last from step to step and those that one phase of a step needs in addition. The CPU's figures
-are checked against measured runs (`tests/launcher/test_plan_memory.py`). The GPUs' figures follow the same counts with
+It counts the tensors that last from step to step and those that one phase of a step or the evaluation needs in addition. The
+CPU's figures are checked against measured runs (`tests/launcher/test_plan_memory.py`). The GPUs' figures follow the same counts with
 the Triton kernels' tensors and have not been checked.
 
 Legend: as in `launcher.shape`; R = M·T rows, P = H·(4·dv + 2·dqk) columns of a block's projection.
@@ -9,6 +9,7 @@ Legend: as in `launcher.shape`; R = M·T rows, P = H·(4·dv + 2·dqk) columns o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from launcher.shape import Shape
@@ -23,11 +24,14 @@ ADAM_TEMPORARIES = 3  # copies of one parameter while PyTorch's Adam updates it
 NARROW_EXPERTS = 128  # up to this width the Triton kernels gather and weight rows without making copies
 ATTENTION_SCORES = 1 << 18  # query-key pairs of one group in a chunk of the CPU's attention
 ATTENTION_ROWS = 64
+SCORES = 32_000_000  # elements of a score matrix, as in `mme.evaluation.ranking`, which imports torch
 OWN_NEGATIVE_BYTES = 24  # per scored item, while gradients of per-token negatives are sorted by item
 
 ATTENTION, FFN, LOSS = "activations: attention", "activations: FFN, experts", "activations: loss"
 ROWS, TABLE_GRADIENT = "rows of the step's items", "tables' gradient"
 TABLE_OPTIMIZER, OPTIMIZER = "buffers: tables' optimizer", "buffers: optimizer"
+EVALUATION = "evaluation"  # the phase
+SCORED, VECTORS, POPULARITY = "scores", "items' vectors or lengths", "items' popularity"
 
 
 @dataclass(frozen=True)
@@ -51,10 +55,25 @@ class Memory:
 
 
 def memory_of(shape: Shape, device: Device) -> Memory:
-    """The peak memory of the fullest rank on ``device``."""
+    """The peak memory of the fullest rank on ``device``, in a step or in an evaluation."""
+    return max(step_memory(shape, device), evaluation_memory(shape, device), key=lambda memory: memory.total)
+
+
+def step_memory(shape: Shape, device: Device) -> Memory:
+    """The peak memory of the fullest rank in a step."""
+    return _fullest(shape, device, _phases(shape, device))
+
+
+def evaluation_memory(shape: Shape, device: Device) -> Memory:
+    """The peak memory of the fullest rank in an evaluation during training."""
+    return _fullest(shape, device, {EVALUATION: _evaluation(shape, device)})
+
+
+def _fullest(shape: Shape, device: Device, passing: dict[str, dict[str, float]]) -> Memory:
+    """The phase that needs most, with what lasts; ``passing``: bytes by phase and part."""
     tables = shape.table_bytes(shape.table_placement(device))
     lasting = lasting_parts(shape, tables)
-    phases = {name: parts | {"allocator": _in_pieces(parts, device)} for name, parts in _phases(shape, device).items()}
+    phases = {name: parts | {"allocator": _in_pieces(parts, device)} for name, parts in passing.items()}
     phase = max(phases, key=lambda name: sum(phases[name].values()))
     parts = {**lasting, **phases[phase]}
     if not device.is_gpu:  # the original weights' memory, which DeepSpeed's flat copy leaves behind
@@ -130,8 +149,11 @@ def _phases(shape: Shape, device: Device) -> dict[str, dict[str, float]]:
         return {**gradients, **batch, **{part: batch[part] + num_bytes for part, num_bytes in more.items()}}
 
     one_table = FLOAT * float(shape.table_parts.rows * shape.table_parts.columns)
+    # On a CPU, the tables of `adam` are allocated once and filled in place.
+    in_place = not device.is_gpu and shape.config.train.table_optimizer == "adam"
+    is_copied = shape.table_placement(device) == "device" and not in_place
     return {
-        "construction": {"buffers: one table": one_table if shape.table_placement(device) == "device" else 0.0},
+        "construction": {"buffers: one table": one_table if is_copied else 0.0},
         "backward of the loss": plus(_loss_backward(shape)),
         "backward of an FFN": plus({FFN: _ffn_backward(shape, device)}),
         "backward of an attention": plus({ATTENTION: _attention_backward(shape, device)}) | after_last_ffn,
@@ -253,3 +275,37 @@ def _decoder_update(shape: Shape) -> dict[str, float]:
     """DeepSpeed's flat gradient of a partition and Adam's temporaries for it."""
     dense, experts = shape.dense_parameters / shape.ranks, shape.expert_parameters / shape.expert_copies
     return {ROWS: 2.0 * shape.looked_up * FLOAT, OPTIMIZER: FLOAT * (dense + experts + 2 * max(dense, experts))}
+
+
+def _evaluation(shape: Shape, device: Device) -> dict[str, float]:
+    """The scores of a part of the histories and two masks of their size, or the activations of a batch, whichever is larger.
+
+    Tables split by rows and replicated ones are scored in place, by the lengths of their rows; vectors of others are copied.
+    A block keeps its input, x̂, uvqk before and after SiLU, and in the attention padded copies of q, k and v, copies of v by
+    channel and the result twice.
+    """
+    data, model = shape.config.data, shape.config.model
+    share = math.ceil(shape.items / shape.ranks)
+    histories = min(max(1, SCORES // share), data.eval_batch_size * shape.ranks)
+    scored = (FLOAT + 2) * histories * share + INT64 * share
+    per_item = model.num_tables if model.score_norm == "per_view" else 1
+    if shape.config.parallel.table_sharding not in ("row_wise", "data_parallel"):
+        per_item = model.embedding_dim
+    tokens = data.eval_batch_size * data.max_seq_len
+    rows, number = tokens * model.num_tables, shape.number_bytes
+    kept = rows * number * (4 * model.view_dim + 2 * shape.uvqk_width)
+    in_attention = 0.0 if device.is_gpu else rows * number * (2 * shape.qk_width + 9 * shape.v_width)
+    hidden, in_ffn = 0.0 if device.is_gpu else 2.0 * shape.hidden, 6.0 * shape.v_width + 2 * model.view_dim
+    if shape.expert_blocks:  # sorted rows of all choices, their results, these by row, and a copy for the weighted sum
+        hidden *= shape.top_k / model.moe.num_experts
+        in_ffn += 4 * shape.top_k * model.view_dim
+        kept += shape.expert_blocks * rows * (2 * FLOAT * model.moe.num_experts + 4 * INT64 * shape.top_k)
+    in_ffn = rows * number * (in_ffn + hidden)
+    looked_up = -shape.items * math.expm1(-tokens / shape.items) * model.embedding_dim * FLOAT
+    activations = kept + max(in_attention, in_ffn) + 2 * looked_up
+    return {
+        VECTORS: float(FLOAT * per_item * share),
+        POPULARITY: 3.0 * INT64 * share,
+        SCORED: float(scored),
+        "activations: evaluation": max(0.0, activations - scored),
+    }

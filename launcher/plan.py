@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from launcher.job import Job, items_of
-from launcher.memory import Memory, memory_of
+from launcher.memory import Memory, evaluation_memory, memory_of, step_memory
 from launcher.shape import Shape
 from launcher.step_time import PartTime, time_parts, total_s
 from mme.devices import Device, device_of, in_words
@@ -83,6 +83,8 @@ def show_plan(
     console.print(_table(title, _shares(best.memory.parts, in_words)))
     if best.memory.host_parts:
         console.print(_table("Host memory of that rank", _shares(best.memory.host_parts, in_words)))
+    step, evaluation = (in_words(of(best.shape, device).total) for of in (step_memory, evaluation_memory))
+    console.print(f"peak of a step: {step}, of an evaluation: {evaluation}", highlight=False)
     seconds = {name: part.seconds for name, part in best.time.items()}
     times = _shares(seconds, lambda value: f"{1e3 * value:.2f} ms")
     bounds = {name: part.bound for name, part in best.time.items()}
@@ -219,6 +221,8 @@ def _smaller_batch(shape: Shape, device: Device) -> str | None:
     key, value, least = "batch_size", data.batch_size, 1
     if data.tokens_per_batch is not None:
         key, value, least = "tokens_per_batch", data.tokens_per_batch, data.max_seq_len
+    if step_memory(shape, device).total <= device.memory:  # only the evaluation does not fit
+        key, value, least = "eval_batch_size", data.eval_batch_size, 1
     while value // 2 >= least:
         value //= 2
         config = replace(shape.config, data=replace(data, **{key: value}))  # type: ignore[arg-type]

@@ -24,7 +24,10 @@ class Catalogue(ABC):
 
     @abstractmethod
     def scores(self, states: Tensor, view: int | None = None) -> Tensor:
-        """(u, S) scores of the items for normalised states (u, D); ``view``: only the share of one view in them."""
+        """(u, S) scores of the items for normalised states (u, D); ``view``: only the share of one view in them.
+
+        The result may be overwritten by the next call.
+        """
 
     @abstractmethod
     def is_spoiled(self) -> Tensor:
@@ -62,13 +65,17 @@ class TableCatalogue(Catalogue):
     def __init__(self, first_item: int, tables: Sequence[Tensor], score_norm: str) -> None:
         self.first_item, self.num_items, self.tables = first_item, tables[0].shape[0], tables
         self.per_view, self.normalised = score_norm == "per_view", score_norm != "none"
+        self._buffer = torch.empty(0, device=tables[0].device)  # the heap would grow by new scores of each part
         # (M, S), or (1, S) for all views together. NaN if a length is not finite, so that the scores are NaN too.
         self.factors = torch.cat([self._factors(of) for of in self._blocks()], dim=-1)
 
     def scores(self, states: Tensor, view: int | None = None) -> Tensor:
         views = range(len(self.tables)) if view is None else [view]
         states = torch.cat([states.chunk(len(self.tables), 1)[number] for number in views], dim=1)
-        scores = states.new_empty(states.shape[0], self.num_items)
+        size = states.shape[0] * self.num_items
+        if self._buffer.numel() < size:
+            self._buffer = states.new_empty(size)
+        scores = self._buffer[:size].view(states.shape[0], self.num_items)
         for block in self._blocks():
             vectors = torch.cat([self._vectors(number, block) for number in views], dim=1)
             torch.mm(states, vectors.to(states.dtype).T, out=scores[:, block])

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.job import items_of
-from launcher.memory import Memory, memory_of
+from launcher.memory import VECTORS, Memory, evaluation_memory, memory_of, step_memory
 from launcher.plan import choice, layouts, predict
 from launcher.shape import Shape
 from launcher.step_time import time_parts
@@ -83,7 +83,7 @@ def test_more_ranks_than_tables_leave_some_without() -> None:
 
 def test_precision_recomputation_and_parts_take_less_memory() -> None:
     def kept(*overrides: str) -> Memory:
-        return memory_of(shape(1, "model.num_blocks=8", "loss.num_negatives=1", *overrides), H100)
+        return step_memory(shape(1, "model.num_blocks=8", "loss.num_negatives=1", *overrides), H100)
 
     part = "activations: attention"
     assert kept("train.precision=bfloat16").parts[part] == pytest.approx(kept().parts[part] / 2, rel=0.02)
@@ -91,6 +91,22 @@ def test_precision_recomputation_and_parts_take_less_memory() -> None:
     assert kept().parts[part] / 8 < kept("train.recompute=blocks").parts[part] < kept().parts[part] / 3
     assert seconds(shape(1, "train.precision=bfloat16"))["attention"] < seconds(shape(1))["attention"]
     assert seconds(shape(1, "train.recompute=blocks"))["attention"] > seconds(shape(1))["attention"]
+
+
+def test_the_peak_is_that_of_the_evaluation_if_it_needs_more_than_a_step() -> None:
+    small = shape(1, "data.batch_size=1", "data.eval_batch_size=512")
+    assert memory_of(small, H100) == evaluation_memory(small, H100)
+    assert memory_of(small, H100).total > step_memory(small, H100).total
+    large = shape(1, "data.batch_size=512", "data.eval_batch_size=1")
+    assert memory_of(large, H100) == step_memory(large, H100)
+
+
+def test_an_evaluation_copies_the_vectors_of_tables_that_are_not_split_by_rows() -> None:
+    in_place, copied = (
+        evaluation_memory(shape(4, f"parallel.table_sharding={sharding}"), H100).parts[VECTORS]
+        for sharding in ("row_wise", "table_wise")
+    )
+    assert (in_place, copied) == (25_000 * 2 * 4, 25_000 * 64 * 4)  # a length for each of two views
 
 
 def test_other_blocks_are_rejected() -> None:
