@@ -109,8 +109,8 @@ class Training:
         counts = dataset.training_counts(self.split) if config.loss.needs_training_counts else None
         self.step = TrainStep(config, self.recommender, self.engine, self.total_steps, counts)
         self.pace = Pace(world, config, dataset.num_items, known_peak(config, world.device))
-        self.skipped = self.skipped_in_a_row = self.steps_before = self.without_gain = 0
-        self.resumed_from = self.reached = 0  # steps
+        self.skipped = self.skipped_in_a_row = self.steps_before = self.resumed_from = self.reached = 0  # steps
+        self.without_gain = 0  # evaluations
         self.best_score: float | None = None
         self.job = settings_sha256(flat(config))
         self._look_up_targets()
@@ -137,10 +137,8 @@ class Training:
             trackers=config.train.trackers,
             settings=flat(config),
         )
-        train = config.train
-        self.writer = writer = CheckpointWriter(
-            self.run_folder, self.recommender, train.keep_checkpoints, train.checkpoint_incremental
-        )
+        keep, incremental = config.train.keep_checkpoints, config.train.checkpoint_incremental
+        self.writer = writer = CheckpointWriter(self.run_folder, self.recommender, keep, incremental)
         with monitor, self.watchdog, self._counted_attempt(), writer, self.pace:
             progress = self._start(monitor)
             self._compile_kernels(monitor)
@@ -291,9 +289,7 @@ class Training:
 
     def _record(self, monitor: Monitor, step: int, epoch: int, result: StepResult) -> None:
         step_s, is_line_due = self.pace.end_step(), monitor.is_line_due(step)
-        extra: dict[str, float] = {"skipped_steps": self.skipped}
-        if is_line_due:
-            extra |= self.pace.over_ranks()
+        extra = {"skipped_steps": self.skipped, **(self.pace.over_ranks() if is_line_due else {})}
         monitor.train_step(
             step, epoch, loss=result.loss, tokens=result.tokens, step_s=step_s, lr=result.lr, extra=extra
         )
