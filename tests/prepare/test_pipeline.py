@@ -183,7 +183,11 @@ def truncated_parquet(folder: Path) -> Path:
             "movielens-1m",
             r"a.csv: line 1: .* expected user::item",
         ),
-        (lambda folder: write_csv(folder / "a.csv", ["1,2,3"]), "xml", r"--format xml: expected one of parquet, csv"),
+        (
+            lambda folder: write_csv(folder / "a.csv", ["1,2,3"]),
+            "xml",
+            r"--format xml: expected one of parquet, arrow, csv",
+        ),
         (
             lambda folder: write_csv(folder / "a.csv", ["1,2,3", "1,4,5"]),
             "csv",

@@ -25,6 +25,7 @@ def test_evaluations_without_a_higher_score_are_counted() -> None:
     assert not progress.evaluate
 
 
+@pytest.mark.slow
 def test_a_run_stops_and_resumes_with_its_count(data: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     stopped = train(
