@@ -161,7 +161,6 @@ class Training:
                 writer.after_step(*votes)  # votes on the previous checkpoint; the next one is not started yet
                 self._save_where_due(monitor, self._following(after), stop)
                 if self._is_out_of_patience():
-                    monitor.note(f"no higher NDCG@10 in {self.without_gain} evaluations: stops at step {at.step + 1}")
                     break
                 self.watchdog.beat(f"waiting for the batch of step {at.step + 2}")
                 self.pace.begin_step()
@@ -222,8 +221,7 @@ class Training:
 
     def _first_progress(self, monitor: Monitor) -> Progress:
         """Initialises the tables, or all weights and states from another run."""
-        init_from = self.config.train.init_from
-        if init_from is None:
+        if (init_from := self.config.train.init_from) is None:
             self.recommender.tables.initialise()
             return Progress(0, 0, 0)
         earlier = EarlierRun.open(Path(init_from), self.config)
@@ -359,6 +357,9 @@ class Training:
         progress = progress.evaluated(records[0][SELECTED_BY] if self.split.selection == "valid" else None)
         self.best_score, self.without_gain = progress.best_score, progress.without_gain
         self.writer.save(progress)
+        if self._is_out_of_patience():
+            monitor.note(f"no higher NDCG@10 in {self.without_gain} evaluations: stops at step {progress.step}")
+            self.total_steps = progress.step
 
     def _test(self, monitor: Monitor) -> list[dict[str, Any]]:
         """The test metrics of the checkpoint with the best validation metrics (without validation, of the last one)."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from mme.config import load_config
+from mme.distributed import checkpoint
 from mme.distributed.checkpoint_index import Progress
 from mme.errors import UserError
 from tests.test_train import data, metrics, train
@@ -41,6 +43,20 @@ def test_a_run_stops_and_resumes_with_its_count(data: Path, tmp_path: Path) -> N
     assert "training is complete: the checkpoint of step 6 is tested again" in again.stdout
     more = train(data, run, *STILL, "train.patience=3")
     assert "no higher NDCG@10 in 3 evaluations: stops at step 8" in more.stdout
+
+
+def test_an_evaluation_that_is_made_up_for_stops_the_run_too(data: Path, tmp_path: Path) -> None:
+    """A job that was asked to stop during the last evaluation resumes with it, and trains no further step."""
+    run = tmp_path / "run"
+    assert train(data, run, *STILL, "train.patience=1").returncode == 0
+    file = run / "checkpoints/step_4/index.json"
+    index = json.loads(file.read_text())
+    index["progress"] |= {"evaluate": True, "score": None, "without_gain": 0}
+    file.write_text(json.dumps(index))
+    again = train(data, run, *STILL, "train.patience=1")
+    assert again.returncode == 0, again.stderr
+    assert "no higher NDCG@10 in 1 evaluations: stops at step 4" in again.stdout
+    assert checkpoint.steps(run) == [2, 4]
 
 
 def test_patience_needs_a_validation_split() -> None:
