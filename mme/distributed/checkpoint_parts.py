@@ -68,17 +68,22 @@ def checked(run: Path, step: int, rank: int = 0, size: int = 1) -> Index | UserE
 
 
 def parts_of(run: Path, index: Index) -> dict[str, list[tuple[Path, PieceEntry]]]:
-    """The parts of each tensor of a sound checkpoint, each with its file, those of its base first."""
+    """The parts of each tensor of a sound checkpoint, each with its file, those of its base first.
+
+    Raises:
+        UserError: the base is gone, for example because a running job has removed it since the checkpoint was checked.
+    """
     parts: dict[str, list[tuple[Path, PieceEntry]]] = {}
     incremental = {piece.name for entry in index.files for piece in entry.pieces if piece.rows is not None}
     base = base_of(run, index.progress.step, index)
-    for of in (base, index):
-        if isinstance(of, Index):
-            for entry in of.files:
-                path = folder(run, of.progress.step) / entry.file
-                for piece in entry.pieces:
-                    if of is index or piece.name in incremental:
-                        parts.setdefault(piece.name, []).append((path, piece))
+    if isinstance(base, str):  # rows that have not changed would have no value
+        raise UserError(base)
+    for of in (index,) if base is None else (base, index):
+        for entry in of.files:
+            path = folder(run, of.progress.step) / entry.file
+            for piece in entry.pieces:
+                if of is index or piece.name in incremental:
+                    parts.setdefault(piece.name, []).append((path, piece))
     return parts
 
 

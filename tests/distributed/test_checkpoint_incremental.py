@@ -11,13 +11,14 @@ import pytest
 import torch
 
 from mme.distributed import checkpoint
-from mme.distributed.checkpoint_index import Progress
-from mme.distributed.checkpoint_parts import changed_rows
+from mme.distributed.checkpoint_index import Index, Progress
+from mme.distributed.checkpoint_parts import changed_rows, checked, parts_of
 from mme.distributed.checkpoint_writer import CheckpointWriter
 from mme.distributed.engine import initialize_engine
 from mme.distributed.recommender import Recommender
 from mme.distributed.row_source import RowSource
 from mme.distributed.world import World
+from mme.errors import UserError
 from mme.inference.weights import read_checkpoint
 from mme.step import TrainStep
 from tests.distributed.processes import run_on
@@ -126,6 +127,15 @@ def test_a_damaged_link_falls_back_to_a_sound_checkpoint_with_one_line_each(tmp_
     index.write_text(index.read_text().replace('"step": 1,', '"step": 4,', 1))
     ((_, _, step, notes),) = run_on(1, load_and_train, str(other), "adam")
     assert step == 4 and "needs the checkpoint of step 4, which has been replaced by another one" in notes[0]
+
+
+def test_a_base_that_disappears_while_it_is_read_ends_with_its_name(tmp_path: Path) -> None:
+    run_on(1, train_and_save, str(tmp_path), "adam", 9)
+    index = checked(tmp_path, 6)
+    assert isinstance(index, Index)
+    shutil.rmtree(tmp_path / "checkpoints/step_4")  # as a running job does when it keeps only newer ones
+    with pytest.raises(UserError, match=r"step_6: needs the checkpoint of step 4: .*no such checkpoint"):
+        parts_of(tmp_path, index)
 
 
 def load_grown(world: World, run: str) -> Any:
