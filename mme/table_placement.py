@@ -240,7 +240,7 @@ def on_fullest_rank(config: Config, sharding: str, num_rows: int, ranks: int, pl
 
 
 def choose_placement(config: Config, num_rows: int, ranks: int, device: Device) -> str:
-    """`parallel.table_placement`, or what `auto` stands for: host memory with a cache only for tables that the GPU cannot hold.
+    """`parallel.table_placement`, or what `auto` stands for: host memory, see `host_placement`, only for tables that the GPU cannot hold.
 
     Raises:
         UserError: the device does not have the placement, or tables of `parallel.table_dtype`.
@@ -258,7 +258,12 @@ def choose_placement(config: Config, num_rows: int, ranks: int, device: Device) 
     if sharding == "data_parallel" or config.train.table_optimizer == "dense_adam":  # see `mme.config.rules`
         return "device"
     needed = on_fullest_rank(config, "row_wise" if sharding == "auto" else sharding, num_rows, ranks, "device")
-    return "device" if needed.device <= AUTO_SHARE * device.memory else "uvm_caching"
+    return "device" if needed.device <= AUTO_SHARE * device.memory else host_placement(config)
+
+
+def host_placement(config: Config) -> str:
+    """The better placement in host memory; FBGEMM's cache has no bfloat16, see `mme.config.rules`."""
+    return "uvm" if config.parallel.table_dtype == "bfloat16" else "uvm_caching"
 
 
 def _check_dtype(config: Config, device: Device) -> None:

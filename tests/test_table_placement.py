@@ -97,6 +97,9 @@ def test_auto_leaves_the_gpu_only_when_tables_fill_it() -> None:
     assert choose_placement(configuration("train.table_optimizer=sgd"), fits + 8, 8, H100) == "device"
     assert choose_placement(configuration("parallel.table_sharding=data_parallel"), fits + 8, 8, H100) == "device"
     assert choose_placement(config, fits + 8, 8, CPU) == "device"
+    narrow = configuration("parallel.table_dtype=bfloat16")  # which the cache does not have
+    assert choose_placement(narrow, fits - 8, 8, H100) == "device"
+    assert choose_placement(narrow, 2 * fits, 8, H100) == "uvm"
 
 
 def test_what_the_device_lacks_is_rejected() -> None:

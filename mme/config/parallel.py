@@ -27,8 +27,8 @@ class ParallelConfig:
         "auto",
         "Where the item tables live. `device`: in the memory of the GPU, or of the process on a CPU. `uvm`: in host memory, "
         "which the GPU reads over its link. `uvm_caching`: in host memory, with a cache of rows in GPU memory. `auto`: `device` "
-        "if the tables with their optimizer states fill at most 80% of it, otherwise `uvm_caching`. Host memory excludes "
-        "`data_parallel` and `dense_adam` ([large-tables.md](large-tables.md)).",
+        "if the tables with their optimizer states fill at most 80% of it, otherwise `uvm_caching`, or `uvm` for `bfloat16` tables. "
+        "Host memory excludes `data_parallel` and `dense_adam` ([large-tables.md](large-tables.md)).",
     )
     table_cache_load_factor: float = key(
         0.2, "`uvm_caching` only: the share of a table's rows that fit into the cache.", above=0, below=1
