@@ -17,9 +17,10 @@ from launcher.job import Job, items_of
 from launcher.memory import Memory, evaluation_memory, memory_of, step_memory
 from launcher.shape import Shape
 from launcher.step_time import PartTime, time_parts, total_s
+from mme.config.rules import validate
 from mme.devices import Device, device_of, in_words
 from mme.errors import UserError
-from mme.table_placement import in_lines
+from mme.table_placement import host_placement, in_lines
 from mme.table_placement import predict as predict_tables
 
 SHARDINGS = ("row_wise", "column_wise", "table_wise", "data_parallel")
@@ -121,9 +122,11 @@ def layouts(shape: Shape, device: Device) -> list[ParallelLayout]:
 
 def _is_allowed(shape: Shape, sharding: str) -> bool:
     """Whether training accepts the sharding, see `mme.config.rules`."""
-    if sharding == "column_wise":
-        return shape.config.train.table_optimizer != "rowwise_adagrad"
-    return sharding != "data_parallel" or shape.config.parallel.table_placement not in ("uvm", "uvm_caching")
+    try:
+        validate(_laid_out(shape, sharding, shape.expert_parallel_size).config)
+    except UserError:
+        return False
+    return True
 
 
 def choice(found: list[ParallelLayout], configured: Shape | None, device: Device) -> ParallelLayout:
@@ -236,9 +239,10 @@ def _in_host_memory(shape: Shape, device: Device) -> str | None:
     parallel = shape.config.parallel
     if not device.is_gpu or parallel.table_placement != "device" or shape.config.train.table_optimizer == "dense_adam":
         return None
-    cached = replace(shape.config, parallel=replace(parallel, table_placement="uvm_caching", table_sharding="row_wise"))
-    fits = memory_of(replace(shape, config=cached), device).fits(device)
-    return "parallel.table_placement=uvm_caching" if fits else None
+    kind = host_placement(shape.config)
+    moved = replace(shape.config, parallel=replace(parallel, table_placement=kind, table_sharding="row_wise"))  # type: ignore[arg-type]
+    fits = memory_of(replace(shape, config=moved), device).fits(device)
+    return f"parallel.table_placement={kind}" if fits else None
 
 
 def _configured(shape: Shape) -> Shape | None:

@@ -147,6 +147,20 @@ def test_the_choice_is_the_fastest_that_fits() -> None:
     assert chosen.memory.total < H100.memory < min(x.memory.total for x in large if not x.shape.is_sharded)
 
 
+@pytest.mark.parametrize(
+    "override", ["parallel.table_dtype=float16", "parallel.exchange_dtype=bfloat16", "parallel.table_placement=uvm"]
+)
+def test_only_layouts_that_training_accepts_are_compared(override: str) -> None:
+    found = {layout.shape.config.parallel.table_sharding for layout in layouts(shape(8, override), H100)}
+    assert found == {"row_wise", "column_wise", "table_wise"}
+
+
+def test_bfloat16_tables_go_to_host_memory_without_a_cache() -> None:
+    arguments = ["plan", "--config", CONFIG, "--items", "1000000000", "--host-memory", "4096"]
+    refused = launch(*arguments, "parallel.table_dtype=bfloat16", "parallel.table_placement=device").stderr
+    assert "what fits: parallel.table_placement=uvm or --nnodes" in refused
+
+
 def test_the_configured_layout_stays_unless_another_is_much_better() -> None:
     for size in (1, 4, 8):
         configured = shape(8, f"parallel.expert_parallel_size={size}", items=10_000_000)
