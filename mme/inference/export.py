@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,11 +31,13 @@ from mme import __version__
 from mme.config import USER_ID, dump_config
 from mme.data.description import read_info
 from mme.data.features import parts_column
+from mme.data.numbering import Extent
 from mme.data.parts import PartSlice, limits, read_part, read_user_ids
 from mme.data.remote_set import local_folder
 from mme.errors import JobError, UserError
 from mme.evaluation.requests import Requests
 from mme.files import replacing, write_text
+from mme.growth.known import substitutes
 from mme.inference import exported
 from mme.inference.exported import ids_to_tensor, read_export
 from mme.inference.item_index import import_faiss, items_file
@@ -115,10 +117,11 @@ def _items(model: TrainedModel, output: Path) -> dict[str, Any]:
 def _users(model: TrainedModel, output: Path) -> dict[str, Any]:
     """Writes the vectors of all users of the data set, after all their events of items that the model knows.
 
-    Users without such events are left out.
+    Users without such events are left out. Values that the model does not know count as in requests.
     """
     folder = local_folder(model.config.data.path)
     info = read_info(folder)
+    stand_ins = _stand_ins(model, folder, info)
     ids = pa.concat_arrays([ids for part in info["parts"] for ids in read_user_ids(folder, part)])
     vectors = [np.empty((0, model.config.model.embedding_dim), np.float32)]
     kept: list[NDArray[np.int64]] = [np.empty(0, np.int64)]
@@ -126,7 +129,7 @@ def _users(model: TrainedModel, output: Path) -> dict[str, Any]:
     for part in info["parts"]:
         for users in read_part(folder, part, limits(info)):
             for first in range(0, users.lengths.size, USERS_AT_ONCE):
-                histories = _histories(users, first, row, model).of_known_items()
+                histories = _histories(users, first, row, model, stand_ins).of_known_items()
                 known = np.flatnonzero(histories.lengths)
                 if known.size:
                     vectors.append(model.encode(histories, known).cpu().numpy())
@@ -135,7 +138,18 @@ def _users(model: TrainedModel, output: Path) -> dict[str, Any]:
     return _write_vectors(output, "user_id", ids.take(pa.array(np.concatenate(kept))), np.concatenate(vectors))
 
 
-def _histories(users: PartSlice, first: int, row: int, trained: TrainedModel) -> Requests:
+def _stand_ins(trained: TrainedModel, folder: Path, info: dict[str, Any]) -> dict[str, NDArray[np.int64]]:
+    """For each feature column but `user_id`, the model's number for each number in the set, which may have grown since."""
+    model, known = trained.config.model, trained.knowledge.numbering.feature_sizes()
+    found = {name: np.arange(known[name]) for name in model.feature_columns if name != USER_ID}
+    for name, later in substitutes(Extent(trained.num_items, known), folder, info, model).items():
+        found[name] = np.append(found[name], later.numpy())
+    return found
+
+
+def _histories(
+    users: PartSlice, first: int, row: int, trained: TrainedModel, stand_ins: Mapping[str, NDArray[np.int64]]
+) -> Requests:
     """Requests for `USERS_AT_ONCE` users from ``first`` on, at the time of their last event; ``row``: of the first in the set."""
     model = trained.config.model
     lengths = users.lengths[first : first + USERS_AT_ONCE]
@@ -143,8 +157,11 @@ def _histories(users: PartSlice, first: int, row: int, trained: TrainedModel) ->
     events = slice(begin, begin + int(lengths.sum()))
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     times = users.timestamps[events]
-    of_events = {name: users.features[parts_column(name)][events] for name in model.feature_columns if name != USER_ID}
-    of_users = {USER_ID: np.arange(row, row + lengths.size) + 1} if USER_ID in model.user_features else {}
+    of_events = {name: numbers[users.features[parts_column(name)][events]] for name, numbers in stand_ins.items()}
+    of_users = {}
+    if USER_ID in model.user_features:
+        numbers = np.arange(row, row + lengths.size) + 1
+        of_users[USER_ID] = np.where(numbers < trained.knowledge.numbering.feature_sizes()[USER_ID], numbers, 0)
     items = np.where(users.items[events] < trained.num_items, users.items[events], -1)  # -1: added to the set since
     return Requests(pa.nulls(lengths.size), offsets, items, times, times[offsets[1:] - 1], of_events, of_users)
 

@@ -26,6 +26,8 @@ from mme.evaluation.evaluate import TargetRanks, load_trained, target_ranks
 from mme.evaluation.metrics import UNRANKED
 from mme.growth.known import substitutes
 from mme.inference.export import export
+from mme.inference.model import Knowledge, TrainedModel
+from mme.model.decoder import Decoder
 from mme.model.feature_rows import FeatureRows
 from mme.prepare.pipeline import add_events, prepare
 from tests.distributed.processes import run_on
@@ -174,3 +176,49 @@ def test_a_number_in_a_new_bucket_counts_as_in_a_request(tmp_path: Path) -> None
     asked = numbering.vocabularies["price"].find(pa.array(later))
     assert (events[:, 0] - rows.firsts[0]).tolist() == asked.tolist() == [3, 2, 1, 3]
     assert (events[:, 1] - rows.firsts[1]).tolist() == [0, 0, 1, 0]  # new shops are unknown
+
+
+@pytest.mark.parametrize("at_once", [1, 256])
+def test_vectors_of_users_with_new_values_are_those_of_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    """With one history at once they pass through the padded encoder, which reads any row that it is given."""
+    monkeypatch.setattr("mme.inference.model.HISTORIES_AT_ONCE", at_once)
+    columns = ["user_id", "item_id", "timestamp", "price", "shop"]
+    days = [
+        [(1, 5, 10, 1.0, "a"), (2, 6, 11, 10.0, "b")],
+        [(1, 6, 20, 99.0, "c"), (3, 5, 21, 10.0, "d"), (3, 7, 22, 1.0, "a")],
+    ]
+    for number, events in enumerate(days):
+        pq.write_table(
+            pa.Table.from_pylist([dict(zip(columns, event, strict=True)) for event in events]),
+            tmp_path / f"{number}.parquet",
+        )
+    data, kept = tmp_path / "set", ["price:number", "shop"]
+    prepare([tmp_path / "0.parquet"], "parquet", data, feature_columns=kept, min_user_events=1, min_item_events=1)
+    config = load_config(
+        None,
+        [
+            f"data.path={data}",
+            "model.event_features=[price,shop]",
+            "model.user_features=[user_id]",
+            "data.max_seq_len=8",
+        ],
+    )
+    info = PreparedDataset.open(data).info
+    numbering = Numbering.read(data, info, config.model.feature_columns)
+    rows = FeatureRows(config.model, 2, numbering.feature_sizes()).num_rows
+    weights = {f"decoder/{name}": weight.detach() for name, weight in Decoder(config).named_parameters()}
+    weights |= {f"tables/item_{m}": torch.randn(rows, config.model.view_dim) for m in range(config.model.num_tables)}
+    knowledge = Knowledge(numbering, np.ones(2, np.int64), (10, 11))
+    model = TrainedModel(config, knowledge, weights, "model", "cpu")
+    add_events([tmp_path / "1.parquet"], data)
+    export(model, "users", tmp_path / "users.parquet")
+    found = pq.read_table(tmp_path / "users.parquet")
+    asked = []
+    for user in found["user_id"].to_pylist():
+        history = zip(*[event for events in days for event in events if event[0] == user], strict=True)
+        _, items, times, prices, shops = map(list, history)
+        asked.append({"user_id": user, "item_ids": items, "timestamps": times, "price": prices, "shop": shops})
+    expected = model.user_embeddings(pa.Table.from_pylist(asked))
+    np.testing.assert_allclose(np.stack(found["vector"].to_numpy()), expected, rtol=1e-5, atol=1e-6)
