@@ -206,14 +206,13 @@ class Training:
         if self.world.rank == 0:
             save_config(self.config, self.run_folder / CONFIG_FILE)
         monitor.resume_at(progress.step, self.total_steps)
-        monitor.run_info(
-            {
-                "device": torch.cuda.get_device_name() if self.world.device.type == "cuda" else "cpu",
-                "parameters": self.recommender.num_parameters(),
-                "tables": [asdict(placement) for placement in self.recommender.tables.placements],
-                "dataset": {key: self.dataset.info[key] for key in ("name", "num_users", "num_items", "num_events")},
-            }
-        )
+        info = {
+            "device": torch.cuda.get_device_name() if self.world.device.type == "cuda" else "cpu",
+            "parameters": self.recommender.num_parameters(),
+            "tables": [asdict(placement) for placement in self.recommender.tables.placements],
+            "dataset": {key: self.dataset.info[key] for key in ("name", "num_users", "num_items", "num_events")},
+        }
+        self.world.on_first(lambda: monitor.run_info(info))  # a tracker may be unusable
         found_wrong = [f"warning: {warning}" for warning in warnings(self.config)]
         for line in [*in_lines(self.recommender.tables.placements), *found_wrong]:
             monitor.note(line)

@@ -78,6 +78,17 @@ class World(Worker):
             return values[0]
         return value
 
+    def on_first(self, action: Callable[[], Any]) -> None:
+        """Calls ``action`` on rank 0. All ranks raise its UserError, so that none of them waits for rank 0 and fails otherwise."""
+        problem: UserError | None = None
+        if self.rank == 0:
+            try:
+                action()
+            except UserError as error:
+                problem = error
+        if problem := self.of_first(problem):
+            raise problem
+
     def gather_objects(self, value: Any) -> list[Any]:
         """The ``value`` of each rank, which must be small, in rank order."""
         values: list[Any] = [value] * self.size
