@@ -33,8 +33,8 @@ from mme.distributed.checkpoint_index import (
     Index,
     PieceEntry,
     Progress,
-    best_step,
     folder,
+    from_the_best,
     read_index,
     steps,
 )
@@ -305,7 +305,8 @@ class CheckpointWriter:
     def _prune(self, newest: int) -> None:
         # Later checkpoints were skipped as damaged when this run resumed, and do not count.
         found = [step for step in steps(self.run) if step <= newest]
-        kept = {*found[-self.keep :], best_step(self.run)}
+        best = next(step for step in from_the_best(self.run) if step <= newest)
+        kept = {*found[-self.keep :], best}
         indices = [index for step in kept if isinstance(index := read_index(self.run, step), Index)]
         kept |= {index.base.step for index in indices if index.base is not None}
         for step in set(found) - kept:

@@ -95,21 +95,23 @@ def test_a_killed_writer_leaves_the_previous_checkpoint(tmp_path: Path) -> None:
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_3"]
 
 
-def save_behind_a_damaged_one(world: World, run: Path) -> list[int]:
+def save_behind_a_damaged_one(world: World, run: Path, scores: dict[int, float]) -> list[int]:
     recommender, _ = recommender_of(world)
-    with CheckpointWriter(run, recommender, keep=1) as writer:
+    with CheckpointWriter(run, recommender, keep=2) as writer:
         for step in (1, 9):
-            writer.save(Progress(step, 0, step))
+            writer.save(Progress(step, 0, step, score=scores.get(step)))
     file = run / "checkpoints" / "step_9" / "rank_00000.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     with CheckpointWriter(run, recommender, keep=1) as writer:  # resumed from an earlier one
         for step in (2, 3):
-            writer.save(Progress(step, 0, step))
+            writer.save(Progress(step, 0, step, score=scores.get(step)))
     return checkpoint.steps(run)
 
 
 def test_a_damaged_checkpoint_of_a_later_step_does_not_displace_a_sound_one(tmp_path: Path) -> None:
-    assert run_on(1, save_behind_a_damaged_one, tmp_path) == [[3, 9]]
+    assert run_on(1, save_behind_a_damaged_one, tmp_path / "newest", {}) == [[3, 9]]
+    scores = {1: 0.2, 9: 0.9, 2: 0.1, 3: 0.1}
+    assert run_on(1, save_behind_a_damaged_one, tmp_path / "best", scores) == [[1, 3, 9]]
 
 
 def save_where_one_cannot(world: World, run: str, rank: int) -> str:
