@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from mme.config import Config
 from mme.data.batch import SequenceBatch
@@ -42,7 +43,7 @@ class Pace:
 
     def __init__(self, world: World, config: Config, num_items: int, peak: float | None) -> None:
         self.world, self.config, self.num_items, self.peak = world, config, num_items, peak
-        self._flops = 0  # since `over_ranks`
+        self._lengths: list[Tensor] = []  # of each batch since `over_ranks`, (2,) int64: its tokens, and pairs of them
         self._lock = threading.Lock()  # backward may wait in another thread
         self._waited_s = 0.0
         self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
@@ -74,12 +75,11 @@ class Pace:
         return step_s
 
     def count(self, batch: SequenceBatch) -> None:
-        """Adds the FLOPs of this rank's part of a step; ``batch`` must be in host memory."""
+        """Adds the FLOPs of this rank's part of a step. The host does not wait for a ``batch`` on a GPU."""
         if self.peak is None:
             return
         lengths = batch.seq_offsets.diff() + bool(self.config.model.user_features)  # the users' tokens
-        num_tokens, num_pairs = int(lengths.sum()), int((lengths * (lengths + 1)).sum()) // 2
-        self._flops += sum(training_flops(self.config, num_tokens, num_pairs, self.num_items).values())
+        self._lengths.append(torch.stack([lengths.sum(), (lengths * (lengths + 1)).sum() // 2]))
 
     def over_ranks(self) -> dict[str, float]:
         """Means per step since the last call.
@@ -90,8 +90,8 @@ class Pace:
         memory since the last call, on a CPU of resident memory since the start.
         """
         waited_s, busy_s, steps = self._sums
-        own = torch.tensor([waited_s, busy_s, self._flops, self._peak_memory()], dtype=torch.float64)
-        self._sums, self._flops = [0.0, 0.0, 0], 0
+        own = torch.tensor([waited_s, busy_s, self._take_flops(), self._peak_memory()], dtype=torch.float64)
+        self._sums = [0.0, 0.0, 0]
         gathered = torch.cat(self.world.gather(own[None].to(self.world.device))).cpu()
         waited, busy, flops, memory = gathered.T
         seconds = (waited + busy).mean().item()
@@ -106,6 +106,11 @@ class Pace:
                 "slowest_rank": int(busy.argmax()),
             }
         return found
+
+    def _take_flops(self) -> int:
+        """The FLOPs of the batches since the last call."""
+        counts, self._lengths = torch.stack(self._lengths).tolist() if self._lengths else [], []
+        return sum(sum(training_flops(self.config, tokens, pairs, self.num_items).values()) for tokens, pairs in counts)
 
     def _peak_memory(self) -> int:
         """Bytes."""

@@ -80,6 +80,12 @@ def test_utilisation_is_that_of_the_counted_flops(size: int) -> None:
         assert ("wait_ms" in found) == (size > 1)
 
 
+def test_counting_reads_no_value_of_a_batch() -> None:
+    """The host would wait for the device. A tensor on the meta device has no values, so reading one raises."""
+    pace = Pace(World.alone(torch.device("cpu")), configuration(), NUM_ITEMS, peak=1e9)
+    pace.count(sequences([0, 3]).to(torch.device("meta")))
+
+
 @pytest.mark.slow
 def test_a_run_records_and_shows_waits(data: Path, tmp_path: Path) -> None:
     done = train(data, tmp_path / "run", "train.steps=4", "train.log_every=2", processes=2)
