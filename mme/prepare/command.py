@@ -130,7 +130,7 @@ def prepare(
         Optional[str],
         typer.Option(
             metavar="FILE",
-            help="File with one row per item: its id, its title and attributes, as CSV, JSON lines or Parquet. With "
+            help="File with one row per item: its id, its title and attributes, as CSV, JSON lines, Parquet or Arrow. With "
             "--synthetic: how many items; default 2000.",
         ),
     ] = None,
@@ -247,7 +247,7 @@ def _names(text: str) -> list[str]:
 
 
 def _count(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+    if not text.isdecimal() or len(text) > 10 or not 1 <= int(text) < 2**31:
         raise UserError(f"--items {text}: expected with --synthetic the number of items, from 1")
     return int(text)
 

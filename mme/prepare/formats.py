@@ -172,7 +172,18 @@ def open_item_table(
     for name in columns.values():
         if names.count(name) > 1:
             raise UserError(f"{path}: {names.count(name)} columns are named {name!r}: expected one")
+    if kind == "text" and _is_value(columns["item"]):
+        raise UserError(f"{path}: line 1: {lines[0][:60]!r}: no header: expected a line with the names of the columns")
+    if kind == "json":
+        _require_flat(path, lines, columns.values())
     return SourceFile(path, columns, kind, layout=layout)
+
+
+def _require_flat(path: InputFile, lines: list[str], names: Iterable[str]) -> None:
+    for row in filter(None, map(json_fields, lines)):
+        for name in names:
+            if isinstance(row.get(name), (list, dict)):
+                raise UserError(f"{path}: {name!r} holds a list or an object in JSON, expected text or numbers")
 
 
 def identify(path: InputFile, format: str) -> str:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from mme.data.layout import ATTRIBUTE_PREFIX
 from mme.errors import UserError
 from mme.prepare.formats import open_item_table
-from mme.prepare.ids import IdColumn, convert_ids, from_bits, settle_kind
+from mme.prepare.ids import IdColumn, as_bits, convert_ids, from_bits, settle_kind
 from mme.prepare.inputs import find_files
 from mme.prepare.manifest import file_record
 from mme.prepare.readers import SourceFile
@@ -46,7 +46,7 @@ class ItemTable:
     """What the file says.
 
     Attributes:
-        ids: (rows,) raw ids as `convert_ids` returns them, each once.
+        ids: (rows,) raw ids, each once: text, int64 or, if one is above 2^63 - 1, uint64.
         columns: name in items.parquet → (rows,) text, null if missing.
     """
 
@@ -89,25 +89,24 @@ class ItemTable:
             for name, arrays in texts.items():
                 arrays.append(_as_text(source, name, batch.column(name)))
         if source.broken_lines:
-            raise UserError(
-                f"{source.path}: line {source.broken_lines[0]}: wrong number of fields, expected {len(source.layout.names)}"
-            )
+            expected = f"wrong number of fields, expected {len(source.layout.names)}"
+            if source.kind == "json":
+                expected = "expected a JSON object with each key once"
+            raise UserError(f"{source.path}: line {source.broken_lines[0]}: {expected}")
         if not found:
             raise UserError(f"{source.path}: no rows: expected one item per row")
-        table = cls(source, pa.concat_arrays(found), {name: pa.concat_arrays(of) for name, of in texts.items()})
+        all_ids = from_bits(pa.concat_arrays(found), own.unsigned)
+        table = cls(source, all_ids, {name: pa.concat_arrays(of) for name, of in texts.items()})
         table._require_distinct()
         return table
 
-    def join(
-        self, raw_items: pa.Array, earlier: Mapping[str, pa.Array], unsigned: bool
-    ) -> tuple[dict[str, pa.Array], dict[str, Any]]:
+    def join(self, raw_items: pa.Array, earlier: Mapping[str, pa.Array]) -> tuple[dict[str, pa.Array], dict[str, Any]]:
         """The columns of items.parquet in the order of ``raw_items``, and a record for dataset.json.
 
         Args:
             earlier: the columns that the set has already; they stay where this file has no value.
-            unsigned: whether the set's ids are unsigned.
         """
-        ids = from_bits(self.ids, unsigned) if pa.types.is_integer(self.ids.type) else self.ids
+        ids = _of_type(self.ids, raw_items.type)
         rows = pc.index_in(raw_items, value_set=ids)
         columns = dict(earlier)
         for name, values in self.columns.items():
@@ -120,7 +119,7 @@ class ItemTable:
             "rows": len(ids),
             "items_without_row": rows.null_count,
             "unknown_ids": pc.sum(unknown).as_py(),
-            "first_unknown": [str(value) for value in ids.filter(unknown)[:FIRST_UNKNOWN].to_pylist()],
+            "first_unknown": [str(value) for value in self.ids.filter(unknown)[:FIRST_UNKNOWN].to_pylist()],
         }
         return columns, record
 
@@ -143,12 +142,23 @@ def earlier_columns(columns: Mapping[str, pa.Array], count: int) -> dict[str, pa
     }
 
 
+def _of_type(ids: pa.Array, kind: pa.DataType) -> pa.Array:
+    """``ids`` as ``kind``, the type of the set's ids; null where only the other of int64 and uint64 has the number."""
+    if ids.type == kind or not pa.types.is_integer(ids.type):
+        return ids
+    bits = as_bits(ids)
+    return from_bits(pc.if_else(pc.less(bits, 0), None, bits), pa.types.is_unsigned_integer(kind))
+
+
 def _as_text(source: SourceFile, name: str, column: pa.Array) -> pa.Array:
     column = plain(column)
     if pa.types.is_nested(column.type):
         raise UserError(f"{source.path}: column {source.columns[name]!r} holds {column.type}, expected text or numbers")
-    if pa.types.is_floating(column.type) and pc.all(pc.equal(pc.floor(column), column)).as_py():
-        column = pc.if_else(pc.is_finite(column), column, None).cast(pa.int64(), safe=False)
+    if pa.types.is_floating(column.type):
+        column = pc.if_else(pc.is_finite(column), column, None)
+        exact = pc.and_(pc.equal(pc.floor(column), column), pc.less_equal(pc.abs(column), 2.0**53))
+        if pc.all(exact).as_py():
+            column = column.cast(pa.int64())
     text = trimmed(column.cast(pa.string()))
     if pc.any(pc.match_substring(text, REPLACEMENT)).as_py():
         row = pc.index(pc.match_substring(text, REPLACEMENT), True).as_py()

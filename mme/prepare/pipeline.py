@@ -243,7 +243,7 @@ def _make(
     raw_items, counts = chosen.raw_items.filter(pa.array(chosen.in_set)), chosen.counts[chosen.in_set]
     item_columns = earlier_columns(prior.item_columns if prior else {}, len(raw_items))
     if item_table is not None:
-        item_columns, run["items"] = item_table.join(raw_items, item_columns, reading.cleaner.ids["item"].unsigned)
+        item_columns, run["items"] = item_table.join(raw_items, item_columns)
     return writer.finish(info, raw_items, counts, item_columns)
 
 

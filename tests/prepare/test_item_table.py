@@ -184,3 +184,34 @@ def test_unreadable_titles_are_named(tmp_path: Path, log: Path) -> None:
     pq.write_table(table.append_column("title", pa.array([1, 2, 3, 4])), tmp_path / "set" / "items.parquet")
     with pytest.raises(UserError, match=r"items.parquet: column 'title' holds int64, expected text"):
         read_titles(tmp_path / "set")
+
+
+@pytest.mark.parametrize(("id_of_set", "id_of_file"), [(-1, 2**64 - 1), (2**64 - 1, -1)])
+def test_a_number_of_the_other_64_bit_type_is_another_item(tmp_path: Path, id_of_set: int, id_of_file: int) -> None:
+    log = write_log(tmp_path / "log.csv", [5, 6, id_of_set])
+    (tmp_path / "items.csv").write_text(f"item_id,title\n{id_of_file},wrong\n5,five\n")
+    info = prepare([log], "auto", tmp_path / "set", items=ItemOptions(str(tmp_path / "items.csv")))
+    assert {row["item_id"]: row["title"] for row in rows(tmp_path / "set")} == {5: "five", 6: None, id_of_set: None}
+    found = info["runs"][0]["items"]
+    assert found["unknown_ids"] == 1 and found["first_unknown"] == [str(id_of_file)]
+
+
+def test_a_float_beyond_64_bits_stays_what_it_is(tmp_path: Path, log: Path) -> None:
+    pq.write_table(pa.table({"item_id": [10, 20], "title": [1e300, 3.0]}), tmp_path / "items.parquet")
+    prepare([log], "auto", tmp_path / "set", items=ItemOptions(str(tmp_path / "items.parquet")))
+    assert [row["title"] for row in rows(tmp_path / "set")] == ["1e+300", "3", None, None]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("10,ten\n20,twenty\n", "line 1: '10,ten': no header: expected a line with the names of the columns"),
+        ('{"id": 10, "title": ["a"]}\n', "'title' holds a list or an object in JSON, expected text or numbers"),
+        ('{"id": 10, "title": "a"}\n{"id": 20,\n', "line 2: expected a JSON object with each key once"),
+    ],
+)
+def test_columns_that_would_be_lost_are_named(tmp_path: Path, log: Path, text: str, message: str) -> None:
+    (tmp_path / "items").write_text(text)
+    with pytest.raises(UserError) as error:
+        prepare([log], "auto", tmp_path / "set", items=ItemOptions(str(tmp_path / "items"), "1", "2"))
+    assert str(error.value) == f"{tmp_path / 'items'}: {message}"
