@@ -111,14 +111,18 @@ def _log(
 
 def _require_shards(files: list[AnyFile], found: list[AnyFile]) -> None:
     """Raises UserError if a file is missing that a state.json of `datasets` names, because a copy was cut off, for example."""
-    present = {str(file) for file in found}
+    if not any(file.name.endswith(".arrow") for file in found):
+        return
+    present, chosen = {str(file) for file in files}, {str(file) for file in found}
     for state in (file for file in files if file.name == "state.json"):
         text = state.read() if isinstance(state, RemoteFile) else state.read_bytes()
         try:
             names = [str(entry["filename"]) for entry in json.loads(text)["_data_files"]]
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue  # a file of another program
         folder = str(state)[: -len(state.name)]
         for name in names:
             if folder + name not in present:
                 raise UserError(f"{state}: names {name}, but there is no such file: expected the whole data set")
+            if folder + name not in chosen:
+                raise UserError(f"{state}: names {name}, which is hidden or a cache: expected another name for rows")

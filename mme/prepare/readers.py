@@ -115,7 +115,7 @@ class SourceFile:
             waiting: list[pa.RecordBatch] = []  # a batch as written often has a thousand rows only
             for batch in ArrowBatches(source, names):
                 batch.validate(full=True)
-                waiting.append(batch)
+                waiting.append(_without_views(batch))
                 if sum(each.num_rows for each in waiting) >= rows:
                     yield from _joined(waiting, rows)
                     waiting = []
@@ -135,6 +135,16 @@ class SourceFile:
             self.broken_rows += block.broken_lines.size
             self.broken_lines += block.broken_lines[: 3 - len(self.broken_lines)].tolist()
             yield block.columns
+
+
+def _without_views(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """``batch`` with its views, which Polars writes, as plain text and binary; pyarrow can't filter views."""
+    schema = batch.schema
+    for number, column in enumerate(schema):
+        if pa.types.is_string_view(column.type) or pa.types.is_binary_view(column.type):
+            is_text = pa.types.is_string_view(column.type)
+            schema = schema.set(number, column.with_type(pa.large_string() if is_text else pa.large_binary()))
+    return batch if schema == batch.schema else batch.cast(schema)
 
 
 def _joined(batches: list[pa.RecordBatch], rows: int) -> Iterator[pa.RecordBatch]:

@@ -143,3 +143,25 @@ def test_other_files_are_not_taken_for_arrow(tmp_path: Path) -> None:
     write_arrow(tmp_path / "log.arrow", LOG.rename_columns(["timestamp", "user_id", "item_id", "x"]))
     with pytest.raises(UserError, match=r"log.arrow: column 'timestamp' holds list"):
         prepare([tmp_path / "log.arrow"], "auto", tmp_path / "set")
+
+
+def test_views_of_polars_are_text(tmp_path: Path, expected: list[bytes]) -> None:
+    items = LOG["item_id"].cast(pa.string_view())
+    write_arrow(tmp_path / "log.arrow", LOG.set_column(2, "item_id", items))
+    prepare([tmp_path / "log.arrow"], "auto", tmp_path / "set")
+    assert parts(tmp_path / "set") == expected
+    prepare([tmp_path / "log.arrow"], "auto", tmp_path / "set", feature_columns=["item_id"])
+    assert pq.read_metadata(tmp_path / "set" / "features.parquet").num_rows == 11
+
+
+def test_state_json_decides_only_about_arrow_files(tmp_path: Path, expected: list[bytes]) -> None:
+    folder = save_to_disk(tmp_path / "saved", LOG, 2)
+    pq.write_table(LOG, folder / "all.parquet")
+    prepare([folder], "auto", tmp_path / "set")
+    assert parts(tmp_path / "set") == expected
+    (folder / "state.json").write_text("[" * 100_000)
+    prepare([folder], "arrow", tmp_path / "set")
+    assert parts(tmp_path / "set") == expected
+    (folder / "state.json").write_text('{"_data_files": [{"filename": "cache-0123456789abcdef.arrow"}]}')
+    with pytest.raises(UserError, match=r"names cache-0123456789abcdef.arrow, which is hidden or a cache: expected"):
+        prepare([folder], "arrow", tmp_path / "set")
