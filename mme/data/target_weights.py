@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
 from mme.config import LossConfig
@@ -62,11 +63,15 @@ def read_target_weights(folder: Path, info: dict[str, Any], loss: LossConfig) ->
         )
     weights = np.zeros(len(vocabulary.numbers) + 1, np.float32)
     if loss.target_weights:
+        named: dict[int, str] = {}
         for value, weight in loss.weight_of_value().items():
-            index = vocabulary.numbers.get(value)
-            if index is None:
+            index = int(vocabulary.find(pa.array([value]))[0])  # 4.0 is 4, as in the column
+            if not index:
                 known = ", ".join(list(vocabulary.numbers)[:SHOWN_VALUES])
                 raise UserError(f"loss.target_weights: {value}: no event has this {name}: expected some of {known}")
+            if index in named:
+                raise UserError(f"loss.target_weights: {named[index]} and {value} are the same value of {name}")
+            named[index] = value
             weights[index] = weight
     else:
         for value, index in vocabulary.numbers.items():

@@ -73,6 +73,14 @@ def test_a_column_of_weights(folder: Path) -> None:
     assert found[3] == [(place / 4, True) for place in range(1, 7)]
 
 
+def test_values_are_named_as_in_the_file(folder: Path) -> None:
+    found = weights_of(folder, "loss.weight_column=weight", "loss.target_weights=[1.0=2,0.5=1]")
+    same = weights_of(folder, "loss.weight_column=weight", "loss.target_weights=[1=2,0.5=1]")
+    assert found is not None and same is not None and found.by_value.tolist() == same.by_value.tolist()
+    with pytest.raises(UserError, match=r"^loss.target_weights: 1 and 1.0 are the same value of weight$"):
+        weights_of(folder, "loss.weight_column=weight", "loss.target_weights=[1=2,1.0=1]")
+
+
 def test_no_column_gives_no_weights(folder: Path) -> None:
     assert weights_of(folder) is None
 
