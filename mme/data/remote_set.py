@@ -27,7 +27,7 @@ from typing import Any
 from mme.data.description import read_info, require_sum
 from mme.data.layout import FEATURES_FILE, INFO_FILE, ITEMS_FILE, OWN_FILES
 from mme.errors import UserError, print_line
-from mme.files import PARTIAL, flush, locked, make_folder
+from mme.files import PARTIAL, flush, locked, make_folder, remove
 from mme.paths import remote_url
 from mme.remote import RemoteFile, RemotePath
 
@@ -48,21 +48,24 @@ def local_folder(path: str | Path, cache_dir: str | Path | None = None) -> Path:
     url = remote_url(path)
     if url is None:
         return Path(path)
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mme"
-    root = Path(cache_dir) if cache_dir is not None else default
+    root = Path(cache_dir) if cache_dir is not None else _user_cache()
     place = RemotePath.parse(url)
     description = _read_description(place)
     folder = root / "sets" / _hash(url.encode() + description)
     try:
         make_folder(folder.parent, root)
         with locked(folder.with_name(f"{folder.name}.lock")):
-            if not folder.is_dir():
+            if not _is_whole(folder, description):
                 print_line(f"{url}: copied to {folder}")
-                with TemporaryDirectory(prefix=PARTIAL, dir=folder.parent) as partial:
-                    copy = Path(partial) / "set"
-                    _copy(place, description, copy)
-                    os.rename(copy, folder)
-                    flush(folder.parent)
+                partial = folder.with_name(PARTIAL + folder.name)
+                remove(partial)  # of a killed process
+                try:
+                    _copy(place, description, partial)
+                    remove(folder)
+                    os.rename(partial, folder)
+                finally:
+                    remove(partial)
+                flush(folder.parent)
     except OSError as error:
         raise UserError(f"{error.filename or folder}: the copy of {url} can't be written: {error.strerror}") from error
     return folder
@@ -88,7 +91,7 @@ def set_to_write(output: str | Path, *, extend: bool = False) -> Iterator[Path]:
         with TemporaryDirectory(prefix="mme-prepare-") as work:
             folder = Path(work) / place.name
             if extend:
-                _copy(place, _read_description(place), folder)
+                _copy_to_extend(place, folder)
             yield folder
             _publish(folder, place, older)
     finally:
@@ -158,7 +161,7 @@ def _copy(place: RemotePath, description: bytes, folder: Path) -> None:
         names = [ITEMS_FILE, *info.get("files", {}), *(part["file"] for part in info["parts"])]
         if info.get("features"):
             names.append(FEATURES_FILE)
-        if not all(isinstance(name, str) and Path(name).name == name for name in (*names, objects or ITEMS_FILE)):
+        if not all(map(_is_file_name, (*names, objects or ITEMS_FILE))):
             raise ValueError
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UserError(f"{place.join(INFO_FILE)}: not the description of a training set") from None
@@ -176,6 +179,43 @@ def _copy(place: RemotePath, description: bytes, folder: Path) -> None:
         raise UserError(f"{place}: changed while it was copied; run the command again")
     for path in [*folder.iterdir(), folder]:
         flush(path)
+
+
+def _is_file_name(name: Any) -> bool:
+    return isinstance(name, str) and name.isprintable() and "/" not in name and name not in ("", ".", "..")
+
+
+def _copy_to_extend(place: RemotePath, folder: Path) -> None:
+    try:
+        _copy(place, _read_description(place), folder)
+    except OSError as error:
+        raise UserError(
+            f"{error.filename or folder}: the copy of {place} can't be written: {error.strerror}"
+        ) from error
+
+
+def _is_whole(folder: Path, description: bytes) -> bool:
+    """Whether the files of a copy are there with the sizes of the set's; cleaners of caches remove some files of a folder."""
+    if not folder.is_dir():
+        return False
+    try:
+        info = json.loads(description)
+        sums = {**{part["file"]: part for part in info["parts"]}, **info.get("files", {})}
+        read_info(folder)
+        sizes = {name: (folder / name).stat().st_size for name in sums}
+        return all(of.get("bytes", sizes[name]) == sizes[name] for name, of in sums.items())
+    except (OSError, UserError):
+        return False
+
+
+def _user_cache() -> Path:
+    """Raises UserError if there is no home folder, as in a container with a user of its own."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mme"
+    except RuntimeError:
+        raise UserError(
+            "no home folder for copies of remote sets: expected HOME, XDG_CACHE_HOME or data.cache_dir to name a folder"
+        ) from None
 
 
 def _dumped(info: dict[str, Any]) -> bytes:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -68,6 +70,42 @@ def test_a_copy_is_made_once_and_a_local_layout_is_read(
     assert main(["prepare", str(write_log(tmp_path / "2.csv", 2)), "--output", SET]) == 0
     assert all(key.startswith("sets/mine/objects-") for key in object_store.keys("sets")[1:])
     assert local_folder(SET) != folder
+
+
+def test_a_copy_that_lost_files_is_made_again(tmp_path: Path, object_store: ObjectStore) -> None:
+    prepare([write_log(tmp_path / "1.csv", 1)], "auto", SET)
+    folder = local_folder(SET)
+    whole = content(folder)
+    for damage in (
+        lambda: (folder / "part-00000.parquet").write_bytes(b"short"),
+        lambda: (folder / "items.parquet").unlink(),
+        lambda: (folder / "dataset.json").unlink(),
+    ):
+        damage()
+        (folder.with_name(f".partial-{folder.name}")).mkdir()  # of a killed process
+        assert local_folder(SET) == folder and content(folder) == whole
+        assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+
+
+def test_no_place_for_a_copy(tmp_path: Path, object_store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    log = write_log(tmp_path / "1.csv", 1)
+    prepare([log], "auto", SET)
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(UserError, match=r"^no home folder for copies of remote sets: expected HOME, XDG_CACHE_HOME or"):
+        local_folder(SET)
+    assert local_folder(SET, tmp_path / "copies").is_dir()
+    before = object_store.keys("sets")
+    monkeypatch.setattr(RemoteFile, "download", full)
+    with pytest.raises(UserError, match=f"the copy of {SET} can't be written: No space left on device"):
+        add_events([log], SET)
+    assert object_store.keys("sets") == before
 
 
 def test_a_failed_upload_leaves_the_older_set(
@@ -137,7 +175,9 @@ def test_what_is_no_sound_set(tmp_path: Path, object_store: ObjectStore, own_cac
     object_store.delete("sets/mine/part-00000.parquet")
     with pytest.raises(UserError, match=f"^{SET}/part-00000.parquet: no such file"):
         PreparedDataset.open(SET)
-    for damaged in (b"", b"[]", b"{}", files["dataset.json"].replace(b"part-00000", b"../part-0")):
+    names = (b"../part-0", b"..", b"", b"\\u0000", b"\\n")
+    of_names = [files["dataset.json"].replace(b"part-00000.parquet", name) for name in names]
+    for damaged in (b"", b"[]", b"{}", *of_names):
         object_store.put("sets/mine/dataset.json", damaged)
         with pytest.raises(UserError, match=f"^{SET}/dataset.json: not the description of a training set"):
             PreparedDataset.open(SET)
