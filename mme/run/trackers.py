@@ -49,9 +49,14 @@ class TrackedRun:
         write_text(self.folder / IDS_FILE, json.dumps(ids) + "\n", self.folder)
 
     def _ids(self) -> dict[str, str]:
-        found: Any = None
-        with suppress(FileNotFoundError, ValueError):
-            found = read_json(self.folder / IDS_FILE, self.folder)
+        """Raises UserError if a link, folder or pipe is in the file's place."""
+        path = self.folder / IDS_FILE
+        try:
+            found: Any = read_json(path, self.folder)
+        except (FileNotFoundError, ValueError):
+            found = None  # a new run, or a file that was cut off: the tracker gets a new run
+        except OSError as error:
+            raise UserError(f"{path}: {error.strerror}: expected a regular file with the trackers' ids") from error
         return {name: str(run_id) for name, run_id in found.items()} if isinstance(found, dict) else {}
 
 
@@ -148,9 +153,8 @@ class WeightsAndBiases:
     one, such as the test metrics of the best checkpoint.
     """
 
-    errors: tuple[type[Exception], ...] = (
-        Exception,
-    )  # wandb's own errors and those of its service process have no common base class
+    # wandb's own errors and those of its service process have no common base class.
+    errors: tuple[type[Exception], ...] = (Exception,)
 
     def __init__(self, run: TrackedRun) -> None:
         import wandb

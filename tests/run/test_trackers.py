@@ -15,7 +15,7 @@ import pytest
 from mme.cli import main
 from mme.errors import UserError
 from mme.run.monitor import Monitor
-from mme.run.trackers import IDS_FILE, PACKAGES
+from mme.run.trackers import IDS_FILE, PACKAGES, TrackedRun
 from tests.run.test_monitor import plain_console, shown, train
 
 BLOCK, FULL, LAST = 32_768, 1, 4  # of LevelDB's log
@@ -54,6 +54,14 @@ def mlflow_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def runs_of(client: Any) -> list[Any]:
     experiment = client.get_experiment_by_name("mme")
     return list(client.search_runs([experiment.experiment_id]))
+
+
+def test_something_else_in_place_of_the_ids_is_named(tmp_path: Path) -> None:
+    assert TrackedRun(tmp_path, resume_step=2).earlier_id("wandb") is None
+    (tmp_path / "elsewhere.json").write_text('{"wandb": "stolen"}')
+    (tmp_path / IDS_FILE).symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(UserError, match=rf"{IDS_FILE}: .*: expected a regular file"):
+        TrackedRun(tmp_path, resume_step=2).earlier_id("wandb")
 
 
 @pytest.mark.slow
