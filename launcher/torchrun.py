@@ -181,8 +181,8 @@ def _run_once(job: Job, resumes: bool, module: list[str] | None) -> tuple[int, _
 class _Stopping:
     """Forwards the first signal received.
 
-    SIGTERM goes to each worker once, and to torchrun only when no worker is alive, before it starts new ones. The
-    scheduler may have sent SIGTERM to all processes of the job already, and torchrun abandons its workers if it gets a
+    SIGTERM goes to each worker once, and to torchrun only when none of them is alive any more, so that it starts no new ones.
+    The scheduler may have sent SIGTERM to all processes of the job already, and torchrun abandons its workers if it gets a
     second one.
     """
 
@@ -207,7 +207,9 @@ class _Stopping:
             with suppress(psutil.Error):
                 if time.monotonic() > deadline:
                     self._kill(_living_workers(self.process.pid))
-                for process in _living_workers(self.process.pid) or [psutil.Process(self.process.pid)]:
+                living = _living_workers(self.process.pid)
+                waits_for_some = any(worker.pid in self._told for worker in living) if self._told else bool(living)
+                for process in living if waits_for_some else [psutil.Process(self.process.pid), *living]:
                     if process.pid not in self._told:
                         self._told.add(process.pid)
                         process.terminate()
