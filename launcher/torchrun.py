@@ -264,7 +264,7 @@ class _Watch:
         if failed is None or self.stopped_for is not None:
             return
         status, local_rank = int(failed[1]), int(failed[2])
-        # Another node of an elastic job was asked to stop: this one saved with it, and goes on without it.
+        # Another node of an elastic job was asked to stop: this one saved with it, and continues without it.
         goes_on = status == PREEMPTED and self.job.is_elastic
         is_final = status in (USER_ERROR, INTERRUPTED, PREEMPTED, NO_RESTART) and not goes_on
         if is_final or self.stopping.received is not None:

@@ -266,7 +266,7 @@ class LossConfig:
     weight_column: Optional[str] = key(
         None,
         "Column kept by `--feature-columns` of `mme prepare` whose value in the event to be predicted gives the weight of "
-        "that target in the loss. None: all targets count alike. See [data.md](data.md#actions-and-weights).",
+        "that target in the loss. None: all targets have the same weight. See [data.md](data.md#actions-and-weights).",
     )
     target_weights: list[str] = key(
         [],

@@ -86,7 +86,7 @@ class TrainLoader:
         attention_equals_rest_at: int = 528,
         target_weights: TargetWeights | None = None,
     ) -> None:
-        """``attention_equals_rest_at``: see `mme.data.balance`; ``target_weights``: None if all targets count alike."""
+        """``attention_equals_rest_at``: see `mme.data.balance`; ``target_weights``: None if all targets have the same weight."""
         self.target_weights = target_weights
         self.dataset, self.data, self.worker, self.features = dataset, data, worker, features
         self.seed, self.attention_equals_rest_at = seed, attention_equals_rest_at

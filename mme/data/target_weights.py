@@ -41,7 +41,7 @@ class TargetWeights:
 
 
 def read_target_weights(folder: Path, info: dict[str, Any], loss: LossConfig) -> TargetWeights | None:
-    """The weights that ``loss`` asks for in the set in ``folder``; None if all targets count alike.
+    """The weights that ``loss`` asks for in the set in ``folder``; None if all targets have the same weight.
 
     Raises:
         UserError: the set has no such column of categories, a value of `loss.target_weights` does not occur in it, or the

@@ -1,4 +1,4 @@
-"""The nearest neighbours of the most popular items: which items the model holds to be alike."""
+"""The nearest neighbours of the most popular items: the items that the model takes for similar."""
 
 from __future__ import annotations
 
